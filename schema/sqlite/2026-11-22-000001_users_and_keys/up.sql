@@ -1,0 +1,46 @@
+-- Users and their API keys. Lists and metadata are JSON in text, time stamps are RFC 3339 in UTC.
+
+CREATE TABLE users (
+    id         INTEGER PRIMARY KEY,
+    email      TEXT    NOT NULL UNIQUE,
+    role       TEXT    NOT NULL DEFAULT 'user',
+    is_active  BOOLEAN NOT NULL DEFAULT TRUE,
+    created_at TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ')),
+    updated_at TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ'))
+);
+
+CREATE TABLE api_keys (
+    id                    INTEGER PRIMARY KEY,
+    user_id               INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    name                  TEXT    NOT NULL DEFAULT '',
+    key_prefix            TEXT    NOT NULL,
+    key_hash              TEXT    NOT NULL,
+    -- A fast hash of the same key, which counts only while fast_hash_of = key_hash.
+    fast_hash             TEXT,
+    fast_hash_of          TEXT,
+    is_active             BOOLEAN NOT NULL DEFAULT TRUE,
+    permissions           TEXT    NOT NULL DEFAULT '[]',
+    scopes                TEXT    NOT NULL DEFAULT '[]',
+    rate_limit_per_minute INTEGER,
+    rate_limit_per_hour   INTEGER,
+    rate_limit_per_day    INTEGER,
+    allowed_models        TEXT    NOT NULL DEFAULT '[]',
+    allowed_endpoints     TEXT    NOT NULL DEFAULT '[]',
+    allowed_ips           TEXT    NOT NULL DEFAULT '[]',
+    is_unlimited          BOOLEAN NOT NULL DEFAULT FALSE,
+    budget_limit_cents    INTEGER,
+    budget_type           TEXT,
+    expires_at            TEXT,
+    total_requests        INTEGER NOT NULL DEFAULT 0,
+    total_tokens          INTEGER NOT NULL DEFAULT 0,
+    -- Cents, to a millionth.
+    total_cost            REAL    NOT NULL DEFAULT 0,
+    last_used_at          TEXT,
+    metadata              TEXT,
+    created_at            TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ')),
+    updated_at            TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ'))
+);
+
+-- Look-ups are by prefix. Not unique: keys from before may share one.
+CREATE INDEX api_keys_lookup ON api_keys (key_prefix);
+CREATE INDEX api_keys_owner ON api_keys (user_id);

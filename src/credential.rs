@@ -1,0 +1,282 @@
+//! Where a key sits in a request: [`Credential`], over a [`RequestHead`].
+
+use std::{borrow::Cow, fmt, sync::Arc};
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, header};
+use zeroize::Zeroizing;
+
+use crate::{
+    key::{MalformedCredential, UnrecognizedKey, token},
+    respond::Denial,
+};
+
+/// What a closure sees of a request: everything but the body.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestHead<'a> {
+    method: &'a Method,
+    uri: &'a Uri,
+    headers: &'a HeaderMap,
+    extensions: &'a Extensions,
+}
+
+impl<'a> RequestHead<'a> {
+    /// The head of `request`.
+    pub fn of<B>(request: &'a Request<B>) -> Self {
+        Self {
+            method: request.method(),
+            uri: request.uri(),
+            headers: request.headers(),
+            extensions: request.extensions(),
+        }
+    }
+
+    /// The method.
+    pub fn method(&self) -> &'a Method {
+        self.method
+    }
+
+    /// The URI, as the service around this layer passed it on.
+    pub fn uri(&self) -> &'a Uri {
+        self.uri
+    }
+
+    /// The path that endpoint rules are about: of axum's `OriginalUri` where there is one, because
+    /// `nest` strips the path.
+    pub fn endpoint(&self) -> &'a str {
+        #[cfg(feature = "axum")]
+        if let Some(original) = self.extensions.get::<axum::extract::OriginalUri>() {
+            return original.0.path();
+        }
+        self.uri.path()
+    }
+
+    /// The header fields.
+    pub fn headers(&self) -> &'a HeaderMap {
+        self.headers
+    }
+
+    /// The extensions.
+    pub fn extensions(&self) -> &'a Extensions {
+        self.extensions
+    }
+}
+
+/// A place in a request where a key may be.
+///
+/// The default is `Authorization: Bearer KEY`, then `x-api-key: KEY`:
+///
+/// ```
+/// use tower_api_key::{ApiKeyAuthLayer, Credential, MemoryStore};
+///
+/// let layer = ApiKeyAuthLayer::new(MemoryStore::new())
+///     .credentials([Credential::bearer(), Credential::basic()]);
+/// ```
+#[derive(Clone)]
+pub struct Credential(Place);
+
+#[derive(Clone)]
+enum Place {
+    Bearer,
+    Basic,
+    Header(HeaderName),
+    Closure(Arc<Extract>),
+}
+
+type Extract = dyn for<'a> Fn(&RequestHead<'a>) -> Option<Cow<'a, str>> + Send + Sync;
+type Token<'a> = Cow<'a, str>;
+
+/// Base64 of the longest user-pass that is looked at: a key of 512 bytes, a colon and a password.
+const MAX_BASIC_BYTES: usize = 2048;
+
+impl Credential {
+    /// `Authorization: Bearer KEY` (RFC 6750 §2.1), the scheme in any case.
+    pub fn bearer() -> Self {
+        Self(Place::Bearer)
+    }
+
+    /// `Authorization: Basic …` with the key as user name (RFC 7617); the password is not looked at.
+    /// This is what `curl -u KEY:` sends.
+    pub fn basic() -> Self {
+        Self(Place::Basic)
+    }
+
+    /// The whole value of another header field.
+    pub fn header(name: HeaderName) -> Self {
+        Self(Place::Header(name))
+    }
+
+    /// Whatever `extract` finds. Nothing is removed from the request then.
+    ///
+    /// A key in the query string is left to this, because URLs end up in the logs of every proxy on
+    /// the way, in browser histories and in `Referer` fields. Where a client can't do otherwise:
+    ///
+    /// ```
+    /// use tower_api_key::Credential;
+    ///
+    /// let from_query = Credential::from_fn(|head| {
+    ///     let pairs = head.uri().query()?.split('&');
+    ///     pairs.filter_map(|pair| pair.strip_prefix("key=")).next().map(Into::into)
+    /// });
+    /// ```
+    pub fn from_fn<F>(extract: F) -> Self
+    where
+        F: for<'a> Fn(&RequestHead<'a>) -> Option<Cow<'a, str>> + Send + Sync + 'static,
+    {
+        Self(Place::Closure(Arc::new(extract)))
+    }
+
+    pub(crate) fn is_basic(&self) -> bool {
+        matches!(self.0, Place::Basic)
+    }
+
+    /// The header field that may hold the key.
+    pub(crate) fn header_name(&self) -> Option<&HeaderName> {
+        match &self.0 {
+            Place::Bearer | Place::Basic => Some(&header::AUTHORIZATION),
+            Place::Header(name) => Some(name),
+            Place::Closure(_) => None,
+        }
+    }
+
+    fn find<'a>(&self, head: &RequestHead<'a>) -> Result<Option<Token<'a>>, Denial> {
+        match &self.0 {
+            Place::Bearer => {
+                let Some(value) = authorization(head.headers, "bearer")? else { return Ok(None) };
+                Ok(Some(Cow::Borrowed(token(value)?)))
+            }
+            Place::Basic => authorization(head.headers, "basic")?.map(user_name).transpose(),
+            Place::Header(name) => {
+                let mut values = head.headers.get_all(name).iter().map(HeaderValue::as_bytes);
+                let Some(first) = values.next() else { return Ok(None) };
+                let first = token(first)?;
+                for other in values {
+                    same(first, token(other)?)?;
+                }
+                Ok(Some(Cow::Borrowed(first)))
+            }
+            Place::Closure(extract) => {
+                let Some(found) = extract(head) else { return Ok(None) };
+                Ok(Some(match found {
+                    Cow::Borrowed(found) => Cow::Borrowed(token(found.as_bytes())?),
+                    Cow::Owned(found) => Cow::Owned(token(found.as_bytes())?.to_owned()),
+                }))
+            }
+        }
+    }
+}
+
+/// Finds the one credential that the request carries in any of the places. The same one in two
+/// places is fine.
+pub(crate) fn find<'a>(
+    places: &[Credential],
+    head: &RequestHead<'a>,
+) -> Result<Option<Cow<'a, str>>, Denial> {
+    let mut found: Option<Token<'a>> = None;
+    for place in places {
+        if let Some(token) = place.find(head)? {
+            match &found {
+                Some(first) => same(first, &token)?,
+                None => found = Some(token),
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn same(first: &str, second: &str) -> Result<(), MalformedCredential> {
+    // Both come from the caller, so there is nothing to learn from the time that this takes.
+    if first == second { Ok(()) } else { Err(MalformedCredential::Conflicting) }
+}
+
+/// What stands behind `scheme` in the `Authorization` field (RFC 9110 §11.4: a scheme, spaces, the
+/// rest); `None` for another scheme or no field at all.
+fn authorization<'a>(
+    headers: &'a HeaderMap,
+    scheme: &str,
+) -> Result<Option<&'a [u8]>, MalformedCredential> {
+    let mut values = headers.get_all(header::AUTHORIZATION).iter();
+    let Some(value) = values.next() else { return Ok(None) };
+    if values.next().is_some() {
+        return Err(MalformedCredential::Repeated);
+    }
+    let value = value.as_bytes().trim_ascii();
+    let scheme_end = value.iter().position(|&byte| !is_token_char(byte)).unwrap_or(value.len());
+    let (found, rest) = value.split_at(scheme_end);
+    if found.is_empty() || !matches!(rest.first(), None | Some(b' ')) {
+        return Err(MalformedCredential::NoScheme);
+    }
+    let spaces = rest.iter().take_while(|&&byte| byte == b' ').count();
+    Ok(found.eq_ignore_ascii_case(scheme.as_bytes()).then_some(&rest[spaces..]))
+}
+
+/// `tchar` of RFC 9110 §5.6.2.
+fn is_token_char(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
+}
+
+/// The user name of a Basic credential (RFC 7617 §2).
+fn user_name<'a>(encoded: &[u8]) -> Result<Token<'a>, Denial> {
+    let encoded = token(encoded)?;
+    if encoded.len() > MAX_BASIC_BYTES {
+        return Err(UnrecognizedKey::TooLong.into());
+    }
+    let user_pass =
+        Zeroizing::new(STANDARD.decode(encoded).map_err(|_| MalformedCredential::NotBasic)?);
+    let colon = user_pass.iter().position(|&byte| byte == b':');
+    let user = &user_pass[..colon.ok_or(MalformedCredential::NotBasic)?];
+    // White space is part of a user name, so that it is not taken off here.
+    if user
+        .first()
+        .zip(user.last())
+        .is_some_and(|(a, b)| a.is_ascii_whitespace() || b.is_ascii_whitespace())
+    {
+        return Err(MalformedCredential::ForbiddenBytes.into());
+    }
+    Ok(Cow::Owned(token(user)?.to_owned()))
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Place::Bearer => f.write_str("Credential(Authorization: Bearer)"),
+            Place::Basic => f.write_str("Credential(Authorization: Basic)"),
+            Place::Header(name) => write!(f, "Credential({name})"),
+            Place::Closure(_) => f.write_str("Credential(closure)"),
+        }
+    }
+}
+
+/// What becomes of the header fields that held the key before the inner service sees the request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum KeyHeader {
+    Remove,
+    MarkSensitive,
+}
+
+impl KeyHeader {
+    /// Treats every field in which one of `places` may find a key. Leaves `Authorization` fields of
+    /// another scheme alone.
+    pub(crate) fn treat(self, places: &[Credential], headers: &mut HeaderMap) {
+        for place in places {
+            let scheme = match &place.0 {
+                Place::Bearer => Some("bearer"),
+                Place::Basic => Some("basic"),
+                _ => None,
+            };
+            let Some(name) = place.header_name() else { continue };
+            if scheme.is_some_and(|scheme| !matches!(authorization(headers, scheme), Ok(Some(_)))) {
+                continue;
+            }
+            match (self, headers.entry(name)) {
+                (Self::Remove, header::Entry::Occupied(field)) => {
+                    field.remove_entry_mult();
+                }
+                (Self::MarkSensitive, header::Entry::Occupied(mut field)) => {
+                    field.iter_mut().for_each(|value| value.set_sensitive(true));
+                }
+                (_, header::Entry::Vacant(_)) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! How a key looks: [`KeyFormat`] parses, checks and generates keys.
+
+use std::fmt;
+
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
+use subtle::ConstantTimeEq;
+use zeroize::Zeroizing;
+
+use super::{
+    base62::{self, is_base62},
+    presented::{PresentedKey, UnrecognizedKey},
+};
+
+/// How keys look. Structured keys are what new keys should be; [`KeyFormat::first_chars`] keeps
+/// existing ones working.
+///
+/// A structured key is `BRAND_ENV_ID_SECRETCHECK`: a brand and an environment of your choice, a
+/// public lookup id of 10 base 62 digits, a secret of 22 (131 bits from the operating system), and a
+/// check of 6. It is at most 55 bytes long, so that its SHA-256 is one block (FIPS 180-4 §5.1.1: 64
+/// bytes less 9 of padding).
+///
+/// The check is a CRC-32 by default, which catches typos and lets secret scanners tell a key from
+/// noise without asking anybody. With [`KeyFormat::with_mint_secret`] it is a MAC, so that a key
+/// that was never issued is refused without a look-up.
+///
+/// ```
+/// use tower_api_key::KeyFormat;
+///
+/// let format = KeyFormat::structured("acme", "live")?;
+/// # Ok::<(), tower_api_key::FormatError>(())
+/// ```
+#[derive(Clone)]
+pub struct KeyFormat(Kind);
+
+#[derive(Clone)]
+enum Kind {
+    Structured(Structured),
+    FirstChars(usize),
+}
+
+#[derive(Clone)]
+struct Structured {
+    brand: Box<str>,
+    environment: Box<str>,
+    check: Check,
+}
+
+#[derive(Clone)]
+enum Check {
+    Crc32,
+    /// The current mint secret first, retired ones after it.
+    Mint(Vec<MintSecret>),
+}
+
+type MintSecret = Zeroizing<Box<[u8]>>;
+
+const ID_DIGITS: usize = 10;
+const SECRET_DIGITS: usize = 22;
+const CHECK_DIGITS: usize = 6;
+const MAX_KEY_BYTES: usize = 55;
+const MAX_NAME_BYTES: usize = MAX_KEY_BYTES - ID_DIGITS - SECRET_DIGITS - CHECK_DIGITS - 3;
+const MIN_MINT_SECRET_BYTES: usize = 16;
+const MAX_FIRST_CHARS: usize = 64;
+
+/// How a format judges a text.
+pub(super) enum Verdict {
+    /// It is a key of this format.
+    Key(PresentedKey),
+    /// It carries this format's brand, so that no laxer format may have it, but is no key.
+    Claimed(UnrecognizedKey),
+    /// It is none of this format's business.
+    Foreign,
+}
+
+impl KeyFormat {
+    /// Keys that look like `BRAND_ENV_ID_SECRETCHECK`.
+    ///
+    /// # Errors
+    ///
+    /// If `brand` or `environment` is empty, is not base 62, or the two together are longer than 14
+    /// bytes.
+    pub fn structured(brand: &str, environment: &str) -> Result<Self, FormatError> {
+        if [brand, environment].iter().any(|name| name.is_empty() || !is_base62(name)) {
+            return Err(FormatError::NotBase62);
+        }
+        if brand.len() + environment.len() > MAX_NAME_BYTES {
+            return Err(FormatError::TooLong);
+        }
+        Ok(Self(Kind::Structured(Structured {
+            brand: brand.into(),
+            environment: environment.into(),
+            check: Check::Crc32,
+        })))
+    }
+
+    /// Existing keys whose first `n` characters are the lookup prefix. Several keys may share it;
+    /// each is tried, at most 8.
+    ///
+    /// # Errors
+    ///
+    /// If `n` is 0 or more than 64.
+    pub fn first_chars(n: usize) -> Result<Self, FormatError> {
+        if n == 0 || n > MAX_FIRST_CHARS {
+            return Err(FormatError::PrefixLength);
+        }
+        Ok(Self(Kind::FirstChars(n)))
+    }
+
+    /// Makes the check a MAC under `secret`, which every node that issues or accepts keys must have:
+    /// a forged key is then refused with no look-up at all.
+    ///
+    /// # Errors
+    ///
+    /// If the secret is shorter than 16 bytes, or the format is not structured.
+    pub fn with_mint_secret(self, secret: impl AsRef<[u8]>) -> Result<Self, FormatError> {
+        self.add_mint_secret(secret.as_ref(), |secrets, secret| secrets.insert(0, secret))
+    }
+
+    /// Goes on accepting keys whose check was made under `secret`, and mints none with it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`KeyFormat::with_mint_secret`], which comes first.
+    pub fn with_retired_mint_secret(self, secret: impl AsRef<[u8]>) -> Result<Self, FormatError> {
+        if !matches!(&self.0, Kind::Structured(Structured { check: Check::Mint(_), .. })) {
+            return Err(FormatError::NoCurrentMintSecret);
+        }
+        self.add_mint_secret(secret.as_ref(), |secrets, secret| secrets.push(secret))
+    }
+
+    fn add_mint_secret(
+        self,
+        secret: &[u8],
+        add: impl FnOnce(&mut Vec<MintSecret>, MintSecret),
+    ) -> Result<Self, FormatError> {
+        if secret.len() < MIN_MINT_SECRET_BYTES {
+            return Err(FormatError::ShortMintSecret);
+        }
+        let Kind::Structured(mut structured) = self.0 else {
+            return Err(FormatError::NotStructured);
+        };
+        let mut secrets = match structured.check {
+            Check::Crc32 => Vec::new(),
+            Check::Mint(secrets) => secrets,
+        };
+        add(&mut secrets, Zeroizing::new(secret.into()));
+        structured.check = Check::Mint(secrets);
+        Ok(Self(Kind::Structured(structured)))
+    }
+
+    pub(super) fn is_structured(&self) -> bool {
+        matches!(self.0, Kind::Structured(_))
+    }
+
+    /// Whether both formats would claim the same keys.
+    pub(super) fn clashes_with(&self, other: &Self) -> bool {
+        match (&self.0, &other.0) {
+            (Kind::Structured(a), Kind::Structured(b)) => {
+                a.brand == b.brand && a.environment == b.environment
+            }
+            (Kind::FirstChars(_), Kind::FirstChars(_)) => true,
+            _ => false,
+        }
+    }
+
+    /// Judges `text`, which is visible ASCII of bounded length.
+    pub(super) fn judge(&self, text: &str) -> Verdict {
+        match &self.0 {
+            Kind::Structured(structured) => structured.judge(text),
+            // A key that ends with its lookup prefix has no secret.
+            Kind::FirstChars(n) if text.len() > *n => {
+                Verdict::Key(PresentedKey::new(text, 0..*n, false))
+            }
+            Kind::FirstChars(_) => Verdict::Foreign,
+        }
+    }
+
+    /// Generates a key, if the format is one that keys are minted in.
+    pub(super) fn generate(&self) -> Option<Result<PresentedKey, getrandom::Error>> {
+        match &self.0 {
+            Kind::Structured(structured) => Some(structured.generate()),
+            Kind::FirstChars(_) => None,
+        }
+    }
+}
+
+impl Structured {
+    fn judge(&self, text: &str) -> Verdict {
+        let Some(rest) = strip_word(text, &self.brand) else { return Verdict::Foreign };
+        let Some(rest) = strip_word(rest, &self.environment) else {
+            return Verdict::Claimed(UnrecognizedKey::WrongShape);
+        };
+        let body = rest.split_once('_').filter(|(id, secret_and_check)| {
+            id.len() == ID_DIGITS
+                && secret_and_check.len() == SECRET_DIGITS + CHECK_DIGITS
+                && is_base62(id)
+                && is_base62(secret_and_check)
+        });
+        if body.is_none() {
+            return Verdict::Claimed(UnrecognizedKey::WrongShape);
+        }
+        let (checked, check) = text.split_at(text.len() - CHECK_DIGITS);
+        if !self.check.accepts(checked, check) {
+            return Verdict::Claimed(UnrecognizedKey::WrongCheck);
+        }
+        let id_start = text.len() - rest.len();
+        Verdict::Key(PresentedKey::new(text, id_start..id_start + ID_DIGITS, true))
+    }
+
+    fn generate(&self) -> Result<PresentedKey, getrandom::Error> {
+        // Reserved in full, so that no half-built key stays behind in a buffer that was outgrown.
+        let mut text = Zeroizing::new(String::with_capacity(MAX_KEY_BYTES));
+        text.push_str(&self.brand);
+        text.push('_');
+        text.push_str(&self.environment);
+        text.push('_');
+        let id = text.len()..text.len() + ID_DIGITS;
+        base62::push_random(&mut text, ID_DIGITS)?;
+        text.push('_');
+        base62::push_random(&mut text, SECRET_DIGITS)?;
+        let check = self.check.mint(&text);
+        text.extend(check.map(char::from));
+        Ok(PresentedKey::new(&text, id, true))
+    }
+}
+
+fn strip_word<'a>(text: &'a str, word: &str) -> Option<&'a str> {
+    text.strip_prefix(word)?.strip_prefix('_')
+}
+
+impl Check {
+    fn mint(&self, checked: &str) -> [u8; CHECK_DIGITS] {
+        match self {
+            Self::Crc32 => crc32(checked),
+            Self::Mint(secrets) => {
+                secrets.first().map_or_else(|| crc32(checked), |s| mac(s, checked))
+            }
+        }
+    }
+
+    fn accepts(&self, checked: &str, check: &str) -> bool {
+        let equals = |expected: [u8; CHECK_DIGITS]| bool::from(expected.ct_eq(check.as_bytes()));
+        match self {
+            Self::Crc32 => equals(crc32(checked)),
+            Self::Mint(secrets) => secrets.iter().any(|secret| equals(mac(secret, checked))),
+        }
+    }
+}
+
+fn crc32(checked: &str) -> [u8; CHECK_DIGITS] {
+    base62::digits(u64::from(crc32fast::hash(checked.as_bytes())))
+}
+
+/// The first 8 bytes of HMAC-SHA-256, as 6 base 62 digits: a forger's guess is right once in 2³⁵
+/// tries, and then only reaches the look-up.
+fn mac(secret: &[u8], checked: &str) -> [u8; CHECK_DIGITS] {
+    let tag = hmac_sha256(secret, checked.as_bytes());
+    base62::digits(tag.iter().take(8).fold(0, |number, &byte| number << 8 | u64::from(byte)))
+}
+
+pub(super) fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
+    // HMAC takes a key of any length (RFC 2104 §2); the constructor's error is for MACs that don't.
+    let Ok(mac) = Hmac::<Sha256>::new_from_slice(secret) else {
+        unreachable!("HMAC has no bad key")
+    };
+    mac.chain_update(message).finalize().into_bytes().into()
+}
+
+impl fmt::Debug for KeyFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Kind::Structured(Structured { brand, environment, check }) => {
+                let check = match check {
+                    Check::Crc32 => "CRC-32",
+                    Check::Mint(_) => "MAC",
+                };
+                write!(f, "KeyFormat({brand}_{environment}_…, {check})")
+            }
+            Kind::FirstChars(n) => write!(f, "KeyFormat(first {n} characters)"),
+        }
+    }
+}
+
+/// Why a [`KeyFormat`] can't be built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FormatError {
+    /// The brand or the environment is empty or not base 62.
+    NotBase62,
+    /// The brand and the environment together are longer than 14 bytes.
+    TooLong,
+    /// The lookup prefix is to have no characters, or more than 64.
+    PrefixLength,
+    /// A mint secret has fewer than 16 bytes.
+    ShortMintSecret,
+    /// A mint secret was given to a format that is not structured.
+    NotStructured,
+    /// A retired mint secret was given before a current one.
+    NoCurrentMintSecret,
+}
+
+impl fmt::Display for FormatError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotBase62 => {
+                "the brand and the environment of a key are letters and digits, at least one each"
+            }
+            Self::TooLong => "the brand and the environment of a key are at most 14 bytes together",
+            Self::PrefixLength => "a lookup prefix has 1 to 64 characters",
+            Self::ShortMintSecret => "a mint secret has at least 16 bytes",
+            Self::NotStructured => "only a structured format has a mint secret",
+            Self::NoCurrentMintSecret => "give the current mint secret before retired ones",
+        })
+    }
+}
+
+impl std::error::Error for FormatError {}

@@ -1,0 +1,118 @@
+//! Where slow hashes are checked: off the async threads, few at a time, behind a bounded queue.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use tokio::sync::Semaphore;
+
+use super::{
+    hash::BcryptHash,
+    presented::PresentedKey,
+    ration::{Ration, Source},
+};
+use crate::{clock::Clock, error::StoreError};
+
+/// A bounded pool of bcrypt checks, shared by everything that has the same scheme.
+#[derive(Debug)]
+pub(super) struct BcryptPool {
+    /// Checks that run at once.
+    slots: Arc<Semaphore>,
+    /// Checks that run or wait.
+    tickets: Arc<Semaphore>,
+    /// One permit a lookup prefix, for as long as somebody wants it.
+    turns: Mutex<HashMap<Box<str>, Weak<Semaphore>>>,
+    ration: Mutex<Ration>,
+    clock: Arc<dyn Clock>,
+}
+
+/// The slow checks that one look-up is left with: a key against the bcrypt hashes under its prefix.
+pub(crate) struct SlowCheck {
+    pub(super) hashes: Vec<BcryptHash>,
+    pub(super) key: Arc<PresentedKey>,
+    pub(super) address: Option<IpAddr>,
+}
+
+impl BcryptPool {
+    pub(super) fn new(slots: usize, queue: usize, clock: Arc<dyn Clock>) -> Self {
+        Self {
+            slots: Arc::new(Semaphore::new(slots)),
+            tickets: Arc::new(Semaphore::new(slots + queue)),
+            turns: Mutex::default(),
+            ration: Mutex::new(Ration::new(slots)),
+            clock,
+        }
+    }
+
+    /// Checks the hashes in turn and says which of them matches, if one does.
+    ///
+    /// A check that has begun runs to its end and counts, even if whoever asked for it has gone; it
+    /// holds its slot and its turn until then.
+    ///
+    /// # Errors
+    ///
+    /// `Overloaded` if the queue is full or the ration is used up.
+    pub(super) async fn run(
+        self: &Arc<Self>,
+        check: SlowCheck,
+    ) -> Result<Option<usize>, StoreError> {
+        let source = Source::new(check.address);
+        self.admit(&check, source)?;
+        let Ok(ticket) = Arc::clone(&self.tickets).try_acquire_owned() else {
+            return Err(StoreError::overloaded(
+                "too many bcrypt checks are waiting",
+                Duration::from_secs(1),
+            ));
+        };
+        // The turn comes first: whoever waits for it must not hold a slot that another key could use.
+        let turn = acquire(self.turn(check.key.id())).await?;
+        let slot = acquire(Arc::clone(&self.slots)).await?;
+        // Again, because those who went before may have failed while this one waited.
+        self.admit(&check, source)?;
+
+        let pool = Arc::clone(self);
+        let job = move || {
+            let begun = Instant::now();
+            let key = check.key.expose_secret();
+            let matched = check.hashes.iter().position(|hash| hash.matches(key));
+            let (now, took) = (pool.clock.monotonic(), begun.elapsed());
+            pool.ration().note(check.key.id(), source, now, took, matched.is_none());
+            drop((turn, slot, ticket));
+            matched
+        };
+        tokio::task::spawn_blocking(job).await.map_err(StoreError::unavailable)
+    }
+
+    fn admit(&self, check: &SlowCheck, source: Source) -> Result<(), StoreError> {
+        let now = self.clock.monotonic();
+        self.ration().admit(check.key.id(), source, now).map_err(|wait| {
+            StoreError::overloaded("too many failed checks: slow checks are rationed", wait)
+        })
+    }
+
+    fn ration(&self) -> MutexGuard<'_, Ration> {
+        self.ration.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn turn(&self, prefix: &str) -> Arc<Semaphore> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(turn) = turns.get(prefix).and_then(Weak::upgrade) {
+            return turn;
+        }
+        // No more live turns than tickets, so the sweep is short and the map stays as small.
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        let turn = Arc::new(Semaphore::new(1));
+        turns.insert(prefix.into(), Arc::downgrade(&turn));
+        turn
+    }
+}
+
+async fn acquire(
+    semaphore: Arc<Semaphore>,
+) -> Result<tokio::sync::OwnedSemaphorePermit, StoreError> {
+    // Nothing closes these semaphores.
+    semaphore.acquire_owned().await.map_err(StoreError::unavailable)
+}

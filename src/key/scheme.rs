@@ -1,0 +1,348 @@
+//! Formats, hashing, pool, ration and clock in one value: [`KeyScheme`].
+
+use std::{fmt, net::IpAddr, num::NonZero, sync::Arc, thread::available_parallelism};
+
+use subtle::ConstantTimeEq;
+use zeroize::Zeroizing;
+
+use super::{
+    FormatError, KeyFormat, KeyHash,
+    format::Verdict,
+    hash::{Kind, Pepper},
+    pool::{BcryptPool, SlowCheck},
+    presented::{PresentedKey, UnrecognizedKey, check_length},
+};
+use crate::{
+    clock::{Clock, SystemClock},
+    error::StoreError,
+};
+
+/// How keys look and are hashed, for a layer and a [`KeyManager`](crate::KeyManager) to share.
+///
+/// The default accepts and mints structured keys with the brand `tak` and the environment `live`,
+/// hashed with SHA-256. A product picks its own brand:
+///
+/// ```
+/// use tower_api_key::{KeyFormat, KeyScheme};
+///
+/// let scheme = KeyScheme::builder()
+///     .format(KeyFormat::structured("acme", "live")?)
+///     // Keys from before, whose first 8 characters are in the column `key_prefix`.
+///     .format(KeyFormat::first_chars(8)?)
+///     .pepper("read this from the environment")
+///     .upgrade_hashes(true)
+///     .build()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// A clone shares the pool and the ration, so give the same scheme to every layer in a process.
+#[derive(Clone)]
+pub struct KeyScheme(Arc<Inner>);
+
+struct Inner {
+    formats: Vec<KeyFormat>,
+    /// The current pepper first, retired ones after it.
+    peppers: Vec<Pepper>,
+    upgrades_hashes: bool,
+    pool: Arc<BcryptPool>,
+    clock: Arc<dyn Clock>,
+}
+
+/// What the fast hashes say of a stored key.
+pub(crate) enum FastCheck {
+    Match,
+    Mismatch,
+    /// Only a slow check can say.
+    Slow,
+    /// The hash can't be checked here at all.
+    Impossible(&'static str),
+}
+
+impl KeyScheme {
+    /// A scheme with settings of your own.
+    pub fn builder() -> KeySchemeBuilder {
+        KeySchemeBuilder {
+            formats: Vec::new(),
+            pepper: None,
+            retired_peppers: Vec::new(),
+            upgrades_hashes: false,
+            slots: None,
+            queue: None,
+            clock: Arc::new(SystemClock),
+        }
+    }
+
+    pub(crate) fn clock(&self) -> &dyn Clock {
+        &*self.0.clock
+    }
+
+    /// Parses visible ASCII. A key that carries the brand of a structured format is judged by the
+    /// formats of that brand alone, wherever they stand, so that a forged one never falls through to
+    /// a laxer one.
+    pub(crate) fn parse(&self, token: &str) -> Result<PresentedKey, UnrecognizedKey> {
+        check_length(token)?;
+        let mut claimed = None;
+        for format in self.0.formats.iter().filter(|format| format.is_structured()) {
+            match format.judge(token) {
+                Verdict::Key(key) => return Ok(key),
+                // A wrong check says more than a wrong environment.
+                Verdict::Claimed(UnrecognizedKey::WrongCheck) => {
+                    claimed = Some(UnrecognizedKey::WrongCheck);
+                }
+                Verdict::Claimed(reason) => claimed = claimed.or(Some(reason)),
+                Verdict::Foreign => {}
+            }
+        }
+        if let Some(reason) = claimed {
+            return Err(reason);
+        }
+        let lax = self.0.formats.iter().filter(|format| !format.is_structured());
+        lax.map(|format| format.judge(token))
+            .find_map(|verdict| if let Verdict::Key(key) = verdict { Some(key) } else { None })
+            .ok_or(UnrecognizedKey::UnknownFormat)
+    }
+
+    /// Generates a key in the first structured format, if there is one.
+    pub(crate) fn generate(&self) -> Option<Result<PresentedKey, getrandom::Error>> {
+        self.0.formats.iter().find_map(KeyFormat::generate)
+    }
+
+    /// The fast hash of a key for storage: under the pepper where there is one, plain SHA-256 for a
+    /// structured key, and none for a key of unknown strength.
+    pub(crate) fn fast_hash(&self, key: &PresentedKey) -> Option<KeyHash> {
+        match self.0.peppers.first() {
+            Some(pepper) => Some(pepper.hash(key.expose_secret())),
+            None if key.is_structured => Some(KeyHash(Kind::Sha256(key.digest))),
+            None => None,
+        }
+    }
+
+    /// The fast hash that is to stand beside the bcrypt hash that `key` has just matched.
+    pub(crate) fn upgrade(&self, key: &PresentedKey) -> Option<KeyHash> {
+        if self.0.upgrades_hashes { self.fast_hash(key) } else { None }
+    }
+
+    /// Checks a key without running bcrypt.
+    pub(crate) fn check_fast(&self, hash: &KeyHash, key: &PresentedKey) -> FastCheck {
+        let matches = match &hash.0 {
+            Kind::Bcrypt(hash) if hash.takes(key.expose_secret()) => return FastCheck::Slow,
+            Kind::Bcrypt(_) => false,
+            // For a key of unknown strength a plain digest can be guessed from a stolen table.
+            Kind::Sha256(_) if !key.is_structured => {
+                return FastCheck::Impossible("a plain sha256$ hash is for structured keys alone");
+            }
+            Kind::Sha256(digest) => bool::from(digest.ct_eq(&key.digest)),
+            Kind::HmacSha256 { pepper: id, mac } => {
+                let Some(pepper) = self.0.peppers.iter().find(|pepper| pepper.id == *id) else {
+                    return FastCheck::Impossible(
+                        "the hash was made under a pepper that this scheme does not have",
+                    );
+                };
+                pepper.matches(mac, key.expose_secret())
+            }
+        };
+        if matches { FastCheck::Match } else { FastCheck::Mismatch }
+    }
+
+    /// Runs slow checks on the pool. See [`BcryptPool::run`].
+    pub(crate) async fn check_slowly(&self, check: SlowCheck) -> Result<Option<usize>, StoreError> {
+        self.0.pool.run(check).await
+    }
+}
+
+impl Default for KeyScheme {
+    fn default() -> Self {
+        let Ok(format) = KeyFormat::structured("tak", "live") else {
+            unreachable!("well-formed names")
+        };
+        let Ok(scheme) = Self::builder().format(format).build() else { unreachable!("one format") };
+        scheme
+    }
+}
+
+impl SlowCheck {
+    /// `None` where no hash is slow.
+    pub(crate) fn new(
+        hashes: impl Iterator<Item = KeyHash>,
+        key: Arc<PresentedKey>,
+        address: Option<IpAddr>,
+    ) -> Option<Self> {
+        let bcrypt =
+            |hash: KeyHash| if let Kind::Bcrypt(hash) = hash.0 { Some(hash) } else { None };
+        let hashes: Vec<_> = hashes.filter_map(bcrypt).collect();
+        (!hashes.is_empty()).then_some(Self { hashes, key, address })
+    }
+}
+
+impl fmt::Debug for KeyScheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyScheme")
+            .field("formats", &self.0.formats)
+            .field("peppers", &self.0.peppers.len())
+            .field("upgrade_hashes", &self.0.upgrades_hashes)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Builds a [`KeyScheme`].
+#[derive(Clone)]
+pub struct KeySchemeBuilder {
+    formats: Vec<KeyFormat>,
+    pepper: Option<Zeroizing<Vec<u8>>>,
+    retired_peppers: Vec<Zeroizing<Vec<u8>>>,
+    upgrades_hashes: bool,
+    slots: Option<usize>,
+    queue: Option<usize>,
+    clock: Arc<dyn Clock>,
+}
+
+impl KeySchemeBuilder {
+    /// Accepts keys of `format`. New keys are minted in the first structured one.
+    #[must_use]
+    pub fn format(mut self, format: KeyFormat) -> Self {
+        self.formats.push(format);
+        self
+    }
+
+    /// Hashes new keys with HMAC-SHA-256 under `pepper`, at least 16 bytes that never lie in the store.
+    #[must_use]
+    pub fn pepper(mut self, pepper: impl AsRef<[u8]>) -> Self {
+        self.pepper = Some(pepper.as_ref().to_vec().into());
+        self
+    }
+
+    /// Goes on checking hashes that were made under `pepper`, and makes none with it.
+    #[must_use]
+    pub fn retired_pepper(mut self, pepper: impl AsRef<[u8]>) -> Self {
+        self.retired_peppers.push(pepper.as_ref().to_vec().into());
+        self
+    }
+
+    /// Whether a successful bcrypt check stores a fast hash beside the slow one, so that the next
+    /// look-up of that key runs no bcrypt. Off by default. Needs a pepper if there are formats of
+    /// unknown strength.
+    #[must_use]
+    pub fn upgrade_hashes(mut self, upgrade: bool) -> Self {
+        self.upgrades_hashes = upgrade;
+        self
+    }
+
+    /// How many bcrypt checks run at once: half of the cores by default, at least one.
+    #[must_use]
+    pub fn bcrypt_slots(mut self, slots: usize) -> Self {
+        self.slots = Some(slots);
+        self
+    }
+
+    /// How many bcrypt checks may wait: 32 a slot by default. Past them the answer is 503.
+    #[must_use]
+    pub fn bcrypt_queue(mut self, queue: usize) -> Self {
+        self.queue = Some(queue);
+        self
+    }
+
+    /// The clock that expiry and rations are judged by.
+    #[must_use]
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Builds the scheme.
+    ///
+    /// # Errors
+    ///
+    /// If there is no format, two formats claim the same keys, a pepper is short, hashes are to be
+    /// upgraded without a pepper for keys of unknown strength, or a bound is out of range.
+    pub fn build(self) -> Result<KeyScheme, SchemeError> {
+        if self.formats.is_empty() {
+            return Err(SchemeError::NoFormat);
+        }
+        for (at, format) in self.formats.iter().enumerate() {
+            if self.formats[..at].iter().any(|earlier| earlier.clashes_with(format)) {
+                return Err(SchemeError::SameFormat);
+            }
+        }
+        if self.pepper.is_none() && !self.retired_peppers.is_empty() {
+            return Err(SchemeError::NoCurrentPepper);
+        }
+        let peppers: Vec<_> = self.pepper.iter().chain(&self.retired_peppers).collect();
+        if peppers.iter().any(|pepper| pepper.len() < MIN_PEPPER_BYTES) {
+            return Err(SchemeError::ShortPepper);
+        }
+        let all_structured = self.formats.iter().all(KeyFormat::is_structured);
+        if self.upgrades_hashes && peppers.is_empty() && !all_structured {
+            return Err(SchemeError::UpgradeWithoutPepper);
+        }
+        let cores = available_parallelism().map_or(1, NonZero::get);
+        let slots = self.slots.unwrap_or((cores / 2).max(1));
+        let queue = self.queue.unwrap_or(QUEUE_PER_SLOT * slots);
+        if slots == 0 || slots > MAX_SLOTS || queue > MAX_QUEUE {
+            return Err(SchemeError::Bounds);
+        }
+        Ok(KeyScheme(Arc::new(Inner {
+            peppers: peppers.into_iter().map(|pepper| Pepper::new(pepper)).collect(),
+            upgrades_hashes: self.upgrades_hashes,
+            pool: Arc::new(BcryptPool::new(slots, queue, Arc::clone(&self.clock))),
+            clock: self.clock,
+            formats: self.formats,
+        })))
+    }
+}
+
+const MIN_PEPPER_BYTES: usize = 16;
+const QUEUE_PER_SLOT: usize = 32;
+const MAX_SLOTS: usize = 1024;
+const MAX_QUEUE: usize = 1 << 20;
+
+impl fmt::Debug for KeySchemeBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeySchemeBuilder").field("formats", &self.formats).finish_non_exhaustive()
+    }
+}
+
+/// Why a [`KeyScheme`] can't be built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SchemeError {
+    /// No format was given.
+    NoFormat,
+    /// Two formats have the same brand and environment, or both take the first characters.
+    SameFormat,
+    /// A pepper has fewer than 16 bytes.
+    ShortPepper,
+    /// A retired pepper was given, and no current one.
+    NoCurrentPepper,
+    /// Hashes are to be upgraded, but a plain fast hash of a key of unknown strength can be guessed.
+    UpgradeWithoutPepper,
+    /// There are to be no bcrypt slots, more than 1,024, or a queue of more than 1,048,576.
+    Bounds,
+    /// A format can't be built.
+    Format(FormatError),
+}
+
+impl From<FormatError> for SchemeError {
+    fn from(error: FormatError) -> Self {
+        Self::Format(error)
+    }
+}
+
+impl fmt::Display for SchemeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoFormat => "a key scheme has at least one format",
+            Self::SameFormat => "two formats of the key scheme claim the same keys",
+            Self::ShortPepper => "a pepper has at least 16 bytes",
+            Self::NoCurrentPepper => "give the current pepper beside retired ones",
+            Self::UpgradeWithoutPepper => {
+                "upgrading the hashes of keys of unknown strength needs a pepper"
+            }
+            Self::Bounds => {
+                "there are 1 to 1,024 bcrypt slots and at most 1,048,576 waiting checks"
+            }
+            Self::Format(error) => return error.fmt(f),
+        })
+    }
+}
+
+impl std::error::Error for SchemeError {}

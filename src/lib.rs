@@ -1,0 +1,45 @@
+#![doc = include_str!("../README.md")]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod authenticate;
+mod body;
+mod client;
+mod clock;
+mod context;
+mod credential;
+mod error;
+#[cfg(feature = "axum")]
+mod extract;
+mod future;
+mod key;
+mod layer;
+mod manage;
+mod policy;
+mod record;
+mod respond;
+mod service;
+mod store;
+mod telemetry;
+
+pub use authenticate::{Authenticator, AuthenticatorBuilder};
+pub use body::ResponseBody;
+pub use client::{ClientAddr, TrustedProxies};
+pub use clock::{Clock, ManualClock, SystemClock};
+pub use context::AuthContext;
+pub use credential::{Credential, RequestHead};
+pub use error::{StoreError, StoreErrorKind};
+pub use future::ResponseFuture;
+pub use key::{
+    FormatError, HashError, KeyFormat, KeyHash, KeyScheme, KeySchemeBuilder, MalformedCredential,
+    SchemeError, UnrecognizedKey,
+};
+pub use layer::{ApiKeyAuthLayer, InvalidRealm};
+pub use manage::{IssuedKey, KeyManager, ManageError, NewKey};
+pub use policy::{AllowedNetwork, EndpointRule, EndpointRuleError, NetworkError};
+pub use record::{
+    Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions, StoredKey,
+    UsageTotals, User, UserId,
+};
+pub use respond::{Denial, Forbidden, InvalidKey, Refusal, openai_error};
+pub use service::ApiKeyAuth;
+pub use store::*;

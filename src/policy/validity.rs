@@ -1,0 +1,20 @@
+//! Whether a key may be used at all at a given moment.
+
+use chrono::{DateTime, Utc};
+
+use crate::{record::KeyRecord, respond::InvalidKey};
+
+/// The first reason for which the key is not valid at `now`, in the order in which people look for
+/// one: the key itself, its owner, its expiry. A key is expired from `expires_at` on.
+pub(crate) fn validity(record: &KeyRecord, now: DateTime<Utc>) -> Result<(), InvalidKey> {
+    if !record.is_active {
+        return Err(InvalidKey::Revoked);
+    }
+    if !record.user.is_active {
+        return Err(InvalidKey::OwnerInactive);
+    }
+    if record.expires_at.is_some_and(|expiry| now >= expiry) {
+        return Err(InvalidKey::Expired);
+    }
+    Ok(())
+}

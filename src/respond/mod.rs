@@ -1,0 +1,11 @@
+//! Why a request is refused, and how that looks in HTTP and in gRPC.
+
+mod denial;
+mod grpc;
+mod problem;
+mod refusal;
+
+pub use denial::{Denial, Forbidden, InvalidKey};
+pub use problem::openai_error;
+pub use refusal::Refusal;
+pub(crate) use refusal::{Asker, OnDenial, Presentation, Realm, Unshaped};

@@ -1,0 +1,115 @@
+//! What passes between a node and its store beside questions: usage, budget leases, the cache secret.
+
+use std::{fmt, time::SystemTime};
+
+use zeroize::Zeroizing;
+
+use crate::record::KeyId;
+
+/// Usage that one writer gathered, to be counted once.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct UsageBatch {
+    /// Names the writer, for as long as it lives.
+    pub writer: String,
+    /// Rises by one with each batch of that writer; a store that has seen it ignores the batch.
+    pub sequence: u64,
+    /// At most one entry a key.
+    pub entries: Vec<KeyUsage>,
+}
+
+impl UsageBatch {
+    /// An empty batch.
+    pub fn new(writer: impl Into<String>, sequence: u64) -> Self {
+        Self { writer: writer.into(), sequence, entries: Vec::new() }
+    }
+}
+
+/// What was used on one key.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct KeyUsage {
+    /// The key.
+    pub key: KeyId,
+    /// Requests.
+    pub requests: u64,
+    /// Tokens.
+    pub tokens: u64,
+    /// Cost in micro-cents.
+    pub cost_micro_cents: i64,
+    /// The last use, where it is due to be written.
+    pub last_used_at: Option<SystemTime>,
+}
+
+impl KeyUsage {
+    /// No usage of `key` yet.
+    pub fn new(key: KeyId) -> Self {
+        Self { key, requests: 0, tokens: 0, cost_micro_cents: 0, last_used_at: None }
+    }
+}
+
+/// Asks for a slice of a key's budget.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LeaseAsk {
+    /// The key.
+    pub key: KeyId,
+    /// Names the node that asks.
+    pub holder: String,
+    /// How much the node wants to hold from now on, in micro-cents; 0 hands the slice back.
+    pub amount_micro_cents: i64,
+}
+
+impl LeaseAsk {
+    /// Asks for `amount_micro_cents` of the budget of `key`, for `holder`.
+    pub fn new(key: KeyId, holder: impl Into<String>, amount_micro_cents: i64) -> Self {
+        Self { key, holder: holder.into(), amount_micro_cents }
+    }
+}
+
+/// A slice of a key's budget, which its holder may spend without asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Lease {
+    /// How much was granted, in micro-cents; may be less than was asked for, and 0.
+    pub amount_micro_cents: i64,
+    /// The database's time at which what was not settled goes back.
+    pub expires_at: SystemTime,
+}
+
+impl Lease {
+    /// A lease of `amount_micro_cents` until `expires_at`.
+    pub fn new(amount_micro_cents: i64, expires_at: SystemTime) -> Self {
+        Self { amount_micro_cents, expires_at }
+    }
+}
+
+/// A secret that authenticates shared cache entries. `Debug` shows its id alone.
+#[derive(Clone)]
+pub struct CacheSecret {
+    id: u64,
+    bytes: Zeroizing<[u8; 32]>,
+}
+
+impl CacheSecret {
+    /// The secret `bytes`, which entries name by `id`.
+    pub fn new(id: u64, bytes: [u8; 32]) -> Self {
+        Self { id, bytes: Zeroizing::new(bytes) }
+    }
+
+    /// How entries name the secret.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// The secret itself.
+    pub fn expose_secret(&self) -> &[u8; 32] {
+        &self.bytes
+    }
+}
+
+impl fmt::Debug for CacheSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CacheSecret").field("id", &self.id).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,89 @@
+//! A store whose type is chosen at run time: [`DynKeyStore`].
+
+use std::{fmt, future::Future, pin::Pin, sync::Arc, time::SystemTime};
+
+use super::{
+    Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, StoreError, UsageBatch,
+};
+
+/// Any [`KeyStore`], as one type. Cheap to clone; everything above the stores works on it.
+///
+/// ```
+/// use tower_api_key::{ApiKeyAuthLayer, DynKeyStore, MemoryStore};
+///
+/// let store = match std::env::var("DATABASE_URL") {
+///     // Ok(url) => DynKeyStore::new(PostgresStore::connect(&url)?),
+///     _ => DynKeyStore::new(MemoryStore::new()),
+/// };
+/// let layer = ApiKeyAuthLayer::new(store);
+/// ```
+#[derive(Clone)]
+pub struct DynKeyStore(Arc<dyn Erased>);
+
+impl DynKeyStore {
+    /// Erases the type of `store`.
+    pub fn new(store: impl KeyStore) -> Self {
+        Self(Arc::new(store))
+    }
+}
+
+impl KeyStore for DynKeyStore {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        self.0.resolve(lookup).await
+    }
+
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        self.0.changes(since)
+    }
+
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.0.record_usage(batch).await
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        self.0.lease(ask).await
+    }
+
+    async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
+        self.0.cache_secret().await
+    }
+}
+
+impl fmt::Debug for DynKeyStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DynKeyStore").finish_non_exhaustive()
+    }
+}
+
+type Boxed<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
+
+/// [`KeyStore`] in a form that can be a trait object.
+trait Erased: Send + Sync {
+    fn resolve<'a>(&'a self, lookup: &'a Lookup) -> Boxed<'a, Answer>;
+    fn changes(&self, since: SystemTime) -> ChangeStream;
+    fn record_usage<'a>(&'a self, batch: &'a UsageBatch) -> Boxed<'a, ()>;
+    fn lease<'a>(&'a self, ask: &'a LeaseAsk) -> Boxed<'a, Lease>;
+    fn cache_secret(&self) -> Boxed<'_, Option<CacheSecret>>;
+}
+
+impl<S: KeyStore> Erased for S {
+    fn resolve<'a>(&'a self, lookup: &'a Lookup) -> Boxed<'a, Answer> {
+        Box::pin(KeyStore::resolve(self, lookup))
+    }
+
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        KeyStore::changes(self, since)
+    }
+
+    fn record_usage<'a>(&'a self, batch: &'a UsageBatch) -> Boxed<'a, ()> {
+        Box::pin(KeyStore::record_usage(self, batch))
+    }
+
+    fn lease<'a>(&'a self, ask: &'a LeaseAsk) -> Boxed<'a, Lease> {
+        Box::pin(KeyStore::lease(self, ask))
+    }
+
+    fn cache_secret(&self) -> Boxed<'_, Option<CacheSecret>> {
+        Box::pin(KeyStore::cache_secret(self))
+    }
+}

@@ -1,0 +1,134 @@
+//! Where keys are kept: [`KeyStore`], the plug, and [`KeyRepository`], its write side.
+
+mod account;
+mod change;
+mod erased;
+mod lookup;
+mod memory;
+mod repository;
+
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod migrate;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod row;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod statement;
+
+use std::{future::Future, sync::Arc, time::SystemTime};
+
+pub use account::{CacheSecret, KeyUsage, Lease, LeaseAsk, UsageBatch};
+pub use change::{Change, ChangeStream};
+pub use erased::DynKeyStore;
+pub(crate) use lookup::Outcome;
+pub use lookup::{Answer, HashUpgrade, Lookup};
+pub use memory::MemoryStore;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use migrate::{ColumnFault, MigrateError};
+#[cfg(feature = "postgres")]
+pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
+pub use repository::{KeyRepository, ListKeys};
+#[cfg(feature = "sqlite")]
+pub use sqlite::{SqliteStore, SqliteStoreBuilder};
+
+use crate::error::StoreError;
+
+/// Where keys are looked up.
+///
+/// A store is asked, listened to and told; only the first is required of it. The smallest one that
+/// is of use:
+///
+/// ```
+/// use std::collections::HashMap;
+/// use tower_api_key::{Answer, KeyRecord, KeyStore, Lookup, StoreError, StoredKey, User};
+///
+/// /// Key ids and hashes by lookup id.
+/// struct Users(HashMap<String, (i64, String)>);
+///
+/// impl KeyStore for Users {
+///     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+///         let Some((id, hash)) = self.0.get(lookup.id()) else { return lookup.verify([]).await };
+///         let record = KeyRecord::new(*id, lookup.id(), User::new(7, "a@b.c"));
+///         lookup.verify([StoredKey::new(record, hash.parse()?)]).await
+///     }
+/// }
+/// ```
+///
+/// # What an implementer must never do
+///
+/// Never return an [`Answer`] that was made by another [`Lookup`] (it is refused), never
+/// [`vouch`](Lookup::vouch) for a key that was not proven, never say "unknown" when the truth is
+/// "could not ask" (that is an error), and never keep the presented key.
+pub trait KeyStore: Send + Sync + 'static {
+    /// Ask: what is stored under the key that `lookup` presents, and does it match?
+    ///
+    /// # Errors
+    ///
+    /// When the question could not be answered; never for a key that is unknown or wrong.
+    fn resolve(&self, lookup: &Lookup) -> impl Future<Output = Result<Answer, StoreError>> + Send;
+
+    /// Listen: changes since then, so that caches above can drop what they hold. Each call is an
+    /// independent stream. By default there is no feed.
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        let _ = since;
+        ChangeStream::none()
+    }
+
+    /// Tell: a batch of usage and last-used times. Must count once however often the same batch comes.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` by default.
+    fn record_usage(
+        &self,
+        batch: &UsageBatch,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send {
+        let _ = batch;
+        async { Err(StoreError::unsupported("usage")) }
+    }
+
+    /// Take, renew or hand back a slice of what is left of a key's budget: the store is the ledger.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` by default.
+    fn lease(&self, ask: &LeaseAsk) -> impl Future<Output = Result<Lease, StoreError>> + Send {
+        let _ = ask;
+        async { Err(StoreError::unsupported("budget leases")) }
+    }
+
+    /// The secret that authenticates shared cache entries; asked at first use, and again until it
+    /// answers. By default there is none.
+    ///
+    /// # Errors
+    ///
+    /// When the store could not be asked.
+    fn cache_secret(&self) -> impl Future<Output = Result<Option<CacheSecret>, StoreError>> + Send {
+        async { Ok(None) }
+    }
+}
+
+impl<S: KeyStore> KeyStore for Arc<S> {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        S::resolve(self, lookup).await
+    }
+
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        S::changes(self, since)
+    }
+
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        S::record_usage(self, batch).await
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        S::lease(self, ask).await
+    }
+
+    async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
+        S::cache_secret(self).await
+    }
+}

@@ -1,0 +1,229 @@
+//! Keys in PostgreSQL: [`PostgresStore`].
+
+mod adopt;
+mod connect;
+mod repository;
+mod tls;
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use diesel::{
+    QueryableByName,
+    pg::Pg,
+    result::{DatabaseErrorKind, Error},
+    sql_types::{BigInt, Nullable, Text},
+};
+use diesel_async::{
+    AsyncPgConnection, RunQueryDsl,
+    pooled_connection::{
+        PoolError as ConnectFault, PoolableConnection,
+        deadpool::{Object, Pool, PoolError},
+    },
+};
+
+use self::connect::Target;
+pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
+use super::{
+    Answer, KeyStore, Lookup, MigrateError,
+    lookup::MAX_CANDIDATES,
+    row,
+    statement::{Bind, Statement, TextRow},
+};
+use crate::{error::StoreError, telemetry};
+
+/// Keys in PostgreSQL 12 or newer, over a pool of connections: what a fleet needs.
+///
+/// TLS is as the URL's `sslmode` says. Queries name the tables without a schema, so that the
+/// `search_path` decides where they are.
+///
+/// ```no_run
+/// use tower_api_key::{ApiKeyAuthLayer, PostgresStore};
+///
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let store = PostgresStore::new("postgres://app@db.internal/app?sslmode=verify-full")?;
+/// store.migrate().await?;
+/// let layer = ApiKeyAuthLayer::new(store);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct PostgresStore(Arc<Inner>);
+
+struct Inner {
+    pool: Pool<AsyncPgConnection>,
+    target: Target,
+    deadline: Duration,
+}
+
+impl PostgresStore {
+    /// A store on the database at `url`, with the default settings. Connects at first use.
+    ///
+    /// # Errors
+    ///
+    /// If the URL can't be read. The error never shows the URL.
+    pub fn new(url: &str) -> Result<Self, PostgresUrlError> {
+        Self::builder(url).build()
+    }
+
+    /// Settings of your own for the database at `url`.
+    pub fn builder(url: &str) -> PostgresStoreBuilder {
+        PostgresStoreBuilder::new(url)
+    }
+
+    /// Brings the schema up to date, and adopts tables `users` and `api_keys` that are already there.
+    /// Safe when many nodes do it at once: one does, the others wait.
+    ///
+    /// # Errors
+    ///
+    /// If tables can't be adopted, or the database fails. Nothing is changed then.
+    pub async fn migrate(&self) -> Result<(), MigrateError> {
+        adopt::migrate(&self.0.target).await
+    }
+
+    /// Runs a statement on a connection of the pool, once more if the connection turns out to be dead.
+    async fn load<R>(&self, statement: &Statement) -> Result<Vec<R>, StoreError>
+    where
+        R: QueryableByName<Pg> + Send + 'static,
+    {
+        let attempts = async {
+            match self.attempt(statement).await {
+                // It was in the pool when the server went away.
+                Err(Attempt { was_broken: true, .. }) => self.attempt(statement).await,
+                outcome => outcome,
+            }
+        };
+        match tokio::time::timeout(self.0.deadline, attempts).await {
+            Ok(outcome) => outcome.map_err(|attempt| attempt.error),
+            Err(_) => Err(StoreError::timeout(self.0.deadline)),
+        }
+    }
+
+    async fn attempt<R>(&self, statement: &Statement) -> Result<Vec<R>, Attempt>
+    where
+        R: QueryableByName<Pg> + Send + 'static,
+    {
+        let failed = |error| Attempt { error: pool_error(error), was_broken: false };
+        let mut checkout = Checkout(Some(self.0.pool.get().await.map_err(failed)?));
+        let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
+        let result = RunQueryDsl::load(statement, connection).await;
+        let was_broken = connection.is_broken();
+        if !was_broken {
+            checkout.put_back();
+        }
+        result.map_err(|error| Attempt { error: store_error(error, was_broken), was_broken })
+    }
+}
+
+struct Attempt {
+    error: StoreError,
+    was_broken: bool,
+}
+
+/// A connection on loan. If it is dropped in the middle of a query, because the caller has gone or the
+/// deadline is over, it leaves the pool and is closed: an answer may still be on its way to it.
+struct Checkout(Option<Object<AsyncPgConnection>>);
+
+impl Checkout {
+    fn put_back(&mut self) {
+        drop(self.0.take());
+    }
+}
+
+impl Drop for Checkout {
+    fn drop(&mut self) {
+        if let Some(connection) = self.0.take() {
+            drop(Object::take(connection));
+        }
+    }
+}
+
+fn pool_error(error: PoolError) -> StoreError {
+    match error {
+        PoolError::Backend(ConnectFault::QueryError(error)) => store_error(error, true),
+        error => StoreError::unavailable(error),
+    }
+}
+
+fn store_error(error: Error, was_broken: bool) -> StoreError {
+    use DatabaseErrorKind::{
+        ClosedConnection, ForeignKeyViolation, ReadOnlyTransaction, SerializationFailure,
+        UnableToSendCommand, UniqueViolation,
+    };
+    match &error {
+        Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
+            StoreError::conflict("the row contradicts what is stored").caused_by(error)
+        }
+        // After a failover, a primary may have become a standby.
+        Error::DatabaseError(
+            ClosedConnection | UnableToSendCommand | SerializationFailure | ReadOnlyTransaction,
+            _,
+        ) => StoreError::unavailable(error),
+        // The statement timeout; diesel passes the SQLSTATE (57014) on as text alone.
+        Error::DatabaseError(_, info) if info.message().contains("statement timeout") => {
+            StoreError::unavailable(error)
+        }
+        _ if was_broken => StoreError::unavailable(error),
+        _ => StoreError::rejected(error),
+    }
+}
+
+#[derive(QueryableByName)]
+struct FoundRow {
+    /// The database's time in microseconds since the Unix epoch.
+    #[diesel(sql_type = BigInt)]
+    as_of: i64,
+    #[diesel(sql_type = Nullable<Text>)]
+    row: Option<String>,
+}
+
+/// A key's row, joined with its owner's, as `row` decodes it. PostgreSQL turns every type that a
+/// column may have into JSON, time stamps into ISO 8601.
+const KEY_ROW: &str = "SELECT
+        k.id, k.name, k.key_prefix, k.key_hash,
+        CASE WHEN k.fast_hash_of = k.key_hash THEN k.fast_hash END AS fast_hash,
+        k.is_active, k.permissions, k.scopes,
+        k.rate_limit_per_minute, k.rate_limit_per_hour, k.rate_limit_per_day,
+        k.allowed_models, k.allowed_endpoints, k.allowed_ips, k.is_unlimited,
+        k.budget_limit_cents, k.budget_type, k.expires_at,
+        k.total_requests, k.total_tokens, k.total_cost::text AS total_cost,
+        k.last_used_at, k.metadata, k.created_at, k.updated_at,
+        u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active
+    FROM api_keys k JOIN users u ON u.id = k.user_id";
+
+impl KeyStore for PostgresStore {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        // One row at least, because "unknown" has an as-of too. OFFSET 0 keeps the planner from
+        // walking the primary key for the sake of ORDER BY … LIMIT where it has no statistics.
+        let sql = format!(
+            "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of,
+                row_to_json(found)::text AS row
+            FROM (VALUES (1)) AS one LEFT JOIN (
+                SELECT * FROM ({KEY_ROW} WHERE k.key_prefix = $1 OFFSET 0) AS keys
+                ORDER BY id LIMIT {}
+            ) AS found ON TRUE",
+            MAX_CANDIDATES + 1
+        );
+        let statement = Statement::new(sql, [Bind::Text(lookup.id().to_owned())]);
+        let rows = self.load::<FoundRow>(&statement).await?;
+        let as_of =
+            rows.as_slice().first().map_or(0, |found| u64::try_from(found.as_of).unwrap_or(0));
+        let keys = rows.iter().filter_map(|found| found.row.as_deref()).map(row::decode);
+        let answer = lookup.verify_rows(keys).await?;
+        if let Some(upgrade) = answer.upgrade() {
+            if let Err(error) = self.load::<TextRow>(&upgrade.statement()).await {
+                telemetry::upgrade_failed(&error);
+            }
+        }
+        Ok(answer.with_as_of(SystemTime::UNIX_EPOCH + Duration::from_micros(as_of)))
+    }
+}
+
+impl fmt::Debug for PostgresStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresStore").field("target", &self.0.target).finish_non_exhaustive()
+    }
+}

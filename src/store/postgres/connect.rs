@@ -1,0 +1,214 @@
+//! From a URL to connections: [`PostgresStoreBuilder`].
+
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
+
+use diesel::{ConnectionError, ConnectionResult};
+use diesel_async::{
+    AsyncPgConnection, SimpleAsyncConnection,
+    pooled_connection::{
+        AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod, deadpool::Pool,
+    },
+};
+use tokio_postgres::{Config, config::SslMode};
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::{
+    Inner, PostgresStore,
+    tls::{self, TlsFault, Verification},
+};
+
+/// Builds a [`PostgresStore`].
+#[derive(Clone)]
+pub struct PostgresStoreBuilder {
+    url: String,
+    max_connections: usize,
+    deadline: Duration,
+    connect_timeout: Duration,
+    statement_timeout: Duration,
+}
+
+impl PostgresStoreBuilder {
+    pub(super) fn new(url: &str) -> Self {
+        Self {
+            url: url.to_owned(),
+            max_connections: 16,
+            deadline: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(3),
+            statement_timeout: Duration::from_secs(2),
+        }
+    }
+
+    /// How many connections there are at most: 16 by default.
+    #[must_use]
+    pub fn max_connections(self, connections: usize) -> Self {
+        Self { max_connections: connections.max(1), ..self }
+    }
+
+    /// How long a question may take in all, with the wait for a connection: 5 s by default.
+    #[must_use]
+    pub fn timeout(self, timeout: Duration) -> Self {
+        Self { deadline: timeout, ..self }
+    }
+
+    /// How long it may take to connect to one host: 3 s by default.
+    #[must_use]
+    pub fn connect_timeout(self, timeout: Duration) -> Self {
+        Self { connect_timeout: timeout, ..self }
+    }
+
+    /// How long a statement may run at the server: 2 s by default; 0 is for ever.
+    #[must_use]
+    pub fn statement_timeout(self, timeout: Duration) -> Self {
+        Self { statement_timeout: timeout, ..self }
+    }
+
+    /// Builds the store. Needs no runtime; connects at first use.
+    ///
+    /// # Errors
+    ///
+    /// If the URL can't be read, or the certificates that it names.
+    pub fn build(self) -> Result<PostgresStore, PostgresUrlError> {
+        let target = Target::parse(&self)?;
+        let mut config = ManagerConfig::default();
+        // One round trip less a query than a ping; a dead connection is found out in use.
+        config.recycling_method = RecyclingMethod::Fast;
+        let (connect_to, statement_timeout) = (target.clone(), self.statement_timeout);
+        config.custom_setup = Box::new(move |_url| {
+            let target = connect_to.clone();
+            Box::pin(async move { target.connect(statement_timeout).await })
+        });
+        // The URL stays out of the manager: `target` has what was read from it.
+        let manager = AsyncDieselConnectionManager::new_with_config(String::new(), config);
+        let pool = Pool::builder(manager).max_size(self.max_connections).build();
+        let pool = pool.map_err(|_| PostgresUrlError::new("the pool can't be built"))?;
+        Ok(PostgresStore(Arc::new(Inner { pool, target, deadline: self.deadline })))
+    }
+}
+
+impl fmt::Debug for PostgresStoreBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresStoreBuilder")
+            .field("max_connections", &self.max_connections)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A database, and how to speak to it.
+#[derive(Clone)]
+pub(super) struct Target {
+    config: Config,
+    tls: MakeRustlsConnect,
+}
+
+impl Target {
+    fn parse(builder: &PostgresStoreBuilder) -> Result<Self, PostgresUrlError> {
+        let url = builder.url.as_str();
+        if !["postgres://", "postgresql://"].iter().any(|scheme| url.starts_with(scheme)) {
+            return Err(PostgresUrlError::new("it does not start with postgres://"));
+        }
+        let (base, query) = url.split_once('?').unwrap_or((url, ""));
+        // tokio-postgres knows neither all of libpq's modes nor its certificate settings.
+        let (mut mode, mut root_cert, mut rest) = (None, None, Vec::new());
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            match pair.split_once('=') {
+                Some(("sslmode", value)) => mode = Some(value.to_owned()),
+                Some(("sslrootcert", value)) => root_cert = Some(decoded(value)?),
+                _ => rest.push(pair),
+            }
+        }
+        let mut config = Config::from_str(&format!("{base}?{}", rest.join("&")))
+            // The parser's error may quote the URL, and with it the password.
+            .map_err(|_| {
+                PostgresUrlError::new("its host, port, user or a parameter can't be read")
+            })?;
+        let mode = mode.as_deref().unwrap_or("prefer");
+        let (ssl_mode, verification) = match (mode, &root_cert) {
+            ("disable", _) => (SslMode::Disable, Verification::None),
+            ("allow" | "prefer", _) => (SslMode::Prefer, Verification::None),
+            ("require", None) => (SslMode::Require, Verification::None),
+            // As in libpq: naming a certificate means that it is to be looked at.
+            ("require", Some(_)) | ("verify-ca", _) => (SslMode::Require, Verification::Chain),
+            ("verify-full", _) => (SslMode::Require, Verification::Full),
+            _ => {
+                return Err(PostgresUrlError::new(
+                    "its sslmode is not disable, allow, prefer, require, verify-ca or verify-full",
+                ));
+            }
+        };
+        config.ssl_mode(ssl_mode).connect_timeout(builder.connect_timeout);
+        if config.get_application_name().is_none() {
+            config.application_name("tower-api-key");
+        }
+        let tls = tls::connector(verification, root_cert.as_deref())?;
+        Ok(Self { config, tls })
+    }
+
+    /// A new connection.
+    pub(super) async fn connect(
+        &self,
+        statement_timeout: Duration,
+    ) -> ConnectionResult<AsyncPgConnection> {
+        let bad = |error: tokio_postgres::Error| {
+            // Its own text says "db error" and the like; the cause says which.
+            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+            ConnectionError::BadConnection(format!("{error}{}", cause.unwrap_or_default()))
+        };
+        let (client, connection) = self.config.connect(self.tls.clone()).await.map_err(bad)?;
+        let mut connection =
+            AsyncPgConnection::try_from_client_and_connection(client, connection).await?;
+        // Not as a start-up option, which PgBouncer refuses.
+        let settings = format!("SET statement_timeout = {}", statement_timeout.as_millis());
+        connection
+            .batch_execute(&settings)
+            .await
+            .map_err(ConnectionError::CouldntSetupConfiguration)?;
+        Ok(connection)
+    }
+}
+
+fn decoded(value: &str) -> Result<String, PostgresUrlError> {
+    let decoded = percent_encoding::percent_decode_str(value).decode_utf8();
+    Ok(decoded.map_err(|_| PostgresUrlError::new("its sslrootcert is not UTF-8"))?.into_owned())
+}
+
+/// Hosts and database, no user and no password.
+impl fmt::Debug for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Target")
+            .field("hosts", &self.config.get_hosts())
+            .field("ports", &self.config.get_ports())
+            .field("database", &self.config.get_dbname())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a PostgreSQL URL can't be used. Never shows the URL, which may have a password in it.
+#[derive(Debug, Clone)]
+pub struct PostgresUrlError {
+    reason: &'static str,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+}
+
+impl PostgresUrlError {
+    fn new(reason: &'static str) -> Self {
+        Self { reason, source: None }
+    }
+}
+
+impl From<TlsFault> for PostgresUrlError {
+    fn from(TlsFault { reason, source }: TlsFault) -> Self {
+        Self { reason, source: source.map(Arc::from) }
+    }
+}
+
+impl fmt::Display for PostgresUrlError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the PostgreSQL URL can't be used: {}", self.reason)
+    }
+}
+
+impl std::error::Error for PostgresUrlError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}

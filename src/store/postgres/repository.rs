@@ -1,0 +1,136 @@
+//! The write side of [`PostgresStore`].
+//!
+//! Values go to the server as one JSON object, from which `jsonb_populate_record` makes whatever the
+//! columns of an adopted table are.
+
+use serde_json::{Map, Value, json};
+
+use super::{KEY_ROW, PostgresStore};
+use crate::{
+    error::StoreError,
+    record::{KeyId, KeyRecord, StoredKey, User},
+    store::{
+        KeyRepository, ListKeys, row,
+        statement::{Bind, Statement, TextRow},
+    },
+};
+
+/// The object that is bound first, with the time in columns that have it; as text in UTC it fits a
+/// time stamp with a zone and one without.
+const VALUES: &str = "$1::jsonb || jsonb_build_object(
+    'created_at', to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
+    'updated_at', to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))";
+
+impl KeyRepository for PostgresStore {
+    async fn insert_user(&self, email: &str, role: &str) -> Result<User, StoreError> {
+        let values = json!({ "email": email, "role": role, "is_active": true });
+        let insert = format!(
+            "INSERT INTO users (email, role, is_active, created_at, updated_at)
+            SELECT n.email, n.role, n.is_active, n.created_at, n.updated_at
+            FROM jsonb_populate_record(NULL::users, {VALUES}) AS n
+            -- An adopted table may have no unique index.
+            WHERE NOT EXISTS (SELECT FROM users AS u WHERE u.email = n.email)
+            RETURNING id::text AS row"
+        );
+        let id = self.write(insert, &values, None).await?;
+        let id = id.ok_or_else(|| StoreError::conflict("the e-mail address is taken"))?;
+        Ok(User { role: role.to_owned(), ..User::new(id, email) })
+    }
+
+    async fn update_user(&self, user: &User) -> Result<bool, StoreError> {
+        let values = json!({ "email": user.email, "role": user.role, "is_active": user.is_active });
+        self.update("users", &["email", "role", "is_active"], user.id.as_i64(), &values).await
+    }
+
+    async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
+        let mut values = without_nulls(row::encode(&key.record));
+        values.insert("key_hash".to_owned(), json!(key.hash.expose_hash()));
+        let columns = row::INSERTED.iter().chain(&row::EDITED).copied();
+        let columns: Vec<_> = columns.chain(["created_at", "updated_at"]).collect();
+        let insert = format!(
+            "INSERT INTO api_keys ({}) SELECT n.{}
+            FROM jsonb_populate_record(NULL::api_keys, {VALUES}) AS n
+            WHERE EXISTS (SELECT FROM users AS u WHERE u.id = n.user_id) AND NOT EXISTS (
+                SELECT FROM api_keys AS k
+                WHERE k.key_prefix = n.key_prefix AND k.key_hash = n.key_hash
+            ) RETURNING id::text AS row",
+            columns.join(", "),
+            columns.join(", n."),
+        );
+        let id = self.write(insert, &Value::Object(values), None).await?;
+        let refused = "there is no such user, or the same key is stored already";
+        let id = id.ok_or_else(|| StoreError::conflict(refused))?;
+        let found = self.find_key(&id.into()).await?;
+        found.ok_or_else(|| StoreError::conflict("the key was deleted as soon as it was made"))
+    }
+
+    async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
+        let Some(id) = id.as_i64() else { return Ok(None) };
+        let select = format!("{KEY_ROW} WHERE k.id = $1");
+        Ok(self.records(select, [Bind::Integer(id)]).await?.pop())
+    }
+
+    async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
+        let Some(binds) = page.binds() else { return Ok(Vec::new()) };
+        let filter = "($1 = 0 OR k.user_id = $2) AND k.id > $3 ORDER BY k.id LIMIT $4";
+        self.records(format!("{KEY_ROW} WHERE {filter}"), binds).await
+    }
+
+    async fn update_key(&self, record: &KeyRecord) -> Result<bool, StoreError> {
+        let values = Value::Object(without_nulls(row::encode(record)));
+        self.update("api_keys", &row::EDITED, record.id.as_i64(), &values).await
+    }
+
+    async fn revoke_key(&self, id: &KeyId) -> Result<bool, StoreError> {
+        self.update("api_keys", &["is_active"], id.as_i64(), &json!({ "is_active": false })).await
+    }
+}
+
+impl PostgresStore {
+    /// The records that `select`, a [`KEY_ROW`] with a filter, finds.
+    async fn records(
+        &self,
+        select: String,
+        binds: impl IntoIterator<Item = Bind>,
+    ) -> Result<Vec<KeyRecord>, StoreError> {
+        let sql = format!("SELECT row_to_json(k)::text AS row FROM ({select}) AS k");
+        let rows = self.load::<TextRow>(&Statement::new(sql, binds)).await?;
+        rows.iter().map(|found| row::decode(&found.row).map(|key| key.record)).collect()
+    }
+
+    /// Writes `columns` of the row with this id, and says whether there is one.
+    async fn update(
+        &self,
+        table: &str,
+        columns: &[&str],
+        id: Option<i64>,
+        values: &Value,
+    ) -> Result<bool, StoreError> {
+        let Some(id) = id else { return Ok(false) };
+        let set: Vec<_> = columns.iter().map(|column| format!("{column} = n.{column}")).collect();
+        let update = format!(
+            "UPDATE {table} AS t SET {}, updated_at = n.updated_at
+            FROM jsonb_populate_record(NULL::{table}, {VALUES}) AS n WHERE t.id = $2
+            RETURNING t.id::text AS row",
+            set.join(", "),
+        );
+        Ok(self.write(update, values, Some(id)).await?.is_some())
+    }
+
+    /// Runs a statement with `values` and perhaps an id bound, and returns the id that was written.
+    async fn write(
+        &self,
+        sql: String,
+        values: &Value,
+        id: Option<i64>,
+    ) -> Result<Option<i64>, StoreError> {
+        let binds = [Bind::Text(values.to_string())].into_iter().chain(id.map(Bind::Integer));
+        let rows = self.load::<TextRow>(&Statement::new(sql, binds)).await?;
+        Ok(rows.first().and_then(TextRow::id))
+    }
+}
+
+/// A JSON null would become the JSON value `null` in a JSON column, instead of no value.
+fn without_nulls(values: Map<String, Value>) -> Map<String, Value> {
+    values.into_iter().filter(|(_, value)| !value.is_null()).collect()
+}

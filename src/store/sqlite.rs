@@ -1,0 +1,277 @@
+//! Keys in an embedded SQLite database: [`SqliteStore`].
+
+mod repository;
+mod threads;
+
+use std::{fmt, path::Path, sync::Arc, time::Duration};
+
+use diesel::{
+    Connection, QueryResult, QueryableByName, RunQueryDsl, SqliteConnection,
+    connection::SimpleConnection,
+    result::{DatabaseErrorKind, Error},
+    sql_query,
+    sql_types::Text,
+};
+use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
+
+use self::threads::Threads;
+use super::{
+    Answer, KeyStore, Lookup, MigrateError,
+    lookup::MAX_CANDIDATES,
+    migrate::ColumnFault,
+    row,
+    statement::{Bind, Statement, TextRow},
+};
+use crate::{error::StoreError, telemetry};
+
+const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/sqlite");
+
+/// Keys in an SQLite database that is compiled in: nothing to install, one file to back up. What one
+/// process on one machine needs.
+///
+/// The file is in WAL mode, so that look-ups go on while something is written. SQLite blocks, so it
+/// has threads of its own: one that writes and a few that read. They end with the last clone.
+///
+/// ```
+/// use tower_api_key::{ApiKeyAuthLayer, SqliteStore};
+///
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let store = SqliteStore::open("keys.db")?;
+/// store.migrate().await?;
+/// let layer = ApiKeyAuthLayer::new(store);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct SqliteStore(Arc<Inner>);
+
+struct Inner {
+    writer: Threads,
+    /// `None` in memory, where a second connection would see another database.
+    readers: Option<Threads>,
+    deadline: Duration,
+}
+
+/// Builds a [`SqliteStore`].
+#[derive(Debug, Clone)]
+pub struct SqliteStoreBuilder {
+    path: Option<std::path::PathBuf>,
+    readers: usize,
+    deadline: Duration,
+}
+
+impl SqliteStore {
+    /// Opens the database in the file at `path`, which is made if it is not there.
+    ///
+    /// # Errors
+    ///
+    /// If the file can't be opened, or is no SQLite database.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, StoreError> {
+        Self::builder(path).open()
+    }
+
+    /// Opens a database in memory, which is gone when the last clone is dropped.
+    ///
+    /// # Errors
+    ///
+    /// If a thread can't be started.
+    pub fn in_memory() -> Result<Self, StoreError> {
+        SqliteStoreBuilder { path: None, readers: 0, deadline: DEADLINE }.open()
+    }
+
+    /// Settings of your own for the database in the file at `path`.
+    pub fn builder(path: impl AsRef<Path>) -> SqliteStoreBuilder {
+        SqliteStoreBuilder { path: Some(path.as_ref().to_owned()), readers: 2, deadline: DEADLINE }
+    }
+
+    /// Brings the schema up to date. Safe when several processes do it at once.
+    ///
+    /// # Errors
+    ///
+    /// If the file has tables `users` or `api_keys` that are not this crate's, or the database fails.
+    /// Nothing is changed then.
+    pub async fn migrate(&self) -> Result<(), MigrateError> {
+        let migrated = self.0.writer.run(self.0.deadline, |connection| Ok(migrate(connection)));
+        migrated.await?
+    }
+
+    /// Runs a statement that only reads.
+    async fn read(&self, statement: Statement) -> Result<Vec<TextRow>, StoreError> {
+        let threads = self.0.readers.as_ref().unwrap_or(&self.0.writer);
+        threads.run(self.0.deadline, move |connection| load(connection, &statement)).await
+    }
+
+    /// Runs a statement that may write.
+    async fn write(&self, statement: Statement) -> Result<Vec<TextRow>, StoreError> {
+        self.0.writer.run(self.0.deadline, move |connection| load(connection, &statement)).await
+    }
+}
+
+fn load(
+    connection: &mut SqliteConnection,
+    statement: &Statement,
+) -> Result<Vec<TextRow>, StoreError> {
+    statement.load(connection).map_err(store_error)
+}
+
+const DEADLINE: Duration = Duration::from_secs(5);
+
+impl SqliteStoreBuilder {
+    /// How many threads read: 2 by default, at most 64.
+    #[must_use]
+    pub fn readers(self, readers: usize) -> Self {
+        Self { readers: readers.clamp(1, 64), ..self }
+    }
+
+    /// How long a query may take, its wait for a thread and for other writers included: 5 s by
+    /// default.
+    #[must_use]
+    pub fn timeout(self, timeout: Duration) -> Self {
+        Self { deadline: timeout, ..self }
+    }
+
+    /// Opens the database. Needs no runtime.
+    ///
+    /// # Errors
+    ///
+    /// If the file can't be opened, or is no SQLite database.
+    pub fn open(self) -> Result<SqliteStore, StoreError> {
+        let Self { path, readers, deadline } = self;
+        let open = move || open(path.as_deref(), deadline);
+        // The writer first: it makes the file and puts it into WAL mode.
+        let writer = Threads::start(1, &open)?;
+        let readers = if readers == 0 { None } else { Some(Threads::start(readers, &open)?) };
+        Ok(SqliteStore(Arc::new(Inner { writer, readers, deadline })))
+    }
+}
+
+fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, StoreError> {
+    let path = path.map_or_else(|| ":memory:".into(), Path::to_string_lossy);
+    let mut connection = SqliteConnection::establish(&path).map_err(StoreError::unavailable)?;
+    let busy = deadline.as_millis().min(60_000);
+    // In WAL mode a commit that was not yet written through can be lost with the machine's power, but
+    // the file stays whole: https://sqlite.org/pragma.html#pragma_synchronous
+    let settings = format!(
+        "PRAGMA busy_timeout = {busy}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
+         PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;"
+    );
+    connection.batch_execute(&settings).map_err(store_error)?;
+    Ok(connection)
+}
+
+fn migrate(connection: &mut SqliteConnection) -> Result<(), MigrateError> {
+    // IMMEDIATE takes the write lock first, so that of several processes one migrates.
+    connection
+        .immediate_transaction(|connection| {
+            let foreign = foreign_tables(connection).map_err(store_error)?;
+            if !foreign.is_empty() {
+                return Err(MigrateFailure(MigrateError::NotAdoptable(foreign)));
+            }
+            connection
+                .run_pending_migrations(MIGRATIONS)
+                .map(drop)
+                .map_err(|error| MigrateFailure(StoreError::rejected(error).into()))
+        })
+        .map_err(|MigrateFailure(error)| error)
+}
+
+/// Lets a transaction fail with what it failed for.
+struct MigrateFailure(MigrateError);
+
+impl From<Error> for MigrateFailure {
+    fn from(error: Error) -> Self {
+        Self(store_error(error).into())
+    }
+}
+
+impl From<StoreError> for MigrateFailure {
+    fn from(error: StoreError) -> Self {
+        Self(error.into())
+    }
+}
+
+/// Tables of ours that somebody else has made.
+fn foreign_tables(connection: &mut SqliteConnection) -> QueryResult<Vec<ColumnFault>> {
+    #[derive(QueryableByName)]
+    struct Table {
+        #[diesel(sql_type = Text)]
+        name: String,
+    }
+    let present = "SELECT name FROM sqlite_master
+        WHERE name IN ('users', 'api_keys')
+        AND NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'api_keys_lookup')";
+    let reason = "is already there and is not this crate's; tables are adopted in PostgreSQL alone, \
+                  so give the keys a file of their own";
+    let tables = sql_query(present).load::<Table>(connection)?;
+    Ok(tables.iter().map(|table| ColumnFault::new(&table.name, "", reason)).collect())
+}
+
+fn store_error(error: Error) -> StoreError {
+    use DatabaseErrorKind::{ForeignKeyViolation, UniqueViolation};
+    match &error {
+        Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
+            StoreError::conflict("the row contradicts what is stored").caused_by(error)
+        }
+        Error::DatabaseError(_, info) if info.message().contains("locked") => {
+            StoreError::unavailable(error)
+        }
+        _ => StoreError::rejected(error),
+    }
+}
+
+/// A key's row, joined with its owner's, as `row` decodes it. Texts are cast, because JSON can't hold
+/// the blob that SQLite lets anybody write there.
+const KEY_ROW: &str = "SELECT json_object(
+        'id', k.id,
+        'name', CAST(k.name AS TEXT),
+        'key_prefix', CAST(k.key_prefix AS TEXT),
+        'key_hash', CAST(k.key_hash AS TEXT),
+        'fast_hash', CASE WHEN k.fast_hash_of = k.key_hash THEN CAST(k.fast_hash AS TEXT) END,
+        'is_active', k.is_active,
+        'permissions', CAST(k.permissions AS TEXT),
+        'scopes', CAST(k.scopes AS TEXT),
+        'rate_limit_per_minute', k.rate_limit_per_minute,
+        'rate_limit_per_hour', k.rate_limit_per_hour,
+        'rate_limit_per_day', k.rate_limit_per_day,
+        'allowed_models', CAST(k.allowed_models AS TEXT),
+        'allowed_endpoints', CAST(k.allowed_endpoints AS TEXT),
+        'allowed_ips', CAST(k.allowed_ips AS TEXT),
+        'is_unlimited', k.is_unlimited,
+        'budget_limit_cents', k.budget_limit_cents,
+        'budget_type', CAST(k.budget_type AS TEXT),
+        'expires_at', CAST(k.expires_at AS TEXT),
+        'total_requests', k.total_requests,
+        'total_tokens', k.total_tokens,
+        'total_cost', printf('%.6f', k.total_cost),
+        'last_used_at', CAST(k.last_used_at AS TEXT),
+        'metadata', CAST(k.metadata AS TEXT),
+        'created_at', CAST(k.created_at AS TEXT),
+        'updated_at', CAST(k.updated_at AS TEXT),
+        'user_id', u.id,
+        'user_email', CAST(u.email AS TEXT),
+        'user_role', CAST(u.role AS TEXT),
+        'user_is_active', u.is_active
+    ) AS row
+    FROM api_keys k JOIN users u ON u.id = k.user_id";
+
+impl KeyStore for SqliteStore {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        let limit = MAX_CANDIDATES + 1;
+        let select = format!("{KEY_ROW} WHERE k.key_prefix = $1 ORDER BY k.id LIMIT {limit}");
+        let binds = [Bind::Text(lookup.id().to_owned())];
+        let rows = self.read(Statement::new(select, binds)).await?;
+        let answer = lookup.verify_rows(rows.iter().map(|found| row::decode(&found.row))).await?;
+        if let Some(upgrade) = answer.upgrade() {
+            if let Err(error) = self.write(upgrade.statement()).await {
+                telemetry::upgrade_failed(&error);
+            }
+        }
+        Ok(answer)
+    }
+}
+
+impl fmt::Debug for SqliteStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteStore").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,108 @@
+//! The write side of [`SqliteStore`].
+
+use serde_json::{Value, json};
+
+use super::{KEY_ROW, SqliteStore};
+use crate::{
+    error::StoreError,
+    record::{KeyId, KeyRecord, StoredKey, User},
+    store::{
+        KeyRepository, ListKeys, row,
+        statement::{Bind, Statement, TextRow},
+    },
+};
+
+/// RFC 3339, in milliseconds.
+const NOW: &str = "strftime('%Y-%m-%dT%H:%M:%fZ')";
+
+impl KeyRepository for SqliteStore {
+    async fn insert_user(&self, email: &str, role: &str) -> Result<User, StoreError> {
+        let insert =
+            "INSERT INTO users (email, role) VALUES ($1, $2) RETURNING CAST(id AS TEXT) AS row";
+        let binds = [Bind::Text(email.to_owned()), Bind::Text(role.to_owned())];
+        let inserted = self.write(Statement::new(insert, binds)).await?;
+        let id = inserted.first().and_then(TextRow::id).unwrap_or_default();
+        Ok(User { role: role.to_owned(), ..User::new(id, email) })
+    }
+
+    async fn update_user(&self, user: &User) -> Result<bool, StoreError> {
+        let values = json!({ "email": user.email, "role": user.role, "is_active": user.is_active });
+        self.update("users", &["email", "role", "is_active"], user.id.as_i64(), &values).await
+    }
+
+    async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
+        let mut values = row::encode(&key.record);
+        values.insert("key_hash".to_owned(), json!(key.hash.expose_hash()));
+        let columns: Vec<_> = row::INSERTED.iter().chain(&row::EDITED).copied().collect();
+        let fields: Vec<_> = columns.iter().map(|column| field(column)).collect();
+        let insert = format!(
+            "INSERT INTO api_keys ({}) SELECT {} FROM (SELECT $1 AS row) AS n
+            WHERE NOT EXISTS (
+                SELECT 1 FROM api_keys WHERE key_prefix = {} AND key_hash = {}
+            ) RETURNING CAST(id AS TEXT) AS row",
+            columns.join(", "),
+            fields.join(", "),
+            field("key_prefix"),
+            field("key_hash"),
+        );
+        let binds = [Bind::Text(Value::Object(values).to_string())];
+        let inserted = self.write(Statement::new(insert, binds)).await?;
+        let id = inserted.first().and_then(TextRow::id);
+        let id = id.ok_or_else(|| StoreError::conflict("the same key is stored already"))?;
+        let found = self.find_key(&id.into()).await?;
+        found.ok_or_else(|| StoreError::conflict("the key was deleted as soon as it was made"))
+    }
+
+    async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
+        let Some(id) = id.as_i64() else { return Ok(None) };
+        let select = format!("{KEY_ROW} WHERE k.id = $1");
+        Ok(self.records(Statement::new(select, [Bind::Integer(id)])).await?.pop())
+    }
+
+    async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
+        let Some(binds) = page.binds() else { return Ok(Vec::new()) };
+        let filter = "($1 = 0 OR k.user_id = $2) AND k.id > $3 ORDER BY k.id LIMIT $4";
+        self.records(Statement::new(format!("{KEY_ROW} WHERE {filter}"), binds)).await
+    }
+
+    async fn update_key(&self, record: &KeyRecord) -> Result<bool, StoreError> {
+        let values = Value::Object(row::encode(record));
+        self.update("api_keys", &row::EDITED, record.id.as_i64(), &values).await
+    }
+
+    async fn revoke_key(&self, id: &KeyId) -> Result<bool, StoreError> {
+        self.update("api_keys", &["is_active"], id.as_i64(), &json!({ "is_active": false })).await
+    }
+}
+
+impl SqliteStore {
+    async fn records(&self, select: Statement) -> Result<Vec<KeyRecord>, StoreError> {
+        let rows = self.read(select).await?;
+        rows.iter().map(|found| row::decode(&found.row).map(|key| key.record)).collect()
+    }
+
+    /// Writes `columns` of the row with this id, and says whether there is one.
+    async fn update(
+        &self,
+        table: &str,
+        columns: &[&str],
+        id: Option<i64>,
+        values: &Value,
+    ) -> Result<bool, StoreError> {
+        let Some(id) = id else { return Ok(false) };
+        let set: Vec<_> =
+            columns.iter().map(|column| format!("{column} = {}", field(column))).collect();
+        let update = format!(
+            "UPDATE {table} SET {}, updated_at = {NOW}
+            FROM (SELECT $1 AS row) AS n WHERE id = $2 RETURNING CAST(id AS TEXT) AS row",
+            set.join(", "),
+        );
+        let binds = [Bind::Text(values.to_string()), Bind::Integer(id)];
+        Ok(!self.write(Statement::new(update, binds)).await?.is_empty())
+    }
+}
+
+/// The value of a column in the JSON object that is bound first.
+fn field(column: &str) -> String {
+    format!("json_extract(n.row, '$.{column}')")
+}
