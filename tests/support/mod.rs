@@ -1,0 +1,102 @@
+//! What several test files use. Each uses a part of it.
+#![allow(dead_code, unreachable_pub, missing_docs)]
+
+use std::convert::Infallible;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use tower::{Service, ServiceExt, service_fn};
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, IssuedKey, KeyManager, KeyRepository, MemoryStore, NewKey, UserId,
+};
+
+/// A store with a user and one key of theirs that may do everything.
+pub struct Fixture {
+    pub store: MemoryStore,
+    pub manager: KeyManager<MemoryStore>,
+    pub user: UserId,
+    pub key: String,
+}
+
+pub async fn fixture() -> Fixture {
+    let store = MemoryStore::new();
+    let manager = KeyManager::new(store.clone());
+    let user = manager.create_user("ada@example.com", "admin").await.unwrap().id;
+    let issued = manager.issue(NewKey::new(user.clone(), "laptop")).await.unwrap();
+    Fixture { store, manager, user, key: issued.expose_secret().to_owned() }
+}
+
+impl Fixture {
+    pub async fn issue(&self, change: impl FnOnce(NewKey) -> NewKey) -> IssuedKey {
+        self.manager.issue(change(NewKey::new(self.user.clone(), "another"))).await.unwrap()
+    }
+
+    pub fn layer(&self) -> ApiKeyAuthLayer {
+        ApiKeyAuthLayer::new(self.store.clone())
+    }
+}
+
+/// A user in any repository.
+pub async fn some_user(repository: impl KeyRepository) -> UserId {
+    KeyManager::new(repository).create_user("ada@example.com", "admin").await.unwrap().id
+}
+
+/// An answer, read to its end.
+#[derive(Debug)]
+pub struct Answer {
+    pub response: Response<()>,
+    pub body: String,
+}
+
+impl Answer {
+    pub fn status(&self) -> u16 {
+        self.response.status().as_u16()
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.response.headers().get(name).map(|value| value.to_str().unwrap())
+    }
+}
+
+/// Sends a request through `layer` to a service that answers with the caller's e-mail address, `-` for
+/// nobody, and in `x-headers` the names of the header fields that it saw.
+pub async fn send(layer: &ApiKeyAuthLayer, request: Request<Full<Bytes>>) -> Answer {
+    let inner = service_fn(|request: Request<Full<Bytes>>| async move {
+        let caller = request.extensions().get::<AuthContext>();
+        let email = caller.map_or("-".to_owned(), |caller| caller.user().email.clone());
+        let names: Vec<_> = request.headers().keys().map(|name| name.as_str().to_owned()).collect();
+        let mut response = Response::new(Full::new(Bytes::from(email)));
+        response.headers_mut().insert("x-headers", names.join(",").parse().unwrap());
+        Ok::<_, Infallible>(response)
+    });
+    let mut service = tower::Layer::layer(layer, inner);
+    let response = service.ready().await.unwrap().call(request).await.unwrap();
+    read(response).await
+}
+
+pub async fn read<B: http_body::Body<Data = Bytes>>(response: Response<B>) -> Answer
+where
+    B::Error: std::fmt::Debug,
+{
+    let (parts, body) = response.into_parts();
+    let body = body.collect().await.unwrap().to_bytes();
+    Answer {
+        response: Response::from_parts(parts, ()),
+        body: String::from_utf8(body.to_vec()).unwrap(),
+    }
+}
+
+/// A GET request of `/` with these header fields.
+pub fn get(headers: &[(&str, &[u8])]) -> Request<Full<Bytes>> {
+    let mut request = Request::new(Full::default());
+    for (name, value) in headers {
+        let name = http::HeaderName::from_bytes(name.as_bytes()).unwrap();
+        request.headers_mut().append(name, http::HeaderValue::from_bytes(value).unwrap());
+    }
+    request
+}
+
+pub fn bearer(key: &str) -> Request<Full<Bytes>> {
+    get(&[("authorization", format!("Bearer {key}").as_bytes())])
+}
