@@ -1,6 +1,8 @@
 //! What several test files use. Each uses a part of it.
 #![allow(dead_code, unreachable_pub, missing_docs)]
 
+pub mod servers;
+
 use std::convert::Infallible;
 
 use bytes::Bytes;
@@ -100,3 +102,44 @@ pub fn get(headers: &[(&str, &[u8])]) -> Request<Full<Bytes>> {
 pub fn bearer(key: &str) -> Request<Full<Bytes>> {
     get(&[("authorization", format!("Bearer {key}").as_bytes())])
 }
+
+pub mod log;
+pub mod probe;
+pub mod stores;
+
+/// The path, or method and path, of an endpoint rule.
+pub fn rule(text: &str) -> tower_api_key::EndpointRule {
+    text.parse().unwrap()
+}
+
+/// The key with other digits for a secret: well-formed, its check right, its id known.
+pub fn with_wrong_secret(key: &str) -> String {
+    let (checked, _) = key.split_at(key.len() - 6);
+    let last = if checked.ends_with('a') { 'b' } else { 'a' };
+    let forged = format!("{}{last}", &checked[..checked.len() - 1]);
+    let check = base62(crc32(forged.as_bytes()));
+    format!("{forged}{check}")
+}
+
+/// A well-formed key of the default format that nobody has.
+pub fn unknown_key() -> String {
+    let checked = format!("tak_live_{}_{}", "z".repeat(10), "z".repeat(22));
+    format!("{checked}{}", base62(crc32(checked.as_bytes())))
+}
+
+fn crc32(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, _| if crc & 1 == 1 { crc >> 1 ^ 0xEDB8_8320 } else { crc >> 1 };
+    !bytes.iter().fold(!0, |crc, &byte| (0..8).fold(crc ^ u32::from(byte), step))
+}
+
+fn base62(mut number: u32) -> String {
+    const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let mut digits = ['0'; 6];
+    for digit in digits.iter_mut().rev() {
+        *digit = char::from(DIGITS[(number % 62) as usize]);
+        number /= 62;
+    }
+    digits.iter().collect()
+}
+
+pub mod counted;

@@ -45,6 +45,7 @@ BEGIN
             created_at            TIMESTAMPTZ NOT NULL DEFAULT now(),
             updated_at            TIMESTAMPTZ NOT NULL DEFAULT now()
         );
+        CREATE INDEX api_keys_owner ON api_keys (user_id);
         COMMENT ON TABLE api_keys IS 'made by tower-api-key';
     END IF;
 END
@@ -100,4 +101,16 @@ END
 $$;
 
 -- Look-ups are by prefix. Not unique: keys from before may share one.
-CREATE INDEX api_keys_lookup ON api_keys (key_prefix);
+DO $$
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM pg_index i
+        JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = to_regclass('api_keys')
+          AND i.indpred IS NULL
+          AND a.attname = 'key_prefix'
+    ) THEN
+        CREATE INDEX api_keys_lookup ON api_keys (key_prefix);
+    END IF;
+END
+$$;

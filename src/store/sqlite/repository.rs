@@ -37,18 +37,20 @@ impl KeyRepository for SqliteStore {
         let fields: Vec<_> = columns.iter().map(|column| field(column)).collect();
         let insert = format!(
             "INSERT INTO api_keys ({}) SELECT {} FROM (SELECT $1 AS row) AS n
-            WHERE NOT EXISTS (
+            WHERE EXISTS (SELECT 1 FROM users WHERE id = {}) AND NOT EXISTS (
                 SELECT 1 FROM api_keys WHERE key_prefix = {} AND key_hash = {}
             ) RETURNING CAST(id AS TEXT) AS row",
             columns.join(", "),
             fields.join(", "),
+            field("user_id"),
             field("key_prefix"),
             field("key_hash"),
         );
         let binds = [Bind::Text(Value::Object(values).to_string())];
         let inserted = self.write(Statement::new(insert, binds)).await?;
         let id = inserted.first().and_then(TextRow::id);
-        let id = id.ok_or_else(|| StoreError::conflict("the same key is stored already"))?;
+        let refused = "there is no such user, or the same key is stored already";
+        let id = id.ok_or_else(|| StoreError::conflict(refused))?;
         let found = self.find_key(&id.into()).await?;
         found.ok_or_else(|| StoreError::conflict("the key was deleted as soon as it was made"))
     }

@@ -1,0 +1,211 @@
+//! What a caller sees when PostgreSQL goes away, hangs, or asks for TLS.
+
+mod support;
+
+use std::{
+    future::Future,
+    pin::pin,
+    task::{Context, Waker},
+    time::{Duration, Instant},
+};
+
+use support::servers::Postgres;
+use tower_api_key::*;
+
+struct Fixture {
+    server: Postgres,
+    store: PostgresStore,
+    key: String,
+}
+
+/// A migrated database with one key, behind a pool of one connection.
+async fn fixture() -> Fixture {
+    let server = Postgres::start();
+    let store = PostgresStore::builder(&server.url())
+        .max_connections(1)
+        .timeout(Duration::from_millis(1500))
+        .statement_timeout(Duration::from_secs(1))
+        .build()
+        .unwrap();
+    store.migrate().await.unwrap();
+    let manager = KeyManager::new(store.clone());
+    let user = manager.create_user("ada@example.com", "user").await.unwrap();
+    let issued = manager.issue(NewKey::new(user.id, "k")).await.unwrap();
+    Fixture { server, store, key: issued.expose_secret().to_owned() }
+}
+
+impl Fixture {
+    async fn ask(&self) -> Result<AuthContext, Denial> {
+        Authenticator::new(self.store.clone()).authenticate(&self.key).await
+    }
+
+    async fn unavailable(&self) -> StoreError {
+        match self.ask().await {
+            Err(Denial::Unavailable(error)) => error,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_down_is_a_503_and_not_a_401_until_it_is_back() {
+    let mut fixture = fixture().await;
+    assert!(fixture.ask().await.is_ok());
+    fixture.server.stop();
+    let error = fixture.unavailable().await;
+    assert_eq!((error.kind(), error.is_transient()), (StoreErrorKind::Unavailable, true));
+    assert!(std::error::Error::source(&error).is_some());
+    fixture.server.start_again();
+    assert!(fixture.ask().await.is_ok());
+}
+
+#[tokio::test]
+async fn connections_that_died_in_the_pool_are_not_felt() {
+    let mut fixture = fixture().await;
+    assert!(fixture.ask().await.is_ok());
+    fixture.server.stop();
+    fixture.server.start_again();
+    assert!(fixture.ask().await.is_ok(), "the first request after a restart");
+
+    let operator = fixture.server.client().await;
+    let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE application_name = 'tower-api-key'";
+    operator.batch_execute(others).await.unwrap();
+    assert!(fixture.ask().await.is_ok(), "the first request after the connections were ended");
+}
+
+#[tokio::test]
+async fn a_frozen_server_costs_no_more_than_the_deadline() {
+    let fixture = fixture().await;
+    assert!(fixture.ask().await.is_ok());
+    fixture.server.freeze();
+    let asked = Instant::now();
+    assert_eq!(fixture.unavailable().await.kind(), StoreErrorKind::Timeout);
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}", asked.elapsed());
+    fixture.server.thaw();
+    assert!(fixture.ask().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_statement_that_hangs_is_ended_by_the_server_and_the_connection_goes_on() {
+    let fixture = fixture().await;
+    let mut other = fixture.server.client().await;
+    let lock = other.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE api_keys").await.unwrap();
+    let error = fixture.unavailable().await;
+    assert!(error.is_transient(), "{error:?}");
+    lock.rollback().await.unwrap();
+    assert!(fixture.ask().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_query_that_is_dropped_halfway_leaves_the_pool_whole() {
+    let fixture = fixture().await;
+    let mut other = fixture.server.client().await;
+    for _ in 0..3 {
+        let lock = other.transaction().await.unwrap();
+        lock.batch_execute("LOCK TABLE api_keys").await.unwrap();
+        {
+            let mut ask = pin!(fixture.ask());
+            let waiting = "SELECT count(*) FROM pg_stat_activity
+                WHERE application_name = 'tower-api-key' AND wait_event_type = 'Lock'";
+            loop {
+                let poll = ask.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+                assert!(poll.is_pending());
+                // The server says that the query has reached it and waits.
+                if lock.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) == 1 {
+                    break;
+                }
+            }
+        }
+        lock.rollback().await.unwrap();
+        assert!(fixture.ask().await.is_ok(), "there is one connection in the pool, and it is free");
+    }
+}
+
+#[tokio::test]
+async fn a_missing_table_is_a_503_that_says_so_in_the_error() {
+    let server = Postgres::start();
+    let store = PostgresStore::new(&server.url()).unwrap();
+    let authenticator = Authenticator::new(store.clone());
+    let key = fixture().await.key;
+    let Err(Denial::Unavailable(error)) = authenticator.authenticate(&key).await else { panic!() };
+    assert_eq!((error.kind(), error.is_transient()), (StoreErrorKind::Rejected, false));
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(source.contains("api_keys"), "{source}");
+}
+
+#[tokio::test]
+async fn a_url_that_cannot_be_used_is_a_typed_error_without_the_password() {
+    for url in [
+        "",
+        "postgres",
+        "mysql://app:hunter2@localhost/app",
+        "postgres://app:hunter2@localhost:not-a-port/app",
+        "postgres://app:hunter2@localhost/app?sslmode=sometimes",
+        "postgres://app:hunter2@localhost/app?no_such_parameter=1",
+        "postgres://app:hunter2@localhost/app?sslmode=verify-full&sslrootcert=/no/such/file",
+    ] {
+        let error = PostgresStore::new(url).unwrap_err();
+        assert!(!format!("{error} {error:?}").contains("hunter2"), "{error:?}");
+        assert!(error.to_string().starts_with("the PostgreSQL URL can't be used: "), "{error}");
+    }
+    let store = PostgresStore::new("postgres://app:hunter2@localhost/app?sslmode=disable").unwrap();
+    assert!(!format!("{store:?}").contains("hunter2"));
+}
+
+/// A server with a certificate for `localhost` alone, and the authority that signed it.
+fn tls_server() -> (Postgres, tempfile::NamedTempFile) {
+    let authority_key = rcgen::KeyPair::generate().unwrap();
+    let mut authority = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let root = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(root.path(), authority.self_signed(&authority_key).unwrap().pem()).unwrap();
+    let issuer = rcgen::Issuer::new(authority, authority_key);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    let certificate = certificate.signed_by(&key, &issuer).unwrap().pem();
+    let files = [("ssl_cert_file", &*certificate), ("ssl_key_file", &*key.serialize_pem())];
+    (Postgres::with_files(&files, &["ssl=on"]), root)
+}
+
+#[tokio::test]
+async fn sslmode_means_what_it_means_in_libpq() {
+    let (server, root) = tls_server();
+    let connects = async |host: &str, parameters: &str| {
+        let url = server.tcp_url(parameters).replace("127.0.0.1", host);
+        match PostgresStore::new(&url).unwrap().find_key(&1.into()).await {
+            Err(error) if error.kind() == StoreErrorKind::Rejected => true, // no tables: it connected
+            Err(error) if error.kind() == StoreErrorKind::Unavailable => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    let with_root = |mode: &str| format!("sslmode={mode}&sslrootcert={}", root.path().display());
+    for mode in ["sslmode=disable", "sslmode=allow", "sslmode=prefer", "sslmode=require", ""] {
+        assert!(connects("127.0.0.1", mode).await, "{mode}");
+    }
+    for (host, parameters, expected) in [
+        ("localhost", with_root("verify-full"), true),
+        ("127.0.0.1", with_root("verify-full"), false),
+        ("127.0.0.1", with_root("verify-ca"), true),
+        ("127.0.0.1", with_root("require"), true),
+        ("localhost", "sslmode=verify-full".to_owned(), false),
+        ("localhost", "sslmode=verify-ca&sslrootcert=system".to_owned(), false),
+    ] {
+        assert_eq!(connects(host, &parameters).await, expected, "{host} {parameters}");
+    }
+    let encrypted = async |parameters: &str| {
+        let store = PostgresStore::new(&server.tcp_url(parameters)).unwrap();
+        let _ = store.find_key(&1.into()).await;
+        let query = "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
+            WHERE ssl AND application_name = 'tower-api-key'";
+        server.client().await.query_one(query, &[]).await.unwrap().get::<_, i64>(0)
+    };
+    assert_eq!((encrypted("sslmode=disable").await, encrypted("").await > 0), (0, true));
+
+    let plain = Postgres::start();
+    let required = PostgresStore::new(&plain.tcp_url("sslmode=require")).unwrap();
+    assert_eq!(required.find_key(&1.into()).await.unwrap_err().kind(), StoreErrorKind::Unavailable);
+    let preferred = PostgresStore::new(&plain.tcp_url("sslmode=prefer")).unwrap();
+    assert_eq!(preferred.find_key(&1.into()).await.unwrap_err().kind(), StoreErrorKind::Rejected);
+}

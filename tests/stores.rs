@@ -1,0 +1,394 @@
+//! One suite of behaviour that every store passes.
+
+mod support;
+
+use std::{
+    future::Future,
+    pin::pin,
+    sync::{Arc, Mutex},
+    task::{Context, Waker},
+    time::{Duration, SystemTime},
+};
+
+use chrono::{TimeZone, Utc};
+use serde_json::json;
+use support::{servers::Postgres, some_user};
+use tower_api_key::*;
+
+/// Runs each behaviour on each store.
+macro_rules! on_every_store {
+    ($($behaviour:ident)*) => {
+        mod memory {
+            $(#[tokio::test] async fn $behaviour() { super::$behaviour(super::MemoryStore::new()).await; })*
+        }
+        mod sqlite_in_memory {
+            $(#[tokio::test] async fn $behaviour() {
+                let store = super::SqliteStore::in_memory().unwrap();
+                store.migrate().await.unwrap();
+                super::$behaviour(store).await;
+            })*
+        }
+        mod sqlite_file {
+            $(#[tokio::test(flavor = "multi_thread")] async fn $behaviour() {
+                let folder = tempfile::tempdir().unwrap();
+                let store = super::SqliteStore::open(folder.path().join("keys.db")).unwrap();
+                store.migrate().await.unwrap();
+                super::$behaviour(store).await;
+            })*
+        }
+        mod postgres {
+            $(#[tokio::test] async fn $behaviour() {
+                let server = super::Postgres::start();
+                let store = super::PostgresStore::builder(&server.url()).max_connections(2).build();
+                let store = store.unwrap();
+                store.migrate().await.unwrap();
+                super::$behaviour(store).await;
+            })*
+        }
+        mod postgres_on_many_threads {
+            #[tokio::test(flavor = "multi_thread")] async fn all() {
+                let server = super::Postgres::start();
+                let admin = server.client().await;
+                $({
+                    let database = stringify!($behaviour);
+                    admin.batch_execute(&format!("CREATE DATABASE {database}")).await.unwrap();
+                    let url = server.database_url(database);
+                    let store = super::PostgresStore::new(&url).unwrap();
+                    store.migrate().await.unwrap();
+                    super::$behaviour(store).await;
+                })*
+            }
+        }
+    };
+}
+
+on_every_store! {
+    an_issued_key_comes_back_with_all_that_was_set
+    a_key_is_refused_for_what_is_wrong_with_it
+    what_is_not_there_can_be_neither_revoked_nor_updated_nor_found
+    what_contradicts_the_store_is_a_conflict
+    an_edit_changes_what_can_be_edited_and_nothing_else
+    keys_are_listed_in_pages_and_by_owner
+    keys_that_share_a_prefix_are_each_tried_up_to_eight
+    a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again
+    an_answer_says_when_it_was_read
+    a_look_up_that_is_dropped_leaves_the_store_usable
+    an_arc_and_a_dyn_store_answer_like_the_store
+}
+
+async fn an_issued_key_comes_back_with_all_that_was_set(store: impl KeyRepository + Clone) {
+    let manager = KeyManager::new(store.clone());
+    let user = manager.create_user("ada@example.com", "admin").await.unwrap();
+    let expiry =
+        Utc.with_ymd_and_hms(2099, 12, 31, 23, 59, 59).unwrap() + Duration::from_micros(123_456);
+    let mut limits = RateLimits::default();
+    (limits.per_minute, limits.per_day) = (Some(0), Some(86_400));
+    let new = NewKey::new(user.id.clone(), "laptop \"δ\"")
+        .scopes(["chat:write", "it's"])
+        .permissions(["read"])
+        .rate_limits(limits)
+        .allowed_models(["small"])
+        .allowed_endpoints(["POST /v1/*".parse().unwrap(), "/health".parse().unwrap()])
+        .allowed_ips(["10.0.0.0/8".parse().unwrap(), "2001:db8::1".parse().unwrap()])
+        .unlimited()
+        .budget(Budget { limit_cents: 5000, period: BudgetPeriod::Weekly })
+        .expires_at(expiry)
+        .metadata(json!({ "team": ["a", 1, null, 1.5] }));
+    let before = Utc::now() - Duration::from_secs(5);
+    let issued = manager.issue(new).await.unwrap();
+
+    let address = "10.1.2.3".parse().unwrap();
+    let caller = Authenticator::new(store.clone())
+        .authenticate_from(issued.expose_secret(), address)
+        .await
+        .unwrap();
+    assert_eq!(caller.user(), &user);
+    assert_eq!(
+        (caller.user().email.as_str(), caller.user().role.as_str()),
+        ("ada@example.com", "admin")
+    );
+    assert_eq!(caller.scopes(), ["chat:write", "it's"]);
+    assert_eq!(caller.permissions(), ["read"]);
+    assert_eq!(caller.rate_limits(), limits);
+    assert_eq!(caller.allowed_models(), ["small"]);
+    assert!(caller.can_access_endpoint(&http::Method::POST, "/v1/chat"));
+    assert!(!caller.can_access_endpoint(&http::Method::GET, "/v1/chat"));
+    assert_eq!(caller.allowed_ips().len(), 2);
+    assert_eq!(caller.metadata(), &json!({ "team": ["a", 1, null, 1.5] }));
+    let key = caller.key();
+    assert_eq!((key.name.as_str(), key.is_active, key.is_unlimited), ("laptop \"δ\"", true, true));
+    assert_eq!(key.budget, Some(Budget { limit_cents: 5000, period: BudgetPeriod::Weekly }));
+    assert_eq!(key.expires_at, Some(expiry));
+    assert_eq!((key.usage, key.last_used_at), (UsageTotals::default(), None));
+    assert!(
+        key.created_at > before
+            && key.updated_at > before
+            && key.created_at < Utc::now() + Duration::from_secs(5)
+    );
+    assert!(issued.expose_secret().contains(&key.prefix) && key.prefix.len() == 10);
+    assert_eq!(key, issued.record());
+    assert_eq!(store.find_key(&key.id).await.unwrap().as_ref(), Some(key));
+}
+
+async fn a_key_is_refused_for_what_is_wrong_with_it(store: impl KeyRepository + Clone) {
+    let manager = KeyManager::new(store.clone());
+    let authenticator = Authenticator::new(store.clone());
+    let reason = async |key: &str| match authenticator.authenticate(key).await {
+        Err(Denial::InvalidKey(reason)) => Some(reason),
+        Ok(_) => None,
+        Err(denial) => panic!("{denial:?}"),
+    };
+    let user = manager.create_user("ada@example.com", "admin").await.unwrap();
+    let issue = async || manager.issue(NewKey::new(user.id.clone(), "k")).await.unwrap();
+
+    let good = issue().await;
+    assert_eq!(reason(good.expose_secret()).await, None);
+
+    let other_store = MemoryStore::new();
+    let other_user = some_user(other_store.clone()).await;
+    let other = KeyManager::new(other_store).issue(NewKey::new(other_user, "k")).await.unwrap();
+    assert_eq!(reason(other.expose_secret()).await, Some(InvalidKey::Unknown));
+
+    let forged = KeyRecord::new(0, &*other.record().prefix, user.clone());
+    store.insert_key(&StoredKey::new(forged, KeyHash::sha256("something else"))).await.unwrap();
+    assert_eq!(reason(other.expose_secret()).await, Some(InvalidKey::WrongSecret));
+
+    let revoked = issue().await;
+    assert!(manager.revoke(&revoked.record().id).await.unwrap());
+    assert!(manager.revoke(&revoked.record().id).await.unwrap(), "twice is fine");
+    assert_eq!(reason(revoked.expose_secret()).await, Some(InvalidKey::Revoked));
+
+    let past = Utc::now() - Duration::from_secs(1);
+    let expired = manager.issue(NewKey::new(user.id.clone(), "k").expires_at(past)).await.unwrap();
+    assert_eq!(reason(expired.expose_secret()).await, Some(InvalidKey::Expired));
+
+    let mut inactive = user.clone();
+    inactive.is_active = false;
+    assert!(store.update_user(&inactive).await.unwrap());
+    assert_eq!(reason(good.expose_secret()).await, Some(InvalidKey::OwnerInactive));
+    assert!(store.update_user(&user).await.unwrap());
+    assert_eq!(reason(good.expose_secret()).await, None);
+}
+
+async fn what_is_not_there_can_be_neither_revoked_nor_updated_nor_found(store: impl KeyRepository) {
+    for id in [KeyId::from(4711), KeyId::from("text")] {
+        assert!(!store.revoke_key(&id).await.unwrap());
+        assert_eq!(store.find_key(&id).await.unwrap(), None);
+        let record = KeyRecord::new(id, "prefix", User::new(1, ""));
+        assert!(!store.update_key(&record).await.unwrap());
+    }
+    assert!(!store.update_user(&User::new(4711, "a@b.c")).await.unwrap());
+    assert!(!store.update_user(&User::new("text", "a@b.c")).await.unwrap());
+}
+
+async fn what_contradicts_the_store_is_a_conflict(store: impl KeyRepository + Clone) {
+    let kind = |error: StoreError| (error.kind(), error.is_transient());
+    let conflict = (StoreErrorKind::Conflict, false);
+    let user = store.insert_user("ada@example.com", "admin").await.unwrap();
+    assert_eq!(kind(store.insert_user("ada@example.com", "user").await.unwrap_err()), conflict);
+
+    let key = |user: &User| {
+        StoredKey::new(KeyRecord::new(0, "prefix", user.clone()), KeyHash::sha256("secret"))
+    };
+    assert_eq!(kind(store.insert_key(&key(&User::new(4711, ""))).await.unwrap_err()), conflict);
+    assert_eq!(kind(store.insert_key(&key(&User::new("text", ""))).await.unwrap_err()), conflict);
+    store.insert_key(&key(&user)).await.unwrap();
+    assert_eq!(kind(store.insert_key(&key(&user)).await.unwrap_err()), conflict);
+}
+
+async fn an_edit_changes_what_can_be_edited_and_nothing_else(store: impl KeyRepository + Clone) {
+    let manager = KeyManager::new(store.clone());
+    let user = some_user(store.clone()).await;
+    let expiry = Utc::now() + Duration::from_secs(60);
+    let new = NewKey::new(user, "before").scopes(["a"]).expires_at(expiry).metadata(json!(1));
+    let issued = manager.issue(new).await.unwrap();
+    let mut edited = issued.record().clone();
+    edited.name = "after".into();
+    edited.scopes = vec!["b".into()];
+    edited.allowed_models = vec!["m".into()];
+    edited.rate_limits.per_hour = Some(7);
+    edited.expires_at = None;
+    edited.metadata = serde_json::Value::Null;
+    let wanted = edited.clone();
+    edited.prefix = "somebody".into();
+    edited.user.email = "eve@example.com".into();
+    edited.usage.requests = 99;
+    assert!(store.update_key(&edited).await.unwrap());
+
+    let mut found = store.find_key(&edited.id).await.unwrap().unwrap();
+    assert!(found.updated_at >= wanted.updated_at);
+    found.updated_at = wanted.updated_at;
+    assert_eq!(found, wanted);
+    let authenticator = Authenticator::new(store);
+    assert!(authenticator.authenticate(issued.expose_secret()).await.unwrap().has_scope("b"));
+}
+
+async fn keys_are_listed_in_pages_and_by_owner(store: impl KeyRepository + Clone) {
+    let manager = KeyManager::new(store.clone());
+    let (ada, bob) = (
+        manager.create_user("ada@example.com", "user").await.unwrap().id,
+        manager.create_user("bob@example.com", "user").await.unwrap().id,
+    );
+    for n in 0..5 {
+        let owner = if n % 2 == 0 { &ada } else { &bob };
+        manager.issue(NewKey::new(owner.clone(), format!("key {n}"))).await.unwrap();
+    }
+    let names = async |page: &ListKeys| {
+        let keys = store.list_keys(page).await.unwrap();
+        let names: Vec<_> = keys.iter().map(|key| key.name.clone()).collect();
+        (names, keys.last().map(|key| key.id.clone()))
+    };
+    let mut page = ListKeys::default();
+    assert_eq!(names(&page).await.0.len(), 5);
+    page.limit = 2;
+    let (first, last) = names(&page).await;
+    assert_eq!(first, ["key 0", "key 1"]);
+    page.after = last;
+    assert_eq!(names(&page).await.0, ["key 2", "key 3"]);
+    page.owner = Some(ada);
+    assert_eq!(names(&page).await.0, ["key 2", "key 4"]);
+    page.owner = Some("text".into());
+    assert_eq!(names(&page).await.0, [""; 0]);
+}
+
+fn first_chars() -> KeySchemeBuilder {
+    KeyScheme::builder().format(KeyFormat::first_chars(8).unwrap()).pepper("sixteen bytes or more")
+}
+
+async fn keys_that_share_a_prefix_are_each_tried_up_to_eight(store: impl KeyRepository + Clone) {
+    let scheme = first_chars().build().unwrap();
+    let authenticator = Authenticator::builder(store.clone()).scheme(scheme).build();
+    let user = store.insert_user("ada@example.com", "user").await.unwrap();
+    let add = async |n: usize| {
+        let mut record = KeyRecord::new(0, "sk-proj-", user.clone());
+        record.name = format!("key {n}");
+        let hash = KeyHash::bcrypt(&format!("sk-proj-{n}"), 4).unwrap();
+        store.insert_key(&StoredKey::new(record, hash)).await.unwrap();
+    };
+    for n in 0..8 {
+        add(n).await;
+    }
+    let ask = async |n: usize| authenticator.authenticate(&format!("sk-proj-{n}")).await;
+    for n in 0..8 {
+        assert_eq!(ask(n).await.unwrap().key().name, format!("key {n}"));
+    }
+    assert!(matches!(ask(8).await, Err(Denial::InvalidKey(InvalidKey::WrongSecret))));
+    add(8).await;
+    assert!(ask(7).await.is_ok());
+    // It may be the ninth key, so that it can't be called wrong.
+    assert!(matches!(ask(8).await, Err(Denial::BadRow(_))));
+    assert!(matches!(ask(9).await, Err(Denial::BadRow(_))));
+}
+
+async fn a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again(store: impl KeyRepository + Clone) {
+    let user = store.insert_user("ada@example.com", "user").await.unwrap();
+    let hash = KeyHash::bcrypt("old-key-of-mine", 4).unwrap();
+    store.insert_key(&StoredKey::new(KeyRecord::new(0, "old-key-", user), hash)).await.unwrap();
+    let clock = Arc::new(ManualClock::at(SystemTime::now()));
+    // A scheme of its own each time, so that the ration of failed checks is fresh.
+    let authenticator = |upgrade| {
+        let scheme = first_chars().upgrade_hashes(upgrade).clock(clock.clone()).build().unwrap();
+        Authenticator::builder(store.clone()).scheme(scheme).build()
+    };
+    /// How many wrong keys are called wrong before slow checks are rationed.
+    async fn wrong(authenticator: Authenticator) -> usize {
+        for n in 0..20 {
+            match authenticator.authenticate("old-key-of-yours").await {
+                Err(Denial::InvalidKey(InvalidKey::WrongSecret)) => {}
+                Err(Denial::Unavailable(_)) => return n,
+                other => panic!("{other:?}"),
+            }
+        }
+        20
+    }
+    assert!(authenticator(false).authenticate("old-key-of-mine").await.is_ok());
+    assert_eq!(wrong(authenticator(false)).await, 5);
+    assert!(authenticator(true).authenticate("old-key-of-mine").await.is_ok());
+    assert_eq!(wrong(authenticator(false)).await, 20, "the fast hash decides alone");
+    assert!(authenticator(false).authenticate("old-key-of-mine").await.is_ok());
+}
+
+/// A store over another that keeps what each answer says of itself.
+struct Watched<S>(S, Arc<Mutex<Vec<(SystemTime, Revisions)>>>);
+
+impl<S: KeyStore> KeyStore for Watched<S> {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        let answer = self.0.resolve(lookup).await?;
+        self.1.lock().unwrap().push((answer.as_of(), answer.revisions()));
+        Ok(answer)
+    }
+}
+
+async fn an_answer_says_when_it_was_read(store: impl KeyRepository + Clone) {
+    let manager = KeyManager::new(store.clone());
+    let user = some_user(store.clone()).await;
+    let issued = manager.issue(NewKey::new(user, "k")).await.unwrap();
+    let seen = Arc::default();
+    let authenticator = Authenticator::new(Watched(store, Arc::clone(&seen)));
+    let before = SystemTime::now() - Duration::from_millis(1);
+    assert!(authenticator.authenticate(issued.expose_secret()).await.is_ok());
+    manager.revoke(&issued.record().id).await.unwrap();
+    assert!(authenticator.authenticate(issued.expose_secret()).await.is_err());
+    let unknown = "tak_live_0000000000_0000000000000000000000";
+    let unknown = format!("{unknown}{}", crc32_base62(unknown));
+    let denial = authenticator.authenticate(&unknown).await.unwrap_err();
+    assert!(matches!(denial, Denial::InvalidKey(InvalidKey::Unknown)), "{denial}");
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.len(), 3);
+    for (as_of, _) in seen.iter() {
+        assert!(*as_of >= before && *as_of <= SystemTime::now());
+    }
+    assert!(seen[0].0 <= seen[1].0 && seen[1].0 <= seen[2].0);
+    assert!(seen[0].1.key <= seen[1].1.key && seen[1].1.key <= seen[2].1.key);
+}
+
+/// The check at the end of a structured key, written again from its description.
+fn crc32_base62(checked: &str) -> String {
+    let digits = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let mut crc = u32::MAX;
+    for byte in checked.bytes() {
+        crc ^= u32::from(byte);
+        for _ in 0..8 {
+            crc = if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
+        }
+    }
+    let (mut crc, mut check) = (!crc, [0; 6]);
+    for digit in check.iter_mut().rev() {
+        *digit = digits[crc as usize % 62];
+        crc /= 62;
+    }
+    String::from_utf8(check.to_vec()).unwrap()
+}
+
+async fn a_look_up_that_is_dropped_leaves_the_store_usable(store: impl KeyRepository + Clone) {
+    let manager = KeyManager::new(store.clone());
+    let user = some_user(store.clone()).await;
+    let issued = manager.issue(NewKey::new(user, "k")).await.unwrap();
+    let authenticator = Authenticator::new(store);
+    // More often than there are connections in any pool, at the first await and at later ones.
+    for polls in 1..=40 {
+        let mut lookup = pin!(authenticator.authenticate(issued.expose_secret()));
+        for _ in 0..polls % 4 + 1 {
+            if lookup.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+    assert!(authenticator.authenticate(issued.expose_secret()).await.is_ok());
+}
+
+async fn an_arc_and_a_dyn_store_answer_like_the_store(store: impl KeyRepository + Clone) {
+    let store = Arc::new(store);
+    let manager = KeyManager::new(Arc::clone(&store));
+    let user = manager.create_user("ada@example.com", "user").await.unwrap();
+    let issued = manager.issue(NewKey::new(user.id, "k")).await.unwrap();
+    let by_name = DynKeyStore::new(Arc::clone(&store));
+    assert!(Authenticator::new(by_name.clone()).authenticate(issued.expose_secret()).await.is_ok());
+    assert!(!by_name.changes(SystemTime::now()).has_feed());
+    assert!(by_name.cache_secret().await.unwrap().is_none());
+    let batch = UsageBatch::new("writer", 1);
+    assert_eq!(by_name.record_usage(&batch).await.unwrap_err().kind(), StoreErrorKind::Unsupported);
+    let ask = LeaseAsk::new(issued.record().id.clone(), "node", 1);
+    assert_eq!(by_name.lease(&ask).await.unwrap_err().kind(), StoreErrorKind::Unsupported);
+}
