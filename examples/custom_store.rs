@@ -1,0 +1,61 @@
+//! A key store of your own in a few lines: keys in a text file, and what changes is a restart.
+//!
+//! `cargo run --example custom_store`; `ADDR` (default `127.0.0.1:3003`) is read from the
+//! environment.
+
+use std::{collections::HashMap, env, error::Error};
+
+use axum::{Router, routing::get};
+use tower_api_key::{
+    Answer, ApiKeyAuthLayer, AuthContext, KeyFormat, KeyRecord, KeyScheme, KeyStore, Lookup,
+    StoreError, StoredKey, User,
+};
+
+/// Lookup prefix, e-mail address and hash of each key. Only the hash of a key is ever written down.
+///
+/// The keys are `team-one-7Bz1nYl0` and `team-two-c9QmXw42`.
+const KEYS: &str = "
+    team-one ada@example.com $2b$10$2iRmIfOV7sNRzgVr8qaLv.5HmcHtPJlNT174WrPSHmwhjETXs6PRC
+    team-two bob@example.com $2b$10$q6eTUJLJpXc1ZYAUrTgCvu10jIN7fajWurCdHx6ths4RSWf4EUOIK
+";
+
+/// E-mail addresses and hashes by lookup prefix.
+struct TextFile(HashMap<String, (String, String)>);
+
+impl TextFile {
+    fn parse(text: &str) -> Self {
+        let keys = text.lines().filter_map(|line| {
+            let mut words = line.split_whitespace().map(str::to_owned);
+            Some((words.next()?, (words.next()?, words.next()?)))
+        });
+        Self(keys.collect())
+    }
+}
+
+impl KeyStore for TextFile {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        let Some((email, hash)) = self.0.get(lookup.id()) else { return lookup.verify([]).await };
+        let user = User::new(email.as_str(), email);
+        let record = KeyRecord::new(lookup.id(), lookup.id(), user);
+        lookup.verify([StoredKey::new(record, hash.parse()?)]).await
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let address = env::var("ADDR").unwrap_or_else(|_| "127.0.0.1:3003".to_owned());
+    let scheme = KeyScheme::builder().format(KeyFormat::first_chars(8)?).build()?;
+    let layer = ApiKeyAuthLayer::new(TextFile::parse(KEYS)).scheme(scheme);
+    let app = Router::new().route("/", get(hello)).layer(layer);
+
+    let listener = tokio::net::TcpListener::bind(&address).await?;
+    let address = listener.local_addr()?;
+    println!("  curl -i http://{address}/ -H 'Authorization: Bearer team-one-7Bz1nYl0'");
+    println!("Listening on http://{address}");
+    axum::serve(listener, app).await?;
+    Ok(())
+}
+
+async fn hello(caller: AuthContext) -> String {
+    format!("Hello, {}!\n", caller.user().email)
+}

@@ -1,0 +1,57 @@
+//! axum on PostgreSQL, with keys of a brand of its own and keys from before.
+//!
+//! `cargo run --example postgres`; `ADDR` (default `127.0.0.1:3004`) and `DATABASE_URL` (default
+//! `postgres://postgres@localhost/postgres`) are read from the environment.
+
+use std::{env, error::Error, net::SocketAddr};
+
+use axum::{Router, routing::get};
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, KeyFormat, KeyManager, KeyScheme, NewKey, PostgresStore,
+};
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    tracing_subscriber::fmt().init();
+    let address = env::var("ADDR").unwrap_or_else(|_| "127.0.0.1:3004".to_owned());
+    let url = env::var("DATABASE_URL")
+        .unwrap_or_else(|_| "postgres://postgres@localhost/postgres".to_owned());
+
+    let store = PostgresStore::builder(&url).max_connections(8).build()?;
+    // Makes the tables, or adopts those that are there. Every node may do it at every start.
+    store.migrate().await?;
+
+    // A pepper lies anywhere but in the database; here it is only an example's.
+    let pepper = env::var("KEY_PEPPER").unwrap_or_else(|_| "only for this example".to_owned());
+    let scheme = KeyScheme::builder()
+        .format(KeyFormat::structured("acme", "live")?)
+        .format(KeyFormat::first_chars(8)?)
+        .pepper(pepper)
+        .upgrade_hashes(true)
+        .build()?;
+    let layer = ApiKeyAuthLayer::new(store.clone()).scheme(scheme.clone()).realm("acme")?;
+
+    let app = Router::new()
+        .route("/", get(hello))
+        .layer(layer)
+        .into_make_service_with_connect_info::<SocketAddr>();
+    let listener = tokio::net::TcpListener::bind(&address).await?;
+    let address = listener.local_addr()?;
+
+    let manager = KeyManager::new(store).with_scheme(scheme);
+    // The second start finds the user there, and the keys of the first still work.
+    if let Ok(user) = manager.create_user("ada@example.com", "admin").await {
+        let issued = manager.issue(NewKey::new(user.id, "example")).await?;
+        println!(
+            "  curl -i http://{address}/ -H 'Authorization: Bearer {}'",
+            issued.expose_secret()
+        );
+    }
+    println!("Listening on http://{address}");
+    axum::serve(listener, app).await?;
+    Ok(())
+}
+
+async fn hello(caller: AuthContext) -> String {
+    format!("Hello, {}!\n", caller.user().email)
+}

@@ -1,0 +1,203 @@
+//! Each example, run as a user would run it.
+
+mod support;
+
+use std::{
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::mpsc,
+    time::Duration,
+};
+
+use support::servers::Postgres;
+use tonic::{Code, metadata::MetadataValue, transport::Endpoint};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+
+/// A running example; ended when it goes out of scope.
+struct Example {
+    process: Child,
+    /// What it printed until it was listening.
+    lines: Vec<String>,
+}
+
+impl Example {
+    fn run(name: &str, folder: &Path, variables: &[(&str, &str)]) -> Self {
+        let mut command = Command::new(path_of(name));
+        command.current_dir(folder).env("ADDR", "127.0.0.1:0").stdout(Stdio::piped());
+        let mut process = command.envs(variables.iter().copied()).spawn().unwrap();
+        let output = BufReader::new(process.stdout.take().unwrap());
+        let (sender, receiver) = mpsc::channel();
+        // Goes on reading, so that the example never waits for somebody to read.
+        std::thread::spawn(move || {
+            output.lines().map_while(Result::ok).for_each(|line| drop(sender.send(line)));
+        });
+        let mut example = Self { process, lines: Vec::new() };
+        while !example.lines.last().is_some_and(|line| line.starts_with("Listening on ")) {
+            let line = receiver.recv_timeout(Duration::from_secs(30));
+            example
+                .lines
+                .push(line.unwrap_or_else(|_| panic!("{name} printed {:?}", example.lines)));
+        }
+        example
+    }
+
+    fn url(&self) -> &str {
+        self.lines.last().unwrap().trim_start_matches("Listening on ")
+    }
+
+    /// The lines that are nothing but a key.
+    fn keys(&self) -> Vec<&str> {
+        let keys = self.lines.iter().map(|line| line.trim());
+        keys.filter(|line| line.starts_with("tak_live_")).collect()
+    }
+
+    /// The curl lines that it printed to be tried.
+    fn curl_lines(&self) -> Vec<&str> {
+        let lines = self.lines.iter().map(|line| line.trim());
+        lines.filter(|line| line.starts_with("curl ")).collect()
+    }
+}
+
+impl Drop for Example {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Examples are built with the tests, beside them.
+fn path_of(example: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    test.parent().unwrap().parent().unwrap().join("examples").join(example)
+}
+
+/// Runs a command line and returns what it printed.
+fn shell(line: &str) -> String {
+    let line = format!("{line} --silent --show-error --max-time 20");
+    let output = Command::new("sh").args(["-c", &line]).output().unwrap();
+    assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().to_lowercase()
+}
+
+#[test]
+fn the_quickstart_answers_curl_over_http_1_and_h2c() {
+    let folder = tempfile::tempdir().unwrap();
+    let example = Example::run("quickstart", folder.path(), &[]);
+    let (url, key) = (format!("{}/me", example.url()), example.keys()[0]);
+
+    let lines = example.curl_lines();
+    assert_eq!(lines.len(), 3);
+    for (protocol, version) in [("--http1.1", "http/1.1"), ("--http2-prior-knowledge", "http/2")] {
+        let good = shell(&format!("{} {protocol}", lines[0]));
+        assert!(good.starts_with(&format!("{version} 200")), "{good}");
+        assert!(good.contains(r#""email":"ada@example.com""#), "{good}");
+
+        let missing = shell(&format!("{} {protocol}", lines[1]));
+        assert!(missing.starts_with(&format!("{version} 401")), "{missing}");
+        assert!(missing.contains("www-authenticate: bearer realm=\"api\"\r\n"), "{missing}");
+        assert!(missing.contains("content-type: application/problem+json\r\n"), "{missing}");
+        assert!(missing.contains(r#""status":401"#), "{missing}");
+
+        let wrong = shell(&format!("{} {protocol}", lines[2]));
+        assert!(wrong.starts_with(&format!("{version} 401")), "{wrong}");
+        assert!(wrong.contains("error=\"invalid_token\""), "{wrong}");
+
+        let two = format!(
+            "curl -i {url} -H 'Authorization: Bearer {key}' -H 'x-api-key: tak_live_other'"
+        );
+        let two = shell(&format!("{two} {protocol}"));
+        assert!(two.starts_with(&format!("{version} 400")), "{two}");
+        assert!(two.contains("error=\"invalid_request\""), "{two}");
+
+        let head = shell(&format!("curl -I {url} {protocol}"));
+        assert!(
+            head.starts_with(&format!("{version} 401")) && head.trim_end().lines().count() > 1,
+            "{head}"
+        );
+    }
+}
+
+#[test]
+fn the_quickstart_shows_its_key_once_and_it_works_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = Example::run("quickstart", folder.path(), &[("DATABASE_URL", "mine.db")]);
+    let key = first.keys()[0].to_owned();
+    drop(first);
+    assert!(folder.path().join("mine.db").exists());
+    let second = Example::run("quickstart", folder.path(), &[("DATABASE_URL", "mine.db")]);
+    assert!(second.keys().is_empty() && !second.lines.concat().contains(&key));
+    let answer = shell(&format!("curl -i {}/me -H 'x-api-key: {key}'", second.url()));
+    assert!(answer.starts_with("http/1.1 200"), "{answer}");
+}
+
+#[tokio::test]
+async fn the_tonic_example_answers_a_stock_client_as_the_table_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let example = Example::run("tonic", folder.path(), &[]);
+    let channel = Endpoint::new(example.url().to_owned()).unwrap().connect().await.unwrap();
+    let mut client = HealthClient::new(channel);
+    let mut check = async |header: &'static str, key: Option<String>| {
+        let mut request = tonic::Request::new(HealthCheckRequest { service: String::new() });
+        if let Some(key) = key {
+            request.metadata_mut().insert(header, MetadataValue::try_from(key).unwrap());
+        }
+        client.check(request).await.map_or_else(|status| status.code(), |_| Code::Ok)
+    };
+    let keys = example.keys();
+    let bearer = |key: &str| Some(format!("Bearer {key}"));
+    assert_eq!(check("authorization", bearer(keys[0])).await, Code::Ok);
+    assert_eq!(check("x-api-key", Some(keys[0].to_owned())).await, Code::Ok);
+    assert_eq!(check("authorization", None).await, Code::Unauthenticated);
+    assert_eq!(check("authorization", bearer("tak_live_wrong")).await, Code::Unauthenticated);
+    assert_eq!(check("authorization", bearer(keys[1])).await, Code::PermissionDenied);
+    assert_eq!(check("authorization", Some("Bearer".to_owned())).await, Code::InvalidArgument);
+}
+
+#[test]
+fn the_hyper_example_takes_the_key_as_a_user_name_or_in_a_header() {
+    let folder = tempfile::tempdir().unwrap();
+    let example = Example::run("hyper", folder.path(), &[]);
+    for line in example.curl_lines() {
+        for protocol in ["--http1.1", "--http2-prior-knowledge"] {
+            let answer = shell(&format!("{line} {protocol}"));
+            assert!(
+                answer.contains(" 200") && answer.ends_with("hello, ada@example.com!\n"),
+                "{answer}"
+            );
+        }
+    }
+    let refused = shell(&format!("curl -i {}", example.url()));
+    assert!(
+        refused.starts_with("http/1.1 401") && refused.contains("basic realm=\"api\""),
+        "{refused}"
+    );
+}
+
+#[test]
+fn the_custom_store_checks_keys_from_its_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let example = Example::run("custom_store", folder.path(), &[]);
+    let answer = shell(example.curl_lines()[0]);
+    assert!(answer.ends_with("hello, ada@example.com!\n"), "{answer}");
+    let other = shell(&format!("curl {} -H 'x-api-key: team-two-c9QmXw42'", example.url()));
+    assert_eq!(other, "hello, bob@example.com!\n");
+    let wrong = shell(&format!("curl -i {} -H 'x-api-key: team-two-c9QmXw43'", example.url()));
+    assert!(wrong.starts_with("http/1.1 401"), "{wrong}");
+}
+
+#[test]
+fn the_postgres_example_starts_twice_on_one_database() {
+    let (folder, server) = (tempfile::tempdir().unwrap(), Postgres::start());
+    let url = server.url();
+    let first = Example::run("postgres", folder.path(), &[("DATABASE_URL", &url)]);
+    let second = Example::run("postgres", folder.path(), &[("DATABASE_URL", &url)]);
+    let line = first.curl_lines()[0];
+    for example in [&first, &second] {
+        let answer = shell(&line.replace(first.url(), example.url()));
+        assert!(answer.ends_with("hello, ada@example.com!\n"), "{answer}");
+    }
+    assert!(second.curl_lines().is_empty());
+    let refused = shell(&format!("curl -i {}", first.url()));
+    assert!(refused.contains("www-authenticate: bearer realm=\"acme\""), "{refused}");
+}
