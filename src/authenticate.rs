@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 
 use crate::{
     context::{AuthContext, Origin},
-    error::StoreError,
+    error::{StoreError, StoreErrorKind},
     key::{KeyScheme, PresentedKey, token},
     policy,
     respond::{Denial, Forbidden, InvalidKey},
@@ -106,7 +106,11 @@ impl Authenticator {
                 return Err(StoreError::unavailable("there is no Tokio runtime here").into());
             }
             let lookup = Lookup::new(key, inner.scheme.clone(), address);
-            let answer = inner.store.resolve(&lookup).await?;
+            let answer = inner.store.resolve(&lookup).await.inspect_err(|error| {
+                if error.kind() == StoreErrorKind::BadRow {
+                    telemetry::bad_row(lookup.id(), error);
+                }
+            })?;
             if !answer.answers(&lookup) {
                 let mixed_up = "the key store gave the answer to another question";
                 return Err(StoreError::rejected(mixed_up).into());

@@ -2,15 +2,17 @@
 
 use crate::{error::StoreError, respond::Denial};
 
-/// A row could not be decoded; the error names it.
-pub(crate) fn bad_row(error: &StoreError) {
-    tracing::error!(error = %error, "an API key row can't be used");
+/// A row under this lookup prefix could not be decoded; the error says which, where the store knows.
+pub(crate) fn bad_row(prefix: &str, error: &StoreError) {
+    let cause = std::error::Error::source(error).map(ToString::to_string);
+    tracing::error!(key_prefix = prefix, error = %error, cause, "an API key row can't be used");
 }
 
 /// A request was refused. Faults of ours are loud, refusals of strangers are not.
 pub(crate) fn denied(denial: &Denial) {
     match denial {
-        Denial::BadRow(error) => bad_row(error),
+        // Logged where the lookup prefix is known.
+        Denial::BadRow(_) => {}
         Denial::Unavailable(error) => {
             let cause = std::error::Error::source(error).map(ToString::to_string);
             tracing::warn!(error = %error, cause, "API keys can't be checked");

@@ -130,7 +130,7 @@ impl Lookup {
         };
         if let Some(fault) = fault {
             // The caller's own key is fine, so nobody else would hear of the row.
-            telemetry::bad_row(&fault);
+            telemetry::bad_row(self.id(), &fault);
         }
         let found = candidates.swap_remove(at);
         Ok(answer(Outcome::Match(Box::new(found.record)), found.revisions, upgrade))

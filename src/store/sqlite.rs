@@ -212,6 +212,10 @@ fn store_error(error: Error) -> StoreError {
         Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
             StoreError::conflict("the row contradicts what is stored").caused_by(error)
         }
+        // SQLite lets anybody write any bytes into a text column.
+        Error::DeserializationError(_) => {
+            StoreError::bad_row("a row of api_keys is not UTF-8").caused_by(error)
+        }
         Error::DatabaseError(_, info) if info.message().contains("locked") => {
             StoreError::unavailable(error)
         }
