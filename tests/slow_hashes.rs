@@ -1,125 +1,18 @@
-//! bcrypt under load and under attack: few checks at once, a bounded queue, rationed failures.
+//! bcrypt under attack: failed checks are rationed.
 
 mod support;
 
 use std::{
     net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use support::{fixture, send};
-use tokio::{runtime, task::JoinSet};
+use support::{fixture, old_and_new_keys, send, store_of};
 use tower_api_key::*;
-
-/// Keys `PREFIX-of-mine`, one for each prefix of 8 characters, in a store of their own.
-async fn store_of(prefixes: impl IntoIterator<Item = String>, cost: u32) -> MemoryStore {
-    let store = MemoryStore::new();
-    let user = store.insert_user("ada@example.com", "user").await.unwrap();
-    for prefix in prefixes {
-        let hash = KeyHash::bcrypt(&format!("{prefix}-of-mine"), cost).unwrap();
-        let record = KeyRecord::new(0, prefix, user.clone());
-        store.insert_key(&StoredKey::new(record, hash)).await.unwrap();
-    }
-    store
-}
-
-fn scheme() -> KeySchemeBuilder {
-    KeyScheme::builder()
-        .format(KeyFormat::structured("tak", "live").unwrap())
-        .format(KeyFormat::first_chars(8).unwrap())
-}
 
 fn is_overloaded(denial: &Denial) -> bool {
     matches!(denial, Denial::Unavailable(error) if error.kind() == StoreErrorKind::Overloaded)
-}
-
-/// Runs `test` and returns how many threads beside the workers it took: each check that runs at the
-/// same time as others needs one. Tokio starts a few more, because a check gives up its slot a moment
-/// before its thread is free.
-fn blocking_threads(test: impl Future<Output = ()> + Send + 'static) -> usize {
-    const WORKERS: usize = 2;
-    let started = Arc::new(AtomicUsize::new(0));
-    let count = Arc::clone(&started);
-    let runtime = runtime::Builder::new_multi_thread()
-        .worker_threads(WORKERS)
-        .enable_all()
-        .on_thread_start(move || {
-            count.fetch_add(1, Ordering::Relaxed);
-        })
-        .build()
-        .unwrap();
-    runtime.block_on(async { tokio::spawn(test).await.unwrap() });
-    started.load(Ordering::Relaxed) - WORKERS
-}
-
-/// Resident memory of this process, in bytes.
-fn memory() -> usize {
-    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
-    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
-}
-
-#[test]
-fn a_thousand_cold_bcrypt_keys_at_once_run_few_checks_and_the_rest_is_told_to_come_again() {
-    let threads = blocking_threads(async {
-        let prefix = |n: usize| format!("key-{n:04}");
-        let store = store_of((0..1000).map(prefix), 4).await;
-        let user = store.find_key(&2.into()).await.unwrap().unwrap().user.id;
-        let manager = KeyManager::new(store.clone());
-        let fast = manager.issue(NewKey::new(user, "fast")).await.unwrap();
-        let layer = ApiKeyAuthLayer::new(store).scheme(scheme().bcrypt_queue(16).build().unwrap());
-        let before = memory();
-        let mut slow = JoinSet::new();
-        for n in 0..1000 {
-            let layer = layer.clone();
-            slow.spawn(async move {
-                let answer = send(&layer, support::bearer(&format!("{}-of-mine", prefix(n)))).await;
-                if answer.status() == 503 {
-                    assert!(answer.header("retry-after").unwrap().parse::<u64>().unwrap() >= 1);
-                }
-                answer.status()
-            });
-        }
-        // While they are at it, a key that needs no bcrypt is answered every time.
-        let mut answered = 0;
-        while !slow.is_empty() {
-            let answer = send(&layer, support::bearer(fast.expose_secret())).await;
-            assert_eq!(answer.status(), 200);
-            answered += 1;
-            if answered >= 100 {
-                break;
-            }
-        }
-        let statuses = slow.join_all().await;
-        let count = |status| statuses.iter().filter(|&&found| found == status).count();
-        assert_eq!(count(200) + count(503), 1000);
-        assert!(count(200) >= 17 && count(503) > 0, "{} answered, {} shed", count(200), count(503));
-        let grown = memory().saturating_sub(before);
-        assert!(grown < 64 << 20, "{grown} bytes");
-        assert_eq!(answered, 100);
-    });
-    let cores = std::thread::available_parallelism().unwrap().get();
-    assert!(threads <= (cores / 2).max(1) + 3, "{threads} threads");
-}
-
-#[test]
-fn there_is_one_check_at_a_time_for_one_record() {
-    let threads = blocking_threads(async {
-        let store = store_of(["key-0001".to_owned()], 6).await;
-        let scheme = scheme().bcrypt_slots(16).bcrypt_queue(100).build().unwrap();
-        let authenticator = Authenticator::builder(store).scheme(scheme).build();
-        let mut callers = JoinSet::new();
-        for _ in 0..30 {
-            let authenticator = authenticator.clone();
-            callers
-                .spawn(async move { authenticator.authenticate("key-0001-of-mine").await.is_ok() });
-        }
-        assert!(callers.join_all().await.into_iter().all(|ok| ok));
-    });
-    assert!(threads <= 4, "{threads} threads, where 16 were allowed to others");
 }
 
 /// Attackers with a clock that stands still unless told otherwise.
@@ -131,7 +24,7 @@ struct Siege {
 impl Siege {
     async fn of(prefixes: impl IntoIterator<Item = String>, cost: u32) -> Self {
         let clock = Arc::new(ManualClock::at(SystemTime::now()));
-        let scheme = scheme().clock(clock.clone()).build().unwrap();
+        let scheme = old_and_new_keys().clock(clock.clone()).build().unwrap();
         let store = store_of(prefixes, cost).await;
         let authenticator = Authenticator::builder(store).scheme(scheme).build();
         Self { clock, authenticator }

@@ -75,11 +75,13 @@ impl BcryptPool {
 
         let pool = Arc::clone(self);
         let job = move || {
+            let span = tracing::debug_span!("bcrypt_check", key_prefix = check.key.id()).entered();
             let begun = Instant::now();
             let key = check.key.expose_secret();
             let matched = check.hashes.iter().position(|hash| hash.matches(key));
             let (now, took) = (pool.clock.monotonic(), begun.elapsed());
             pool.ration().note(check.key.id(), source, now, took, matched.is_none());
+            drop(span);
             drop((turn, slot, ticket));
             matched
         };

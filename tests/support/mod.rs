@@ -10,7 +10,8 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use tower::{Service, ServiceExt, service_fn};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, IssuedKey, KeyManager, KeyRepository, MemoryStore, NewKey, UserId,
+    ApiKeyAuthLayer, AuthContext, IssuedKey, KeyFormat, KeyHash, KeyManager, KeyRecord,
+    KeyRepository, KeyScheme, KeySchemeBuilder, MemoryStore, NewKey, StoredKey, UserId,
 };
 
 /// A store with a user and one key of theirs that may do everything.
@@ -42,6 +43,24 @@ impl Fixture {
 /// A user in any repository.
 pub async fn some_user(repository: impl KeyRepository) -> UserId {
     KeyManager::new(repository).create_user("ada@example.com", "admin").await.unwrap().id
+}
+
+/// Keys `PREFIX-of-mine`, one for each prefix of 8 characters, in a store of their own.
+pub async fn store_of(prefixes: impl IntoIterator<Item = String>, cost: u32) -> MemoryStore {
+    let store = MemoryStore::new();
+    let user = store.insert_user("ada@example.com", "user").await.unwrap();
+    for prefix in prefixes {
+        let hash = KeyHash::bcrypt(&format!("{prefix}-of-mine"), cost).unwrap();
+        let record = KeyRecord::new(0, prefix, user.clone());
+        store.insert_key(&StoredKey::new(record, hash)).await.unwrap();
+    }
+    store
+}
+
+pub fn old_and_new_keys() -> KeySchemeBuilder {
+    KeyScheme::builder()
+        .format(KeyFormat::structured("tak", "live").unwrap())
+        .format(KeyFormat::first_chars(8).unwrap())
 }
 
 /// An answer, read to its end.
@@ -143,3 +162,4 @@ fn base62(mut number: u32) -> String {
 }
 
 pub mod counted;
+pub mod verdict;

@@ -1,0 +1,118 @@
+//! bcrypt under load: few checks at once, a bounded queue.
+
+mod support;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use support::{old_and_new_keys, send, store_of};
+use tokio::task::JoinSet;
+use tower_api_key::*;
+use tracing_subscriber::{Layer, layer, prelude::*, registry::LookupSpan};
+
+/// The checks that run now, and how many there were at most.
+struct Checks {
+    running: AtomicUsize,
+    most: AtomicUsize,
+}
+
+static CHECKS: Checks = Checks { running: AtomicUsize::new(0), most: AtomicUsize::new(0) };
+
+struct CountChecks;
+
+impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> Layer<S> for CountChecks {
+    fn on_enter(&self, id: &tracing::Id, context: layer::Context<'_, S>) {
+        if context.span(id).is_some_and(|span| span.name() == "bcrypt_check") {
+            let running = CHECKS.running.fetch_add(1, Ordering::SeqCst) + 1;
+            CHECKS.most.fetch_max(running, Ordering::SeqCst);
+        }
+    }
+
+    fn on_exit(&self, id: &tracing::Id, context: layer::Context<'_, S>) {
+        if context.span(id).is_some_and(|span| span.name() == "bcrypt_check") {
+            CHECKS.running.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+/// Runs `test` and returns how many checks ran at the same time at most. One after the
+/// other, because checks run on threads that only a subscriber for the whole process hears of.
+async fn most_checks_at_once(test: impl Future<Output = ()>) -> usize {
+    CHECKS.most.store(0, Ordering::SeqCst);
+    test.await;
+    CHECKS.most.load(Ordering::SeqCst)
+}
+
+/// Resident memory of this process, in bytes.
+fn memory() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn checks_are_few_at_once_and_one_for_each_record() {
+    tracing_subscriber::registry().with(CountChecks).try_init().unwrap();
+    let cores = std::thread::available_parallelism().unwrap().get();
+
+    let most =
+        most_checks_at_once(a_thousand_cold_keys_at_once(old_and_new_keys().bcrypt_queue(16)))
+            .await;
+    assert!((1..=(cores / 2).max(1)).contains(&most), "{most} checks at once");
+
+    let four = old_and_new_keys().bcrypt_queue(16).bcrypt_slots(4);
+    let most = most_checks_at_once(a_thousand_cold_keys_at_once(four)).await;
+    assert!((1..=4).contains(&most), "{most} checks at once");
+
+    let most = most_checks_at_once(one_key_many_times_at_once()).await;
+    assert_eq!(most, 1, "checks at once for one record, where 16 were allowed to others");
+}
+
+/// Few of them are checked, the rest is told to come again, and fast keys are answered meanwhile.
+async fn a_thousand_cold_keys_at_once(scheme: KeySchemeBuilder) {
+    let prefix = |n: usize| format!("key-{n:04}");
+    let store = store_of((0..1000).map(prefix), 4).await;
+    let user = store.find_key(&2.into()).await.unwrap().unwrap().user.id;
+    let manager = KeyManager::new(store.clone());
+    let fast = manager.issue(NewKey::new(user, "fast")).await.unwrap();
+    let layer = ApiKeyAuthLayer::new(store).scheme(scheme.build().unwrap());
+    let before = memory();
+    let mut slow = JoinSet::new();
+    for n in 0..1000 {
+        let layer = layer.clone();
+        slow.spawn(async move {
+            let answer = send(&layer, support::bearer(&format!("{}-of-mine", prefix(n)))).await;
+            if answer.status() == 503 {
+                assert!(answer.header("retry-after").unwrap().parse::<u64>().unwrap() >= 1);
+            }
+            answer.status()
+        });
+    }
+    // While they are at it, a key that needs no bcrypt is answered every time.
+    let mut answered = 0;
+    while !slow.is_empty() {
+        let answer = send(&layer, support::bearer(fast.expose_secret())).await;
+        assert_eq!(answer.status(), 200);
+        answered += 1;
+        if answered >= 100 {
+            break;
+        }
+    }
+    let statuses = slow.join_all().await;
+    let count = |status| statuses.iter().filter(|&&found| found == status).count();
+    assert_eq!(count(200) + count(503), 1000);
+    assert!(count(200) >= 17 && count(503) > 0, "{} answered, {} shed", count(200), count(503));
+    let grown = memory().saturating_sub(before);
+    assert!(grown < 64 << 20, "{grown} bytes");
+    assert_eq!(answered, 100);
+}
+
+async fn one_key_many_times_at_once() {
+    let store = store_of(["key-0001".to_owned()], 6).await;
+    let scheme = old_and_new_keys().bcrypt_slots(16).bcrypt_queue(100).build().unwrap();
+    let authenticator = Authenticator::builder(store).scheme(scheme).build();
+    let mut callers = JoinSet::new();
+    for _ in 0..30 {
+        let authenticator = authenticator.clone();
+        callers.spawn(async move { authenticator.authenticate("key-0001-of-mine").await.is_ok() });
+    }
+    assert!(callers.join_all().await.into_iter().all(|ok| ok));
+}
