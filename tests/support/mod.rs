@@ -162,4 +162,5 @@ fn base62(mut number: u32) -> String {
 }
 
 pub mod counted;
+pub mod door;
 pub mod verdict;

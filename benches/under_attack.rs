@@ -1,0 +1,192 @@
+//! Whether clients that guess at bcrypt keys slow down everybody else.
+//!
+//! `cargo bench --bench under_attack`: the throughput of requests with fast-hash keys over loopback
+//! HTTP, in calm, while four clients keep guessing at one bcrypt key (cost 12), and while they guess
+//! at 200, round by round, medians. Each attacker has an address of its own and sends its next guess
+//! 5 ms after the answer, which a client across a network can't beat. The last line is JSON.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use axum::{Router, routing::get};
+use bytes::Bytes;
+use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Empty};
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper_util::rt::TokioIo;
+use tokio::{net::TcpSocket, task::JoinSet};
+use tower_api_key::{
+    ApiKeyAuthLayer, KeyFormat, KeyHash, KeyManager, KeyRecord, KeyRepository, KeyScheme,
+    MemoryStore, NewKey, StoredKey,
+};
+
+const ROUNDS: usize = 5;
+const PHASE: Duration = Duration::from_secs(3);
+const PACE: Duration = Duration::from_millis(5);
+const CLIENTS: u8 = 8;
+const ATTACKERS: u8 = 4;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Attack {
+    None,
+    OneKey,
+    ManyKeys,
+}
+
+/// What came of one phase.
+#[derive(Default)]
+struct Counts {
+    fast: AtomicU64,
+    /// Guesses that were checked: 401.
+    checked: AtomicU64,
+    /// Guesses that were turned away: 503.
+    turned_away: AtomicU64,
+    owner_ok: AtomicU64,
+    owner_busy: AtomicU64,
+    owner_other: AtomicU64,
+}
+
+#[tokio::main]
+async fn main() {
+    let store = MemoryStore::new();
+    let manager = KeyManager::new(store.clone());
+    let user = manager.create_user("ada@example.com", "user").await.unwrap();
+    let fast = manager.issue(NewKey::new(user.id.clone(), "fast")).await.unwrap();
+    let hash = KeyHash::bcrypt("key-0000-of-the-owner", 12).unwrap();
+    for n in 0..200 {
+        let record = KeyRecord::new(0, prefix(n), user.clone());
+        store.insert_key(&StoredKey::new(record, hash.clone())).await.unwrap();
+    }
+    let scheme = KeyScheme::builder()
+        .format(KeyFormat::structured("tak", "live").unwrap())
+        .format(KeyFormat::first_chars(8).unwrap())
+        .build()
+        .unwrap();
+    let layer = ApiKeyAuthLayer::new(store).scheme(scheme);
+    let app = Router::new().route("/", get(|| async { "hello" })).layer(layer);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = listener.local_addr().unwrap();
+    let app = app.into_make_service_with_connect_info::<SocketAddr>();
+    tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+
+    let phases = [Attack::None, Attack::OneKey, Attack::ManyKeys];
+    let mut throughput = phases.map(|_| Vec::new());
+    let mut totals = [0; 5];
+    println!("round  calm/s  one key/s  many keys/s");
+    for round in 0..ROUNDS {
+        for (attack, rates) in phases.iter().zip(&mut throughput) {
+            let counts = phase(server, fast.expose_secret(), *attack).await;
+            let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+            rates.push(count(&counts.fast) as f64 / PHASE.as_secs_f64());
+            let Counts { checked, turned_away, owner_ok, owner_busy, owner_other, .. } = &*counts;
+            let counters = [checked, turned_away, owner_ok, owner_busy, owner_other];
+            totals.iter_mut().zip(counters).for_each(|(total, counter)| *total += count(counter));
+        }
+        let [calm, one, many] = [0, 1, 2].map(|phase| throughput[phase][round]);
+        println!("{round:5}  {calm:6.0}  {one:9.0}  {many:11.0}");
+    }
+    let [calm, one, many] = throughput.map(median);
+    let [checked, turned_away, owner_ok, owner_busy, owner_other] = totals;
+    let attacked = (2 * ROUNDS) as f64 * PHASE.as_secs_f64();
+    println!(
+        "{{\"one_key_ratio\":{:.3},\"many_keys_ratio\":{:.3},\"checks_per_second\":{:.2},\
+         \"turned_away_per_second\":{:.1},\"owner_ok\":{owner_ok},\"owner_busy\":{owner_busy},\
+         \"owner_other\":{owner_other}}}",
+        one / calm,
+        many / calm,
+        checked as f64 / attacked,
+        turned_away as f64 / attacked,
+    );
+}
+
+fn prefix(n: usize) -> String {
+    format!("key-{n:04}")
+}
+
+fn median(mut rates: Vec<f64>) -> f64 {
+    rates.sort_by(f64::total_cmp);
+    rates[rates.len() / 2]
+}
+
+async fn phase(server: SocketAddr, fast: &str, attack: Attack) -> Arc<Counts> {
+    let counts = Arc::new(Counts::default());
+    let over = Arc::new(AtomicBool::new(false));
+    let mut clients = JoinSet::new();
+    for n in 0..CLIENTS {
+        let (counts, over, fast) = (Arc::clone(&counts), Arc::clone(&over), fast.to_owned());
+        let mut client = connect(server, 100 + n).await;
+        clients.spawn(async move {
+            while !over.load(Ordering::Relaxed) {
+                assert_eq!(ask(&mut client, &fast).await, StatusCode::OK);
+                counts.fast.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    if attack != Attack::None {
+        for n in 0..ATTACKERS {
+            let (counts, over) = (Arc::clone(&counts), Arc::clone(&over));
+            let mut client = connect(server, 10 + n).await;
+            clients.spawn(async move {
+                let mut guesses = usize::from(n);
+                while !over.load(Ordering::Relaxed) {
+                    guesses += 1;
+                    let target = if attack == Attack::OneKey { 0 } else { guesses % 200 };
+                    let counter = match ask(&mut client, &format!("{}-guess", prefix(target))).await
+                    {
+                        StatusCode::UNAUTHORIZED => &counts.checked,
+                        StatusCode::SERVICE_UNAVAILABLE => &counts.turned_away,
+                        other => panic!("a guess was answered {other}"),
+                    };
+                    counter.fetch_add(1, Ordering::Relaxed);
+                    tokio::time::sleep(PACE).await;
+                }
+            });
+        }
+        let (counts, over) = (Arc::clone(&counts), Arc::clone(&over));
+        let mut owner = connect(server, 200).await;
+        clients.spawn(async move {
+            while !over.load(Ordering::Relaxed) {
+                let counter = match ask(&mut owner, "key-0000-of-the-owner").await {
+                    StatusCode::OK => &counts.owner_ok,
+                    StatusCode::SERVICE_UNAVAILABLE => &counts.owner_busy,
+                    _ => &counts.owner_other,
+                };
+                counter.fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
+    }
+    let end = Instant::now() + PHASE;
+    tokio::time::sleep_until(end.into()).await;
+    over.store(true, Ordering::Relaxed);
+    while let Some(client) = clients.join_next().await {
+        client.unwrap();
+    }
+    counts
+}
+
+/// A connection from an address of the loopback network.
+async fn connect(server: SocketAddr, host: u8) -> SendRequest<Empty<Bytes>> {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((Ipv4Addr::new(127, 0, 0, host), 0).into()).unwrap();
+    let stream = socket.connect(server).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    let (client, connection) = handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    client
+}
+
+async fn ask(client: &mut SendRequest<Empty<Bytes>>, key: &str) -> StatusCode {
+    let request = Request::get("/").header("host", "localhost").header("x-api-key", key);
+    client.ready().await.unwrap();
+    let response = client.send_request(request.body(Empty::new()).unwrap()).await.unwrap();
+    let status = response.status();
+    response.into_body().collect().await.unwrap();
+    status
+}
