@@ -1,30 +1,25 @@
 //! Keys in an embedded SQLite database: [`SqliteStore`].
 
+mod adopt;
 mod repository;
 mod threads;
 
 use std::{fmt, path::Path, sync::Arc, time::Duration};
 
 use diesel::{
-    Connection, QueryResult, QueryableByName, RunQueryDsl, SqliteConnection,
+    Connection, RunQueryDsl, SqliteConnection,
     connection::SimpleConnection,
     result::{DatabaseErrorKind, Error},
-    sql_query,
-    sql_types::Text,
 };
-use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
 
 use self::threads::Threads;
 use super::{
     Answer, KeyStore, Lookup, MigrateError,
     lookup::MAX_CANDIDATES,
-    migrate::ColumnFault,
     row,
     statement::{Bind, Statement, TextRow},
 };
 use crate::{error::StoreError, telemetry};
-
-const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/sqlite");
 
 /// Keys in an SQLite database that is compiled in: nothing to install, one file to back up. What one
 /// process on one machine needs.
@@ -84,14 +79,15 @@ impl SqliteStore {
         SqliteStoreBuilder { path: Some(path.as_ref().to_owned()), readers: 2, deadline: DEADLINE }
     }
 
-    /// Brings the schema up to date. Safe when several processes do it at once.
+    /// Brings the schema up to date, and adopts tables `users` and `api_keys` that are already there.
+    /// Safe when several processes do it at once.
     ///
     /// # Errors
     ///
-    /// If the file has tables `users` or `api_keys` that are not this crate's, or the database fails.
-    /// Nothing is changed then.
+    /// If tables can't be adopted, or the database fails. Nothing is changed then.
     pub async fn migrate(&self) -> Result<(), MigrateError> {
-        let migrated = self.0.writer.run(self.0.deadline, |connection| Ok(migrate(connection)));
+        let migrated =
+            self.0.writer.run(self.0.deadline, |connection| Ok(adopt::migrate(connection)));
         migrated.await?
     }
 
@@ -157,53 +153,6 @@ fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, Sto
     );
     connection.batch_execute(&settings).map_err(store_error)?;
     Ok(connection)
-}
-
-fn migrate(connection: &mut SqliteConnection) -> Result<(), MigrateError> {
-    // IMMEDIATE takes the write lock first, so that of several processes one migrates.
-    connection
-        .immediate_transaction(|connection| {
-            let foreign = foreign_tables(connection).map_err(store_error)?;
-            if !foreign.is_empty() {
-                return Err(MigrateFailure(MigrateError::NotAdoptable(foreign)));
-            }
-            connection
-                .run_pending_migrations(MIGRATIONS)
-                .map(drop)
-                .map_err(|error| MigrateFailure(StoreError::rejected(error).into()))
-        })
-        .map_err(|MigrateFailure(error)| error)
-}
-
-/// Lets a transaction fail with what it failed for.
-struct MigrateFailure(MigrateError);
-
-impl From<Error> for MigrateFailure {
-    fn from(error: Error) -> Self {
-        Self(store_error(error).into())
-    }
-}
-
-impl From<StoreError> for MigrateFailure {
-    fn from(error: StoreError) -> Self {
-        Self(error.into())
-    }
-}
-
-/// Tables of ours that somebody else has made.
-fn foreign_tables(connection: &mut SqliteConnection) -> QueryResult<Vec<ColumnFault>> {
-    #[derive(QueryableByName)]
-    struct Table {
-        #[diesel(sql_type = Text)]
-        name: String,
-    }
-    let present = "SELECT name FROM sqlite_master
-        WHERE name IN ('users', 'api_keys')
-        AND NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'api_keys_lookup')";
-    let reason = "is already there and is not this crate's; tables are adopted in PostgreSQL alone, \
-                  so give the keys a file of their own";
-    let tables = sql_query(present).load::<Table>(connection)?;
-    Ok(tables.iter().map(|table| ColumnFault::new(&table.name, "", reason)).collect())
 }
 
 fn store_error(error: Error) -> StoreError {

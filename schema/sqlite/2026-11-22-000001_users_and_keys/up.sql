@@ -1,15 +1,21 @@
--- Users and their API keys. Lists and metadata are JSON in text, time stamps are RFC 3339 in UTC.
+-- Users and their API keys. Lists and metadata are JSON in text; time stamps are in UTC, without a
+-- zone, as SQLite's own functions and most ORMs write them. Tables that are already there are adopted:
+-- migrate() notes them in api_key_adopted and adds the columns that they lack.
 
-CREATE TABLE users (
+CREATE TABLE IF NOT EXISTS api_key_adopted (
+    name TEXT PRIMARY KEY
+);
+
+CREATE TABLE IF NOT EXISTS users (
     id         INTEGER PRIMARY KEY,
     email      TEXT    NOT NULL UNIQUE,
     role       TEXT    NOT NULL DEFAULT 'user',
     is_active  BOOLEAN NOT NULL DEFAULT TRUE,
-    created_at TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ')),
-    updated_at TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ'))
+    created_at TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f')),
+    updated_at TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f'))
 );
 
-CREATE TABLE api_keys (
+CREATE TABLE IF NOT EXISTS api_keys (
     id                    INTEGER PRIMARY KEY,
     user_id               INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
     name                  TEXT    NOT NULL DEFAULT '',
@@ -37,8 +43,8 @@ CREATE TABLE api_keys (
     total_cost            REAL    NOT NULL DEFAULT 0,
     last_used_at          TEXT,
     metadata              TEXT,
-    created_at            TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ')),
-    updated_at            TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ'))
+    created_at            TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f')),
+    updated_at            TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f'))
 );
 
 -- Look-ups are by prefix. Not unique: keys from before may share one.

@@ -1,6 +1,6 @@
 //! The write side of [`SqliteStore`].
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{KEY_ROW, SqliteStore};
 use crate::{
@@ -12,16 +12,21 @@ use crate::{
     },
 };
 
-/// RFC 3339, in milliseconds.
-const NOW: &str = "strftime('%Y-%m-%dT%H:%M:%fZ')";
+/// In UTC and milliseconds, without a zone, as ORMs read it.
+const NOW: &str = "strftime('%Y-%m-%d %H:%M:%f')";
 
 impl KeyRepository for SqliteStore {
     async fn insert_user(&self, email: &str, role: &str) -> Result<User, StoreError> {
-        let insert =
-            "INSERT INTO users (email, role) VALUES ($1, $2) RETURNING CAST(id AS TEXT) AS row";
+        let insert = format!(
+            "INSERT INTO users (email, role, is_active, created_at, updated_at)
+            -- An adopted table may have no unique index.
+            SELECT $1, $2, 1, {NOW}, {NOW} WHERE NOT EXISTS (SELECT 1 FROM users WHERE email = $1)
+            RETURNING CAST(id AS TEXT) AS row"
+        );
         let binds = [Bind::Text(email.to_owned()), Bind::Text(role.to_owned())];
         let inserted = self.write(Statement::new(insert, binds)).await?;
-        let id = inserted.first().and_then(TextRow::id).unwrap_or_default();
+        let id = inserted.first().and_then(TextRow::id);
+        let id = id.ok_or_else(|| StoreError::conflict("the e-mail address is taken"))?;
         Ok(User { role: role.to_owned(), ..User::new(id, email) })
     }
 
@@ -31,12 +36,13 @@ impl KeyRepository for SqliteStore {
     }
 
     async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
-        let mut values = row::encode(&key.record);
+        let mut values = encode(&key.record);
         values.insert("key_hash".to_owned(), json!(key.hash.expose_hash()));
         let columns: Vec<_> = row::INSERTED.iter().chain(&row::EDITED).copied().collect();
         let fields: Vec<_> = columns.iter().map(|column| field(column)).collect();
         let insert = format!(
-            "INSERT INTO api_keys ({}) SELECT {} FROM (SELECT $1 AS row) AS n
+            "INSERT INTO api_keys ({}, created_at, updated_at)
+            SELECT {}, {NOW}, {NOW} FROM (SELECT $1 AS row) AS n
             WHERE EXISTS (SELECT 1 FROM users WHERE id = {}) AND NOT EXISTS (
                 SELECT 1 FROM api_keys WHERE key_prefix = {} AND key_hash = {}
             ) RETURNING CAST(id AS TEXT) AS row",
@@ -68,7 +74,7 @@ impl KeyRepository for SqliteStore {
     }
 
     async fn update_key(&self, record: &KeyRecord) -> Result<bool, StoreError> {
-        let values = Value::Object(row::encode(record));
+        let values = Value::Object(encode(record));
         self.update("api_keys", &row::EDITED, record.id.as_i64(), &values).await
     }
 
@@ -102,6 +108,16 @@ impl SqliteStore {
         let binds = [Bind::Text(values.to_string()), Bind::Integer(id)];
         Ok(!self.write(Statement::new(update, binds)).await?.is_empty())
     }
+}
+
+/// Time stamps as SQLite's functions and most ORMs write them.
+fn encode(record: &KeyRecord) -> Map<String, Value> {
+    let mut values = row::encode(record);
+    if let Some(expiry) = record.expires_at {
+        let text = expiry.format("%Y-%m-%d %H:%M:%S%.6f").to_string();
+        values.insert("expires_at".to_owned(), json!(text));
+    }
+    values
 }
 
 /// The value of a column in the JSON object that is bound first.
