@@ -17,7 +17,8 @@ use crate::{
 
 /// Finds out whose a key is. The layer is this over HTTP; use it directly for sockets and queues.
 ///
-/// Cheap to clone; clones, and layers made from them, share everything.
+/// Cheap to clone; clones, and layers made from them, share everything. Building one needs no runtime;
+/// a look-up needs a Tokio runtime with its timer (`enable_all`).
 ///
 /// ```
 /// use tower_api_key::{ApiKeyAuthLayer, Authenticator, Denial, MemoryStore};

@@ -51,8 +51,6 @@ enum ProxyHeader {
     XForwardedFor,
 }
 
-const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
-
 impl TrustedProxies {
     /// Proxies in these networks that write `Forwarded` (RFC 7239).
     ///
@@ -92,15 +90,11 @@ impl TrustedProxies {
         if !self.trusts(peer) {
             return Some(peer);
         }
-        let (name, hops): (_, fn(&str) -> Option<Vec<Hop>>) = match self.header {
-            ProxyHeader::Forwarded => (header::FORWARDED, forwarded_hops),
-            ProxyHeader::XForwardedFor => (X_FORWARDED_FOR, x_forwarded_for_hops),
-        };
         let mut client = peer;
         // Several fields are one list (RFC 9110 §5.3); the last field has its right end.
-        let fields: Vec<&HeaderValue> = headers.get_all(name).iter().collect();
+        let fields: Vec<&HeaderValue> = headers.get_all(self.header.name()).iter().collect();
         for field in fields.into_iter().rev() {
-            for hop in hops(field.to_str().ok()?)?.into_iter().rev() {
+            for hop in self.header.hops(field.to_str().ok()?)?.into_iter().rev() {
                 client = hop?;
                 if !self.trusts(client) {
                     return Some(client);
@@ -114,8 +108,25 @@ impl TrustedProxies {
 /// The address that a proxy names, if it names one that can be read.
 type Hop = Option<IpAddr>;
 
-fn x_forwarded_for_hops(list: &str) -> Option<Vec<Hop>> {
-    Some(list.split(',').map(|hop| node_address(hop.trim())).collect())
+impl ProxyHeader {
+    fn name(self) -> HeaderName {
+        match self {
+            Self::Forwarded => header::FORWARDED,
+            Self::XForwardedFor => HeaderName::from_static("x-forwarded-for"),
+        }
+    }
+
+    /// The hops that a field lists, the client first; `None` if it can't be taken apart.
+    fn hops(self, list: &str) -> Option<Vec<Hop>> {
+        match self {
+            Self::Forwarded => forwarded_hops(list),
+            Self::XForwardedFor => Some(x_forwarded_for_hops(list)),
+        }
+    }
+}
+
+fn x_forwarded_for_hops(list: &str) -> Vec<Hop> {
+    list.split(',').map(|hop| node_address(hop.trim())).collect()
 }
 
 /// RFC 7239 §4: elements with commas between them, of pairs with semicolons between them. `None` if
@@ -201,8 +212,16 @@ fn connection(head: &RequestHead<'_>) -> Option<IpAddr> {
         return Some(*address);
     }
     #[cfg(feature = "axum")]
-    if let Some(info) = head.extensions().get::<axum::extract::ConnectInfo<SocketAddr>>() {
-        return Some(info.0.ip());
+    {
+        use axum::extract::connect_info::{ConnectInfo, MockConnectInfo};
+        if let Some(ConnectInfo(peer)) = head.extensions().get::<ConnectInfo<SocketAddr>>() {
+            return Some(peer.ip());
+        }
+        // What axum's users put there in tests.
+        if let Some(MockConnectInfo(peer)) = head.extensions().get::<MockConnectInfo<SocketAddr>>()
+        {
+            return Some(peer.ip());
+        }
     }
     None
 }

@@ -12,7 +12,9 @@ use crate::{
 };
 
 /// What a closure sees of a request: everything but the body.
-#[derive(Debug, Clone, Copy)]
+///
+/// `Debug` shows method and path alone: a key may stand in a header field or in the query.
+#[derive(Clone, Copy)]
 pub struct RequestHead<'a> {
     method: &'a Method,
     uri: &'a Uri,
@@ -59,6 +61,15 @@ impl<'a> RequestHead<'a> {
     /// The extensions.
     pub fn extensions(&self) -> &'a Extensions {
         self.extensions
+    }
+}
+
+impl fmt::Debug for RequestHead<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RequestHead")
+            .field("method", self.method)
+            .field("path", &self.uri.path())
+            .finish_non_exhaustive()
     }
 }
 
@@ -124,6 +135,10 @@ impl Credential {
         F: for<'a> Fn(&RequestHead<'a>) -> Option<Cow<'a, str>> + Send + Sync + 'static,
     {
         Self(Place::Closure(Arc::new(extract)))
+    }
+
+    pub(crate) fn is_bearer(&self) -> bool {
+        matches!(self.0, Place::Bearer)
     }
 
     pub(crate) fn is_basic(&self) -> bool {

@@ -16,7 +16,7 @@ use tower_service::Service;
 use crate::{
     authenticate::LookupFuture,
     body::ResponseBody,
-    respond::{Asker, Denial, Unshaped},
+    respond::{Asker, Denial},
     service::Gate,
     telemetry,
 };
@@ -98,13 +98,8 @@ where
                     }
                 }
                 StateProjection::Inner { future } => {
-                    let mut response = ready!(future.poll(cx))?;
-                    if response.extensions_mut().remove::<Unshaped>().is_some()
-                        && let Some(denial) = response.extensions_mut().remove::<Denial>()
-                    {
-                        return Poll::Ready(Ok(this.gate.response(&denial, this.asker)));
-                    }
-                    return Poll::Ready(Ok(response.map(ResponseBody::inner)));
+                    let response = ready!(future.poll(cx))?;
+                    return Poll::Ready(Ok(this.gate.reshape(response, this.asker)));
                 }
                 StateProjection::Refused { denial } => {
                     telemetry::denied(denial);

@@ -74,7 +74,10 @@ impl ApiKeyAuthLayer {
     pub fn credentials(self, places: impl IntoIterator<Item = Credential>) -> Self {
         let places: Vec<_> = places.into_iter().collect();
         self.with(|options| {
-            options.presentation.offers_basic = places.iter().any(Credential::is_basic);
+            let offers_basic = places.iter().any(Credential::is_basic);
+            options.presentation.offers_basic = offers_basic;
+            options.presentation.offers_bearer =
+                places.iter().any(Credential::is_bearer) || !offers_basic;
             options.credentials = places;
         })
     }

@@ -144,6 +144,18 @@ impl Gate {
         Ok(())
     }
 
+    /// The inner service's response, in the layer's shape if it is a refusal.
+    pub(crate) fn reshape<R>(
+        &self,
+        inner: Response<R>,
+        asker: &Asker,
+    ) -> Response<ResponseBody<R>> {
+        match self.options.presentation.reshaped(inner, asker) {
+            Ok(refusal) => refusal.map(ResponseBody::refusal),
+            Err(answer) => answer.map(ResponseBody::inner),
+        }
+    }
+
     /// The response to a request that is refused.
     pub(crate) fn response<R>(&self, denial: &Denial, asker: &Asker) -> Response<ResponseBody<R>> {
         self.options.presentation.response(denial, asker).map(ResponseBody::refusal)

@@ -8,4 +8,4 @@ mod refusal;
 pub use denial::{Denial, Forbidden, InvalidKey};
 pub use problem::openai_error;
 pub use refusal::Refusal;
-pub(crate) use refusal::{Asker, OnDenial, Presentation, Realm, Unshaped};
+pub(crate) use refusal::{Asker, OnDenial, Presentation, Realm};

@@ -73,13 +73,8 @@ fn json(body: &impl Serialize) -> Vec<u8> {
 
 #[cfg(feature = "axum")]
 impl axum::response::IntoResponse for Denial {
-    /// The default shape. An [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) around the handler gives it
-    /// its own.
+    /// [`Denial::response`].
     fn into_response(self) -> axum::response::Response {
-        use super::{Asker, Presentation, Unshaped};
-
-        let mut response = Presentation::default().response(&self, &Asker::default());
-        response.extensions_mut().insert(Unshaped);
-        response.map(axum::body::Body::from)
+        self.response().map(axum::body::Body::from)
     }
 }

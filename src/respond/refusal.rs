@@ -63,7 +63,9 @@ impl Refusal<'_> {
         let mut response = Response::new(body.into());
         *response.status_mut() = self.status();
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+        if let Ok(content_type) = HeaderValue::try_from(content_type) {
+            headers.insert(header::CONTENT_TYPE, content_type);
+        }
         for challenge in self.challenges() {
             headers.append(header::WWW_AUTHENTICATE, challenge);
         }
@@ -82,6 +84,7 @@ impl Refusal<'_> {
     /// RFC 6750 §3: a challenge on every 401, and on a 400 or 403 that has an error code.
     fn challenges(&self) -> impl Iterator<Item = HeaderValue> {
         let realm = &self.presentation.realm.0;
+        let offers_bearer = self.presentation.offers_bearer;
         let mut bearer = format!("Bearer realm=\"{realm}\"");
         let code = self.denial.error_code();
         if let Some(code) = code {
@@ -93,7 +96,7 @@ impl Refusal<'_> {
         let is_unauthorized = self.status() == StatusCode::UNAUTHORIZED;
         let basic = (is_unauthorized && self.presentation.offers_basic)
             .then(|| format!("Basic realm=\"{realm}\", charset=\"UTF-8\""));
-        let bearer = (is_unauthorized || code.is_some()).then_some(bearer);
+        let bearer = (offers_bearer && (is_unauthorized || code.is_some())).then_some(bearer);
         bearer.into_iter().chain(basic).filter_map(|challenge| challenge.try_into().ok())
     }
 
@@ -105,7 +108,11 @@ impl Refusal<'_> {
             (None, None) => self.default_response(),
         };
         if self.asker.method == Method::HEAD {
-            *response.body_mut() = Bytes::new();
+            // The length of what GET would get (RFC 9110 §8.6).
+            let length = std::mem::take(response.body_mut()).len();
+            if self.asker.grpc.is_none() {
+                response.headers_mut().insert(header::CONTENT_LENGTH, length.into());
+            }
         }
         response.extensions_mut().insert(self.denial.clone());
         response
@@ -146,6 +153,8 @@ impl fmt::Debug for OnDenial {
 #[derive(Debug, Clone)]
 pub(crate) struct Presentation {
     pub(crate) realm: Realm,
+    /// Also where neither scheme is: a 401 has a challenge (RFC 9110 §15.5.2).
+    pub(crate) offers_bearer: bool,
     pub(crate) offers_basic: bool,
     pub(crate) verbose: bool,
     pub(crate) on_denial: Option<OnDenial>,
@@ -155,6 +164,7 @@ impl Default for Presentation {
     fn default() -> Self {
         Self {
             realm: Realm("api".to_owned()),
+            offers_bearer: true,
             offers_basic: false,
             verbose: false,
             on_denial: None,
@@ -176,16 +186,62 @@ impl Presentation {
     pub(crate) fn response(&self, denial: &Denial, asker: &Asker) -> Response<Bytes> {
         Refusal { denial, asker, presentation: self }.response()
     }
+
+    /// Gives a refusal from behind the layer the right shape, if `inner` is one. What others have put
+    /// into its head, such as CORS fields, stays.
+    pub(crate) fn reshaped<B>(
+        &self,
+        inner: Response<B>,
+        asker: &Asker,
+    ) -> Result<Response<Bytes>, Response<B>> {
+        let (mut head, body) = inner.into_parts();
+        let denial =
+            head.extensions.get::<Unshaped>().and_then(|_| head.extensions.get::<Denial>());
+        let Some(denial) = denial.cloned() else { return Err(Response::from_parts(head, body)) };
+        head.extensions.remove::<Unshaped>();
+        let (shaped, body) = self.response(&denial, asker).into_parts();
+        for name in [header::CONTENT_LENGTH, header::WWW_AUTHENTICATE, header::RETRY_AFTER] {
+            head.headers.remove(name);
+        }
+        for name in shaped.headers.keys() {
+            head.headers.remove(name);
+        }
+        head.headers.extend(shaped.headers);
+        head.extensions.extend(shaped.extensions);
+        head.status = shaped.status;
+        Ok(Response::from_parts(head, body))
+    }
+}
+
+impl Denial {
+    /// A response for a handler or a guard to return, in the default shape. An
+    /// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) around it gives it its own: realm, `on_denial`,
+    /// gRPC.
+    pub fn response(&self) -> Response<Bytes> {
+        let mut response = Presentation::default().response(self, &Asker::default());
+        response.extensions_mut().insert(Unshaped);
+        response
+    }
 }
 
 /// Who is to be answered.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Asker {
     method: Method,
     /// Empty where no responder would look at it: a clone costs on every request.
     uri: Uri,
     /// The content type, if it is one of gRPC's.
     grpc: Option<HeaderValue>,
+}
+
+/// A key may stand in the query.
+impl fmt::Debug for Asker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Asker")
+            .field("method", &self.method)
+            .field("path", &self.uri.path())
+            .finish_non_exhaustive()
+    }
 }
 
 /// In a response's extensions: its denial was answered in the default shape by something behind the

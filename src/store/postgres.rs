@@ -38,7 +38,8 @@ use crate::{error::StoreError, telemetry};
 /// Keys in PostgreSQL 12 or newer, over a pool of connections: what a fleet needs.
 ///
 /// TLS is as the URL's `sslmode` says. Queries name the tables without a schema, so that the
-/// `search_path` decides where they are.
+/// `search_path` decides where they are. At the log level `debug`, tokio-postgres shows the values that
+/// statements are sent with, lookup ids and hashes among them (never a key): keep it at `info`.
 ///
 /// ```no_run
 /// use tower_api_key::{ApiKeyAuthLayer, PostgresStore};
@@ -213,10 +214,10 @@ impl KeyStore for PostgresStore {
             rows.as_slice().first().map_or(0, |found| u64::try_from(found.as_of).unwrap_or(0));
         let keys = rows.iter().filter_map(|found| found.row.as_deref()).map(row::decode);
         let answer = lookup.verify_rows(keys).await?;
-        if let Some(upgrade) = answer.upgrade() {
-            if let Err(error) = self.load::<TextRow>(&upgrade.statement()).await {
-                telemetry::upgrade_failed(&error);
-            }
+        if let Some(upgrade) = answer.upgrade()
+            && let Err(error) = self.load::<TextRow>(&upgrade.statement()).await
+        {
+            telemetry::upgrade_failed(&error);
         }
         Ok(answer.with_as_of(SystemTime::UNIX_EPOCH + Duration::from_micros(as_of)))
     }

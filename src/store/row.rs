@@ -74,7 +74,7 @@ fn displayed<T: ToString>(list: &[T]) -> Vec<String> {
 ///
 /// # Errors
 ///
-/// `BadRow`, with the row's id and the column, never with a value.
+/// `BadRow`, with the row's id and the column, and of values at most a rule or a network.
 pub(super) fn decode(row: &str) -> Result<StoredKey, StoreError> {
     let Ok(Value::Object(columns)) = serde_json::from_str(row) else {
         return Err(StoreError::bad_row("a row of api_keys is no JSON object"));

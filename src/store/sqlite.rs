@@ -214,10 +214,10 @@ impl KeyStore for SqliteStore {
         let binds = [Bind::Text(lookup.id().to_owned())];
         let rows = self.read(Statement::new(select, binds)).await?;
         let answer = lookup.verify_rows(rows.iter().map(|found| row::decode(&found.row))).await?;
-        if let Some(upgrade) = answer.upgrade() {
-            if let Err(error) = self.write(upgrade.statement()).await {
-                telemetry::upgrade_failed(&error);
-            }
+        if let Some(upgrade) = answer.upgrade()
+            && let Err(error) = self.write(upgrade.statement()).await
+        {
+            telemetry::upgrade_failed(&error);
         }
         Ok(answer)
     }

@@ -1,0 +1,236 @@
+//! What a gRPC caller sees of a refusal: the fields, and what a stock client reads from them.
+#![allow(missing_docs)]
+
+mod support;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Full;
+use support::{
+    Answer, bearer, fixture, get, read, rule, send, stores::Failing, unknown_key, with_wrong_secret,
+};
+use tonic::{
+    Code, Status,
+    service::LayerExt,
+    transport::{
+        Channel, Endpoint, Server,
+        server::{TcpConnectInfo, TcpIncoming},
+    },
+};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+use tower::ServiceExt;
+use tower_api_key::{ApiKeyAuthLayer, Denial, Forbidden, MemoryStore, StoreError, openai_error};
+
+fn grpc(mut request: Request<Full<Bytes>>, content_type: &str) -> Request<Full<Bytes>> {
+    *request.method_mut() = http::Method::POST;
+    request.headers_mut().insert("content-type", content_type.parse().unwrap());
+    request
+}
+
+/// HTTP 200, the status in the header fields, and nothing after them.
+fn assert_trailers_only(answer: &Answer, content_type: &str, code: Code) {
+    assert_eq!(answer.status(), 200);
+    assert_eq!(answer.header("content-type"), Some(content_type));
+    assert_eq!(answer.header("grpc-status"), Some(&*(code as i32).to_string()));
+    assert!(!answer.header("grpc-message").unwrap().is_empty());
+    assert_eq!(answer.body, "");
+    assert!(answer.response.extensions().get::<Denial>().is_some());
+}
+
+const CONTENT_TYPES: [&str; 8] = [
+    "application/grpc",
+    "application/grpc+proto",
+    "application/grpc-web",
+    "application/grpc-web+proto",
+    "application/grpc-web-text",
+    "application/grpc-web-text+proto",
+    "application/grpc; charset=utf-8",
+    "Application/gRPC",
+];
+
+#[tokio::test]
+async fn every_grpc_and_grpc_web_content_type_gets_a_trailers_only_answer() {
+    let fixture = fixture().await;
+    for content_type in CONTENT_TYPES {
+        for request in [get(&[]), bearer("nonsense"), bearer(&unknown_key())] {
+            let answer = send(&fixture.layer(), grpc(request, content_type)).await;
+            assert_trailers_only(&answer, content_type, Code::Unauthenticated);
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_only_resembles_grpc_gets_an_http_answer() {
+    let fixture = fixture().await;
+    for content_type in ["application/grpcfoo", "application/grp", "text/grpc", "application/json"]
+    {
+        let answer = send(&fixture.layer(), grpc(get(&[]), content_type)).await;
+        assert_eq!(answer.status(), 401, "{content_type}");
+        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+        assert_eq!(answer.header("grpc-status"), None);
+    }
+}
+
+#[tokio::test]
+async fn each_reason_has_the_status_code_of_the_table() {
+    let fixture = fixture().await;
+    let ruled = fixture.issue(|new| new.allowed_endpoints([rule("/a.B/C")])).await;
+    let network = "192.0.2.1".parse().unwrap();
+    let bound = fixture.issue(|new| new.allowed_ips([network])).await;
+    let layer = fixture.layer();
+    let fails = |error| ApiKeyAuthLayer::new(Failing(error));
+    let busy = StoreError::overloaded("busy", std::time::Duration::from_secs(2));
+    for (layer, request, code) in [
+        (layer.clone(), get(&[]), Code::Unauthenticated),
+        (layer.clone(), get(&[("x-api-key", b"")]), Code::InvalidArgument),
+        (layer.clone(), bearer(&with_wrong_secret(&fixture.key)), Code::Unauthenticated),
+        (layer.clone(), bearer(ruled.expose_secret()), Code::PermissionDenied),
+        (layer, bearer(bound.expose_secret()), Code::PermissionDenied),
+        (fails(StoreError::unavailable("x")), bearer(&unknown_key()), Code::Unavailable),
+        (fails(busy), bearer(&unknown_key()), Code::Unavailable),
+        (fails(StoreError::bad_row("key 17")), bearer(&unknown_key()), Code::Internal),
+    ] {
+        let answer = send(&layer, grpc(request, "application/grpc")).await;
+        assert_trailers_only(&answer, "application/grpc", code);
+    }
+}
+
+#[tokio::test]
+async fn the_message_says_no_more_than_the_layer_may() {
+    let fixture = fixture().await;
+    let answer = send(&fixture.layer(), grpc(bearer(&unknown_key()), "application/grpc")).await;
+    assert_eq!(answer.header("grpc-message"), Some("the API key is not valid"));
+    let verbose = fixture.layer().verbose(true);
+    let answer = send(&verbose, grpc(bearer(&unknown_key()), "application/grpc")).await;
+    assert_eq!(answer.header("grpc-message"), Some("the API key is unknown"));
+}
+
+#[tokio::test]
+async fn the_message_is_percent_encoded() {
+    let layer = ApiKeyAuthLayer::new(MemoryStore::new()).optional();
+    let refusal = Denial::from(Forbidden::Model("50%\u{e9}".into()));
+    let handler = || async move { Err::<(), Denial>(refusal) };
+    let router = axum::Router::new().fallback(handler).layer(layer);
+    let request = grpc(get(&[]), "application/grpc").map(axum::body::Body::new);
+    let answer = read(router.oneshot(request).await.unwrap()).await;
+    assert_trailers_only(&answer, "application/grpc", Code::PermissionDenied);
+    let message = r#"the API key may not use the model "50%25%C3%A9""#;
+    assert_eq!(answer.header("grpc-message"), Some(message));
+}
+
+#[tokio::test]
+async fn a_responder_for_http_is_not_asked() {
+    let fixture = fixture().await;
+    let own = fixture.layer().on_denial(|_| Response::new("own".into()));
+    for layer in [fixture.layer().on_denial(openai_error), own] {
+        let answer = send(&layer, grpc(get(&[]), "application/grpc")).await;
+        assert_trailers_only(&answer, "application/grpc", Code::Unauthenticated);
+    }
+}
+
+/// A health service behind the layer on a port of its own, and a client of it.
+async fn health(layer: ApiKeyAuthLayer) -> HealthClient<Channel> {
+    let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = incoming.local_addr().unwrap();
+    let (_, service) = tonic_health::server::health_reporter();
+    let server = Server::builder().layer(layer).add_service(service);
+    tokio::spawn(server.serve_with_incoming(incoming));
+    let endpoint = Endpoint::try_from(format!("http://{address}")).unwrap();
+    HealthClient::new(endpoint.connect().await.unwrap())
+}
+
+async fn check(client: &mut HealthClient<Channel>, key: Option<&str>) -> Result<(), Status> {
+    let mut request = tonic::Request::new(HealthCheckRequest::default());
+    if let Some(key) = key {
+        request.metadata_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
+    }
+    let response = client.check(request).await?;
+    assert_eq!(response.into_inner().status(), ServingStatus::Serving);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_stock_client_reads_why_it_is_refused() {
+    let fixture = fixture().await;
+    let mut client = health(fixture.layer()).await;
+    check(&mut client, Some(&fixture.key)).await.unwrap();
+
+    let refused = check(&mut client, None).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    assert_eq!(refused.message(), "an API key is required");
+    for key in ["nonsense", &unknown_key(), &with_wrong_secret(&fixture.key)] {
+        let refused = check(&mut client, Some(key)).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unauthenticated);
+        assert_eq!(refused.message(), "the API key is not valid");
+    }
+    let refused = check(&mut client, Some("")).await.unwrap_err();
+    assert_eq!(refused.code(), Code::InvalidArgument);
+    // The connection is none the worse for it.
+    check(&mut client, Some(&fixture.key)).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stock_client_reads_that_its_key_may_not_call_the_method() {
+    let fixture = fixture().await;
+    let may =
+        fixture.issue(|new| new.allowed_endpoints([rule("/grpc.health.v1.Health/Check")])).await;
+    let may_not =
+        fixture.issue(|new| new.allowed_endpoints([rule("/grpc.health.v1.Health/Watch")])).await;
+    let mut client = health(fixture.layer()).await;
+    check(&mut client, Some(may.expose_secret())).await.unwrap();
+    let refused = check(&mut client, Some(may_not.expose_secret())).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn a_stock_client_reads_that_a_stream_is_refused() {
+    let fixture = fixture().await;
+    let mut client = health(fixture.layer()).await;
+    let refused = client.watch(HealthCheckRequest::default()).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+}
+
+#[tokio::test]
+async fn a_stock_client_reads_that_the_store_is_down() {
+    for (error, code) in [
+        (StoreError::unavailable("refused"), Code::Unavailable),
+        (StoreError::bad_row("key 17"), Code::Internal),
+    ] {
+        let mut client = health(ApiKeyAuthLayer::new(Failing(error))).await;
+        let refused = check(&mut client, Some(&unknown_key())).await.unwrap_err();
+        assert_eq!(refused.code(), code);
+        assert!(!refused.message().contains("17"), "{}", refused.message());
+    }
+}
+
+#[tokio::test]
+async fn address_rules_see_the_peer_of_a_tonic_connection() {
+    let fixture = fixture().await;
+    let loopback = "127.0.0.0/8".parse().unwrap();
+    let key = fixture.issue(|new| new.allowed_ips([loopback])).await;
+    let peer = |head: &tower_api_key::RequestHead<'_>| {
+        Some(head.extensions().get::<TcpConnectInfo>()?.remote_addr()?.ip())
+    };
+    let mut client = health(fixture.layer().client_ip(peer)).await;
+    check(&mut client, Some(key.expose_secret())).await.unwrap();
+    // Nobody has said where the address is.
+    let mut client = health(fixture.layer()).await;
+    let refused = check(&mut client, Some(key.expose_secret())).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+}
+
+#[tokio::test]
+async fn one_service_of_several_can_be_behind_the_layer() {
+    let fixture = fixture().await;
+    let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = incoming.local_addr().unwrap();
+    let (_, service) = tonic_health::server::health_reporter();
+    let service = fixture.layer().named_layer(service);
+    tokio::spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
+    let endpoint = Endpoint::try_from(format!("http://{address}")).unwrap();
+    let mut client = HealthClient::new(endpoint.connect().await.unwrap());
+    check(&mut client, Some(&fixture.key)).await.unwrap();
+    assert_eq!(check(&mut client, None).await.unwrap_err().code(), Code::Unauthenticated);
+}

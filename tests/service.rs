@@ -1,0 +1,370 @@
+//! What Tower asks of a service, branch by branch, with a probe behind the layer.
+#![allow(missing_docs)]
+
+mod support;
+
+use std::{
+    cell::Cell,
+    marker::PhantomData,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+};
+
+use http::{Request, Response};
+use support::{
+    Fixture, fixture,
+    probe::{Control, Probe, ProbeError, Wakes, block_on, poll, poll_ready, probe},
+    read,
+    stores::Held,
+    unknown_key, with_wrong_secret,
+};
+use tower::{Layer, Service, ServiceExt, limit::ConcurrencyLimit};
+use tower_api_key::{ApiKeyAuth, ApiKeyAuthLayer, Authenticator, Denial, StoreErrorKind};
+
+/// A request body that is nothing but there: neither `Clone` nor `Sync` nor a `Body`.
+struct Opaque {
+    _alive: Arc<()>,
+    _not_sync: Cell<u8>,
+}
+
+fn opaque(alive: &Arc<()>) -> Opaque {
+    Opaque { _alive: Arc::clone(alive), _not_sync: Cell::new(0) }
+}
+
+fn request<B>(key: &str, body: B) -> Request<B> {
+    Request::builder().header("authorization", format!("Bearer {key}")).body(body).unwrap()
+}
+
+struct Slow {
+    fixture: Fixture,
+    store: Held,
+    service: ApiKeyAuth<Probe>,
+    inner: Control,
+}
+
+/// A probe behind the layer, over a store whose look-ups wait.
+async fn slow() -> Slow {
+    let fixture = fixture().await;
+    let store = Held::new(fixture.store.clone());
+    let (probe, inner) = probe();
+    let service = ApiKeyAuthLayer::new(store.clone()).layer(probe);
+    Slow { fixture, store, service, inner }
+}
+
+#[tokio::test]
+async fn the_instance_that_was_polled_ready_is_called_after_a_slow_look_up() {
+    let Slow { fixture, store, mut service, inner } = slow().await;
+    assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+    let mut answer = service.call(request(&fixture.key, ()));
+    assert!(poll(&mut answer).is_pending());
+    assert!(inner.called().is_empty());
+
+    store.let_one_go();
+    let Poll::Ready(Ok(response)) = poll(&mut answer) else { panic!("no answer") };
+    assert_eq!(read(response).await.body, "ada@example.com");
+    assert_eq!(inner.called(), inner.polled_ready());
+    assert_eq!(inner.called(), [0]);
+}
+
+#[tokio::test]
+async fn a_service_that_is_polled_ready_again_meanwhile_calls_each_instance_for_its_own_request() {
+    let Slow { fixture, store, mut service, inner } = slow().await;
+    assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+    let mut first = service.call(request(&fixture.key, ()));
+    assert!(poll(&mut first).is_pending());
+    assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+    let mut second = service.call(request(&fixture.key, ()));
+    assert!(poll(&mut second).is_pending());
+    assert_eq!(inner.polled_ready(), [0, 1]);
+
+    store.let_one_go();
+    assert!(matches!(poll(&mut first), Poll::Ready(Ok(_))));
+    assert_eq!(inner.called(), [0]);
+    store.let_one_go();
+    assert!(matches!(poll(&mut second), Poll::Ready(Ok(_))));
+    assert_eq!(inner.called(), [0, 1]);
+}
+
+#[tokio::test]
+async fn a_request_that_needs_no_look_up_goes_to_the_instance_that_was_polled_ready() {
+    let fixture = fixture().await;
+    let (probe, inner) = probe();
+    let mut service = fixture.layer().skip(|_| true).layer(probe);
+    for _ in 0..2 {
+        assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+        service.call(Request::new(())).await.unwrap();
+    }
+    assert_eq!(inner.called(), inner.polled_ready());
+}
+
+#[tokio::test]
+async fn after_a_refusal_the_service_wants_to_be_polled_ready_anew() {
+    let fixture = fixture().await;
+    let (probe, inner) = probe();
+    let mut service = fixture.layer().layer(probe);
+    assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+    let refused = service.call(Request::new(())).await.unwrap();
+    assert_eq!(refused.status(), 401);
+    let ready = ServiceExt::<Request<()>>::ready(&mut service).await.unwrap();
+    assert_eq!(ready.call(request(&fixture.key, ())).await.unwrap().status(), 200);
+    // The one that was ready for the refused request is gone; its clone was polled and called.
+    assert_eq!(inner.polled_ready(), [0, 1]);
+    assert_eq!(inner.called(), [1]);
+}
+
+#[tokio::test]
+async fn the_inner_service_s_readiness_error_passes_through() {
+    let Slow { mut service, inner, .. } = slow().await;
+    inner.fail_readiness(ProbeError(7));
+    let Poll::Ready(Err(error)) = poll_ready::<_, Request<()>>(&mut service) else {
+        panic!("no error")
+    };
+    assert_eq!(error, ProbeError(7));
+}
+
+#[tokio::test]
+async fn a_service_that_waits_for_the_inner_one_is_woken_by_it() {
+    let Slow { mut service, inner, .. } = slow().await;
+    let wakes = Arc::new(Wakes::default());
+    let waker = Waker::from(Arc::clone(&wakes));
+    let mut ready =
+        || Service::<Request<()>>::poll_ready(&mut service, &mut Context::from_waker(&waker));
+    inner.block();
+    assert!(ready().is_pending());
+    assert_eq!(wakes.count(), 0);
+    inner.unblock();
+    assert_eq!(wakes.count(), 1);
+    assert!(matches!(ready(), Poll::Ready(Ok(()))));
+}
+
+#[tokio::test]
+async fn a_look_up_that_ends_wakes_the_task_that_waits_for_the_response() {
+    let Slow { fixture, store, mut service, .. } = slow().await;
+    assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+    let mut answer = service.call(request(&fixture.key, ()));
+    let wakes = Arc::new(Wakes::default());
+    let waker = Waker::from(Arc::clone(&wakes));
+    let mut cx = Context::from_waker(&waker);
+    assert!(Future::poll(std::pin::Pin::new(&mut answer), &mut cx).is_pending());
+    store.let_one_go();
+    assert_eq!(wakes.count(), 1);
+}
+
+#[tokio::test]
+async fn the_inner_service_s_error_comes_out_as_it_is() {
+    let fixture = fixture().await;
+    let (probe, inner) = probe();
+    inner.fail_response(ProbeError(42));
+    // The annotation is the point: the layer has no error of its own.
+    let outcome: Result<Response<_>, ProbeError> =
+        fixture.layer().layer(probe).oneshot(request(&fixture.key, ())).await;
+    assert_eq!(outcome.unwrap_err(), ProbeError(42));
+}
+
+/// What is still there of a request, its service and its look-up.
+fn left_over(slow: &Slow, body: &Arc<()>) -> (usize, usize, usize) {
+    (Arc::strong_count(body) - 1, slow.inner.alive(), slow.store.under_way())
+}
+
+#[tokio::test]
+async fn dropping_the_future_before_it_is_polled_leaves_nothing_behind() {
+    let (mut slow, body) = (slow().await, Arc::new(()));
+    assert!(poll_ready::<_, Request<Opaque>>(&mut slow.service).is_ready());
+    let answer = slow.service.call(request(&slow.fixture.key, opaque(&body)));
+    assert_eq!(left_over(&slow, &body), (1, 2, 0));
+    drop(answer);
+    assert_eq!(left_over(&slow, &body), (0, 1, 0));
+}
+
+#[tokio::test]
+async fn dropping_the_future_during_the_look_up_leaves_nothing_behind() {
+    let (mut slow, body) = (slow().await, Arc::new(()));
+    assert!(poll_ready::<_, Request<Opaque>>(&mut slow.service).is_ready());
+    let mut answer = slow.service.call(request(&slow.fixture.key, opaque(&body)));
+    assert!(poll(&mut answer).is_pending());
+    assert_eq!(left_over(&slow, &body), (1, 2, 1));
+    drop(answer);
+    assert_eq!(left_over(&slow, &body), (0, 1, 0));
+    assert!(slow.inner.called().is_empty());
+}
+
+#[tokio::test]
+async fn dropping_the_future_during_the_inner_call_leaves_nothing_behind() {
+    let (mut slow, body) = (slow().await, Arc::new(()));
+    slow.inner.hold_calls();
+    slow.store.let_one_go();
+    assert!(poll_ready::<_, Request<Opaque>>(&mut slow.service).is_ready());
+    let mut answer = slow.service.call(request(&slow.fixture.key, opaque(&body)));
+    assert!(poll(&mut answer).is_pending());
+    assert_eq!(slow.inner.called(), [0]);
+    // The clone in the service and the call; the instance that was called and the look-up are gone.
+    assert_eq!(left_over(&slow, &body), (1, 2, 0));
+    drop(answer);
+    assert_eq!(left_over(&slow, &body), (0, 1, 0));
+}
+
+#[tokio::test]
+async fn a_refused_request_is_dropped_before_its_answer_is_sent() {
+    let (mut slow, body) = (slow().await, Arc::new(()));
+    slow.store.let_one_go();
+    for key in ["nonsense", &unknown_key()] {
+        assert!(poll_ready::<_, Request<Opaque>>(&mut slow.service).is_ready());
+        let mut answer = slow.service.call(request(key, opaque(&body)));
+        let Poll::Ready(Ok(response)) = poll(&mut answer) else { panic!("no answer") };
+        assert_eq!(response.status(), 401);
+        assert_eq!(left_over(&slow, &body), (0, 1, 0));
+    }
+}
+
+/// A service with one permit.
+async fn limited() -> (Fixture, Held, ApiKeyAuth<ConcurrencyLimit<Probe>>) {
+    let fixture = fixture().await;
+    let store = Held::new(fixture.store.clone());
+    let limit = ConcurrencyLimit::new(probe().0, 1);
+    let service = ApiKeyAuthLayer::new(store.clone()).layer(limit);
+    (fixture, store, service)
+}
+
+#[tokio::test]
+async fn a_refusal_that_needs_no_look_up_gives_the_permit_back_at_once() {
+    let (_, _, service) = limited().await;
+    let no_scheme = Request::builder().header("authorization", "\"").body(()).unwrap();
+    for refused in [Request::new(()), request("nonsense", ()), no_scheme] {
+        let (mut service, mut other) = (service.clone(), service.clone());
+        assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+        assert!(poll_ready::<_, Request<()>>(&mut other).is_pending(), "the permit is not taken");
+        let mut answer = service.call(refused);
+        // Not even the answer has been polled for.
+        assert!(poll_ready::<_, Request<()>>(&mut other).is_ready(), "the permit is lost");
+        let Poll::Ready(Ok(response)) = poll(&mut answer) else { panic!("no answer") };
+        assert!(response.status().is_client_error());
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_after_a_look_up_gives_the_permit_back() {
+    let (fixture, store, mut service) = limited().await;
+    let mut other = service.clone();
+    assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+    let mut answer = service.call(request(&with_wrong_secret(&fixture.key), ()));
+    assert!(poll(&mut answer).is_pending());
+    assert!(poll_ready::<_, Request<()>>(&mut other).is_pending(), "the permit is not taken");
+    store.let_one_go();
+    let Poll::Ready(Ok(response)) = poll(&mut answer) else { panic!("no answer") };
+    assert_eq!(response.status(), 401);
+    assert!(poll_ready::<_, Request<()>>(&mut other).is_ready(), "the permit is lost");
+}
+
+#[tokio::test]
+async fn a_caller_who_goes_away_gives_the_permit_back() {
+    let (fixture, _, mut service) = limited().await;
+    let mut other = service.clone();
+    assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+    let mut answer = service.call(request(&fixture.key, ()));
+    assert!(poll(&mut answer).is_pending());
+    assert!(poll_ready::<_, Request<()>>(&mut other).is_pending(), "the permit is not taken");
+    drop(answer);
+    assert!(poll_ready::<_, Request<()>>(&mut other).is_ready(), "the permit is lost");
+}
+
+#[tokio::test]
+async fn a_permit_is_taken_once_for_a_request_that_is_let_in() {
+    let (fixture, store, mut service) = limited().await;
+    for _ in 0..3 {
+        store.let_one_go();
+        let ready = ServiceExt::<Request<()>>::ready(&mut service).await.unwrap();
+        assert_eq!(ready.call(request(&fixture.key, ())).await.unwrap().status(), 200);
+    }
+}
+
+#[test]
+fn without_a_tokio_runtime_a_key_is_answered_503() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let fixture = runtime.block_on(fixture());
+    drop(runtime);
+    let (probe, inner) = probe();
+    let layer = fixture.layer();
+    let response = block_on(layer.layer(probe).oneshot(request(&fixture.key, ()))).unwrap();
+    assert_eq!(response.status(), 503);
+    assert!(response.headers().contains_key("retry-after"));
+    assert!(inner.called().is_empty());
+
+    let denial =
+        block_on(Authenticator::new(fixture.store).authenticate(&fixture.key)).unwrap_err();
+    let Denial::Unavailable(error) = denial else { panic!("{denial:?}") };
+    assert_eq!(error.kind(), StoreErrorKind::Unavailable);
+}
+
+#[test]
+fn without_a_tokio_runtime_what_needs_no_look_up_is_answered_as_ever() {
+    let store = tower_api_key::MemoryStore::new();
+    let (probe, _) = probe();
+    let service = ApiKeyAuthLayer::new(store).skip(|head| head.uri() == "/health").layer(probe);
+    let health = Request::builder().uri("/health").body(()).unwrap();
+    assert_eq!(block_on(service.clone().oneshot(health)).unwrap().status(), 200);
+    assert_eq!(block_on(service.oneshot(Request::new(()))).unwrap().status(), 401);
+}
+
+#[tokio::test]
+async fn the_layer_works_behind_a_buffer() {
+    let fixture = fixture().await;
+    let layer = fixture.layer();
+    let echo = tower::service_fn(|_: Request<()>| async {
+        Ok::<_, ProbeStdError>(Response::new(http_body_util::Full::new(bytes::Bytes::new())))
+    });
+    let service = tower::buffer::Buffer::new(layer.layer(ConcurrencyLimit::new(echo, 2)), 4);
+    let mut tasks = tokio::task::JoinSet::new();
+    for at in 0..40 {
+        let key = if at % 2 == 0 { fixture.key.clone() } else { unknown_key() };
+        let expected = if at % 2 == 0 { 200 } else { 401 };
+        let answer = service.clone().oneshot(request(&key, ()));
+        tasks.spawn(async move { assert_eq!(answer.await.unwrap().status(), expected) });
+    }
+    while let Some(outcome) = tasks.join_next().await {
+        outcome.unwrap();
+    }
+}
+
+#[derive(Debug)]
+struct ProbeStdError;
+
+impl std::fmt::Display for ProbeStdError {
+    fn fmt(&self, _: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        Ok(())
+    }
+}
+
+impl std::error::Error for ProbeStdError {}
+
+#[tokio::test]
+async fn a_clone_for_each_request_works_as_axum_does_it() {
+    let fixture = fixture().await;
+    let (probe, inner) = probe();
+    let service = fixture.layer().layer(probe);
+    for _ in 0..3 {
+        let response = service.clone().oneshot(request(&fixture.key, ())).await.unwrap();
+        assert_eq!(read(response).await.body, "ada@example.com");
+    }
+    assert_eq!(inner.called(), inner.polled_ready());
+    assert_eq!(inner.called().len(), 3);
+}
+
+/// An inner service that is `Send` and `Sync` by its type parameter alone.
+struct Is<T>(PhantomData<T>);
+
+#[test]
+fn the_service_and_its_future_are_as_send_and_sync_as_what_they_hold() {
+    fn send_sync<T: Send + Sync>() {}
+    fn send<T: Send>() {}
+    fn clone<T: Clone>() {}
+    fn generic<S: Clone + Send + Sync>() {
+        send_sync::<ApiKeyAuth<S>>();
+        clone::<ApiKeyAuth<S>>();
+    }
+    generic::<Probe>();
+    send_sync::<ApiKeyAuth<Is<u8>>>();
+    send_sync::<ApiKeyAuthLayer>();
+    // The body is `Send` and not `Sync`.
+    send::<tower_api_key::ResponseFuture<Probe, Opaque>>();
+    send::<tower_api_key::ResponseBody<Opaque>>();
+}
