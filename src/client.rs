@@ -129,24 +129,24 @@ fn x_forwarded_for_hops(list: &str) -> Vec<Hop> {
     list.split(',').map(|hop| node_address(hop.trim())).collect()
 }
 
-/// RFC 7239 §4: elements with commas between them, of pairs with semicolons between them. `None` if
-/// the list as a whole can't be taken apart.
+/// RFC 7239 §4: elements with commas between them. `None` if the list can't be taken apart.
 fn forwarded_hops(list: &str) -> Option<Vec<Hop>> {
-    split_unquoted(list, ',')?
-        .into_iter()
-        .map(|element| {
-            let mut hop = None;
-            for pair in split_unquoted(element, ';')? {
-                let Some((name, value)) = pair.split_once('=') else {
-                    if pair.trim().is_empty() { continue } else { return None }
-                };
-                if name.trim().eq_ignore_ascii_case("for") {
-                    hop = node_address(unquote(value.trim())?);
-                }
+    split_unquoted(list, ',')?.into_iter().map(forwarded_hop).collect()
+}
+
+/// The `for` of an element: pairs with semicolons between them, each name at most once.
+fn forwarded_hop(element: &str) -> Option<Hop> {
+    let mut hop = None;
+    for pair in split_unquoted(element, ';')?.into_iter().filter(|pair| !pair.trim().is_empty()) {
+        let (name, value) = pair.split_once('=')?;
+        if name.trim().eq_ignore_ascii_case("for") {
+            let address = node_address(unquote(value.trim())?);
+            if hop.replace(address).is_some() {
+                return None;
             }
-            Some(hop)
-        })
-        .collect()
+        }
+    }
+    Some(hop.flatten())
 }
 
 /// Splits at separators outside of quoted strings; `None` if a quoted string does not end.

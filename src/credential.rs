@@ -222,6 +222,9 @@ fn authorization<'a>(
         return Err(MalformedCredential::NoScheme);
     }
     let spaces = rest.iter().take_while(|&&byte| byte == b' ').count();
+    if rest.get(spaces) == Some(&b'\t') {
+        return Err(MalformedCredential::ForbiddenBytes);
+    }
     Ok(found.eq_ignore_ascii_case(scheme.as_bytes()).then_some(&rest[spaces..]))
 }
 

@@ -276,7 +276,7 @@ impl KeySchemeBuilder {
         }
         let cores = available_parallelism().map_or(1, NonZero::get);
         let slots = self.slots.unwrap_or((cores / 2).max(1));
-        let queue = self.queue.unwrap_or(QUEUE_PER_SLOT * slots);
+        let queue = self.queue.unwrap_or(QUEUE_PER_SLOT.saturating_mul(slots));
         if slots == 0 || slots > MAX_SLOTS || queue > MAX_QUEUE {
             return Err(SchemeError::Bounds);
         }

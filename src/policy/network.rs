@@ -41,9 +41,16 @@ impl FromStr for AllowedNetwork {
 
     fn from_str(text: &str) -> Result<Self, NetworkError> {
         let error = || NetworkError(text.chars().take(64).collect());
-        let network = match text.parse::<IpAddr>() {
-            Ok(address) => IpNet::from(address),
-            Err(_) => text.parse::<IpNet>().map_err(|_| error())?,
+        let (address, length) = text.split_once('/').map_or((text, None), |(a, l)| (a, Some(l)));
+        // Not by ipnet, which takes a leading zero for nothing where others take it for octal.
+        let address = address.parse::<IpAddr>().map_err(|_| error())?;
+        let network = match length {
+            None => IpNet::from(address),
+            Some(length) if !length.is_empty() && length.bytes().all(|b| b.is_ascii_digit()) => {
+                let length = length.parse().map_err(|_| error())?;
+                IpNet::new(address, length).map_err(|_| error())?
+            }
+            Some(_) => return Err(error()),
         };
         let network = match network {
             IpNet::V6(v6) if v6.prefix_len() >= MAPPED_BITS => v6
