@@ -166,6 +166,9 @@ impl Credential {
                 let Some(first) = values.next() else { return Ok(None) };
                 let first = token(first)?;
                 for other in values {
+                    if name == header::AUTHORIZATION {
+                        return Err(MalformedCredential::Repeated.into());
+                    }
                     same(first, token(other)?)?;
                 }
                 Ok(Some(Cow::Borrowed(first)))

@@ -296,6 +296,7 @@ async fn a_forwarded_element_that_names_two_clients_leaves_the_address_unknown()
         FORWARDED,
         &[
             (&["for=203.0.113.9;for=198.51.100.7"], UNKNOWN),
+            (&["for=unknown;for=203.0.113.9"], UNKNOWN),
             (&["for=198.51.100.7;proto=http;For=203.0.113.9"], UNKNOWN),
         ],
     )

@@ -157,6 +157,22 @@ async fn several_processes_migrate_a_file_at_once() {
 }
 
 #[tokio::test]
+async fn several_processes_open_a_new_file_at_once() {
+    for _ in 0..10 {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("keys.db");
+        let opened = std::thread::scope(|scope| {
+            let threads: Vec<_> =
+                (0..8).map(|_| scope.spawn(|| SqliteStore::open(&file))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        });
+        for store in opened {
+            store.unwrap();
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_file_that_is_no_database_or_cannot_be_opened_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("notes.txt");

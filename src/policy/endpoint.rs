@@ -16,8 +16,8 @@ use percent_encoding::percent_decode_str;
 /// | `*` | every path |
 ///
 /// Paths are compared as they are sent, byte by byte, without the query. A path that servers read
-/// in different ways never matches any rule: an encoded slash or backslash, a dot segment (encoded
-/// or not), a doubled slash, a backslash, a control character or a broken escape in it.
+/// in different ways never matches any rule: an encoded slash or backslash, a dot segment, either of
+/// them encoded once or twice, a doubled slash, a backslash, a control character or a broken escape in it.
 ///
 /// ```
 /// use http::Method;
@@ -76,7 +76,13 @@ fn is_ambiguous(path: &str) -> bool {
     slashes(&decoded) != slashes(path.as_bytes())
         || decoded.iter().any(|&byte| byte == b'\\' || byte.is_ascii_control())
         || decoded.windows(2).any(|pair| pair == b"//")
+        || decoded.windows(3).any(is_escaped_again)
         || decoded.split(|&byte| byte == b'/').any(is_dot_segment)
+}
+
+/// An escaped slash, backslash or dot that was escaped once more, for servers that decode twice.
+fn is_escaped_again(escape: &[u8]) -> bool {
+    [b"%2f", b"%5c", b"%2e"].iter().any(|separator| escape.eq_ignore_ascii_case(*separator))
 }
 
 /// `.` and `..`, also with a path parameter behind (`..;x`), which some servers strip.
