@@ -46,13 +46,10 @@ fn a_format_that_cannot_be_is_a_typed_error() {
 
 #[test]
 fn a_scheme_that_cannot_be_is_a_typed_error() {
-    use SchemeError::{
-        Bounds, NoCurrentPepper, NoFormat, SameFormat, ShortPepper, UpgradeWithoutPepper,
-    };
+    use SchemeError::{Bounds, NoCurrentPepper, SameFormat, ShortPepper, UpgradeWithoutPepper};
     let new = || scheme(structured("tak"));
     let (long, short) = ("k".repeat(16), "k".repeat(15));
     for (made, error) in [
-        (KeyScheme::builder(), NoFormat),
         (new().format(structured("tak")), SameFormat),
         (new().format(structured("tak").with_mint_secret(MINT_NOW).unwrap()), SameFormat),
         (new().pepper(&short), ShortPepper),

@@ -152,10 +152,9 @@ impl KeyScheme {
 
 impl Default for KeyScheme {
     fn default() -> Self {
-        let Ok(format) = KeyFormat::structured("tak", "live") else {
-            unreachable!("well-formed names")
+        let Ok(scheme) = Self::builder().build() else {
+            unreachable!("the defaults are in bounds")
         };
-        let Ok(scheme) = Self::builder().format(format).build() else { unreachable!("one format") };
         scheme
     }
 }
@@ -197,7 +196,8 @@ pub struct KeySchemeBuilder {
 }
 
 impl KeySchemeBuilder {
-    /// Accepts keys of `format`. New keys are minted in the first structured one.
+    /// Accepts keys of `format`. New keys are minted in the first structured one. Without any format,
+    /// the scheme has the default one.
     #[must_use]
     pub fn format(mut self, format: KeyFormat) -> Self {
         self.formats.push(format);
@@ -252,11 +252,11 @@ impl KeySchemeBuilder {
     ///
     /// # Errors
     ///
-    /// If there is no format, two formats claim the same keys, a pepper is short, hashes are to be
+    /// If two formats claim the same keys, a pepper is short, hashes are to be
     /// upgraded without a pepper for keys of unknown strength, or a bound is out of range.
-    pub fn build(self) -> Result<KeyScheme, SchemeError> {
+    pub fn build(mut self) -> Result<KeyScheme, SchemeError> {
         if self.formats.is_empty() {
-            return Err(SchemeError::NoFormat);
+            self.formats.push(KeyFormat::structured(DEFAULT_BRAND, DEFAULT_ENVIRONMENT)?);
         }
         for (at, format) in self.formats.iter().enumerate() {
             if self.formats[..at].iter().any(|earlier| earlier.clashes_with(format)) {
@@ -290,6 +290,8 @@ impl KeySchemeBuilder {
     }
 }
 
+const DEFAULT_BRAND: &str = "tak";
+const DEFAULT_ENVIRONMENT: &str = "live";
 const MIN_PEPPER_BYTES: usize = 16;
 const QUEUE_PER_SLOT: usize = 32;
 const MAX_SLOTS: usize = 1024;
@@ -305,8 +307,6 @@ impl fmt::Debug for KeySchemeBuilder {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SchemeError {
-    /// No format was given.
-    NoFormat,
     /// Two formats have the same brand and environment, or both take the first characters.
     SameFormat,
     /// A pepper has fewer than 16 bytes.
@@ -330,7 +330,6 @@ impl From<FormatError> for SchemeError {
 impl fmt::Display for SchemeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::NoFormat => "a key scheme has at least one format",
             Self::SameFormat => "two formats of the key scheme claim the same keys",
             Self::ShortPepper => "a pepper has at least 16 bytes",
             Self::NoCurrentPepper => "give the current pepper beside retired ones",
