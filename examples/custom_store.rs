@@ -3,7 +3,7 @@
 //! `cargo run --example custom_store`; `ADDR` (default `127.0.0.1:3003`) is read from the
 //! environment.
 
-use std::{collections::HashMap, env, error::Error};
+use std::{collections::HashMap, env, error::Error, net::SocketAddr};
 
 use axum::{Router, routing::get};
 use tower_api_key::{
@@ -46,7 +46,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let address = env::var("ADDR").unwrap_or_else(|_| "127.0.0.1:3003".to_owned());
     let scheme = KeyScheme::builder().format(KeyFormat::first_chars(8)?).build()?;
     let layer = ApiKeyAuthLayer::new(TextFile::parse(KEYS)).scheme(scheme);
-    let app = Router::new().route("/", get(hello)).layer(layer);
+    // With the peer's address, so that guesses at one key are not held against everybody.
+    let app = Router::new()
+        .route("/", get(hello))
+        .layer(layer)
+        .into_make_service_with_connect_info::<SocketAddr>();
 
     let listener = tokio::net::TcpListener::bind(&address).await?;
     let address = listener.local_addr()?;

@@ -7,7 +7,8 @@ use std::{env, error::Error, net::SocketAddr};
 
 use axum::{Router, routing::get};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, KeyFormat, KeyManager, KeyScheme, NewKey, PostgresStore,
+    ApiKeyAuthLayer, AuthContext, KeyFormat, KeyManager, KeyScheme, ManageError, NewKey,
+    PostgresStore, StoreErrorKind,
 };
 
 #[tokio::main]
@@ -38,14 +39,16 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let listener = tokio::net::TcpListener::bind(&address).await?;
     let address = listener.local_addr()?;
 
-    let manager = KeyManager::new(store).with_scheme(scheme);
-    // The second start finds the user there, and the keys of the first still work.
-    if let Ok(user) = manager.create_user("ada@example.com", "admin").await {
-        let issued = manager.issue(NewKey::new(user.id, "example")).await?;
-        println!(
-            "  curl -i http://{address}/ -H 'Authorization: Bearer {}'",
-            issued.expose_secret()
-        );
+    let manager = KeyManager::new(store).scheme(scheme);
+    match manager.create_user("ada@example.com", "admin").await {
+        Ok(user) => {
+            let issued = manager.issue(NewKey::new(user.id, "example")).await?;
+            let key = issued.expose_secret();
+            println!("  curl -i http://{address}/ -H 'Authorization: Bearer {key}'");
+        }
+        // The second start finds the user there, and the keys of the first still work.
+        Err(ManageError::Store(error)) if error.kind() == StoreErrorKind::Conflict => {}
+        Err(error) => return Err(error.into()),
     }
     println!("Listening on http://{address}");
     axum::serve(listener, app).await?;

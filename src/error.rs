@@ -78,7 +78,9 @@ impl StoreError {
         Self { kind, message: message.into(), retry_after: Duration::from_secs(1), source: None }
     }
 
-    pub(crate) fn caused_by(self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+    /// Adds what caused it.
+    #[must_use]
+    pub fn caused_by(self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { source: Some(Arc::from(source.into())), ..self }
     }
 

@@ -69,7 +69,8 @@ impl ApiKeyAuthLayer {
         self
     }
 
-    /// Sets where a key may be, instead of `Authorization: Bearer` and `x-api-key`.
+    /// Sets where a key may be, instead of `Authorization: Bearer` and `x-api-key`. With no place at all,
+    /// no request has a key.
     #[must_use]
     pub fn credentials(self, places: impl IntoIterator<Item = Credential>) -> Self {
         let places: Vec<_> = places.into_iter().collect();
@@ -121,7 +122,8 @@ impl ApiKeyAuthLayer {
     }
 
     /// Sets where the peer's address comes from, instead of [`ClientAddr`](crate::ClientAddr) and
-    /// axum's `ConnectInfo`. `None` is "not known".
+    /// axum's `ConnectInfo`. `None` is "not known": keys with address rules are refused then, and in the
+    /// ration of failed bcrypt checks all such callers count as one.
     #[must_use]
     pub fn client_ip(
         self,

@@ -6,7 +6,7 @@ use chrono::{DateTime, Utc};
 use serde_json::Value;
 
 use crate::{
-    error::{StoreError, StoreErrorKind},
+    error::StoreError,
     key::{KeyScheme, PresentedKey},
     policy::{AllowedNetwork, EndpointRule},
     record::{Budget, KeyId, KeyRecord, RateLimits, StoredKey, User, UserId},
@@ -35,9 +35,6 @@ pub struct KeyManager<R> {
     scheme: KeyScheme,
 }
 
-/// Two keys with one lookup id happen once in 10¹⁷ pairs, so a second conflict is something else.
-const ATTEMPTS: usize = 2;
-
 impl<R: KeyRepository> KeyManager<R> {
     /// A manager with the default scheme.
     pub fn new(repository: R) -> Self {
@@ -46,7 +43,7 @@ impl<R: KeyRepository> KeyManager<R> {
 
     /// Sets the scheme in which keys are minted and hashed.
     #[must_use]
-    pub fn with_scheme(self, scheme: KeyScheme) -> Self {
+    pub fn scheme(self, scheme: KeyScheme) -> Self {
         Self { scheme, ..self }
     }
 
@@ -67,26 +64,19 @@ impl<R: KeyRepository> KeyManager<R> {
     /// If the scheme has no structured format, there is no such user, the operating system has no
     /// random bytes, or the store fails.
     pub async fn issue(&self, new: NewKey) -> Result<IssuedKey, ManageError> {
-        let mut attempts = 0;
-        loop {
-            attempts += 1;
-            let key = self.scheme.generate().ok_or(ManageError::NoMintableFormat)?;
-            let key = key.map_err(|_| ManageError::NoRandomness)?;
-            let hash = self.scheme.fast_hash(&key).ok_or(ManageError::NoMintableFormat)?;
-            let record = KeyRecord { prefix: key.id().to_owned(), ..new.record.clone() };
-            match self.repository.insert_key(&StoredKey::new(record, hash)).await {
-                Ok(record) => return Ok(IssuedKey { record, key }),
-                Err(error) if error.kind() == StoreErrorKind::Conflict && attempts < ATTEMPTS => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
+        let key = self.scheme.generate().ok_or(ManageError::NoMintableFormat)?;
+        let key = key.map_err(|_| ManageError::NoRandomness)?;
+        let hash = self.scheme.fast_hash(&key).ok_or(ManageError::NoMintableFormat)?;
+        let record = KeyRecord { prefix: key.id().to_owned(), ..new.record };
+        let record = self.repository.insert_key(&StoredKey::new(record, hash)).await?;
+        Ok(IssuedKey { record, key })
     }
 
     /// Makes a key useless, for good. Returns whether there is such a key.
     ///
     /// # Errors
     ///
-    /// If the store fails; the key then still works.
+    /// If the store fails. Then the key may still work, or, after a timeout, be revoked a little later.
     pub async fn revoke(&self, key: &KeyId) -> Result<bool, ManageError> {
         Ok(self.repository.revoke_key(key).await?)
     }
@@ -101,7 +91,7 @@ pub struct NewKey {
 
 impl NewKey {
     /// A key for `user` that people call `name`.
-    pub fn new(user: UserId, name: impl Into<String>) -> Self {
+    pub fn new(user: impl Into<UserId>, name: impl Into<String>) -> Self {
         let mut record = KeyRecord::new(0, "", User::new(user, ""));
         record.name = name.into();
         Self { record }

@@ -1,6 +1,9 @@
 //! What the crate says in logs. Nothing here ever gets a key, a hash or a credential.
 
-use crate::{error::StoreError, respond::Denial};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    respond::Denial,
+};
 
 /// A row under this lookup prefix could not be decoded; the error says which, where the store knows.
 pub(crate) fn bad_row(prefix: &str, error: &StoreError) {
@@ -13,6 +16,10 @@ pub(crate) fn denied(denial: &Denial) {
     match denial {
         // Logged where the lookup prefix is known.
         Denial::BadRow(_) => {}
+        // Under an attack there are thousands of them a second.
+        Denial::Unavailable(error) if error.kind() == StoreErrorKind::Overloaded => {
+            tracing::debug!(error = %error, "request turned away");
+        }
         Denial::Unavailable(error) => {
             let cause = std::error::Error::source(error).map(ToString::to_string);
             tracing::warn!(error = %error, cause, "API keys can't be checked");

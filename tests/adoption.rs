@@ -157,7 +157,7 @@ async fn a_time_stamp_without_a_zone_is_utc() {
 async fn the_statements_of_the_orm_go_on_working_beside_the_crate() {
     let (_server, orm, store) = orm_server().await;
     store.migrate().await.unwrap();
-    let manager = KeyManager::new(store.clone()).with_scheme(scheme());
+    let manager = KeyManager::new(store.clone()).scheme(scheme());
     let user = manager.create_user("bob@example.com", "user").await.unwrap();
     let issued = manager.issue(NewKey::new(user.id.clone(), "new").scopes(["chat"])).await.unwrap();
 

@@ -3,7 +3,7 @@
 mod support;
 
 use support::door::{Door, first_chars, scheme, structured};
-use tower_api_key::{FormatError, KeyFormat, KeyManager, KeyScheme, NewKey, SchemeError};
+use tower_api_key::{FormatError, KeyFormat, KeyManager, NewKey, SchemeError};
 
 const MINT_NOW: &str = "the mint secret now";
 

@@ -136,7 +136,7 @@ async fn mint_secrets_and_peppers_show_nowhere() {
     let layer = ApiKeyAuthLayer::from(authenticator);
     assert_hides(&layer, &all);
     assert_hides(layer.layer("an inner service"), &all);
-    assert_hides(KeyManager::new(store).with_scheme(scheme), &all);
+    assert_hides(KeyManager::new(store).scheme(scheme), &all);
 }
 
 #[test]

@@ -91,7 +91,7 @@ async fn tables_of_an_orm_are_adopted_and_its_statements_go_on_working() {
     assert_eq!(caller.key().expires_at.unwrap().to_rfc3339(), "2099-01-01T00:00:00+00:00");
     assert_eq!(caller.key().usage.cost_micro_cents, 1_250_000);
 
-    let manager = KeyManager::new(store).with_scheme(scheme);
+    let manager = KeyManager::new(store).scheme(scheme);
     let user = manager.create_user("bob@example.com", "user").await.unwrap();
     let expiry = chrono::DateTime::from_timestamp(4_000_000_000, 0).unwrap();
     let issued = manager.issue(NewKey::new(user.id, "new").expires_at(expiry)).await.unwrap();

@@ -34,7 +34,7 @@ pub(super) enum Kind {
 }
 
 #[derive(Clone, PartialEq, Eq)]
-pub(super) struct BcryptHash {
+pub(crate) struct BcryptHash {
     text: Box<str>,
     is_prehashed: bool,
 }

@@ -12,7 +12,7 @@ use tokio::sync::Semaphore;
 use super::{
     hash::BcryptHash,
     presented::PresentedKey,
-    ration::{Ration, Source},
+    ration::{Ration, Source, Standing},
 };
 use crate::{clock::Clock, error::StoreError};
 
@@ -31,9 +31,9 @@ pub(super) struct BcryptPool {
 
 /// The slow checks that one look-up is left with: a key against the bcrypt hashes under its prefix.
 pub(crate) struct SlowCheck {
-    pub(super) hashes: Vec<BcryptHash>,
-    pub(super) key: Arc<PresentedKey>,
-    pub(super) address: Option<IpAddr>,
+    pub(crate) hashes: Vec<BcryptHash>,
+    pub(crate) key: Arc<PresentedKey>,
+    pub(crate) address: Option<IpAddr>,
 }
 
 impl BcryptPool {
@@ -60,15 +60,19 @@ impl BcryptPool {
         check: SlowCheck,
     ) -> Result<Option<usize>, StoreError> {
         let source = Source::new(check.address);
-        self.admit(&check, source)?;
+        let standing = self.admit(&check, source)?;
         let Ok(ticket) = Arc::clone(&self.tickets).try_acquire_owned() else {
-            return Err(StoreError::overloaded(
-                "too many bcrypt checks are waiting",
-                Duration::from_secs(1),
-            ));
+            return Err(busy("too many bcrypt checks are waiting"));
         };
         // The turn comes first: whoever waits for it must not hold a slot that another key could use.
-        let turn = acquire(self.turn(check.key.id())).await?;
+        let turn = self.turn(check.key.id());
+        let turn = match standing {
+            Standing::Clean => acquire(turn).await?,
+            // Suspects do not wait, or they would fill the queue that all keys share.
+            Standing::Suspect => turn
+                .try_acquire_owned()
+                .map_err(|_| busy("too many failed checks: one at a time for this key"))?,
+        };
         let slot = acquire(Arc::clone(&self.slots)).await?;
         // Again, because those who went before may have failed while this one waited.
         self.admit(&check, source)?;
@@ -88,7 +92,7 @@ impl BcryptPool {
         tokio::task::spawn_blocking(job).await.map_err(StoreError::unavailable)
     }
 
-    fn admit(&self, check: &SlowCheck, source: Source) -> Result<(), StoreError> {
+    fn admit(&self, check: &SlowCheck, source: Source) -> Result<Standing, StoreError> {
         let now = self.clock.monotonic();
         self.ration().admit(check.key.id(), source, now).map_err(|wait| {
             StoreError::overloaded("too many failed checks: slow checks are rationed", wait)
@@ -110,6 +114,10 @@ impl BcryptPool {
         turns.insert(prefix.into(), Arc::downgrade(&turn));
         turn
     }
+}
+
+fn busy(message: &'static str) -> StoreError {
+    StoreError::overloaded(message, Duration::from_secs(1))
 }
 
 async fn acquire(

@@ -13,7 +13,7 @@ pub(crate) type KeyDigest = [u8; 32];
 
 /// A key that was presented and is well-formed in one of the scheme's formats. Not yet proven.
 ///
-/// `Debug` shows the lookup id alone, and the memory is overwritten when it is dropped.
+/// `Debug` shows the lookup id alone, and the text is overwritten when it is dropped.
 #[derive(Clone)]
 pub(crate) struct PresentedKey {
     text: Zeroizing<Box<str>>,

@@ -38,6 +38,15 @@ impl Source {
     }
 }
 
+/// How a check that is admitted stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// Nothing speaks against it, or it may be the owner's of a key under attack.
+    Clean,
+    /// It comes from where failures came from: it gets no place in a queue.
+    Suspect,
+}
+
 /// The ration of failed checks: by lookup prefix and source, and for all suspects together.
 ///
 /// A check is a suspect's if its prefix has failed in the last minute, whoever asked, or its source
@@ -74,13 +83,12 @@ impl Ration {
         prefix: &str,
         source: Source,
         now: Duration,
-    ) -> Result<(), Duration> {
+    ) -> Result<Standing, Duration> {
         self.refill(now);
         let pair = self.pairs.get(&(prefix.into(), source), now);
-        let is_known_source =
-            self.sources.get(&source, now).is_some_and(|s| s.failures >= FREE_FAILURES);
+        let is_known_source = self.is_known(source, now);
         if self.prefixes.get(prefix, now).is_none() && !is_known_source {
-            return Ok(());
+            return Ok(Standing::Clean);
         }
         if let Some(pair) = pair.filter(|pair| pair.failures >= FREE_FAILURES) {
             let next = pair.last + PACE;
@@ -89,11 +97,11 @@ impl Ration {
             }
         }
         let is_clean = pair.is_none() && !is_known_source;
-        let floor = if is_clean { -OVERDRAFT_SECONDS * self.refill } else { 0.0 };
+        let floor = if is_clean { self.overdraft() } else { 0.0 };
         if self.share <= floor {
             return Err(Duration::from_secs_f64((floor - self.share) / self.refill));
         }
-        Ok(())
+        Ok(if is_clean { Standing::Clean } else { Standing::Suspect })
     }
 
     /// Notes that a check ran for `took` and whether it `failed`.
@@ -106,15 +114,30 @@ impl Ration {
         failed: bool,
     ) {
         self.refill(now);
-        // The first failures on a prefix are paid for as well, or an attack on many prefixes were free.
-        if failed || self.prefixes.get(prefix, now).is_some() {
-            self.share -= took.as_secs_f64();
+        let took = took.as_secs_f64();
+        if self.prefixes.get(prefix, now).is_some() || self.is_known(source, now) {
+            self.share -= took;
+        } else if failed {
+            // First failures are paid for as well, or an attack on many prefixes were free. But they
+            // were not asked whether there is anything left, so they may not drive up the debt that
+            // owners then wait for.
+            self.share = (self.share - took).max(self.overdraft().min(self.share));
         }
         if failed {
             self.pairs.count((prefix.into(), source), now);
             self.prefixes.count(prefix.into(), now);
             self.sources.count(source, now);
         }
+    }
+
+    /// Whether the source has failed so often that all it asks for is suspect.
+    fn is_known(&self, source: Source, now: Duration) -> bool {
+        self.sources.get(&source, now).is_some_and(|source| source.failures >= FREE_FAILURES)
+    }
+
+    /// The debt beyond which a clean source waits as well.
+    fn overdraft(&self) -> f64 {
+        -OVERDRAFT_SECONDS * self.refill
     }
 
     fn refill(&mut self, now: Duration) {
@@ -254,6 +277,17 @@ mod tests {
         while fail(&mut ration, "p", source(2), SECOND, SECOND / 10) {}
         assert!(ration.admit("p", source(1), SECOND).is_err());
         assert!(ration.admit("p", source(9), SECOND).is_ok());
+    }
+
+    #[test]
+    fn first_failures_do_not_drive_up_a_debt_that_an_owner_waits_for() {
+        let mut ration = Ration::new(1);
+        let took = SECOND * 7;
+        for n in 0..200 {
+            ration.note(&format!("p{n}"), source(n), SECOND, took, true);
+        }
+        assert!(ration.admit("p0", source(250), SECOND).unwrap_err() <= SECOND / 100);
+        assert_eq!(ration.admit("p0", source(250), SECOND + CHECK), Ok(Standing::Clean));
     }
 
     #[test]

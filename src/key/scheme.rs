@@ -1,6 +1,6 @@
 //! Formats, hashing, pool, ration and clock in one value: [`KeyScheme`].
 
-use std::{fmt, net::IpAddr, num::NonZero, sync::Arc, thread::available_parallelism};
+use std::{fmt, num::NonZero, sync::Arc, thread::available_parallelism};
 
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
@@ -8,7 +8,7 @@ use zeroize::Zeroizing;
 use super::{
     FormatError, KeyFormat, KeyHash,
     format::Verdict,
-    hash::{Kind, Pepper},
+    hash::{BcryptHash, Kind, Pepper},
     pool::{BcryptPool, SlowCheck},
     presented::{PresentedKey, UnrecognizedKey, check_length},
 };
@@ -53,7 +53,7 @@ pub(crate) enum FastCheck {
     Match,
     Mismatch,
     /// Only a slow check can say.
-    Slow,
+    Slow(BcryptHash),
     /// The hash can't be checked here at all.
     Impossible(&'static str),
 }
@@ -125,7 +125,9 @@ impl KeyScheme {
     /// Checks a key without running bcrypt.
     pub(crate) fn check_fast(&self, hash: &KeyHash, key: &PresentedKey) -> FastCheck {
         let matches = match &hash.0 {
-            Kind::Bcrypt(hash) if hash.takes(key.expose_secret()) => return FastCheck::Slow,
+            Kind::Bcrypt(hash) if hash.takes(key.expose_secret()) => {
+                return FastCheck::Slow(hash.clone());
+            }
             Kind::Bcrypt(_) => false,
             // For a key of unknown strength a plain digest can be guessed from a stolen table.
             Kind::Sha256(_) if !key.is_structured => {
@@ -156,20 +158,6 @@ impl Default for KeyScheme {
             unreachable!("the defaults are in bounds")
         };
         scheme
-    }
-}
-
-impl SlowCheck {
-    /// `None` where no hash is slow.
-    pub(crate) fn new(
-        hashes: impl Iterator<Item = KeyHash>,
-        key: Arc<PresentedKey>,
-        address: Option<IpAddr>,
-    ) -> Option<Self> {
-        let bcrypt =
-            |hash: KeyHash| if let Kind::Bcrypt(hash) = hash.0 { Some(hash) } else { None };
-        let hashes: Vec<_> = hashes.filter_map(bcrypt).collect();
-        (!hashes.is_empty()).then_some(Self { hashes, key, address })
     }
 }
 

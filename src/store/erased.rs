@@ -12,7 +12,7 @@ use super::{
 /// use tower_api_key::{ApiKeyAuthLayer, DynKeyStore, MemoryStore};
 ///
 /// let store = match std::env::var("DATABASE_URL") {
-///     // Ok(url) => DynKeyStore::new(PostgresStore::connect(&url)?),
+///     // Ok(url) => DynKeyStore::new(PostgresStore::new(&url)?),
 ///     _ => DynKeyStore::new(MemoryStore::new()),
 /// };
 /// let layer = ApiKeyAuthLayer::new(store);

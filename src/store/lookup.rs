@@ -101,7 +101,7 @@ impl Lookup {
         };
 
         let mut matched = None;
-        let mut slow = Vec::new();
+        let (mut slow, mut hashes) = (Vec::new(), Vec::new());
         for (at, candidate) in candidates.iter().enumerate() {
             match self.check_fast(candidate) {
                 FastCheck::Match => {
@@ -109,7 +109,10 @@ impl Lookup {
                     break;
                 }
                 FastCheck::Mismatch => {}
-                FastCheck::Slow => slow.push(at),
+                FastCheck::Slow(hash) => {
+                    slow.push(at);
+                    hashes.push(hash);
+                }
                 FastCheck::Impossible(reason) => {
                     let row = StoreError::bad_row(format!("key {}: {reason}", candidate.record.id));
                     note_fault(&mut fault, row);
@@ -118,7 +121,8 @@ impl Lookup {
         }
         let mut upgrade = None;
         if matched.is_none() && !slow.is_empty() {
-            matched = self.check_slowly(&candidates, &slow).await?;
+            let check = SlowCheck { hashes, key: Arc::clone(&self.key), address: self.address };
+            matched = self.scheme.check_slowly(check).await?.map(|at| slow[at]);
             upgrade = matched.and_then(|at| self.upgrade(&candidates[at]));
         }
 
@@ -144,20 +148,6 @@ impl Lookup {
             Some(verdict @ (FastCheck::Match | FastCheck::Mismatch)) => verdict,
             _ => self.scheme.check_fast(&candidate.hash, &self.key),
         }
-    }
-
-    /// Runs bcrypt for the candidates at `slow` and says which candidate matched.
-    async fn check_slowly(
-        &self,
-        candidates: &[StoredKey],
-        slow: &[usize],
-    ) -> Result<Option<usize>, StoreError> {
-        let hashes = slow.iter().map(|&at| candidates[at].hash.clone());
-        let Some(check) = SlowCheck::new(hashes, Arc::clone(&self.key), self.address) else {
-            return Ok(None);
-        };
-        let matched = self.scheme.check_slowly(check).await?;
-        Ok(matched.map(|at| slow[at]))
     }
 
     fn upgrade(&self, found: &StoredKey) -> Option<HashUpgrade> {
@@ -242,7 +232,7 @@ impl Answer {
         self.upgrade.as_ref()
     }
 
-    /// Whether this answers `lookup`.
+    /// Whether this is about the key that `lookup` presents.
     pub(crate) fn answers(&self, lookup: &Lookup) -> bool {
         self.digest.ct_eq(&lookup.key.digest).into()
     }

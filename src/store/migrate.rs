@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::error::StoreError;
 
-/// Why `migrate()` changed nothing.
+/// Why `migrate()` failed.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum MigrateError {

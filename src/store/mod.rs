@@ -59,7 +59,7 @@ use crate::error::StoreError;
 ///
 /// # What an implementer must never do
 ///
-/// Never return an [`Answer`] that was made by another [`Lookup`] (it is refused), never
+/// Never return an [`Answer`] about another key than the [`Lookup`]'s (it is refused), never
 /// [`vouch`](Lookup::vouch) for a key that was not proven, never say "unknown" when the truth is
 /// "could not ask" (that is an error), and never keep the presented key.
 pub trait KeyStore: Send + Sync + 'static {

@@ -7,6 +7,7 @@ mod tls;
 
 use std::{
     fmt,
+    future::Future,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -80,23 +81,36 @@ impl PostgresStore {
     ///
     /// # Errors
     ///
-    /// If tables can't be adopted, or the database fails. Nothing is changed then.
+    /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s)
+    /// the migration may still end well; calling this again tells.
     pub async fn migrate(&self) -> Result<(), MigrateError> {
-        adopt::migrate(&self.0.target).await
+        adopt::migrate(&self.0.target, self.0.deadline).await
     }
 
-    /// Runs a statement on a connection of the pool, once more if the connection turns out to be dead.
+    /// Runs a statement that may be sent twice: once more if the connection turns out to be dead.
     async fn load<R>(&self, statement: &Statement) -> Result<Vec<R>, StoreError>
     where
         R: QueryableByName<Pg> + Send + 'static,
     {
-        let attempts = async {
+        self.in_time(async {
             match self.attempt(statement).await {
                 // It was in the pool when the server went away.
                 Err(Attempt { was_broken: true, .. }) => self.attempt(statement).await,
                 outcome => outcome,
             }
-        };
+        })
+        .await
+    }
+
+    /// Runs a statement that must not be sent twice, because the first may have been carried out.
+    async fn insert(&self, statement: &Statement) -> Result<Option<TextRow>, StoreError> {
+        Ok(self.in_time(self.attempt(statement)).await?.pop())
+    }
+
+    async fn in_time<T>(
+        &self,
+        attempts: impl Future<Output = Result<T, Attempt>>,
+    ) -> Result<T, StoreError> {
         match tokio::time::timeout(self.0.deadline, attempts).await {
             Ok(outcome) => outcome.map_err(|attempt| attempt.error),
             Err(_) => Err(StoreError::timeout(self.0.deadline)),
@@ -111,7 +125,10 @@ impl PostgresStore {
         let mut checkout = Checkout(Some(self.0.pool.get().await.map_err(failed)?));
         let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
         let result = RunQueryDsl::load(statement, connection).await;
-        let was_broken = connection.is_broken();
+        // A primary that became a standby is of no more use than a dead one.
+        let was_demoted =
+            matches!(result, Err(Error::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _)));
+        let was_broken = was_demoted || connection.is_broken();
         if !was_broken {
             checkout.put_back();
         }
@@ -158,7 +175,6 @@ fn store_error(error: Error, was_broken: bool) -> StoreError {
         Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
             StoreError::conflict("the row contradicts what is stored").caused_by(error)
         }
-        // After a failover, a primary may have become a standby.
         Error::DatabaseError(
             ClosedConnection | UnableToSendCommand | SerializationFailure | ReadOnlyTransaction,
             _,
@@ -183,7 +199,7 @@ struct FoundRow {
 
 /// A key's row, joined with its owner's, as `row` decodes it. PostgreSQL turns every type that a
 /// column may have into JSON, time stamps into ISO 8601.
-const KEY_ROW: &str = "SELECT
+const KEY_COLUMNS: &str = "SELECT
         k.id, k.name, k.key_prefix, k.key_hash,
         CASE WHEN k.fast_hash_of = k.key_hash THEN k.fast_hash END AS fast_hash,
         k.is_active, k.permissions, k.scopes,
@@ -192,8 +208,10 @@ const KEY_ROW: &str = "SELECT
         k.budget_limit_cents, k.budget_type, k.expires_at,
         k.total_requests, k.total_tokens, k.total_cost::text AS total_cost,
         k.last_used_at, k.metadata, k.created_at, k.updated_at,
-        u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active
-    FROM api_keys k JOIN users u ON u.id = k.user_id";
+        u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active";
+
+/// Where the columns come from.
+const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.user_id";
 
 impl KeyStore for PostgresStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
@@ -203,7 +221,7 @@ impl KeyStore for PostgresStore {
             "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of,
                 row_to_json(found)::text AS row
             FROM (VALUES (1)) AS one LEFT JOIN (
-                SELECT * FROM ({KEY_ROW} WHERE k.key_prefix = $1 OFFSET 0) AS keys
+                SELECT * FROM ({KEY_COLUMNS} {KEY_TABLES} WHERE k.key_prefix = $1 OFFSET 0) AS keys
                 ORDER BY id LIMIT {}
             ) AS found ON TRUE",
             MAX_CANDIDATES + 1

@@ -106,8 +106,8 @@ impl Row {
             name: self.text("name")?.unwrap_or_default(),
             prefix: self.text("key_prefix")?.unwrap_or_default(),
             is_active: self.flag("is_active")?,
-            permissions: self.texts("permissions")?,
-            scopes: self.texts("scopes")?,
+            permissions: self.grants("permissions")?,
+            scopes: self.grants("scopes")?,
             rate_limits: RateLimits {
                 per_minute: self.count("rate_limit_per_minute")?,
                 per_hour: self.count("rate_limit_per_hour")?,
@@ -196,20 +196,30 @@ impl Row {
         Ok((cents.parse::<f64>().unwrap_or(0.0) * 1e6).round() as i64)
     }
 
-    /// A list of texts. NULL is empty; so is the `{}` that some ORMs default to, and of an object of
-    /// flags, the names of those that are set.
+    /// A list of texts. NULL is empty; so is the `{}` that some ORMs default to.
     fn texts(&mut self, column: &'static str) -> Result<Vec<String>, Fault> {
+        let value = self.json(column)?;
+        Self::list(column, value)
+    }
+
+    /// What is granted: a list of texts or, of an object of flags, the names of those that are set. An
+    /// allow-list can't be one: with no flag set it would be empty, and allow everything.
+    fn grants(&mut self, column: &'static str) -> Result<Vec<String>, Fault> {
+        match self.json(column)? {
+            Value::Object(flags) if flags.values().all(Value::is_boolean) => {
+                let set = flags.into_iter().filter(|(_, flag)| *flag == Value::Bool(true));
+                Ok(set.map(|(name, _)| name).collect())
+            }
+            value => Self::list(column, value),
+        }
+    }
+
+    fn list(column: &'static str, value: Value) -> Result<Vec<String>, Fault> {
         let no_list = || fault(column, "is not a list of texts");
-        let entries: Vec<Value> = match self.json(column)? {
+        let entries = match value {
             Value::Null => Vec::new(),
             Value::Array(entries) => entries,
-            Value::Object(flags) => {
-                if !flags.values().all(Value::is_boolean) {
-                    return Err(no_list());
-                }
-                let set = flags.into_iter().filter(|(_, flag)| *flag == Value::Bool(true));
-                set.map(|(name, _)| Value::String(name)).collect()
-            }
+            Value::Object(entries) if entries.is_empty() => Vec::new(),
             _ => return Err(no_list()),
         };
         let text = |entry| if let Value::String(text) = entry { Ok(text) } else { Err(no_list()) };

@@ -84,10 +84,11 @@ impl SqliteStore {
     ///
     /// # Errors
     ///
-    /// If tables can't be adopted, or the database fails. Nothing is changed then.
+    /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s)
+    /// the migration may still end well; calling this again tells.
     pub async fn migrate(&self) -> Result<(), MigrateError> {
         let migrated =
-            self.0.writer.run(self.0.deadline, |connection| Ok(adopt::migrate(connection)));
+            self.0.writer.run(MIGRATION_DEADLINE, |connection| Ok(adopt::migrate(connection)));
         migrated.await?
     }
 
@@ -97,9 +98,30 @@ impl SqliteStore {
         threads.run(self.0.deadline, move |connection| load(connection, &statement)).await
     }
 
+    /// Runs several statements, all or none.
+    async fn in_transaction<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let transaction = |connection: &mut SqliteConnection| {
+            let outcome = connection.immediate_transaction(|c| work(c).map_err(Failure));
+            outcome.map_err(|Failure(error)| error)
+        };
+        self.0.writer.run(self.0.deadline, transaction).await
+    }
+
     /// Runs a statement that may write.
     async fn write(&self, statement: Statement) -> Result<Vec<TextRow>, StoreError> {
         self.0.writer.run(self.0.deadline, move |connection| load(connection, &statement)).await
+    }
+}
+
+/// Lets a transaction fail with what it failed for.
+struct Failure(StoreError);
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self(store_error(error))
     }
 }
 
@@ -111,9 +133,11 @@ fn load(
 }
 
 const DEADLINE: Duration = Duration::from_secs(5);
+/// A migration may have to build an index on a table that was adopted.
+const MIGRATION_DEADLINE: Duration = Duration::from_secs(60);
 
 impl SqliteStoreBuilder {
-    /// How many threads read: 2 by default, at most 64.
+    /// How many threads read: 2 by default, 1 to 64 (what is beyond is brought there).
     #[must_use]
     pub fn readers(self, readers: usize) -> Self {
         Self { readers: readers.clamp(1, 64), ..self }
@@ -142,8 +166,18 @@ impl SqliteStoreBuilder {
 }
 
 fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, StoreError> {
-    let path = path.map_or_else(|| ":memory:".into(), Path::to_string_lossy);
-    let mut connection = SqliteConnection::establish(&path).map_err(StoreError::unavailable)?;
+    let path = match path.map(Path::to_str) {
+        None => ":memory:",
+        // Each connection would have a database of its own.
+        Some(Some("" | ":memory:")) => {
+            return Err(StoreError::rejected(
+                "a database in memory is made by SqliteStore::in_memory",
+            ));
+        }
+        Some(Some(path)) => path,
+        Some(None) => return Err(StoreError::rejected("the path of the database is not UTF-8")),
+    };
+    let mut connection = SqliteConnection::establish(path).map_err(StoreError::unavailable)?;
     let busy = deadline.as_millis().min(60_000);
     // In WAL mode a commit that was not yet written through can be lost with the machine's power, but
     // the file stays whole: https://sqlite.org/pragma.html#pragma_synchronous
@@ -161,9 +195,13 @@ fn store_error(error: Error) -> StoreError {
         Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
             StoreError::conflict("the row contradicts what is stored").caused_by(error)
         }
-        // SQLite lets anybody write any bytes into a text column.
+        // SQLite lets anybody write any bytes into any column.
         Error::DeserializationError(_) => {
             StoreError::bad_row("a row of api_keys is not UTF-8").caused_by(error)
+        }
+        Error::DatabaseError(_, info) if info.message().contains("JSON cannot hold BLOB") => {
+            StoreError::bad_row("a row of api_keys has bytes where it should have a number")
+                .caused_by(error)
         }
         Error::DatabaseError(_, info) if info.message().contains("locked") => {
             StoreError::unavailable(error)

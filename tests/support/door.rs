@@ -46,7 +46,7 @@ impl Door {
     }
 
     pub async fn issue(&self) -> String {
-        let manager = KeyManager::new(self.keys.clone()).with_scheme(self.scheme.clone());
+        let manager = KeyManager::new(self.keys.clone()).scheme(self.scheme.clone());
         let issued = manager.issue(NewKey::new(self.user.clone(), "key")).await.unwrap();
         issued.expose_secret().to_owned()
     }

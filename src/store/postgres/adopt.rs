@@ -10,6 +10,7 @@ use diesel::{
 };
 use diesel_async::{AsyncPgConnection, async_connection_wrapper::AsyncConnectionWrapper};
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
+use tokio::time::timeout;
 
 use super::{connect::Target, store_error};
 use crate::{
@@ -26,9 +27,11 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 type BlockingConnection = AsyncConnectionWrapper<AsyncPgConnection>;
 
-pub(super) async fn migrate(target: &Target) -> Result<(), MigrateError> {
+pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<(), MigrateError> {
     // Not one of the pool's: it has another timeout, and goes away with its lock.
-    let connection = target.connect(STATEMENT_TIMEOUT).await.map_err(StoreError::unavailable)?;
+    let connection = timeout(deadline, target.connect(STATEMENT_TIMEOUT)).await;
+    let connection = connection.map_err(|_| StoreError::timeout(deadline))?;
+    let connection = connection.map_err(StoreError::unavailable)?;
     // Migrations are blocking code; on a thread of their own they work on any runtime.
     let migrated = tokio::task::spawn_blocking(move || {
         let mut connection = BlockingConnection::from(connection);
@@ -45,7 +48,10 @@ pub(super) async fn migrate(target: &Target) -> Result<(), MigrateError> {
         });
         outcome.map_err(|Failure(error)| error)
     });
-    migrated.await.map_err(StoreError::unavailable)?
+    // The server ends what takes longer; this is for one that does not answer at all.
+    let limit = STATEMENT_TIMEOUT + deadline;
+    let migrated = timeout(limit, migrated).await.map_err(|_| StoreError::timeout(limit))?;
+    migrated.map_err(StoreError::unavailable)?
 }
 
 /// Lets a transaction fail with what it failed for.
@@ -172,7 +178,7 @@ const TABLES: &str = "
     SELECT c.relname::text AS name, c.relkind IN ('r', 'p') AS is_table, EXISTS (
         SELECT FROM pg_index i
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
-        WHERE i.indrelid = c.oid AND i.indisunique AND i.indnkeyatts = 1 AND a.attname = 'id'
+        WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = 1 AND a.attname = 'id'
     ) AS has_unique_id
     FROM pg_class c WHERE c.oid IN (to_regclass('users'), to_regclass('api_keys'))";
 

@@ -38,7 +38,7 @@ impl PostgresStoreBuilder {
         }
     }
 
-    /// How many connections there are at most: 16 by default.
+    /// How many connections there are at most: 16 by default; 0 is taken as 1.
     #[must_use]
     pub fn max_connections(self, connections: usize) -> Self {
         Self { max_connections: connections.max(1), ..self }
@@ -157,7 +157,9 @@ impl Target {
         let mut connection =
             AsyncPgConnection::try_from_client_and_connection(client, connection).await?;
         // Not as a start-up option, which PgBouncer refuses.
-        let settings = format!("SET statement_timeout = {}", statement_timeout.as_millis());
+        // What is not 0 must not become it, and the server counts in 31 bits.
+        let millis = statement_timeout.as_micros().div_ceil(1000).min(i32::MAX as u128);
+        let settings = format!("SET statement_timeout = {millis}");
         connection
             .batch_execute(&settings)
             .await

@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{KEY_ROW, PostgresStore};
+use super::{KEY_COLUMNS, KEY_TABLES, PostgresStore};
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, StoredKey, User},
@@ -32,7 +32,9 @@ impl KeyRepository for PostgresStore {
             WHERE NOT EXISTS (SELECT FROM users AS u WHERE u.email = n.email)
             RETURNING id::text AS row"
         );
-        let id = self.write(insert, &values, None).await?;
+        let inserted =
+            self.insert(&Statement::new(insert, [Bind::Text(values.to_string())])).await?;
+        let id = inserted.and_then(|inserted| inserted.id());
         let id = id.ok_or_else(|| StoreError::conflict("the e-mail address is taken"))?;
         Ok(User { role: role.to_owned(), ..User::new(id, email) })
     }
@@ -47,33 +49,38 @@ impl KeyRepository for PostgresStore {
         values.insert("key_hash".to_owned(), json!(key.hash.expose_hash()));
         let columns = row::INSERTED.iter().chain(&row::EDITED).copied();
         let columns: Vec<_> = columns.chain(["created_at", "updated_at"]).collect();
+        // The row comes back from the statement itself: an answer that is lost leaves no question open.
         let insert = format!(
-            "INSERT INTO api_keys ({}) SELECT n.{}
-            FROM jsonb_populate_record(NULL::api_keys, {VALUES}) AS n
-            WHERE EXISTS (SELECT FROM users AS u WHERE u.id = n.user_id) AND NOT EXISTS (
-                SELECT FROM api_keys AS k
-                WHERE k.key_prefix = n.key_prefix AND k.key_hash = n.key_hash
-            ) RETURNING id::text AS row",
+            "WITH k AS (
+                INSERT INTO api_keys ({}) SELECT n.{}
+                FROM jsonb_populate_record(NULL::api_keys, {VALUES}) AS n
+                WHERE NOT EXISTS (
+                    SELECT FROM api_keys AS k
+                    WHERE k.key_prefix = n.key_prefix AND k.key_hash = n.key_hash
+                ) AND EXISTS (SELECT FROM users AS u WHERE u.id = n.user_id)
+                RETURNING *
+            ) SELECT row_to_json(found)::text AS row
+            FROM ({KEY_COLUMNS} FROM k JOIN users u ON u.id = k.user_id) AS found",
             columns.join(", "),
             columns.join(", n."),
         );
-        let id = self.write(insert, &Value::Object(values), None).await?;
+        let binds = [Bind::Text(Value::Object(values).to_string())];
+        let inserted = self.insert(&Statement::new(insert, binds)).await?;
         let refused = "there is no such user, or the same key is stored already";
-        let id = id.ok_or_else(|| StoreError::conflict(refused))?;
-        let found = self.find_key(&id.into()).await?;
-        found.ok_or_else(|| StoreError::conflict("the key was deleted as soon as it was made"))
+        let inserted = inserted.ok_or_else(|| StoreError::conflict(refused))?;
+        Ok(row::decode(&inserted.row)?.record)
     }
 
     async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
         let Some(id) = id.as_i64() else { return Ok(None) };
-        let select = format!("{KEY_ROW} WHERE k.id = $1");
+        let select = format!("{KEY_COLUMNS} {KEY_TABLES} WHERE k.id = $1");
         Ok(self.records(select, [Bind::Integer(id)]).await?.pop())
     }
 
     async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
         let Some(binds) = page.binds() else { return Ok(Vec::new()) };
         let filter = "($1 = 0 OR k.user_id = $2) AND k.id > $3 ORDER BY k.id LIMIT $4";
-        self.records(format!("{KEY_ROW} WHERE {filter}"), binds).await
+        self.records(format!("{KEY_COLUMNS} {KEY_TABLES} WHERE {filter}"), binds).await
     }
 
     async fn update_key(&self, record: &KeyRecord) -> Result<bool, StoreError> {
@@ -87,7 +94,7 @@ impl KeyRepository for PostgresStore {
 }
 
 impl PostgresStore {
-    /// The records that `select`, a [`KEY_ROW`] with a filter, finds.
+    /// The records that `select`, [`KEY_COLUMNS`] from somewhere, finds.
     async fn records(
         &self,
         select: String,
@@ -114,19 +121,8 @@ impl PostgresStore {
             RETURNING t.id::text AS row",
             set.join(", "),
         );
-        Ok(self.write(update, values, Some(id)).await?.is_some())
-    }
-
-    /// Runs a statement with `values` and perhaps an id bound, and returns the id that was written.
-    async fn write(
-        &self,
-        sql: String,
-        values: &Value,
-        id: Option<i64>,
-    ) -> Result<Option<i64>, StoreError> {
-        let binds = [Bind::Text(values.to_string())].into_iter().chain(id.map(Bind::Integer));
-        let rows = self.load::<TextRow>(&Statement::new(sql, binds)).await?;
-        Ok(rows.first().and_then(TextRow::id))
+        let binds = [Bind::Text(values.to_string()), Bind::Integer(id)];
+        Ok(!self.load::<TextRow>(&Statement::new(update, binds)).await?.is_empty())
     }
 }
 

@@ -100,13 +100,16 @@ struct Column {
     name: String,
     #[diesel(sql_type = Text)]
     shown_type: String,
+    /// Whether it alone is the primary key.
+    #[diesel(sql_type = Bool)]
+    is_key: bool,
 }
 
 /// Tables with our names in a database that this crate has not been in yet.
 fn foreign_tables(connection: &mut SqliteConnection) -> QueryResult<Vec<Table>> {
     sql_query(
-        "SELECT name, type = 'table' AS is_table FROM sqlite_master
-        WHERE name IN ('users', 'api_keys') AND type IN ('table', 'view')
+        "SELECT lower(name) AS name, type = 'table' AS is_table FROM sqlite_master
+        WHERE lower(name) IN ('users', 'api_keys') AND type IN ('table', 'view')
         AND NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'api_key_adopted')",
     )
     .load(connection)
@@ -114,9 +117,10 @@ fn foreign_tables(connection: &mut SqliteConnection) -> QueryResult<Vec<Table>> 
 
 fn columns(connection: &mut SqliteConnection) -> QueryResult<Vec<Column>> {
     sql_query(
-        "SELECT m.name AS in_table, c.name AS name, c.type AS shown_type
+        "SELECT lower(m.name) AS in_table, lower(c.name) AS name, c.type AS shown_type,
+            c.pk = 1 AND (SELECT max(pk) FROM pragma_table_info(m.name)) = 1 AS is_key
         FROM sqlite_master AS m JOIN pragma_table_info(m.name) AS c
-        WHERE m.name IN ('users', 'api_keys')",
+        WHERE lower(m.name) IN ('users', 'api_keys')",
     )
     .load(connection)
 }
@@ -141,9 +145,17 @@ fn faults(tables: &[Table], columns: &[Column]) -> Vec<ColumnFault> {
                 let reason = "is missing, and nothing can be made up for it";
                 faults.push(ColumnFault::new(table, name, reason));
             }
+            // Nothing else is the row id, which SQLite makes up: https://sqlite.org/lang_createtable.html#rowid
+            Some(column)
+                if name == "id"
+                    && !(column.is_key && column.shown_type.eq_ignore_ascii_case("INTEGER")) =>
+            {
+                let reason = "has to be INTEGER and the primary key";
+                faults.push(ColumnFault::new(table, name, reason));
+            }
             // The rule for the affinity of integers: https://sqlite.org/datatype3.html#determination_of_column_affinity
             Some(column)
-                if name.ends_with("id") && !column.shown_type.to_uppercase().contains("INT") =>
+                if name == "user_id" && !column.shown_type.to_uppercase().contains("INT") =>
             {
                 let reason = format!("is {}, but has to be an integer", column.shown_type);
                 faults.push(ColumnFault::new(table, name, reason));

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{KEY_ROW, SqliteStore};
+use super::{KEY_ROW, SqliteStore, load};
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, StoredKey, User},
@@ -53,12 +53,19 @@ impl KeyRepository for SqliteStore {
             field("key_hash"),
         );
         let binds = [Bind::Text(Value::Object(values).to_string())];
-        let inserted = self.write(Statement::new(insert, binds)).await?;
-        let id = inserted.first().and_then(TextRow::id);
-        let refused = "there is no such user, or the same key is stored already";
-        let id = id.ok_or_else(|| StoreError::conflict(refused))?;
-        let found = self.find_key(&id.into()).await?;
-        found.ok_or_else(|| StoreError::conflict("the key was deleted as soon as it was made"))
+        let insert = Statement::new(insert, binds);
+        let inserted = self.in_transaction(move |connection| {
+            let inserted = load(connection, &insert)?;
+            let refused = "there is no such user, or the same key is stored already";
+            let id = inserted.first().and_then(TextRow::id);
+            let id = id.ok_or_else(|| StoreError::conflict(refused))?;
+            let select = format!("{KEY_ROW} WHERE k.id = $1");
+            load(connection, &Statement::new(select, [Bind::Integer(id)]))
+        });
+        let found = inserted.await?;
+        let found = found.first().map(|found| row::decode(&found.row)).transpose()?;
+        // It was read in the transaction that wrote it.
+        found.map(|key| key.record).ok_or_else(|| StoreError::bad_row("the new row can't be read"))
     }
 
     async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
