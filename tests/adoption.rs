@@ -235,7 +235,7 @@ async fn arrays_zones_and_big_integers_are_adopted_too() {
     let store = PostgresStore::new(&server.url()).unwrap();
     store.migrate().await.unwrap();
     let manager = KeyManager::new(store.clone());
-    let new = NewKey::new(1.into(), "k").scopes(["a,b", "c"]).permissions(["p"]);
+    let new = NewKey::new(1, "k").scopes(["a,b", "c"]).permissions(["p"]);
     let issued = manager.issue(new).await.unwrap();
     let caller = Authenticator::new(store).authenticate(issued.expose_secret()).await.unwrap();
     assert_eq!(
@@ -252,7 +252,7 @@ async fn a_table_of_users_alone_gets_its_keys() {
     orm.batch_execute("CREATE TABLE users (id SERIAL PRIMARY KEY, email TEXT); INSERT INTO users (email) VALUES ('a@b.c')").await.unwrap();
     let store = PostgresStore::new(&server.url()).unwrap();
     store.migrate().await.unwrap();
-    let issued = KeyManager::new(store.clone()).issue(NewKey::new(1.into(), "k")).await.unwrap();
+    let issued = KeyManager::new(store.clone()).issue(NewKey::new(1, "k")).await.unwrap();
     assert!(Authenticator::new(store).authenticate(issued.expose_secret()).await.is_ok());
 }
 

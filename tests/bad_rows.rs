@@ -2,41 +2,11 @@
 
 mod support;
 
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use support::servers::Postgres;
+use support::{log::capture, servers::Postgres};
 use tower_api_key::*;
-use tracing_subscriber::fmt::MakeWriter;
-
-/// What was logged on this thread.
-#[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
-
-impl Log {
-    fn take(&self) -> String {
-        String::from_utf8(std::mem::take(&mut *self.0.lock().unwrap())).unwrap()
-    }
-}
-
-impl std::io::Write for Log {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-impl<'a> MakeWriter<'a> for Log {
-    type Writer = Self;
-
-    fn make_writer(&'a self) -> Self {
-        self.clone()
-    }
-}
 
 /// Breaks one column after the other of the row of `broken`, and asks for it and for `whole`.
 async fn each_column_is_named<S: KeyRepository + Clone>(
@@ -49,9 +19,7 @@ async fn each_column_is_named<S: KeyRepository + Clone>(
     let broken = manager.issue(NewKey::new(user.clone(), "broken")).await.unwrap();
     let whole = manager.issue(NewKey::new(user, "whole")).await.unwrap();
     let authenticator = Authenticator::new(store.clone());
-    let log = Log::default();
-    let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).with_ansi(false).finish();
-    let _guard = tracing::subscriber::set_default(subscriber);
+    let (log, _guard) = capture();
 
     let id = broken.record().id.clone();
     for (column, value) in columns {
@@ -99,6 +67,9 @@ async fn in_postgresql() {
     let mut columns = IN_BOTH.to_vec();
     columns.push(("permissions", "'{\"read\": \"yes\"}'"));
     columns.push(("allowed_models", "'\"all\"'"));
+    // No flag is set, but an empty allow-list would allow everything.
+    columns.push(("allowed_ips", "'{\"10.0.0.1\": false}'"));
+    columns.push(("allowed_models", "'{\"small\": true}'"));
     each_column_is_named(store, &columns, async |sql: &str| {
         client.batch_execute(sql).await.unwrap()
     })
@@ -129,7 +100,7 @@ async fn in_sqlite() {
 }
 
 #[tokio::test]
-async fn a_text_in_sqlite_that_is_not_utf_8_is_a_bad_row_too() {
+async fn bytes_in_sqlite_where_a_text_or_a_number_should_be_are_a_bad_row_too() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("keys.db");
     let store = SqliteStore::open(&file).unwrap();
@@ -137,13 +108,19 @@ async fn a_text_in_sqlite_that_is_not_utf_8_is_a_bad_row_too() {
     let user = store.insert_user("ada@example.com", "user").await.unwrap().id;
     let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
     let mut other = SqliteConnection::establish(file.to_str().unwrap()).unwrap();
-    other.batch_execute("UPDATE api_keys SET name = x'00ff'").unwrap();
-    let log = Log::default();
-    let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).with_ansi(false).finish();
-    let _guard = tracing::subscriber::set_default(subscriber);
-    let answer = Authenticator::new(store).authenticate(issued.expose_secret()).await;
-    assert!(matches!(answer, Err(Denial::BadRow(_))), "{answer:?}");
-    assert!(log.take().contains(&issued.record().prefix));
+    let (log, _guard) = capture();
+    let authenticator = Authenticator::new(store);
+    for (broken, whole) in [
+        ("name = x'00ff'", "name = 'k'"),
+        ("rate_limit_per_day = x'01'", "rate_limit_per_day = NULL"),
+        ("is_active = x'01'", "is_active = 1"),
+    ] {
+        other.batch_execute(&format!("UPDATE api_keys SET {broken}")).unwrap();
+        let answer = authenticator.authenticate(issued.expose_secret()).await;
+        assert!(matches!(answer, Err(Denial::BadRow(_))), "{broken}: {answer:?}");
+        assert!(log.take().contains(&issued.record().prefix));
+        other.batch_execute(&format!("UPDATE api_keys SET {whole}")).unwrap();
+    }
 }
 
 #[tokio::test]
@@ -161,9 +138,7 @@ async fn a_bad_row_beside_a_good_one_is_logged_and_does_not_stop_it() {
     server.client().await.batch_execute(break_first).await.unwrap();
     let scheme = KeyScheme::builder().format(KeyFormat::first_chars(8).unwrap()).build().unwrap();
     let authenticator = Authenticator::builder(store).scheme(scheme).build();
-    let log = Log::default();
-    let subscriber = tracing_subscriber::fmt().with_writer(log.clone()).with_ansi(false).finish();
-    let _guard = tracing::subscriber::set_default(subscriber);
+    let (log, _guard) = capture();
     assert!(authenticator.authenticate("sk-proj-1").await.is_ok());
     assert!(log.take().contains("api_keys row 1, column budget_type"));
     // It may be the broken one, so that it can't be called wrong.

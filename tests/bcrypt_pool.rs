@@ -2,7 +2,10 @@
 
 mod support;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use support::{old_and_new_keys, send, store_of};
 use tokio::task::JoinSet;
@@ -53,9 +56,7 @@ async fn checks_are_few_at_once_and_one_for_each_record() {
     tracing_subscriber::registry().with(CountChecks).try_init().unwrap();
     let cores = std::thread::available_parallelism().unwrap().get();
 
-    let most =
-        most_checks_at_once(a_thousand_cold_keys_at_once(old_and_new_keys().bcrypt_queue(16)))
-            .await;
+    let most = most_checks_at_once(a_thousand_cold_keys_at_once(old_and_new_keys())).await;
     assert!((1..=(cores / 2).max(1)).contains(&most), "{most} checks at once");
 
     let four = old_and_new_keys().bcrypt_queue(16).bcrypt_slots(4);
@@ -69,41 +70,51 @@ async fn checks_are_few_at_once_and_one_for_each_record() {
 /// Few of them are checked, the rest is told to come again, and fast keys are answered meanwhile.
 async fn a_thousand_cold_keys_at_once(scheme: KeySchemeBuilder) {
     let prefix = |n: usize| format!("key-{n:04}");
-    let store = store_of((0..1000).map(prefix), 4).await;
-    let user = store.find_key(&2.into()).await.unwrap().unwrap().user.id;
+    let store = store_of((SLOWEST..1000).map(prefix), 4).await;
+    let user = store.find_key(&2.into()).await.unwrap().unwrap().user;
+    // The first to come are the ones that get a place in the queue.
+    for n in 0..SLOWEST {
+        let hash = KeyHash::bcrypt(&format!("{}-of-mine", prefix(n)), 10).unwrap();
+        let key = StoredKey::new(KeyRecord::new(0, prefix(n), user.clone()), hash);
+        store.insert_key(&key).await.unwrap();
+    }
     let manager = KeyManager::new(store.clone());
-    let fast = manager.issue(NewKey::new(user, "fast")).await.unwrap();
+    let fast = manager.issue(NewKey::new(user.id, "fast")).await.unwrap();
     let layer = ApiKeyAuthLayer::new(store).scheme(scheme.build().unwrap());
     let before = memory();
-    let mut slow = JoinSet::new();
+    let (mut slow, checked) = (JoinSet::new(), Arc::new(AtomicUsize::new(0)));
     for n in 0..1000 {
-        let layer = layer.clone();
+        let (layer, checked) = (layer.clone(), Arc::clone(&checked));
         slow.spawn(async move {
             let answer = send(&layer, support::bearer(&format!("{}-of-mine", prefix(n)))).await;
-            if answer.status() == 503 {
-                assert!(answer.header("retry-after").unwrap().parse::<u64>().unwrap() >= 1);
+            match answer.status() {
+                200 => {
+                    checked.fetch_add(1, Ordering::SeqCst);
+                }
+                503 => assert!(answer.header("retry-after").unwrap().parse::<u64>().unwrap() >= 1),
+                other => panic!("{other}"),
             }
             answer.status()
         });
     }
     // While they are at it, a key that needs no bcrypt is answered every time.
-    let mut answered = 0;
-    while !slow.is_empty() {
+    let mut meanwhile = 0;
+    while checked.load(Ordering::SeqCst) < SLOWEST / 2 {
         let answer = send(&layer, support::bearer(fast.expose_secret())).await;
         assert_eq!(answer.status(), 200);
-        answered += 1;
-        if answered >= 100 {
-            break;
-        }
+        meanwhile += 1;
+        tokio::task::yield_now().await;
     }
+    assert!(meanwhile > SLOWEST, "{meanwhile} answers while {} keys were checked", SLOWEST / 2);
     let statuses = slow.join_all().await;
     let count = |status| statuses.iter().filter(|&&found| found == status).count();
-    assert_eq!(count(200) + count(503), 1000);
     assert!(count(200) >= 17 && count(503) > 0, "{} answered, {} shed", count(200), count(503));
     let grown = memory().saturating_sub(before);
     assert!(grown < 64 << 20, "{grown} bytes");
-    assert_eq!(answered, 100);
 }
+
+/// So many keys take 55 ms to check, the others 1 ms.
+const SLOWEST: usize = 32;
 
 async fn one_key_many_times_at_once() {
     let store = store_of(["key-0001".to_owned()], 6).await;

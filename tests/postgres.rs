@@ -102,6 +102,8 @@ async fn a_statement_that_hangs_is_ended_by_the_server_and_the_connection_goes_o
 async fn a_query_that_is_dropped_halfway_leaves_the_pool_whole() {
     let fixture = fixture().await;
     let mut other = fixture.server.client().await;
+    // In a transaction, the view of what others do stands still.
+    let observer = fixture.server.client().await;
     for _ in 0..3 {
         let lock = other.transaction().await.unwrap();
         lock.batch_execute("LOCK TABLE api_keys").await.unwrap();
@@ -113,7 +115,7 @@ async fn a_query_that_is_dropped_halfway_leaves_the_pool_whole() {
                 let poll = ask.as_mut().poll(&mut Context::from_waker(Waker::noop()));
                 assert!(poll.is_pending());
                 // The server says that the query has reached it and waits.
-                if lock.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) == 1 {
+                if observer.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) == 1 {
                     break;
                 }
             }
@@ -121,6 +123,60 @@ async fn a_query_that_is_dropped_halfway_leaves_the_pool_whole() {
         lock.rollback().await.unwrap();
         assert!(fixture.ask().await.is_ok(), "there is one connection in the pool, and it is free");
     }
+}
+
+#[tokio::test]
+async fn a_migration_that_is_dropped_halfway_or_meets_a_frozen_server_can_be_done_again() {
+    let mut server = Postgres::start();
+    let store =
+        PostgresStore::builder(&server.url()).timeout(Duration::from_secs(1)).build().unwrap();
+    let (mut other, observer) = (server.client().await, server.client().await);
+    let lock = other.transaction().await.unwrap();
+    lock.batch_execute("SELECT pg_advisory_xact_lock(x'746f7765722d6170'::bigint)").await.unwrap();
+    {
+        let mut migration = pin!(store.migrate());
+        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'advisory'";
+        loop {
+            assert!(migration.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+            if observer.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) == 1 {
+                break;
+            }
+        }
+    }
+    lock.rollback().await.unwrap();
+    store.migrate().await.unwrap();
+
+    server.freeze();
+    let Err(MigrateError::Store(error)) = store.migrate().await else { panic!() };
+    assert_eq!(error.kind(), StoreErrorKind::Timeout);
+    server.thaw();
+    store.migrate().await.unwrap();
+    server.stop();
+    assert!(store.migrate().await.is_err());
+}
+
+#[tokio::test]
+async fn a_standby_is_not_written_to_and_a_write_is_not_sent_twice() {
+    let fixture = fixture().await;
+    let operator = fixture.server.client().await;
+    let manager = KeyManager::new(fixture.store.clone());
+    let read_only = "ALTER DATABASE postgres SET default_transaction_read_only = ";
+    operator.batch_execute(&format!("{read_only} on")).await.unwrap();
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE application_name = 'tower-api-key'";
+    operator.batch_execute(end).await.unwrap();
+    assert!(fixture.ask().await.is_ok());
+    let Err(ManageError::Store(error)) = manager.create_user("bob@example.com", "user").await
+    else {
+        panic!()
+    };
+    assert!(error.is_transient(), "{error:?}");
+    // The connection to what was a standby does not go back to the pool.
+    operator
+        .batch_execute(&format!("SET default_transaction_read_only = off; {read_only} off"))
+        .await
+        .unwrap();
+    manager.create_user("bob@example.com", "user").await.unwrap();
 }
 
 #[tokio::test]

@@ -137,8 +137,34 @@ async fn what_cannot_be_adopted_is_said_column_by_column_and_nothing_is_changed(
     let MigrateError::NotAdoptable(faults) = &error else { panic!("{error:?}") };
     let named: Vec<_> =
         faults.iter().map(|fault| format!("{}.{}", fault.table, fault.column)).collect();
-    assert_eq!(named, ["users.id", "api_keys.user_id", "api_keys.key_hash"]);
+    assert_eq!(named, ["users.id", "api_keys.id", "api_keys.user_id", "api_keys.key_hash"]);
     assert_eq!(orm.text("SELECT count(*) FROM sqlite_master WHERE type = 'table'"), "2");
+}
+
+#[tokio::test]
+async fn an_id_that_is_not_the_row_id_cannot_be_adopted() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("app.db");
+    Other::at(&file).run("CREATE TABLE Users (id BIGINT PRIMARY KEY, email TEXT)");
+    let error = SqliteStore::open(&file).unwrap().migrate().await.unwrap_err().to_string();
+    assert!(error.contains("users.id has to be INTEGER and the primary key"), "{error}");
+}
+
+#[tokio::test]
+async fn a_migration_that_is_dropped_halfway_can_be_done_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys.db");
+    let store = SqliteStore::open(&file).unwrap();
+    let mut other = Other::at(&file);
+    other.run("BEGIN IMMEDIATE");
+    {
+        let mut migration = std::pin::pin!(store.migrate());
+        let context = &mut std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(migration.as_mut().poll(context).is_pending());
+    }
+    other.run("ROLLBACK");
+    store.migrate().await.unwrap();
+    assert_eq!(other.text("SELECT count(*) FROM __diesel_schema_migrations"), "1");
 }
 
 #[tokio::test]
@@ -181,7 +207,10 @@ async fn a_file_that_is_no_database_or_cannot_be_opened_is_an_error() {
         "this is not a database, and long enough to be taken for a header of one",
     )
     .unwrap();
-    for path in [file.as_path(), folder.path(), &folder.path().join("no/such/folder/keys.db")] {
+    let missing = folder.path().join("no/such/folder/keys.db");
+    // Each connection would have a memory of its own: there is `in_memory` for that.
+    let (memory, nothing) = (std::path::Path::new(":memory:"), std::path::Path::new(""));
+    for path in [file.as_path(), folder.path(), &missing, memory, nothing] {
         assert!(SqliteStore::open(path).is_err(), "{path:?}");
     }
     assert!(std::fs::read_to_string(file).unwrap().starts_with("this is not"));

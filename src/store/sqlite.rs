@@ -2,9 +2,16 @@
 
 mod adopt;
 mod repository;
+mod select;
 mod threads;
 
-use std::{fmt, path::Path, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use diesel::{
     Connection, RunQueryDsl, SqliteConnection,
@@ -12,7 +19,7 @@ use diesel::{
     result::{DatabaseErrorKind, Error},
 };
 
-use self::threads::Threads;
+use self::{select::keys_where, threads::Threads};
 use super::{
     Answer, KeyStore, Lookup, MigrateError,
     lookup::MAX_CANDIDATES,
@@ -185,8 +192,17 @@ fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, Sto
         "PRAGMA busy_timeout = {busy}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
          PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;"
     );
-    connection.batch_execute(&settings).map_err(store_error)?;
-    Ok(connection)
+    // The busy timeout does not hold for the change to WAL mode, when several open a new file at once.
+    let until = Instant::now() + deadline;
+    loop {
+        match connection.batch_execute(&settings).map_err(store_error) {
+            Ok(()) => return Ok(connection),
+            Err(error) if error.is_transient() && Instant::now() < until => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 fn store_error(error: Error) -> StoreError {
@@ -195,13 +211,8 @@ fn store_error(error: Error) -> StoreError {
         Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
             StoreError::conflict("the row contradicts what is stored").caused_by(error)
         }
-        // SQLite lets anybody write any bytes into any column.
         Error::DeserializationError(_) => {
             StoreError::bad_row("a row of api_keys is not UTF-8").caused_by(error)
-        }
-        Error::DatabaseError(_, info) if info.message().contains("JSON cannot hold BLOB") => {
-            StoreError::bad_row("a row of api_keys has bytes where it should have a number")
-                .caused_by(error)
         }
         Error::DatabaseError(_, info) if info.message().contains("locked") => {
             StoreError::unavailable(error)
@@ -210,45 +221,10 @@ fn store_error(error: Error) -> StoreError {
     }
 }
 
-/// A key's row, joined with its owner's, as `row` decodes it. Texts are cast, because JSON can't hold
-/// the blob that SQLite lets anybody write there.
-const KEY_ROW: &str = "SELECT json_object(
-        'id', k.id,
-        'name', CAST(k.name AS TEXT),
-        'key_prefix', CAST(k.key_prefix AS TEXT),
-        'key_hash', CAST(k.key_hash AS TEXT),
-        'fast_hash', CASE WHEN k.fast_hash_of = k.key_hash THEN CAST(k.fast_hash AS TEXT) END,
-        'is_active', k.is_active,
-        'permissions', CAST(k.permissions AS TEXT),
-        'scopes', CAST(k.scopes AS TEXT),
-        'rate_limit_per_minute', k.rate_limit_per_minute,
-        'rate_limit_per_hour', k.rate_limit_per_hour,
-        'rate_limit_per_day', k.rate_limit_per_day,
-        'allowed_models', CAST(k.allowed_models AS TEXT),
-        'allowed_endpoints', CAST(k.allowed_endpoints AS TEXT),
-        'allowed_ips', CAST(k.allowed_ips AS TEXT),
-        'is_unlimited', k.is_unlimited,
-        'budget_limit_cents', k.budget_limit_cents,
-        'budget_type', CAST(k.budget_type AS TEXT),
-        'expires_at', CAST(k.expires_at AS TEXT),
-        'total_requests', k.total_requests,
-        'total_tokens', k.total_tokens,
-        'total_cost', printf('%.6f', k.total_cost),
-        'last_used_at', CAST(k.last_used_at AS TEXT),
-        'metadata', CAST(k.metadata AS TEXT),
-        'created_at', CAST(k.created_at AS TEXT),
-        'updated_at', CAST(k.updated_at AS TEXT),
-        'user_id', u.id,
-        'user_email', CAST(u.email AS TEXT),
-        'user_role', CAST(u.role AS TEXT),
-        'user_is_active', u.is_active
-    ) AS row
-    FROM api_keys k JOIN users u ON u.id = k.user_id";
-
 impl KeyStore for SqliteStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         let limit = MAX_CANDIDATES + 1;
-        let select = format!("{KEY_ROW} WHERE k.key_prefix = $1 ORDER BY k.id LIMIT {limit}");
+        let select = keys_where(&format!("k.key_prefix = $1 ORDER BY k.id LIMIT {limit}"));
         let binds = [Bind::Text(lookup.id().to_owned())];
         let rows = self.read(Statement::new(select, binds)).await?;
         let answer = lookup.verify_rows(rows.iter().map(|found| row::decode(&found.row))).await?;

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{KEY_ROW, SqliteStore, load};
+use super::{SqliteStore, load, select::keys_where};
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, StoredKey, User},
@@ -59,7 +59,7 @@ impl KeyRepository for SqliteStore {
             let refused = "there is no such user, or the same key is stored already";
             let id = inserted.first().and_then(TextRow::id);
             let id = id.ok_or_else(|| StoreError::conflict(refused))?;
-            let select = format!("{KEY_ROW} WHERE k.id = $1");
+            let select = keys_where("k.id = $1");
             load(connection, &Statement::new(select, [Bind::Integer(id)]))
         });
         let found = inserted.await?;
@@ -70,14 +70,14 @@ impl KeyRepository for SqliteStore {
 
     async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
         let Some(id) = id.as_i64() else { return Ok(None) };
-        let select = format!("{KEY_ROW} WHERE k.id = $1");
+        let select = keys_where("k.id = $1");
         Ok(self.records(Statement::new(select, [Bind::Integer(id)])).await?.pop())
     }
 
     async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
         let Some(binds) = page.binds() else { return Ok(Vec::new()) };
         let filter = "($1 = 0 OR k.user_id = $2) AND k.id > $3 ORDER BY k.id LIMIT $4";
-        self.records(Statement::new(format!("{KEY_ROW} WHERE {filter}"), binds)).await
+        self.records(Statement::new(keys_where(filter), binds)).await
     }
 
     async fn update_key(&self, record: &KeyRecord) -> Result<bool, StoreError> {

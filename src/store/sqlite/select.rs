@@ -1,0 +1,67 @@
+//! The statement that reads keys.
+
+use std::sync::LazyLock;
+
+/// The statement that reads the keys for which `filter` is true, each joined with its owner (`k` and
+/// `u`), as the JSON that `row` decodes.
+pub(super) fn keys_where(filter: &str) -> String {
+    format!("{} WHERE {filter}", *KEYS)
+}
+
+static KEYS: LazyLock<String> = LazyLock::new(|| {
+    let texts = TEXTS.map(|column| format!("'{column}', {}", text(&format!("k.{column}"))));
+    let numbers = NUMBERS.map(|column| format!("'{column}', {}", number(&format!("k.{column}"))));
+    format!(
+        "SELECT json_object({}, {},
+            'fast_hash', CASE WHEN k.fast_hash_of = k.key_hash THEN {} END,
+            'total_cost', printf('%.6f', k.total_cost),
+            'user_id', u.id, 'user_email', {}, 'user_role', {}, 'user_is_active', {}
+        ) AS row FROM api_keys k JOIN users u ON u.id = k.user_id",
+        texts.join(", "),
+        numbers.join(", "),
+        text("k.fast_hash"),
+        text("u.email"),
+        text("u.role"),
+        number("u.is_active"),
+    )
+});
+
+/// Columns of `api_keys` that have texts in them, some of them JSON or time stamps.
+const TEXTS: [&str; 14] = [
+    "name",
+    "key_prefix",
+    "key_hash",
+    "permissions",
+    "scopes",
+    "allowed_models",
+    "allowed_endpoints",
+    "allowed_ips",
+    "budget_type",
+    "expires_at",
+    "last_used_at",
+    "metadata",
+    "created_at",
+    "updated_at",
+];
+
+/// Columns of `api_keys` that have numbers in them, some of them booleans.
+const NUMBERS: [&str; 9] = [
+    "id",
+    "is_active",
+    "rate_limit_per_minute",
+    "rate_limit_per_hour",
+    "rate_limit_per_day",
+    "is_unlimited",
+    "budget_limit_cents",
+    "total_requests",
+    "total_tokens",
+];
+
+/// SQLite lets anybody write bytes into any column, and takes some of them for JSON in binary.
+fn text(column: &str) -> String {
+    format!("CAST({column} AS TEXT)")
+}
+
+fn number(column: &str) -> String {
+    format!("CASE typeof({column}) WHEN 'blob' THEN 'bytes' ELSE {column} END")
+}
