@@ -72,6 +72,18 @@ async fn connections_that_died_in_the_pool_are_not_felt() {
         WHERE application_name = 'tower-api-key'";
     operator.batch_execute(others).await.unwrap();
     assert!(fixture.ask().await.is_ok(), "the first request after the connections were ended");
+
+    let pool_of_eight = PostgresStore::builder(&fixture.server.url()).max_connections(8).build();
+    let authenticator = Authenticator::new(pool_of_eight.unwrap());
+    let ask = async || {
+        let ask = || authenticator.authenticate(&fixture.key);
+        let (a, b, c, d) = tokio::join!(ask(), ask(), ask(), ask());
+        [a, b, c, d].into_iter().for_each(|answer| drop(answer.unwrap()));
+    };
+    ask().await;
+    fixture.server.stop();
+    fixture.server.start_again();
+    ask().await;
 }
 
 #[tokio::test]
@@ -156,7 +168,7 @@ async fn a_migration_that_is_dropped_halfway_or_meets_a_frozen_server_can_be_don
 }
 
 #[tokio::test]
-async fn a_standby_is_not_written_to_and_a_write_is_not_sent_twice() {
+async fn a_connection_to_what_has_become_a_standby_is_given_up() {
     let fixture = fixture().await;
     let operator = fixture.server.client().await;
     let manager = KeyManager::new(fixture.store.clone());

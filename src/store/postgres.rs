@@ -94,8 +94,11 @@ impl PostgresStore {
     {
         self.in_time(async {
             match self.attempt(statement).await {
-                // It was in the pool when the server went away.
-                Err(Attempt { was_broken: true, .. }) => self.attempt(statement).await,
+                // It was in the pool when the server went away, and the others with it.
+                Err(Attempt { was_broken: true, .. }) => {
+                    self.0.pool.retain(|_, _| false);
+                    self.attempt(statement).await
+                }
                 outcome => outcome,
             }
         })

@@ -41,21 +41,24 @@ pub(super) fn connector(
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(fault("TLS can't be set up"))?;
-    let config = if verification == Verification::None {
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-    } else {
+    let full = || -> Result<_, TlsFault> {
         let roots = Arc::new(root_certificates(root_cert)?);
-        let full = WebPkiServerVerifier::builder_with_provider(roots, provider).build().map_err(
-            |error| TlsFault {
-                reason: "its certificates can't be used",
-                source: Some(error.into()),
-            },
-        )?;
-        match verification {
-            Verification::Full => builder.with_webpki_verifier(full),
-            _ => builder.dangerous().with_custom_certificate_verifier(Arc::new(AnyName(full))),
-        }
+        let verifier = WebPkiServerVerifier::builder_with_provider(roots, Arc::clone(&provider));
+        verifier.build().map_err(|error| TlsFault {
+            reason: "its certificates can't be used",
+            source: Some(error.into()),
+        })
     };
+    let chain = match verification {
+        Verification::Full => {
+            let config = builder.with_webpki_verifier(full()?).with_no_client_auth();
+            return Ok(MakeRustlsConnect::new(config));
+        }
+        Verification::Chain => Some(full()?),
+        Verification::None => None,
+    };
+    let lenient = Arc::new(Lenient { chain, provider: Arc::clone(&provider) });
+    let config = builder.dangerous().with_custom_certificate_verifier(lenient);
     Ok(MakeRustlsConnect::new(config.with_no_client_auth()))
 }
 
@@ -90,50 +93,16 @@ fn root_certificates(file: Option<&str>) -> Result<RootCertStore, TlsFault> {
     Ok(roots)
 }
 
-/// `sslmode=require` and `prefer`: whatever certificate the server shows.
+/// What looks less closely than rustls does by itself.
 #[derive(Debug)]
-struct AnyCertificate(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for AnyCertificate {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
+struct Lenient {
+    /// `None` takes whatever certificate the server shows (`sslmode=require`, `prefer`); otherwise it
+    /// is one of a trusted authority, for whatever host (`verify-ca`).
+    chain: Option<Arc<WebPkiServerVerifier>>,
+    provider: Arc<CryptoProvider>,
 }
 
-/// `sslmode=verify-ca`: a certificate of a trusted authority, for whatever host.
-#[derive(Debug)]
-struct AnyName(Arc<WebPkiServerVerifier>);
-
-impl ServerCertVerifier for AnyName {
+impl ServerCertVerifier for Lenient {
     fn verify_server_cert(
         &self,
         end_entity: &CertificateDer<'_>,
@@ -143,9 +112,9 @@ impl ServerCertVerifier for AnyName {
         now: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         use CertificateError::{NotValidForName, NotValidForNameContext};
+        let Some(full) = &self.chain else { return Ok(ServerCertVerified::assertion()) };
         // The name is looked at last, after the chain was found to be good.
-        match self.0.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
-        {
+        match full.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
             Err(Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
                 Ok(ServerCertVerified::assertion())
             }
@@ -159,7 +128,8 @@ impl ServerCertVerifier for AnyName {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.0.verify_tls12_signature(message, cert, dss)
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, cert, dss, algorithms)
     }
 
     fn verify_tls13_signature(
@@ -168,10 +138,11 @@ impl ServerCertVerifier for AnyName {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        self.0.verify_tls13_signature(message, cert, dss)
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, cert, dss, algorithms)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.supported_verify_schemes()
+        self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
