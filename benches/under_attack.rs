@@ -2,8 +2,10 @@
 //!
 //! `cargo bench --bench under_attack`: the throughput of requests with fast-hash keys over loopback
 //! HTTP, in calm, while four clients keep guessing at one bcrypt key (cost 12), and while they guess
-//! at 200; in each round all three, in another order, and the median of the rounds' ratios. Each attacker has an address of its own and sends its next guess
-//! 5 ms after the answer, which a client across a network can't beat. The last line is JSON.
+//! at 200; in each round all three, in another order, and the median of the rounds' ratios. Each attacker
+//! has an address of its own and sends its next guess 5 ms after the answer, as fast as a client across a
+//! network can. (Without that pause they are a flood like any other: each refusal costs about as much as
+//! an answer, and twelve clients share two cores where there were eight.) The last line is JSON.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},

@@ -73,6 +73,18 @@ async fn four_clients_that_guess_at_one_key_get_five_checks_and_then_one_a_secon
 }
 
 #[tokio::test]
+async fn guesses_that_come_all_at_once_get_no_more_checks_than_one_after_the_other() {
+    let siege = Arc::new(Siege::of(["key-0001".to_owned()], 4).await);
+    let mut guesses = tokio::task::JoinSet::new();
+    for _ in 0..30 {
+        let siege = Arc::clone(&siege);
+        guesses.spawn(async move { siege.guess("key-0001", address(1)).await });
+    }
+    let checks = guesses.join_all().await.into_iter().filter(|checked| *checked).count();
+    assert_eq!(checks, 5);
+}
+
+#[tokio::test]
 async fn the_owner_of_a_key_under_attack_is_answered_200_or_503_and_never_401() {
     let siege = Siege::of(["key-0001".to_owned()], 4).await;
     let owner =
