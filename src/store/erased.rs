@@ -1,4 +1,4 @@
-//! A store whose type is chosen at run time: [`DynKeyStore`].
+//! Stores behind a pointer: [`Arc`], and [`DynKeyStore`] for one whose type is chosen at run time.
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::SystemTime};
 
@@ -52,6 +52,28 @@ impl KeyStore for DynKeyStore {
 impl fmt::Debug for DynKeyStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DynKeyStore").finish_non_exhaustive()
+    }
+}
+
+impl<S: KeyStore> KeyStore for Arc<S> {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        S::resolve(self, lookup).await
+    }
+
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        S::changes(self, since)
+    }
+
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        S::record_usage(self, batch).await
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        S::lease(self, ask).await
+    }
+
+    async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
+        S::cache_secret(self).await
     }
 }
 

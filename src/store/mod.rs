@@ -18,7 +18,7 @@ mod sqlite;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 mod statement;
 
-use std::{future::Future, sync::Arc, time::SystemTime};
+use std::{future::Future, time::SystemTime};
 
 pub use account::{CacheSecret, KeyUsage, Lease, LeaseAsk, UsageBatch};
 pub use change::{Change, ChangeStream};
@@ -108,27 +108,5 @@ pub trait KeyStore: Send + Sync + 'static {
     /// When the store could not be asked.
     fn cache_secret(&self) -> impl Future<Output = Result<Option<CacheSecret>, StoreError>> + Send {
         async { Ok(None) }
-    }
-}
-
-impl<S: KeyStore> KeyStore for Arc<S> {
-    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        S::resolve(self, lookup).await
-    }
-
-    fn changes(&self, since: SystemTime) -> ChangeStream {
-        S::changes(self, since)
-    }
-
-    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
-        S::record_usage(self, batch).await
-    }
-
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
-        S::lease(self, ask).await
-    }
-
-    async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
-        S::cache_secret(self).await
     }
 }
