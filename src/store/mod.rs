@@ -3,6 +3,8 @@
 mod account;
 mod change;
 mod erased;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod fault;
 mod lookup;
 mod memory;
 mod repository;

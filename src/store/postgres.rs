@@ -21,8 +21,8 @@ use diesel::{
 use diesel_async::{
     AsyncPgConnection, RunQueryDsl,
     pooled_connection::{
-        PoolError as ConnectFault, PoolableConnection,
-        deadpool::{Object, Pool, PoolError},
+        PoolableConnection,
+        deadpool::{Object, Pool},
     },
 };
 
@@ -30,6 +30,7 @@ use self::connect::Target;
 pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use super::{
     Answer, KeyStore, Lookup, MigrateError,
+    fault::store_error,
     lookup::MAX_CANDIDATES,
     row,
     statement::{Bind, Statement, TextRow},
@@ -124,7 +125,7 @@ impl PostgresStore {
     where
         R: QueryableByName<Pg> + Send + 'static,
     {
-        let failed = |error| Attempt { error: pool_error(error), was_broken: false };
+        let failed = |error| Attempt { error: StoreError::unavailable(error), was_broken: false };
         let mut checkout = Checkout(Some(self.0.pool.get().await.map_err(failed)?));
         let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
         let result = RunQueryDsl::load(statement, connection).await;
@@ -135,7 +136,10 @@ impl PostgresStore {
         if !was_broken {
             checkout.put_back();
         }
-        result.map_err(|error| Attempt { error: store_error(error, was_broken), was_broken })
+        result.map_err(|error| {
+            let to_error = if was_broken { StoreError::unavailable } else { store_error };
+            Attempt { error: to_error(error), was_broken }
+        })
     }
 }
 
@@ -159,35 +163,6 @@ impl Drop for Checkout {
         if let Some(connection) = self.0.take() {
             drop(Object::take(connection));
         }
-    }
-}
-
-fn pool_error(error: PoolError) -> StoreError {
-    match error {
-        PoolError::Backend(ConnectFault::QueryError(error)) => store_error(error, true),
-        error => StoreError::unavailable(error),
-    }
-}
-
-fn store_error(error: Error, was_broken: bool) -> StoreError {
-    use DatabaseErrorKind::{
-        ClosedConnection, ForeignKeyViolation, ReadOnlyTransaction, SerializationFailure,
-        UnableToSendCommand, UniqueViolation,
-    };
-    match &error {
-        Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
-            StoreError::conflict("the row contradicts what is stored").caused_by(error)
-        }
-        Error::DatabaseError(
-            ClosedConnection | UnableToSendCommand | SerializationFailure | ReadOnlyTransaction,
-            _,
-        ) => StoreError::unavailable(error),
-        // The statement timeout; diesel passes the SQLSTATE (57014) on as text alone.
-        Error::DatabaseError(_, info) if info.message().contains("statement timeout") => {
-            StoreError::unavailable(error)
-        }
-        _ if was_broken => StoreError::unavailable(error),
-        _ => StoreError::rejected(error),
     }
 }
 

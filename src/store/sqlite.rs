@@ -13,15 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use diesel::{
-    Connection, RunQueryDsl, SqliteConnection,
-    connection::SimpleConnection,
-    result::{DatabaseErrorKind, Error},
-};
+use diesel::{Connection, RunQueryDsl, SqliteConnection, connection::SimpleConnection};
 
 use self::{select::keys_where, threads::Threads};
 use super::{
     Answer, KeyStore, Lookup, MigrateError,
+    fault::{Failure, store_error},
     lookup::MAX_CANDIDATES,
     row,
     statement::{Bind, Statement, TextRow},
@@ -123,15 +120,6 @@ impl SqliteStore {
     }
 }
 
-/// Lets a transaction fail with what it failed for.
-struct Failure(StoreError);
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self(store_error(error))
-    }
-}
-
 fn load(
     connection: &mut SqliteConnection,
     statement: &Statement,
@@ -202,22 +190,6 @@ fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, Sto
             }
             Err(error) => return Err(error),
         }
-    }
-}
-
-fn store_error(error: Error) -> StoreError {
-    use DatabaseErrorKind::{ForeignKeyViolation, UniqueViolation};
-    match &error {
-        Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
-            StoreError::conflict("the row contradicts what is stored").caused_by(error)
-        }
-        Error::DeserializationError(_) => {
-            StoreError::bad_row("a row of api_keys is not UTF-8").caused_by(error)
-        }
-        Error::DatabaseError(_, info) if info.message().contains("locked") => {
-            StoreError::unavailable(error)
-        }
-        _ => StoreError::rejected(error),
     }
 }
 

@@ -12,10 +12,10 @@ use diesel_async::{AsyncPgConnection, async_connection_wrapper::AsyncConnectionW
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
 use tokio::time::timeout;
 
-use super::{connect::Target, store_error};
+use super::connect::Target;
 use crate::{
     error::StoreError,
-    store::{MigrateError, migrate::ColumnFault},
+    store::{MigrateError, fault::Failure, migrate::ColumnFault},
 };
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/postgres");
@@ -52,15 +52,6 @@ pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<(), M
     let limit = STATEMENT_TIMEOUT + deadline;
     let migrated = timeout(limit, migrated).await.map_err(|_| StoreError::timeout(limit))?;
     migrated.map_err(StoreError::unavailable)?
-}
-
-/// Lets a transaction fail with what it failed for.
-struct Failure(MigrateError);
-
-impl From<diesel::result::Error> for Failure {
-    fn from(error: diesel::result::Error) -> Self {
-        Self(store_error(error, false).into())
-    }
 }
 
 /// What a column has to be so that it can be read and written as it is.

@@ -3,16 +3,14 @@
 use diesel::{
     QueryResult, QueryableByName, RunQueryDsl, SqliteConnection,
     connection::SimpleConnection,
-    result::Error,
     sql_query,
     sql_types::{Bool, Text},
 };
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
 
-use super::store_error;
 use crate::{
     error::StoreError,
-    store::{MigrateError, migrate::ColumnFault},
+    store::{MigrateError, fault::Failure, migrate::ColumnFault},
 };
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/sqlite");
@@ -31,15 +29,6 @@ pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<(), MigrateEr
         Ok(adopt(connection, &tables, &columns)?)
     });
     outcome.map_err(|Failure(error)| error)
-}
-
-/// Lets a transaction fail with what it failed for.
-struct Failure(MigrateError);
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Self(store_error(error).into())
-    }
 }
 
 /// The columns that an adopted table can't be without.
