@@ -71,7 +71,8 @@ async fn connections_that_died_in_the_pool_are_not_felt() {
     let others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
         WHERE application_name = 'tower-api-key'";
     operator.batch_execute(others).await.unwrap();
-    assert!(fixture.ask().await.is_ok(), "the first request after the connections were ended");
+    let first = fixture.ask().await;
+    assert!(first.is_ok(), "the first request after the connections were ended: {first:?}");
 
     let pool_of_eight = PostgresStore::builder(&fixture.server.url()).max_connections(8).build();
     let authenticator = Authenticator::new(pool_of_eight.unwrap());

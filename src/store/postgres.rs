@@ -19,7 +19,7 @@ use diesel::{
     sql_types::{BigInt, Nullable, Text},
 };
 use diesel_async::{
-    AsyncPgConnection, RunQueryDsl,
+    AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection,
     pooled_connection::{
         PoolableConnection,
         deadpool::{Object, Pool},
@@ -129,10 +129,16 @@ impl PostgresStore {
         let mut checkout = Checkout(Some(self.0.pool.get().await.map_err(failed)?));
         let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
         let result = RunQueryDsl::load(statement, connection).await;
-        // A primary that became a standby is of no more use than a dead one.
-        let was_demoted =
-            matches!(result, Err(Error::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _)));
-        let was_broken = was_demoted || connection.is_broken();
+        let was_broken = match &result {
+            // A primary that became a standby is of no more use than a dead one.
+            Err(Error::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _)) => true,
+            // A server that shuts down says so before the connection is closed, and diesel does not
+            // pass on the SQLSTATE (57P01). Whether it was that, the next statement tells.
+            Err(Error::DatabaseError(DatabaseErrorKind::Unknown, _)) => {
+                connection.batch_execute("SELECT 1").await.is_err()
+            }
+            _ => connection.is_broken(),
+        };
         if !was_broken {
             checkout.put_back();
         }
