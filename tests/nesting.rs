@@ -15,10 +15,12 @@ use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Empty, Full};
 use support::{
-    bearer, fixture, get,
+    bearer,
+    counted::Counted,
+    fixture, get,
     probe::probe,
     read, send,
-    stores::{Counting, Failing, MixedUp, Vouching},
+    stores::{Failing, MixedUp, Vouching},
     unknown_key,
 };
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
@@ -34,13 +36,13 @@ fn mallory() -> KeyRecord {
 #[tokio::test]
 async fn the_layer_applied_twice_from_one_authenticator_asks_once() {
     let fixture = fixture().await;
-    let store = Counting::new(fixture.store.clone());
+    let store = Counted::over(fixture.store.clone());
     let layer = ApiKeyAuthLayer::from(Authenticator::new(store.clone()));
     let service = ServiceBuilder::new().layer(layer.clone()).layer(layer).service(probe().0);
     let response = service.oneshot(bearer(&fixture.key)).await.unwrap();
     assert_eq!(response.status(), 200);
     assert_eq!(read(response).await.body, "ada@example.com");
-    assert_eq!(store.lookups(), 1);
+    assert_eq!(store.take_asked(), 1);
 }
 
 #[tokio::test]
@@ -68,14 +70,14 @@ async fn a_layer_does_not_accept_the_context_of_another_authenticator() {
 #[tokio::test]
 async fn two_authenticators_over_one_store_are_strangers_to_each_other() {
     let fixture = fixture().await;
-    let store = Counting::new(fixture.store.clone());
+    let store = Counted::over(fixture.store.clone());
     let service = ServiceBuilder::new()
         .layer(ApiKeyAuthLayer::new(store.clone()).mark_sensitive())
         .layer(ApiKeyAuthLayer::new(store.clone()))
         .service(probe().0);
     let response = service.oneshot(bearer(&fixture.key)).await.unwrap();
     assert_eq!(response.status(), 200);
-    assert_eq!(store.lookups(), 2);
+    assert_eq!(store.take_asked(), 2);
 }
 
 #[tokio::test]

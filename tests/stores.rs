@@ -329,9 +329,7 @@ async fn an_answer_says_when_it_was_read(store: impl KeyRepository + Clone) {
     assert!(authenticator.authenticate(issued.expose_secret()).await.is_ok());
     manager.revoke(&issued.record().id).await.unwrap();
     assert!(authenticator.authenticate(issued.expose_secret()).await.is_err());
-    let unknown = "tak_live_0000000000_0000000000000000000000";
-    let unknown = format!("{unknown}{}", crc32_base62(unknown));
-    let denial = authenticator.authenticate(&unknown).await.unwrap_err();
+    let denial = authenticator.authenticate(&support::unknown_key()).await.unwrap_err();
     assert!(matches!(denial, Denial::InvalidKey(InvalidKey::Unknown)), "{denial}");
     let seen = seen.lock().unwrap();
     assert_eq!(seen.len(), 3);
@@ -340,24 +338,6 @@ async fn an_answer_says_when_it_was_read(store: impl KeyRepository + Clone) {
     }
     assert!(seen[0].0 <= seen[1].0 && seen[1].0 <= seen[2].0);
     assert!(seen[0].1.key <= seen[1].1.key && seen[1].1.key <= seen[2].1.key);
-}
-
-/// The check at the end of a structured key, written again from its description.
-fn crc32_base62(checked: &str) -> String {
-    let digits = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
-    let mut crc = u32::MAX;
-    for byte in checked.bytes() {
-        crc ^= u32::from(byte);
-        for _ in 0..8 {
-            crc = if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
-        }
-    }
-    let (mut crc, mut check) = (!crc, [0; 6]);
-    for digit in check.iter_mut().rev() {
-        *digit = digits[crc as usize % 62];
-        crc /= 62;
-    }
-    String::from_utf8(check.to_vec()).unwrap()
 }
 
 async fn a_look_up_that_is_dropped_leaves_the_store_usable(store: impl KeyRepository + Clone) {

@@ -1,7 +1,13 @@
 //! What several test files use. Each uses a part of it.
 #![allow(dead_code, unreachable_pub, missing_docs)]
 
+pub mod counted;
+pub mod door;
+pub mod log;
+pub mod probe;
 pub mod servers;
+pub mod stores;
+pub mod verdict;
 
 use std::convert::Infallible;
 
@@ -122,10 +128,6 @@ pub fn bearer(key: &str) -> Request<Full<Bytes>> {
     get(&[("authorization", format!("Bearer {key}").as_bytes())])
 }
 
-pub mod log;
-pub mod probe;
-pub mod stores;
-
 /// The path, or method and path, of an endpoint rule.
 pub fn rule(text: &str) -> tower_api_key::EndpointRule {
     text.parse().unwrap()
@@ -160,7 +162,3 @@ fn base62(mut number: u32) -> String {
     }
     digits.iter().collect()
 }
-
-pub mod counted;
-pub mod door;
-pub mod verdict;

@@ -1,9 +1,6 @@
 //! Key stores that misbehave, or wait.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicUsize, Ordering},
-};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::Semaphore;
 use tower_api_key::{Answer, KeyRecord, KeyStore, Lookup, MemoryStore, StoreError};
@@ -40,27 +37,6 @@ impl KeyStore for MixedUp {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         let first = self.1.lock().unwrap().get_or_insert_with(|| lookup.clone()).clone();
         self.0.resolve(&first).await
-    }
-}
-
-/// Counts the look-ups that began.
-#[derive(Clone)]
-pub struct Counting(pub MemoryStore, Arc<AtomicUsize>);
-
-impl Counting {
-    pub fn new(store: MemoryStore) -> Self {
-        Self(store, Arc::default())
-    }
-
-    pub fn lookups(&self) -> usize {
-        self.1.load(Ordering::SeqCst)
-    }
-}
-
-impl KeyStore for Counting {
-    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        self.1.fetch_add(1, Ordering::SeqCst);
-        self.0.resolve(lookup).await
     }
 }
 
