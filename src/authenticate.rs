@@ -1,17 +1,13 @@
 //! The engine, free of HTTP: a key in, an [`AuthContext`] or a [`Denial`] out.
 
-use std::{fmt, future::Future, net::IpAddr, pin::Pin, sync::Arc};
-
-use chrono::DateTime;
-use tokio::runtime::Handle;
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use crate::{
-    context::{AuthContext, Origin},
-    error::{StoreError, StoreErrorKind},
+    cache::{Answers, CacheSettings, Health, LookupFuture, Recall},
+    context::AuthContext,
     key::{KeyScheme, PresentedKey, token},
-    policy,
-    respond::{Denial, Forbidden, InvalidKey},
-    store::{DynKeyStore, KeyStore, Lookup, Outcome},
+    respond::{Denial, Forbidden},
+    store::{DynKeyStore, KeyStore},
     telemetry,
 };
 
@@ -33,26 +29,21 @@ use crate::{
 /// # }
 /// ```
 #[derive(Clone)]
-pub struct Authenticator(Arc<Inner>);
-
-struct Inner {
-    store: DynKeyStore,
-    scheme: KeyScheme,
-    origin: Origin,
-}
-
-/// A look-up on its way.
-pub(crate) type LookupFuture = Pin<Box<dyn Future<Output = Result<AuthContext, Denial>> + Send>>;
+pub struct Authenticator(Arc<Answers>);
 
 impl Authenticator {
-    /// An authenticator over `store` with the default [`KeyScheme`].
+    /// An authenticator over `store` with the default settings and the default [`KeyScheme`].
     pub fn new(store: impl KeyStore) -> Self {
         Self::builder(store).build()
     }
 
     /// An authenticator over `store` with settings of your own.
     pub fn builder(store: impl KeyStore) -> AuthenticatorBuilder {
-        AuthenticatorBuilder { store: DynKeyStore::new(store), scheme: KeyScheme::default() }
+        AuthenticatorBuilder {
+            store: DynKeyStore::new(store),
+            scheme: KeyScheme::default(),
+            settings: CacheSettings::default(),
+        }
     }
 
     /// Finds out whose `key` is.
@@ -82,49 +73,56 @@ impl Authenticator {
     }
 
     async fn find_out(&self, key: &str, address: Option<IpAddr>) -> Result<AuthContext, Denial> {
-        let outcome = match token(key.as_bytes()).map_err(Denial::from).and_then(|t| self.parse(t))
-        {
-            Ok(key) => self.look_up(key, address).await.and_then(|caller| {
-                check_address(&caller, address)?;
-                Ok(caller)
-            }),
-            Err(denial) => Err(denial),
+        let outcome = match token(key.as_bytes()) {
+            Ok(token) => match self.recall(token) {
+                Recall::Known(caller) => Ok(caller),
+                Recall::Refused(reason) => Err(reason.into()),
+                Recall::Nothing => match self.parse(token) {
+                    Ok(key) => self.look_up(key, address).await,
+                    Err(denial) => Err(denial),
+                },
+            },
+            Err(malformed) => Err(malformed.into()),
         };
+        let outcome = outcome.and_then(|caller| {
+            check_address(&caller, || address)?;
+            Ok(caller)
+        });
         outcome.inspect_err(telemetry::denied)
     }
 
-    /// Parses a token of visible ASCII. Nothing is hashed or looked up before this.
+    /// Forgets what this node remembers of the keys under a lookup prefix, and trusts no copy of them
+    /// from before. For callers who know of a change that the store does not say: revoking through a
+    /// [`KeyManager`](crate::KeyManager) or in the database needs no such word.
+    pub fn invalidate(&self, prefix: &str) {
+        self.0.invalidate(prefix);
+    }
+
+    /// How the caches stand, for a health check or a dashboard.
+    pub fn health(&self) -> Health {
+        self.0.health()
+    }
+
+    /// Ends the work in the background: listening to the store. Requests are still answered, from then on
+    /// like those of a node that is cut off from changes. Without this, the work ends with the last clone.
+    pub async fn shutdown(&self) {
+        self.0.stop();
+    }
+
+    /// What is remembered of the key in `token`. No lock, no I/O, and no allocation.
+    #[inline]
+    pub(crate) fn recall(&self, token: &str) -> Recall {
+        self.0.recall(token)
+    }
+
+    /// Parses a token of visible ASCII. Nothing is looked up before this.
     pub(crate) fn parse(&self, token: &str) -> Result<PresentedKey, Denial> {
         Ok(self.0.scheme.parse(token)?)
     }
 
-    /// Asks the store, and judges what does not depend on the request: that the key is active, its
-    /// owner too, and that it has not expired.
+    /// Asks the store, together with everybody else who wants to know the same.
     pub(crate) fn look_up(&self, key: PresentedKey, address: Option<IpAddr>) -> LookupFuture {
-        let inner = Arc::clone(&self.0);
-        Box::pin(async move {
-            if Handle::try_current().is_err() {
-                return Err(StoreError::unavailable("there is no Tokio runtime here").into());
-            }
-            let lookup = Lookup::new(key, inner.scheme.clone(), address);
-            let answer = inner.store.resolve(&lookup).await.inspect_err(|error| {
-                if error.kind() == StoreErrorKind::BadRow {
-                    telemetry::bad_row(lookup.id(), error);
-                }
-            })?;
-            if !answer.answers(&lookup) {
-                let mixed_up = "the key store gave the answer to another question";
-                return Err(StoreError::rejected(mixed_up).into());
-            }
-            let record = match answer.into_outcome() {
-                Outcome::Unknown => return Err(InvalidKey::Unknown.into()),
-                Outcome::Mismatch => return Err(InvalidKey::WrongSecret.into()),
-                Outcome::Match(record) => *record,
-            };
-            // By the time after the look-up, which may have taken a while.
-            policy::validity(&record, DateTime::from(inner.scheme.clock().now()))?;
-            Ok(AuthContext::new(record, inner.origin.clone()))
-        })
+        self.0.look_up(key, address)
     }
 
     /// Whether this authenticator made the context.
@@ -134,19 +132,18 @@ impl Authenticator {
 
     /// The same store with another scheme. Shares nothing else.
     pub(crate) fn with_scheme(&self, scheme: KeyScheme) -> Self {
-        AuthenticatorBuilder { store: self.0.store.clone(), scheme }.build()
+        let Answers { store, settings, .. } = &*self.0;
+        AuthenticatorBuilder { store: store.clone(), scheme, settings: *settings }.build()
     }
 }
 
 /// A key with address rules is refused where the address is not known.
 pub(crate) fn check_address(
     caller: &AuthContext,
-    address: Option<IpAddr>,
+    address: impl FnOnce() -> Option<IpAddr>,
 ) -> Result<(), Forbidden> {
-    let is_allowed = match address {
-        Some(address) => caller.can_access_from(address),
-        None => caller.allowed_ips().is_empty(),
-    };
+    let is_allowed = caller.allowed_ips().is_empty()
+        || address().is_some_and(|address| caller.can_access_from(address));
     if is_allowed { Ok(()) } else { Err(Forbidden::Address) }
 }
 
@@ -161,6 +158,7 @@ impl fmt::Debug for Authenticator {
 pub struct AuthenticatorBuilder {
     store: DynKeyStore,
     scheme: KeyScheme,
+    settings: CacheSettings,
 }
 
 impl AuthenticatorBuilder {
@@ -170,9 +168,34 @@ impl AuthenticatorBuilder {
         Self { scheme, ..self }
     }
 
+    /// How many valid keys are remembered: 100,000 by default, at about 1 KiB each; 0 for none.
+    #[must_use]
+    pub fn cache_capacity(mut self, keys: usize) -> Self {
+        self.settings.capacity = keys;
+        self
+    }
+
+    /// For how long an answer is served after it was read, or after this node was last in sync with the
+    /// store's changes: 30 s by default. A node in sync goes on serving it; a node that is cut off from
+    /// changes, or whose store has no feed, asks again after this.
+    #[must_use]
+    pub fn max_staleness(mut self, limit: Duration) -> Self {
+        self.settings.max_staleness = limit;
+        self
+    }
+
+    /// For how much longer a valid key is served while the store fails: 60 s by default, 0 turns it off. A
+    /// node that is cut off from everything serves a revoked key for `max_staleness + stale_if_error` at
+    /// most.
+    #[must_use]
+    pub fn stale_if_error(mut self, limit: Duration) -> Self {
+        self.settings.stale_if_error = limit;
+        self
+    }
+
     /// Builds the authenticator. Needs no runtime.
     pub fn build(self) -> Authenticator {
-        let Self { store, scheme } = self;
-        Authenticator(Arc::new(Inner { store, scheme, origin: Origin::default() }))
+        let Self { store, scheme, settings } = self;
+        Authenticator(Answers::new(store, scheme, settings))
     }
 }

@@ -184,18 +184,31 @@ impl Credential {
     }
 }
 
+/// A credential that a request carries.
+pub(crate) struct Found<'a> {
+    pub(crate) token: Cow<'a, str>,
+    /// The places that it is in, a bit each.
+    pub(crate) places: u64,
+}
+
+/// So many places are told apart.
+pub(crate) const MAX_PLACES: usize = 64;
+
 /// Finds the one credential that the request carries in any of the places. The same one in two
 /// places is fine.
 pub(crate) fn find<'a>(
     places: &[Credential],
     head: &RequestHead<'a>,
-) -> Result<Option<Cow<'a, str>>, Denial> {
-    let mut found: Option<Token<'a>> = None;
-    for place in places {
+) -> Result<Option<Found<'a>>, Denial> {
+    let mut found: Option<Found<'a>> = None;
+    for (at, place) in places.iter().enumerate() {
         if let Some(token) = place.find(head)? {
-            match &found {
-                Some(first) => same(first, &token)?,
-                None => found = Some(token),
+            match &mut found {
+                Some(first) => {
+                    same(&first.token, &token)?;
+                    first.places |= 1 << at;
+                }
+                None => found = Some(Found { token, places: 1 << at }),
             }
         }
     }
@@ -213,12 +226,22 @@ fn authorization<'a>(
     headers: &'a HeaderMap,
     scheme: &str,
 ) -> Result<Option<&'a [u8]>, MalformedCredential> {
-    let mut values = headers.get_all(header::AUTHORIZATION).iter();
-    let Some(value) = values.next() else { return Ok(None) };
-    if values.next().is_some() {
+    let Some(value) = headers.get(header::AUTHORIZATION) else { return Ok(None) };
+    // Nearly always no field at all is there twice, which takes two numbers to see.
+    let has_repeated = headers.len() > headers.keys_len();
+    if has_repeated && headers.get_all(header::AUTHORIZATION).iter().nth(1).is_some() {
         return Err(MalformedCredential::Repeated);
     }
-    let value = value.as_bytes().trim_ascii();
+    let value = value.as_bytes();
+    // What nearly all requests look like, without going through the grammar.
+    if let Some((found, rest)) = value.split_at_checked(scheme.len())
+        && found.eq_ignore_ascii_case(scheme.as_bytes())
+        && let [b' ', next, ..] = rest
+        && next.is_ascii_graphic()
+    {
+        return Ok(Some(&rest[1..]));
+    }
+    let value = value.trim_ascii();
     let scheme_end = value.iter().position(|&byte| !is_token_char(byte)).unwrap_or(value.len());
     let (found, rest) = value.split_at(scheme_end);
     if found.is_empty() || !matches!(rest.first(), None | Some(b' ')) {
@@ -276,27 +299,18 @@ pub(crate) enum KeyHeader {
 }
 
 impl KeyHeader {
-    /// Treats every field in which one of `places` may find a key. Leaves `Authorization` fields of
-    /// another scheme alone.
-    pub(crate) fn treat(self, places: &[Credential], headers: &mut HeaderMap) {
-        for place in places {
-            let scheme = match &place.0 {
-                Place::Bearer => Some("bearer"),
-                Place::Basic => Some("basic"),
-                _ => None,
-            };
-            let Some(name) = place.header_name() else { continue };
-            if scheme.is_some_and(|scheme| !matches!(authorization(headers, scheme), Ok(Some(_)))) {
-                continue;
-            }
-            match (self, headers.entry(name)) {
-                (Self::Remove, header::Entry::Occupied(field)) => {
-                    field.remove_entry_mult();
+    /// Treats the fields in which a key was found. Leaves `Authorization` fields of another scheme alone.
+    pub(crate) fn treat(self, places: &[Credential], found: u64, headers: &mut HeaderMap) {
+        let with_key = places.iter().enumerate().filter(|(at, _)| found & (1 << at) != 0);
+        for name in with_key.filter_map(|(_, place)| place.header_name()) {
+            match self {
+                // With all its values.
+                Self::Remove => drop(headers.remove(name)),
+                Self::MarkSensitive => {
+                    if let header::Entry::Occupied(mut field) = headers.entry(name) {
+                        field.iter_mut().for_each(|value| value.set_sensitive(true));
+                    }
                 }
-                (Self::MarkSensitive, header::Entry::Occupied(mut field)) => {
-                    field.iter_mut().for_each(|value| value.set_sensitive(true));
-                }
-                (_, header::Entry::Vacant(_)) => {}
             }
         }
     }

@@ -3,7 +3,6 @@
 use std::{
     fmt,
     future::Future,
-    net::IpAddr,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -14,8 +13,8 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::{
-    authenticate::LookupFuture,
     body::ResponseBody,
+    cache::LookupFuture,
     respond::{Asker, Denial},
     service::Gate,
     telemetry,
@@ -23,7 +22,7 @@ use crate::{
 
 pin_project! {
     /// The response future of [`ApiKeyAuth`](crate::ApiKeyAuth). Dropping it at any moment leaves
-    /// nothing behind but a slow hash check that has begun, which ends on its own.
+    /// nothing behind but a look-up that has begun, which ends on its own: others may wait for it.
     pub struct ResponseFuture<S, B>
     where
         S: Service<Request<B>>,
@@ -40,13 +39,21 @@ pin_project! {
     enum State<S, B, F> {
         LookUp {
             lookup: LookupFuture,
-            address: Option<IpAddr>,
-            // The request and the instance that is ready for it; taken when the answer is there.
-            held: Option<(Request<B>, S)>,
+            // Taken when the answer is there. Boxed, so that a future that holds none is no larger for it.
+            held: Option<Box<Held<S, B>>>,
         },
         Inner { #[pin] future: F },
         Refused { denial: Denial },
     }
+}
+
+/// What waits for the outcome of a look-up.
+pub(crate) struct Held<S, B> {
+    pub(crate) request: Request<B>,
+    /// The places that the key is in.
+    pub(crate) places: u64,
+    /// The instance that is ready for the request.
+    pub(crate) ready: S,
 }
 
 impl<S, B> ResponseFuture<S, B>
@@ -61,11 +68,9 @@ where
         gate: Arc<Gate>,
         asker: Asker,
         lookup: LookupFuture,
-        address: Option<IpAddr>,
-        request: Request<B>,
-        ready: S,
+        held: Held<S, B>,
     ) -> Self {
-        Self { state: State::LookUp { lookup, address, held: Some((request, ready)) }, gate, asker }
+        Self { state: State::LookUp { lookup, held: Some(Box::new(held)) }, gate, asker }
     }
 
     pub(crate) fn refuse(gate: Arc<Gate>, asker: Asker, denial: Denial) -> Self {
@@ -83,15 +88,16 @@ where
         let mut this = self.project();
         loop {
             match this.state.as_mut().project() {
-                StateProjection::LookUp { lookup, address, held } => {
+                StateProjection::LookUp { lookup, held } => {
                     let outcome = ready!(lookup.as_mut().poll(cx));
                     // `None` only if somebody polls a future that has panicked.
-                    let Some((mut request, mut inner)) = held.take() else { return Poll::Pending };
+                    let Some(held) = held.take() else { return Poll::Pending };
+                    let Held { mut request, places, mut ready } = *held;
                     let admitted =
-                        outcome.and_then(|caller| this.gate.let_in(&mut request, caller, *address));
+                        outcome.and_then(|caller| this.gate.let_in(&mut request, caller, places));
                     match admitted {
                         Ok(()) => {
-                            let future = inner.call(request);
+                            let future = ready.call(request);
                             this.state.set(State::Inner { future });
                         }
                         Err(denial) => this.state.set(State::Refused { denial }),

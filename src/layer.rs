@@ -9,7 +9,7 @@ use tower_layer::Layer;
 use crate::{
     authenticate::Authenticator,
     client::{ClientAddress, TrustedProxies},
-    credential::{Credential, KeyHeader, RequestHead},
+    credential::{Credential, KeyHeader, MAX_PLACES, RequestHead},
     key::KeyScheme,
     respond::{OnDenial, Presentation, Realm, Refusal},
     service::ApiKeyAuth,
@@ -70,10 +70,10 @@ impl ApiKeyAuthLayer {
     }
 
     /// Sets where a key may be, instead of `Authorization: Bearer` and `x-api-key`. With no place at all,
-    /// no request has a key.
+    /// no request has a key; past 64 they are not looked at.
     #[must_use]
     pub fn credentials(self, places: impl IntoIterator<Item = Credential>) -> Self {
-        let places: Vec<_> = places.into_iter().collect();
+        let places: Vec<_> = places.into_iter().take(MAX_PLACES).collect();
         self.with(|options| {
             let offers_basic = places.iter().any(Credential::is_basic);
             options.presentation.offers_basic = offers_basic;
@@ -154,6 +154,17 @@ impl ApiKeyAuthLayer {
         respond: impl Fn(&Refusal<'_>) -> Response<Bytes> + Send + Sync + 'static,
     ) -> Self {
         self.with(|options| options.presentation.on_denial = Some(OnDenial(Arc::new(respond))))
+    }
+
+    /// Forgets what this node remembers of the keys under a lookup prefix: see
+    /// [`Authenticator::invalidate`].
+    pub fn invalidate(&self, prefix: &str) {
+        self.authenticator.invalidate(prefix);
+    }
+
+    /// The engine of this layer, to ask it about its health or to share it.
+    pub fn authenticator(&self) -> &Authenticator {
+        &self.authenticator
     }
 
     fn with(mut self, change: impl FnOnce(&mut Options)) -> Self {

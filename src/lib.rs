@@ -2,9 +2,12 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 // Here and not in Cargo.toml, because tests may.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+// What serves shared caches alone.
+#![cfg_attr(not(feature = "redis"), allow(dead_code))]
 
 mod authenticate;
 mod body;
+mod cache;
 mod client;
 mod clock;
 mod context;
@@ -25,6 +28,7 @@ mod telemetry;
 
 pub use authenticate::{Authenticator, AuthenticatorBuilder};
 pub use body::ResponseBody;
+pub use cache::Health;
 pub use client::{ClientAddr, TrustedProxies};
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use context::AuthContext;

@@ -78,7 +78,7 @@ impl<R: KeyRepository> KeyManager<R> {
     ///
     /// If the store fails. Then the key may still work, or, after a timeout, be revoked a little later.
     pub async fn revoke(&self, key: &KeyId) -> Result<bool, ManageError> {
-        Ok(self.repository.revoke_key(key).await?)
+        Ok(self.repository.revoke_key(key).await?.is_some())
     }
 }
 

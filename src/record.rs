@@ -4,6 +4,7 @@
 use std::{fmt, sync::Arc};
 
 use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::{
@@ -24,7 +25,7 @@ use crate::{
 /// record.allowed_endpoints = vec!["POST /v1/chat".parse()?];
 /// # Ok::<(), tower_api_key::EndpointRuleError>(())
 /// ```
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct KeyRecord {
     /// The key's id, stable over rotation.
@@ -95,7 +96,7 @@ impl KeyRecord {
 }
 
 /// The owner of a key.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct User {
     /// The owner's id.
@@ -116,7 +117,7 @@ impl User {
 }
 
 /// How often a key may be used; `None` is no limit, 0 allows nothing.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct RateLimits {
     /// Requests per minute.
@@ -128,7 +129,7 @@ pub struct RateLimits {
 }
 
 /// What a key may cost in a period.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Budget {
     /// The limit, in cents (column `budget_limit_cents`).
     pub limit_cents: u64,
@@ -137,7 +138,8 @@ pub struct Budget {
 }
 
 /// The period of a [`Budget`], in UTC.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum BudgetPeriod {
     /// The whole life of the key.
@@ -175,7 +177,7 @@ impl BudgetPeriod {
 }
 
 /// What has been used on a key so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct UsageTotals {
     /// Requests.
@@ -245,7 +247,7 @@ pub struct Revisions {
 macro_rules! opaque_id {
     ($(#[$docs:meta])* $name:ident) => {
         $(#[$docs])*
-        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         pub struct $name(Id);
 
         impl $name {
@@ -293,7 +295,8 @@ macro_rules! opaque_id {
     };
 }
 
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(untagged)]
 enum Id {
     Integer(i64),
     Text(Arc<str>),

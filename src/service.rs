@@ -2,7 +2,6 @@
 
 use std::{
     mem,
-    net::IpAddr,
     sync::Arc,
     task::{Context, Poll},
 };
@@ -11,13 +10,14 @@ use http::{Request, Response};
 use tower_service::Service;
 
 use crate::{
-    authenticate::{Authenticator, LookupFuture, check_address},
+    authenticate::{Authenticator, check_address},
     body::ResponseBody,
+    cache::{LookupFuture, Recall},
     context::{AuthContext, LetThrough},
-    credential::{self, RequestHead},
-    future::ResponseFuture,
+    credential::{self, Found, RequestHead},
+    future::{Held, ResponseFuture},
     layer::Options,
-    respond::{Asker, Denial, Forbidden},
+    respond::{Asker, Denial, Forbidden, Presentation},
 };
 
 /// The service of an [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer).
@@ -65,8 +65,9 @@ where
         let gate = Arc::clone(&self.gate);
         match self.gate.admit(&mut request) {
             Admission::Pass => ResponseFuture::pass(gate, asker, self.inner.call(request)),
-            Admission::LookUp { lookup, address } => {
-                ResponseFuture::look_up(gate, asker, lookup, address, request, self.take_ready())
+            Admission::LookUp { lookup, places } => {
+                let held = Held { request, places, ready: self.take_ready() };
+                ResponseFuture::look_up(gate, asker, lookup, held)
             }
             Admission::Refuse(denial) => {
                 // The instance that is ready may hold a permit for the call that will not come.
@@ -95,7 +96,11 @@ pub(crate) struct Gate {
 /// What can be said of a request at once.
 enum Admission {
     Pass,
-    LookUp { lookup: LookupFuture, address: Option<IpAddr> },
+    /// With the places that the key is in.
+    LookUp {
+        lookup: LookupFuture,
+        places: u64,
+    },
     Refuse(Denial),
 }
 
@@ -111,35 +116,48 @@ impl Gate {
         if self.options.skip.as_ref().is_some_and(|skip| (skip.0)(&head)) {
             return let_through(request);
         }
-        let key = match credential::find(&self.options.credentials, &head) {
-            Ok(Some(token)) => self.authenticator.parse(&token),
+        let found = match credential::find(&self.options.credentials, &head) {
+            Ok(Some(found)) => found,
             Ok(None) if self.options.is_optional => return let_through(request),
-            Ok(None) => Err(Denial::MissingCredential),
-            Err(denial) => Err(denial),
+            Ok(None) => return Admission::Refuse(Denial::MissingCredential),
+            Err(denial) => return Admission::Refuse(denial),
         };
-        match key {
+        let caller = match self.authenticator.recall(&found.token) {
+            Recall::Known(caller) => caller,
+            Recall::Refused(reason) => return Admission::Refuse(reason.into()),
+            Recall::Nothing => return self.ask(&found, &head),
+        };
+        let places = found.places;
+        match self.let_in(request, caller, places) {
+            Ok(()) => Admission::Pass,
+            Err(denial) => Admission::Refuse(denial),
+        }
+    }
+
+    fn ask(&self, found: &Found<'_>, head: &RequestHead<'_>) -> Admission {
+        match self.authenticator.parse(&found.token) {
             Ok(key) => {
-                let address = self.options.client.find(&head);
+                let address = self.options.client.find(head);
                 let lookup = self.authenticator.look_up(key, address);
-                Admission::LookUp { lookup, address }
+                Admission::LookUp { lookup, places: found.places }
             }
             Err(denial) => Admission::Refuse(denial),
         }
     }
 
-    /// Judges what depends on the request, and makes it ready for the inner service.
+    /// Judges what depends on the request, and makes it ready for the inner service. `places` has the key.
     pub(crate) fn let_in<B>(
         &self,
         request: &mut Request<B>,
         caller: AuthContext,
-        address: Option<IpAddr>,
+        places: u64,
     ) -> Result<(), Denial> {
-        check_address(&caller, address)?;
         let head = RequestHead::of(request);
+        check_address(&caller, || self.options.client.find(&head))?;
         if !caller.can_access_endpoint(head.method(), head.endpoint()) {
             return Err(Forbidden::Endpoint.into());
         }
-        self.options.key_header.treat(&self.options.credentials, request.headers_mut());
+        self.options.key_header.treat(&self.options.credentials, places, request.headers_mut());
         request.extensions_mut().insert(caller);
         Ok(())
     }
@@ -150,6 +168,9 @@ impl Gate {
         inner: Response<R>,
         asker: &Asker,
     ) -> Response<ResponseBody<R>> {
+        if !Presentation::is_refusal(&inner) {
+            return inner.map(ResponseBody::inner);
+        }
         match self.options.presentation.reshaped(inner, asker) {
             Ok(refusal) => refusal.map(ResponseBody::refusal),
             Err(answer) => answer.map(ResponseBody::inner),

@@ -3,16 +3,19 @@
 use crate::{
     error::{StoreError, StoreErrorKind},
     respond::Denial,
+    store::Change,
 };
 
 /// A row under this lookup prefix could not be decoded; the error says which, where the store knows.
 pub(crate) fn bad_row(prefix: &str, error: &StoreError) {
+    count("api_key_bad_rows_total");
     let cause = std::error::Error::source(error).map(ToString::to_string);
     tracing::error!(key_prefix = prefix, error = %error, cause, "an API key row can't be used");
 }
 
 /// A request was refused. Faults of ours are loud, refusals of strangers are not.
 pub(crate) fn denied(denial: &Denial) {
+    count("api_key_denials_total");
     match denial {
         // Logged where the lookup prefix is known.
         Denial::BadRow(_) => {}
@@ -36,4 +39,120 @@ pub(crate) fn denied(denial: &Denial) {
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn upgrade_failed(error: &StoreError) {
     tracing::warn!(error = %error, "the fast hash of an API key could not be stored");
+}
+
+/// The store said that something has changed.
+pub(crate) fn change(change: &Change) {
+    count("api_key_changes_total");
+    match change {
+        Change::Prefix(prefix, revision) => {
+            tracing::debug!(key_prefix = prefix, revision = revision.0, "an API key has changed");
+        }
+        Change::Owner(owner, revision) => {
+            tracing::debug!(%owner, revision = revision.0, "an owner of API keys has changed");
+        }
+        Change::Synced(_) => {}
+        Change::Reset => tracing::info!("changes may have been missed: API keys are read anew"),
+    }
+}
+
+/// A feed of changes has ended.
+pub(crate) fn feed_ended() {
+    tracing::warn!("the feed of API key changes has ended; it is listened to again");
+}
+
+/// The feed lost its connection, or could not get one.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub(crate) fn feed_broken(error: &StoreError) {
+    let cause = std::error::Error::source(error).map(ToString::to_string);
+    tracing::warn!(error = %error, cause, "changes of API keys can't be heard; connecting again");
+}
+
+/// Whether notifications come in.
+#[cfg(feature = "postgres")]
+pub(crate) fn feed_hears(hears: bool) {
+    if hears {
+        tracing::info!("notifications of API key changes come in again");
+    } else {
+        tracing::warn!("notifications of API key changes don't come in (a pooler?): polling alone");
+    }
+}
+
+/// Old rows of the table of changes could not be taken away.
+#[cfg(feature = "postgres")]
+pub(crate) fn not_pruned(error: &StoreError) {
+    let cause = std::error::Error::source(error).map(ToString::to_string);
+    tracing::debug!(error = %error, cause, "old rows of api_key_changes can't be deleted");
+}
+
+/// Redis answered, or not, in place of the store.
+#[cfg(feature = "redis")]
+pub(crate) fn redis_hit(hit: bool) {
+    count(if hit { "api_key_redis_hits_total" } else { "api_key_redis_misses_total" });
+}
+
+/// The breaker on Redis has opened.
+#[cfg(feature = "redis")]
+pub(crate) fn redis_is_down() {
+    gauge("api_key_redis_up", 0.0);
+    tracing::warn!("Redis fails: the store below answers, and Redis is probed in the background");
+}
+
+/// There is a connection to Redis.
+#[cfg(feature = "redis")]
+pub(crate) fn redis_is_up() {
+    gauge("api_key_redis_up", 1.0);
+    tracing::info!("Redis is there");
+}
+
+/// A probe has failed. The first of a row is loud.
+#[cfg(feature = "redis")]
+pub(crate) fn redis_is_out_of_reach(reason: &str, is_news: bool) {
+    gauge("api_key_redis_up", 0.0);
+    if is_news {
+        tracing::warn!(reason, "Redis can't be reached: the store below answers");
+    } else {
+        tracing::debug!(reason, "Redis can't be reached");
+    }
+}
+
+/// A value in Redis, or a message, is not what a node of ours has written.
+#[cfg(feature = "redis")]
+pub(crate) fn redis_entry_not_believed(name: &str) {
+    count("api_key_redis_entries_not_believed_total");
+    tracing::warn!(name, "an entry in Redis is forged, moved or damaged; the store is asked");
+}
+
+/// A change could not be carried to Redis yet.
+#[cfg(feature = "redis")]
+pub(crate) fn not_deleted_in_redis(reason: &str) {
+    tracing::debug!(reason, "a delete in Redis is tried again");
+}
+
+/// The store has no secret for Redis, though it had not said so at once.
+#[cfg(feature = "redis")]
+pub(crate) fn no_cache_secret() {
+    tracing::error!("the key store has no cache secret: Redis is not used");
+}
+
+/// The store could not be asked for the secret.
+#[cfg(feature = "redis")]
+pub(crate) fn cache_secret_unknown(error: &StoreError) {
+    tracing::debug!(error = %error, "the cache secret can't be read yet; Redis is not used");
+}
+
+/// Counts one in the recorder of the `metrics` crate, if the feature is on.
+fn count(name: &'static str) {
+    #[cfg(feature = "metrics")]
+    metrics::counter!(name).increment(1);
+    #[cfg(not(feature = "metrics"))]
+    let _ = name;
+}
+
+#[cfg(feature = "redis")]
+fn gauge(name: &'static str, value: f64) {
+    #[cfg(feature = "metrics")]
+    metrics::gauge!(name).set(value);
+    #[cfg(not(feature = "metrics"))]
+    let _ = (name, value);
 }

@@ -2,9 +2,7 @@
 
 mod support;
 
-use std::time::SystemTime;
-
-use support::servers::Postgres;
+use support::{eventually::eventually, servers::Postgres, stores::question};
 use tower_api_key::*;
 
 /// As SQLAlchemy makes them for the service that this crate takes over from: defaults in the ORM and
@@ -192,7 +190,7 @@ async fn the_statements_of_the_orm_go_on_working_beside_the_crate() {
         .unwrap();
     let denial = authenticator(&store).authenticate(issued.expose_secret()).await.unwrap_err();
     assert!(matches!(denial, Denial::InvalidKey(InvalidKey::OwnerInactive)), "{denial}");
-    assert!(store.update_user(&user).await.unwrap());
+    assert!(store.update_user(&user).await.unwrap().is_some());
     assert!(authenticator(&store).authenticate(issued.expose_secret()).await.is_ok());
     orm.batch_execute("DELETE FROM api_keys WHERE name = 'new'").await.unwrap();
     let denial = authenticator(&store).authenticate(issued.expose_secret()).await.unwrap_err();
@@ -321,27 +319,70 @@ async fn ten_nodes_that_start_at_once_migrate_once() {
     }
     let orm = server.client().await;
     let count = "SELECT count(*)::text FROM __diesel_schema_migrations";
-    assert_eq!(text(&orm, count).await, "1");
+    assert_eq!(text(&orm, count).await, "2");
+    assert_eq!(text(&orm, "SELECT count(*)::text FROM api_key_cache_secrets").await, "1");
+}
+
+/// From the newest migration to the oldest.
+const DOWN: [&str; 2] = [
+    include_str!("../schema/postgres/2026-11-22-000002_revisions/down.sql"),
+    include_str!("../schema/postgres/2026-11-22-000001_users_and_keys/down.sql"),
+];
+
+/// All that there is in the schema: tables, indexes, sequences, functions, triggers, columns and comments.
+async fn schema(client: &tokio_postgres::Client) -> Vec<String> {
+    let everything = "
+        SELECT c.relkind::text || ' ' || c.relname FROM pg_class c
+            WHERE c.relnamespace = 'public'::regnamespace AND c.relname NOT LIKE '%diesel%'
+        UNION ALL SELECT 'function ' || proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+        UNION ALL SELECT 'trigger ' || tgname || ' on ' || tgrelid::regclass FROM pg_trigger
+            WHERE NOT tgisinternal
+        UNION ALL SELECT 'column ' || attrelid::regclass || '.' || attname || ' '
+                || format_type(atttypid, atttypmod) || ' ' || coalesce(col_description(attrelid, attnum), '')
+            FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
+            WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND attnum > 0
+                AND NOT attisdropped AND c.relname NOT LIKE '%diesel%'
+        ORDER BY 1";
+    let rows = client.query(everything, &[]).await.unwrap();
+    rows.iter().map(|row| row.get(0)).collect()
 }
 
 #[tokio::test]
 async fn going_down_takes_away_what_was_made_and_leaves_what_was_adopted() {
     let (_server, orm, store) = orm_server().await;
-    let columns = "SELECT string_agg(attname, ' ' ORDER BY attnum) FROM pg_attribute
-        WHERE attrelid = 'api_keys'::regclass AND attnum > 0 AND NOT attisdropped";
-    let before = text(&orm, columns).await;
+    let before = schema(&orm).await;
     store.migrate().await.unwrap();
-    assert_ne!(text(&orm, columns).await, before);
-    let down = include_str!("../schema/postgres/2026-11-22-000001_users_and_keys/down.sql");
-    orm.batch_execute(down).await.unwrap();
-    assert_eq!(text(&orm, columns).await, before);
+    let made: Vec<_> =
+        schema(&orm).await.into_iter().filter(|thing| !before.contains(thing)).collect();
+    for thing in [
+        "r api_key_changes",
+        "r api_key_cache_secrets",
+        "S api_key_revisions",
+        "function api_key_note_key",
+        "trigger zzz_api_key_revision on users",
+        "trigger zzz_api_key_revision on api_keys",
+        "trigger api_key_note_all on users",
+        "column users.api_key_revision bigint made by tower-api-key",
+        "column api_keys.api_key_revision bigint made by tower-api-key",
+    ] {
+        assert!(made.iter().any(|made| made == thing), "{thing} in {made:#?}");
+    }
+    for down in DOWN {
+        orm.batch_execute(down).await.unwrap();
+    }
+    assert_eq!(schema(&orm).await, before);
     assert_eq!(text(&orm, "SELECT count(*)::text FROM api_keys").await, "1");
+    // No trigger is left that would fail without its table.
+    orm.batch_execute("UPDATE users SET is_active = false; DELETE FROM api_keys").await.unwrap();
 
     let fresh = Postgres::start();
     let orm = fresh.client().await;
     PostgresStore::new(&fresh.url()).unwrap().migrate().await.unwrap();
-    orm.batch_execute(down).await.unwrap();
-    assert_eq!(text(&orm, "SELECT to_regclass('users')::text").await, "");
+    assert_ne!(schema(&orm).await, [""; 0]);
+    for down in DOWN {
+        orm.batch_execute(down).await.unwrap();
+    }
+    assert_eq!(schema(&orm).await, [""; 0]);
 }
 
 #[tokio::test]
@@ -361,34 +402,44 @@ async fn a_look_up_uses_the_index_where_the_planner_has_no_statistics() {
     )
     .await
     .unwrap();
-    let scans = "SELECT coalesce(sum(idx_scan), 0)::text || ' ' || coalesce(sum(seq_scan), 0)::text || ' ' ||
-            (SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = 'api_keys_pkey')::text
-        FROM pg_stat_user_tables WHERE relname = 'api_keys'";
-    // Statistics of a session are sent when it ends; a new store has new connections.
-    drop(store);
+    // Of each table, and last the rows that a walk of a primary key would read.
+    let scans = "SELECT string_agg(concat_ws(' ', idx_scan, seq_scan,
+            (SELECT idx_tup_read FROM pg_stat_user_indexes WHERE indexrelname = t.relname || '_pkey')
+        ), ' ' ORDER BY t.relname DESC)
+        FROM pg_stat_user_tables t WHERE t.relname IN ('api_keys', 'api_key_changes')";
     let counted = async || {
         let numbers = text(&orm, scans).await;
-        numbers.split(' ').map(|n| n.parse::<u64>().unwrap()).collect::<Vec<_>>()
+        let numbers: Vec<_> = numbers.split(' ').map(|n| n.parse::<u64>().unwrap()).collect();
+        <[u64; 6]>::try_from(numbers).unwrap()
     };
+    // Statistics of a session are sent when it ends; a new store has new connections.
+    drop(store);
+    let sessions =
+        "SELECT count(*)::text FROM pg_stat_activity WHERE application_name = 'tower-api-key'";
+    others_end(&orm, sessions).await;
     let before = counted().await;
     let store = PostgresStore::new(&server.url()).unwrap();
-    let authenticator = Authenticator::new(store.clone());
+    // Without an authenticator, whose feed reads the table of changes too.
+    let lookup = question(issued.expose_secret()).await;
     for _ in 0..10 {
-        assert!(authenticator.authenticate(issued.expose_secret()).await.is_ok());
+        assert!(store.resolve(&lookup).await.unwrap().record().is_some());
     }
-    drop((authenticator, store));
-    let deadline = SystemTime::now() + std::time::Duration::from_secs(10);
-    let after = loop {
-        let after = counted().await;
-        if after[0] >= before[0] + 10 || SystemTime::now() > deadline {
-            break after;
-        }
-        tokio::task::yield_now().await;
-    };
-    assert!(after[0] >= before[0] + 10, "index scans: {before:?} {after:?}");
+    drop(store);
+    others_end(&orm, sessions).await;
+    let mut after = before;
+    eventually("ten scans of an index of each table", async || {
+        after = counted().await;
+        after[0] >= before[0] + 10 && after[3] >= before[3] + 10
+    })
+    .await;
     assert_eq!(
-        (after[1], after[2]),
-        (before[1], before[2]),
-        "no sequential scan, no walk of the primary key"
+        [after[1], after[2], after[4], after[5]],
+        [before[1], before[2], before[4], before[5]],
+        "no sequential scan, no walk of a primary key: {before:?} {after:?}"
     );
+}
+
+/// Waits until the sessions are gone, whose number the query says.
+async fn others_end(client: &tokio_postgres::Client, sessions: &str) {
+    eventually("the sessions end", async || text(client, sessions).await == "0").await;
 }

@@ -8,6 +8,11 @@ use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
 use support::{log::capture, servers::Postgres};
 use tower_api_key::*;
 
+/// An authenticator that asks its store each time.
+fn asking(store: impl KeyStore) -> AuthenticatorBuilder {
+    Authenticator::builder(store).cache_capacity(0)
+}
+
 /// Breaks one column after the other of the row of `broken`, and asks for it and for `whole`.
 async fn each_column_is_named<S: KeyRepository + Clone>(
     store: S,
@@ -18,7 +23,7 @@ async fn each_column_is_named<S: KeyRepository + Clone>(
     let user = manager.create_user("ada@example.com", "user").await.unwrap().id;
     let broken = manager.issue(NewKey::new(user.clone(), "broken")).await.unwrap();
     let whole = manager.issue(NewKey::new(user, "whole")).await.unwrap();
-    let authenticator = Authenticator::new(store.clone());
+    let authenticator = asking(store.clone()).build();
     let (log, _guard) = capture();
 
     let id = broken.record().id.clone();
@@ -109,7 +114,7 @@ async fn bytes_in_sqlite_where_a_text_or_a_number_should_be_are_a_bad_row_too() 
     let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
     let mut other = SqliteConnection::establish(file.to_str().unwrap()).unwrap();
     let (log, _guard) = capture();
-    let authenticator = Authenticator::new(store);
+    let authenticator = asking(store).build();
     for (broken, whole) in [
         ("name = x'00ff'", "name = 'k'"),
         ("rate_limit_per_day = x'01'", "rate_limit_per_day = NULL"),
@@ -137,7 +142,7 @@ async fn a_bad_row_beside_a_good_one_is_logged_and_does_not_stop_it() {
     let break_first = "UPDATE api_keys SET budget_type = 'hourly' WHERE id = 1";
     server.client().await.batch_execute(break_first).await.unwrap();
     let scheme = KeyScheme::builder().format(KeyFormat::first_chars(8).unwrap()).build().unwrap();
-    let authenticator = Authenticator::builder(store).scheme(scheme).build();
+    let authenticator = asking(store).scheme(scheme).build();
     let (log, _guard) = capture();
     assert!(authenticator.authenticate("sk-proj-1").await.is_ok());
     assert!(log.take().contains("api_keys row 1, column budget_type"));

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::servers::Postgres;
+use support::{eventually::eventually, servers::Postgres, stores::question};
 use tower_api_key::*;
 
 struct Fixture {
@@ -60,6 +60,30 @@ async fn a_server_that_is_down_is_a_503_and_not_a_401_until_it_is_back() {
 }
 
 #[tokio::test]
+async fn a_key_that_is_remembered_goes_on_working_while_the_server_is_down_and_is_revoked_after() {
+    let mut fixture = fixture().await;
+    let authenticator = Authenticator::new(fixture.store.clone());
+    let prefix = authenticator.authenticate(&fixture.key).await.unwrap().key().prefix.clone();
+    fixture.server.stop();
+    assert!(authenticator.authenticate(&fixture.key).await.is_ok());
+    let unknown = authenticator.authenticate(&support::unknown_key()).await.unwrap_err();
+    assert!(matches!(unknown, Denial::Unavailable(_)), "{unknown:?}");
+    assert!(authenticator.health().is_store_failing);
+    fixture.server.start_again();
+    // The feed was cut off when this was done, perhaps.
+    let revoke = format!("UPDATE api_keys SET is_active = false WHERE key_prefix = '{prefix}'");
+    fixture.server.client().await.batch_execute(&revoke).await.unwrap();
+    eventually("the feed has caught up", async || {
+        match authenticator.authenticate(&fixture.key).await {
+            Ok(_) => false,
+            Err(Denial::InvalidKey(InvalidKey::Revoked)) => true,
+            Err(denial) => panic!("{denial:?}"),
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn connections_that_died_in_the_pool_are_not_felt() {
     let mut fixture = fixture().await;
     assert!(fixture.ask().await.is_ok());
@@ -75,11 +99,15 @@ async fn connections_that_died_in_the_pool_are_not_felt() {
     assert!(first.is_ok(), "the first request after the connections were ended: {first:?}");
 
     let pool_of_eight = PostgresStore::builder(&fixture.server.url()).max_connections(8).build();
-    let authenticator = Authenticator::new(pool_of_eight.unwrap());
+    // Four at once, each over a connection of its own: one authenticator would ask once for all of them,
+    // and then never again.
+    let (pool_of_eight, lookup) = (pool_of_eight.unwrap(), question(&fixture.key).await);
     let ask = async || {
-        let ask = || authenticator.authenticate(&fixture.key);
+        let ask = || pool_of_eight.resolve(&lookup);
         let (a, b, c, d) = tokio::join!(ask(), ask(), ask(), ask());
-        [a, b, c, d].into_iter().for_each(|answer| drop(answer.unwrap()));
+        for answer in [a, b, c, d] {
+            assert!(answer.unwrap().record().is_some());
+        }
     };
     ask().await;
     fixture.server.stop();
@@ -117,11 +145,13 @@ async fn a_query_that_is_dropped_halfway_leaves_the_pool_whole() {
     let mut other = fixture.server.client().await;
     // In a transaction, the view of what others do stands still.
     let observer = fixture.server.client().await;
+    // The store's own future: an authenticator's look-up goes on when its caller is gone.
+    let lookup = question(&fixture.key).await;
     for _ in 0..3 {
         let lock = other.transaction().await.unwrap();
         lock.batch_execute("LOCK TABLE api_keys").await.unwrap();
         {
-            let mut ask = pin!(fixture.ask());
+            let mut ask = pin!(fixture.store.resolve(&lookup));
             let waiting = "SELECT count(*) FROM pg_stat_activity
                 WHERE application_name = 'tower-api-key' AND wait_event_type = 'Lock'";
             loop {
@@ -134,7 +164,9 @@ async fn a_query_that_is_dropped_halfway_leaves_the_pool_whole() {
             }
         }
         lock.rollback().await.unwrap();
-        assert!(fixture.ask().await.is_ok(), "there is one connection in the pool, and it is free");
+        let answer = fixture.store.resolve(&lookup).await;
+        let answer = answer.expect("there is one connection in the pool, and it is free");
+        assert!(answer.record().is_some());
     }
 }
 

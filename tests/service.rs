@@ -12,8 +12,10 @@ use std::{
 
 use http::{Request, Response};
 use support::{
-    Fixture, fixture,
-    probe::{Control, Probe, ProbeError, Wakes, block_on, poll, poll_ready, probe},
+    Fixture,
+    eventually::others_make,
+    fixture,
+    probe::{Control, Probe, ProbeError, Wakes, block_on, poll, poll_ready, poll_to_end, probe},
     read,
     stores::Held,
     unknown_key, with_wrong_secret,
@@ -57,10 +59,12 @@ async fn the_instance_that_was_polled_ready_is_called_after_a_slow_look_up() {
     assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
     let mut answer = service.call(request(&fixture.key, ()));
     assert!(poll(&mut answer).is_pending());
+    store.is_asked(1).await;
+    assert!(poll(&mut answer).is_pending());
     assert!(inner.called().is_empty());
 
     store.let_one_go();
-    let Poll::Ready(Ok(response)) = poll(&mut answer) else { panic!("no answer") };
+    let response = poll_to_end(&mut answer).await.unwrap();
     assert_eq!(read(response).await.body, "ada@example.com");
     assert_eq!(inner.called(), inner.polled_ready());
     assert_eq!(inner.called(), [0]);
@@ -70,19 +74,44 @@ async fn the_instance_that_was_polled_ready_is_called_after_a_slow_look_up() {
 async fn a_service_that_is_polled_ready_again_meanwhile_calls_each_instance_for_its_own_request() {
     let Slow { fixture, store, mut service, inner } = slow().await;
     assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+    let another = fixture.issue(|new| new).await;
     let mut first = service.call(request(&fixture.key, ()));
     assert!(poll(&mut first).is_pending());
+    store.is_asked(1).await;
     assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
-    let mut second = service.call(request(&fixture.key, ()));
+    let mut second = service.call(request(another.expose_secret(), ()));
     assert!(poll(&mut second).is_pending());
+    store.is_asked(2).await;
     assert_eq!(inner.polled_ready(), [0, 1]);
 
     store.let_one_go();
-    assert!(matches!(poll(&mut first), Poll::Ready(Ok(_))));
+    assert_eq!(poll_to_end(&mut first).await.unwrap().status(), 200);
+    assert!(poll(&mut second).is_pending());
     assert_eq!(inner.called(), [0]);
     store.let_one_go();
-    assert!(matches!(poll(&mut second), Poll::Ready(Ok(_))));
+    assert_eq!(poll_to_end(&mut second).await.unwrap().status(), 200);
     assert_eq!(inner.called(), [0, 1]);
+}
+
+#[tokio::test]
+async fn requests_that_wait_for_one_look_up_each_call_the_instance_that_was_ready_for_them() {
+    let Slow { fixture, store, mut service, inner } = slow().await;
+    let mut call = || {
+        assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
+        let mut answer = service.call(request(&fixture.key, ()));
+        assert!(poll(&mut answer).is_pending());
+        answer
+    };
+    let (mut first, mut second) = (call(), call());
+    store.is_asked(1).await;
+    assert_eq!(inner.polled_ready(), [0, 1]);
+    store.let_one_go();
+    // The later one first: each has its own instance.
+    assert_eq!(poll_to_end(&mut second).await.unwrap().status(), 200);
+    assert_eq!(inner.called(), [1]);
+    assert_eq!(poll_to_end(&mut first).await.unwrap().status(), 200);
+    assert_eq!(inner.called(), [1, 0]);
+    assert_eq!(store.under_way(), 0);
 }
 
 #[tokio::test]
@@ -146,8 +175,12 @@ async fn a_look_up_that_ends_wakes_the_task_that_waits_for_the_response() {
     let waker = Waker::from(Arc::clone(&wakes));
     let mut cx = Context::from_waker(&waker);
     assert!(Future::poll(std::pin::Pin::new(&mut answer), &mut cx).is_pending());
+    store.is_asked(1).await;
+    assert_eq!(wakes.count(), 0);
     store.let_one_go();
+    others_make("the look-up wakes who waits for it", || wakes.count() > 0).await;
     assert_eq!(wakes.count(), 1);
+    assert!(matches!(poll(&mut answer), Poll::Ready(Ok(_))), "woken for nothing");
 }
 
 #[tokio::test]
@@ -174,18 +207,35 @@ async fn dropping_the_future_before_it_is_polled_leaves_nothing_behind() {
     assert_eq!(left_over(&slow, &body), (1, 2, 0));
     drop(answer);
     assert_eq!(left_over(&slow, &body), (0, 1, 0));
+    // Nor has a look-up begun.
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+        assert_eq!(left_over(&slow, &body), (0, 1, 0));
+    }
 }
 
 #[tokio::test]
-async fn dropping_the_future_during_the_look_up_leaves_nothing_behind() {
+async fn dropping_the_future_during_the_look_up_leaves_nothing_behind_but_an_answer_for_the_next() {
     let (mut slow, body) = (slow().await, Arc::new(()));
     assert!(poll_ready::<_, Request<Opaque>>(&mut slow.service).is_ready());
     let mut answer = slow.service.call(request(&slow.fixture.key, opaque(&body)));
     assert!(poll(&mut answer).is_pending());
+    slow.store.is_asked(1).await;
     assert_eq!(left_over(&slow, &body), (1, 2, 1));
     drop(answer);
+    // The request and the instance are gone at once, the look-up goes on …
+    assert_eq!(left_over(&slow, &body), (0, 1, 1));
+    slow.store.let_one_go();
+    others_make("the look-up ends on its own", || slow.store.under_way() == 0).await;
     assert_eq!(left_over(&slow, &body), (0, 1, 0));
     assert!(slow.inner.called().is_empty());
+    // … and the next caller has its answer without a wait. The store lets nobody go on any more.
+    assert!(poll_ready::<_, Request<Opaque>>(&mut slow.service).is_ready());
+    let mut next = slow.service.call(request(&slow.fixture.key, opaque(&body)));
+    let Poll::Ready(Ok(response)) = poll(&mut next) else { panic!("no answer") };
+    assert_eq!(read(response).await.body, "ada@example.com");
+    drop(next);
+    assert_eq!(left_over(&slow, &body), (0, 1, 0));
 }
 
 #[tokio::test]
@@ -195,8 +245,11 @@ async fn dropping_the_future_during_the_inner_call_leaves_nothing_behind() {
     slow.store.let_one_go();
     assert!(poll_ready::<_, Request<Opaque>>(&mut slow.service).is_ready());
     let mut answer = slow.service.call(request(&slow.fixture.key, opaque(&body)));
-    assert!(poll(&mut answer).is_pending());
-    assert_eq!(slow.inner.called(), [0]);
+    let is_called = || {
+        assert!(poll(&mut answer).is_pending());
+        slow.inner.called() == [0]
+    };
+    others_make("the inner service is called", is_called).await;
     // The clone in the service and the call; the instance that was called and the look-up are gone.
     assert_eq!(left_over(&slow, &body), (1, 2, 0));
     drop(answer);
@@ -207,10 +260,11 @@ async fn dropping_the_future_during_the_inner_call_leaves_nothing_behind() {
 async fn a_refused_request_is_dropped_before_its_answer_is_sent() {
     let (mut slow, body) = (slow().await, Arc::new(()));
     slow.store.let_one_go();
-    for key in ["nonsense", &unknown_key()] {
+    // The last one is remembered to be unknown.
+    for key in ["nonsense", &unknown_key(), &unknown_key()] {
         assert!(poll_ready::<_, Request<Opaque>>(&mut slow.service).is_ready());
         let mut answer = slow.service.call(request(key, opaque(&body)));
-        let Poll::Ready(Ok(response)) = poll(&mut answer) else { panic!("no answer") };
+        let response = poll_to_end(&mut answer).await.unwrap();
         assert_eq!(response.status(), 401);
         assert_eq!(left_over(&slow, &body), (0, 1, 0));
     }
@@ -248,20 +302,22 @@ async fn a_refusal_after_a_look_up_gives_the_permit_back() {
     assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
     let mut answer = service.call(request(&with_wrong_secret(&fixture.key), ()));
     assert!(poll(&mut answer).is_pending());
+    store.is_asked(1).await;
     assert!(poll_ready::<_, Request<()>>(&mut other).is_pending(), "the permit is not taken");
     store.let_one_go();
-    let Poll::Ready(Ok(response)) = poll(&mut answer) else { panic!("no answer") };
+    let response = poll_to_end(&mut answer).await.unwrap();
     assert_eq!(response.status(), 401);
     assert!(poll_ready::<_, Request<()>>(&mut other).is_ready(), "the permit is lost");
 }
 
 #[tokio::test]
 async fn a_caller_who_goes_away_gives_the_permit_back() {
-    let (fixture, _, mut service) = limited().await;
+    let (fixture, store, mut service) = limited().await;
     let mut other = service.clone();
     assert!(poll_ready::<_, Request<()>>(&mut service).is_ready());
     let mut answer = service.call(request(&fixture.key, ()));
     assert!(poll(&mut answer).is_pending());
+    store.is_asked(1).await;
     assert!(poll_ready::<_, Request<()>>(&mut other).is_pending(), "the permit is not taken");
     drop(answer);
     assert!(poll_ready::<_, Request<()>>(&mut other).is_ready(), "the permit is lost");
@@ -270,10 +326,16 @@ async fn a_caller_who_goes_away_gives_the_permit_back() {
 #[tokio::test]
 async fn a_permit_is_taken_once_for_a_request_that_is_let_in() {
     let (fixture, store, mut service) = limited().await;
-    for _ in 0..3 {
+    // Three requests that need a look-up, and three whose key is known.
+    let mut keys = vec![fixture.key.clone()];
+    for _ in 0..2 {
+        keys.push(fixture.issue(|new| new).await.expose_secret().to_owned());
         store.let_one_go();
+    }
+    store.let_one_go();
+    for key in keys.iter().chain(&keys) {
         let ready = ServiceExt::<Request<()>>::ready(&mut service).await.unwrap();
-        assert_eq!(ready.call(request(&fixture.key, ())).await.unwrap().status(), 200);
+        assert_eq!(ready.call(request(key, ())).await.unwrap().status(), 200);
     }
 }
 
@@ -283,6 +345,7 @@ fn without_a_tokio_runtime_a_key_is_answered_503() {
     let fixture = runtime.block_on(fixture());
     drop(runtime);
     let (probe, inner) = probe();
+    // Building one needs none.
     let layer = fixture.layer();
     let response = block_on(layer.layer(probe).oneshot(request(&fixture.key, ()))).unwrap();
     assert_eq!(response.status(), 503);

@@ -4,11 +4,14 @@ mod support;
 
 use std::{
     net::IpAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
-use support::{fixture, old_and_new_keys, send, store_of};
+use support::{eventually::eventually, fixture, old_and_new_keys, send, store_of};
 use tower_api_key::*;
 
 fn is_overloaded(denial: &Denial) -> bool {
@@ -18,7 +21,9 @@ fn is_overloaded(denial: &Denial) -> bool {
 /// Attackers with a clock that stands still unless told otherwise.
 struct Siege {
     clock: Arc<ManualClock>,
+    store: MemoryStore,
     authenticator: Authenticator,
+    guesses: AtomicUsize,
 }
 
 impl Siege {
@@ -26,19 +31,30 @@ impl Siege {
         let clock = Arc::new(ManualClock::at(SystemTime::now()));
         let scheme = old_and_new_keys().clock(clock.clone()).build().unwrap();
         let store = store_of(prefixes, cost).await;
-        let authenticator = Authenticator::builder(store).scheme(scheme).build();
-        Self { clock, authenticator }
+        let authenticator = Authenticator::builder(store.clone()).scheme(scheme).build();
+        Self { clock, store, authenticator, guesses: AtomicUsize::new(0) }
     }
 
-    /// Whether a wrong secret was checked: 401, or 503 without a check.
+    /// Whether a wrong secret was checked: 401, or 503 without a check. Another one each time: what was
+    /// found to be wrong is remembered.
     async fn guess(&self, prefix: &str, from: IpAddr) -> bool {
-        match self.authenticator.authenticate_from(&format!("{prefix}-of-yours"), from).await {
+        let number = self.guesses.fetch_add(1, Ordering::Relaxed);
+        let wrong = format!("{prefix}-of-yours-{number}");
+        match self.authenticator.authenticate_from(&wrong, from).await {
             Err(Denial::InvalidKey(InvalidKey::WrongSecret)) => true,
             Err(denial) if is_overloaded(&denial) => {
                 assert!(denial.retry_after().unwrap() <= Duration::from_secs(10));
                 false
             }
             other => panic!("{other:?}"),
+        }
+    }
+
+    /// What the owner of `key-0001` is told.
+    async fn owner(&self, from: IpAddr) -> u16 {
+        match self.authenticator.authenticate_from("key-0001-of-mine", from).await {
+            Ok(_) => 200,
+            Err(denial) => denial.status().as_u16(),
         }
     }
 }
@@ -87,19 +103,36 @@ async fn guesses_that_come_all_at_once_get_no_more_checks_than_one_after_the_oth
 #[tokio::test]
 async fn the_owner_of_a_key_under_attack_is_answered_200_or_503_and_never_401() {
     let siege = Siege::of(["key-0001".to_owned()], 4).await;
-    let owner =
-        async |from| match siege.authenticator.authenticate_from("key-0001-of-mine", from).await {
-            Ok(_) => 200,
-            Err(denial) => denial.status().as_u16(),
-        };
     for _ in 0..20 {
         siege.guess("key-0001", address(1)).await;
     }
-    assert_eq!(owner(address(9)).await, 200, "from an address of their own");
     for _ in 0..20 {
-        let status = owner(address(1)).await;
-        assert_eq!(status, 503, "from the attacker's address");
+        assert_eq!(siege.owner(address(1)).await, 503, "from the attacker's address");
     }
+    assert_eq!(siege.owner(address(9)).await, 200, "from an address of their own");
+}
+
+#[tokio::test]
+async fn a_key_that_was_proven_before_the_attack_is_not_rationed_even_when_it_is_looked_up_again() {
+    let siege = Siege::of(["key-0001".to_owned()], 4).await;
+    assert_eq!(siege.owner(address(1)).await, 200);
+    for _ in 0..20 {
+        siege.guess("key-0001", address(1)).await;
+    }
+    assert!(!siege.guess("key-0001", address(1)).await, "the ration is used up");
+    for _ in 0..20 {
+        assert_eq!(siege.owner(address(1)).await, 200, "from the attacker's address");
+    }
+    // An edit, so that the key is looked up again, but not checked.
+    let mut record = siege.store.list_keys(&ListKeys::default()).await.unwrap().remove(0);
+    record.name = "edited".into();
+    siege.store.update_key(&record).await.unwrap().unwrap();
+    eventually("the edit is seen", async || {
+        let owner = siege.authenticator.authenticate_from("key-0001-of-mine", address(1)).await;
+        owner.expect("200 all along").key().name == "edited"
+    })
+    .await;
+    assert!(!siege.guess("key-0001", address(1)).await, "the ration is still used up");
 }
 
 #[tokio::test]
@@ -121,16 +154,15 @@ async fn an_attack_on_many_keys_from_one_address_is_rationed_as_a_whole() {
 #[tokio::test]
 async fn a_guess_counts_even_if_whoever_guessed_does_not_wait_for_the_answer() {
     let siege = Siege::of(["key-0001".to_owned()], 4).await;
-    for _ in 0..5 {
+    for n in 0..5 {
         {
             // The first poll hands the check over; by its end the check may even be done.
             let mut guess = std::pin::pin!(siege.guess("key-0001", address(1)));
             let context = &mut std::task::Context::from_waker(std::task::Waker::noop());
             let _ = guess.as_mut().poll(context);
         }
-        // The owner's check waits for its turn, so the guess has ended when it is done.
-        let owner = siege.authenticator.authenticate_from("key-0001-of-mine", address(9)).await;
-        assert!(owner.is_ok(), "{owner:?}");
+        // Another check from elsewhere waits for its turn, so the guess has ended when it is done.
+        assert!(siege.guess("key-0001", address(10 + n)).await);
     }
     assert!(!siege.guess("key-0001", address(1)).await);
 }
@@ -140,8 +172,11 @@ async fn a_fast_hash_is_never_rationed() {
     let fixture = fixture().await;
     // Its check is right, so that the hash has to say it.
     let wrong = support::with_wrong_secret(&fixture.key);
+    // One ration for all of them, and no memory of what was wrong.
+    let authenticator = Authenticator::builder(fixture.store.clone()).cache_capacity(0).build();
+    let layer = ApiKeyAuthLayer::from(authenticator);
     for _ in 0..50 {
-        assert_eq!(send(&fixture.layer(), support::bearer(&wrong)).await.status(), 401);
+        assert_eq!(send(&layer, support::bearer(&wrong)).await.status(), 401);
     }
-    assert_eq!(send(&fixture.layer(), support::bearer(&fixture.key)).await.status(), 200);
+    assert_eq!(send(&layer, support::bearer(&fixture.key)).await.status(), 200);
 }

@@ -55,6 +55,12 @@ const ORM_TABLES: &str = "
     INSERT INTO users (email, hashed_password, role, is_active, created_at)
     VALUES ('ada@example.com', 'x', 'ADMIN', 1, '2026-01-02 03:04:05.000000');";
 
+/// From the newest migration to the oldest.
+const DOWN: [&str; 2] = [
+    include_str!("../schema/sqlite/2026-11-22-000002_revisions/down.sql"),
+    include_str!("../schema/sqlite/2026-11-22-000001_users_and_keys/down.sql"),
+];
+
 fn orm_key(key: &str) -> String {
     let hash = KeyHash::bcrypt(key, 4).unwrap().expose_hash();
     format!(
@@ -103,10 +109,15 @@ async fn tables_of_an_orm_are_adopted_and_its_statements_go_on_working() {
     let denial = authenticator.authenticate(issued.expose_secret()).await.unwrap_err();
     assert!(matches!(denial, Denial::InvalidKey(InvalidKey::OwnerInactive)), "{denial}");
 
-    let down = include_str!("../schema/sqlite/2026-11-22-000001_users_and_keys/down.sql");
-    let error = orm.0.transaction(|connection| connection.batch_execute(down)).unwrap_err();
+    orm.run(DOWN[0]);
+    let error = orm.0.transaction(|connection| connection.batch_execute(DOWN[1])).unwrap_err();
     assert!(error.to_string().contains("adopted_tables_are_not_dropped"), "{error}");
     assert_eq!(orm.text("SELECT count(*) FROM api_keys"), "3");
+    // No trigger is left that would fail without its table, and no column.
+    orm.run("UPDATE users SET is_active = 0; DELETE FROM api_keys");
+    assert_eq!(orm.text("SELECT count(*) FROM sqlite_master WHERE type = 'trigger'"), "0");
+    let revisions = "SELECT count(*) FROM pragma_table_info('users') WHERE name LIKE 'api_key%'";
+    assert_eq!(orm.text(revisions), "0");
 }
 
 #[tokio::test]
@@ -115,16 +126,17 @@ async fn going_down_takes_away_what_was_made() {
     let file = folder.path().join("keys.db");
     SqliteStore::open(&file).unwrap().migrate().await.unwrap();
     let mut other = Other::at(&file);
-    other.run(include_str!("../schema/sqlite/2026-11-22-000001_users_and_keys/down.sql"));
-    assert_eq!(
-        other
-            .text(
-                "SELECT count(*) FROM sqlite_master WHERE name NOT LIKE '%diesel%'
-        AND name NOT LIKE 'sqlite_%' AND type = 'table'"
-            )
-            .as_str(),
-        "0"
-    );
+    // Tables, indexes, triggers.
+    let left = "SELECT coalesce(group_concat(type || ' ' || name, ', '), '') FROM sqlite_master
+        WHERE name NOT LIKE '%diesel%' AND name NOT LIKE 'sqlite_%'";
+    let made = other.text(left);
+    for thing in ["table api_key_changes", "table api_key_cache_secrets", "trigger api_key_note"] {
+        assert!(made.split(", ").any(|made| made == thing), "{thing} in {made}");
+    }
+    for down in DOWN {
+        other.run(down);
+    }
+    assert_eq!(other.text(left), "");
 }
 
 #[tokio::test]
@@ -164,7 +176,7 @@ async fn a_migration_that_is_dropped_halfway_can_be_done_again() {
     }
     other.run("ROLLBACK");
     store.migrate().await.unwrap();
-    assert_eq!(other.text("SELECT count(*) FROM __diesel_schema_migrations"), "1");
+    assert_eq!(other.text("SELECT count(*) FROM __diesel_schema_migrations"), "2");
 }
 
 #[tokio::test]
@@ -179,7 +191,7 @@ async fn several_processes_migrate_a_file_at_once() {
     for migration in migrations {
         migration.await.unwrap().unwrap();
     }
-    assert_eq!(Other::at(&file).text("SELECT count(*) FROM __diesel_schema_migrations"), "1");
+    assert_eq!(Other::at(&file).text("SELECT count(*) FROM __diesel_schema_migrations"), "2");
 }
 
 #[tokio::test]

@@ -11,8 +11,9 @@ use std::{
 };
 
 use chrono::{TimeZone, Utc};
+use futures_util::StreamExt;
 use serde_json::json;
-use support::{servers::Postgres, some_user};
+use support::{eventually::eventually, servers::Postgres, some_user, stores::question};
 use tower_api_key::*;
 
 /// Runs each behaviour on each store.
@@ -72,8 +73,25 @@ on_every_store! {
     keys_that_share_a_prefix_are_each_tried_up_to_eight
     a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again
     an_answer_says_when_it_was_read
+    an_answer_has_the_revision_of_the_change_before_it
     a_look_up_that_is_dropped_leaves_the_store_usable
     an_arc_and_a_dyn_store_answer_like_the_store
+    an_authenticator_that_remembers_hears_of_each_change
+    changes_since_a_moment_are_all_those_after_it_however_late_somebody_listens
+}
+
+/// An authenticator that asks its store each time.
+fn asking(store: impl KeyStore) -> AuthenticatorBuilder {
+    Authenticator::builder(store).cache_capacity(0)
+}
+
+/// Why the key is not valid, if it is not.
+async fn fault(authenticator: &Authenticator, key: &str) -> Option<InvalidKey> {
+    match authenticator.authenticate(key).await {
+        Err(Denial::InvalidKey(reason)) => Some(reason),
+        Ok(_) => None,
+        Err(denial) => panic!("{denial:?}"),
+    }
 }
 
 async fn an_issued_key_comes_back_with_all_that_was_set(store: impl KeyRepository + Clone) {
@@ -132,12 +150,8 @@ async fn an_issued_key_comes_back_with_all_that_was_set(store: impl KeyRepositor
 
 async fn a_key_is_refused_for_what_is_wrong_with_it(store: impl KeyRepository + Clone) {
     let manager = KeyManager::new(store.clone());
-    let authenticator = Authenticator::new(store.clone());
-    let reason = async |key: &str| match authenticator.authenticate(key).await {
-        Err(Denial::InvalidKey(reason)) => Some(reason),
-        Ok(_) => None,
-        Err(denial) => panic!("{denial:?}"),
-    };
+    let authenticator = asking(store.clone()).build();
+    let reason = async |key: &str| fault(&authenticator, key).await;
     let user = manager.create_user("ada@example.com", "admin").await.unwrap();
     let issue = async || manager.issue(NewKey::new(user.id.clone(), "k")).await.unwrap();
 
@@ -164,21 +178,21 @@ async fn a_key_is_refused_for_what_is_wrong_with_it(store: impl KeyRepository + 
 
     let mut inactive = user.clone();
     inactive.is_active = false;
-    assert!(store.update_user(&inactive).await.unwrap());
+    assert!(store.update_user(&inactive).await.unwrap().is_some());
     assert_eq!(reason(good.expose_secret()).await, Some(InvalidKey::OwnerInactive));
-    assert!(store.update_user(&user).await.unwrap());
+    assert!(store.update_user(&user).await.unwrap().is_some());
     assert_eq!(reason(good.expose_secret()).await, None);
 }
 
 async fn what_is_not_there_can_be_neither_revoked_nor_updated_nor_found(store: impl KeyRepository) {
     for id in [KeyId::from(4711), KeyId::from("text")] {
-        assert!(!store.revoke_key(&id).await.unwrap());
+        assert!(store.revoke_key(&id).await.unwrap().is_none());
         assert_eq!(store.find_key(&id).await.unwrap(), None);
         let record = KeyRecord::new(id, "prefix", User::new(1, ""));
-        assert!(!store.update_key(&record).await.unwrap());
+        assert!(store.update_key(&record).await.unwrap().is_none());
     }
-    assert!(!store.update_user(&User::new(4711, "a@b.c")).await.unwrap());
-    assert!(!store.update_user(&User::new("text", "a@b.c")).await.unwrap());
+    assert!(store.update_user(&User::new(4711, "a@b.c")).await.unwrap().is_none());
+    assert!(store.update_user(&User::new("text", "a@b.c")).await.unwrap().is_none());
 }
 
 async fn what_contradicts_the_store_is_a_conflict(store: impl KeyRepository + Clone) {
@@ -213,7 +227,7 @@ async fn an_edit_changes_what_can_be_edited_and_nothing_else(store: impl KeyRepo
     edited.prefix = "somebody".into();
     edited.user.email = "eve@example.com".into();
     edited.usage.requests = 99;
-    assert!(store.update_key(&edited).await.unwrap());
+    assert!(store.update_key(&edited).await.unwrap().is_some());
 
     let mut found = store.find_key(&edited.id).await.unwrap().unwrap();
     assert!(found.updated_at >= wanted.updated_at);
@@ -257,7 +271,7 @@ fn first_chars() -> KeySchemeBuilder {
 
 async fn keys_that_share_a_prefix_are_each_tried_up_to_eight(store: impl KeyRepository + Clone) {
     let scheme = first_chars().build().unwrap();
-    let authenticator = Authenticator::builder(store.clone()).scheme(scheme).build();
+    let authenticator = asking(store.clone()).scheme(scheme).build();
     let user = store.insert_user("ada@example.com", "user").await.unwrap();
     let add = async |n: usize| {
         let mut record = KeyRecord::new(0, "sk-proj-", user.clone());
@@ -274,7 +288,7 @@ async fn keys_that_share_a_prefix_are_each_tried_up_to_eight(store: impl KeyRepo
     }
     assert!(matches!(ask(8).await, Err(Denial::InvalidKey(InvalidKey::WrongSecret))));
     add(8).await;
-    assert!(ask(7).await.is_ok());
+    assert_eq!(ask(7).await.unwrap().key().name, "key 7");
     // It may be the ninth key, so that it can't be called wrong.
     assert!(matches!(ask(8).await, Err(Denial::BadRow(_))));
     assert!(matches!(ask(9).await, Err(Denial::BadRow(_))));
@@ -288,7 +302,7 @@ async fn a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again(store: impl KeyRe
     // A scheme of its own each time, so that the ration of failed checks is fresh.
     let authenticator = |upgrade| {
         let scheme = first_chars().upgrade_hashes(upgrade).clock(clock.clone()).build().unwrap();
-        Authenticator::builder(store.clone()).scheme(scheme).build()
+        asking(store.clone()).scheme(scheme).build()
     };
     /// How many wrong keys are called wrong before slow checks are rationed.
     async fn wrong(authenticator: Authenticator) -> usize {
@@ -308,13 +322,13 @@ async fn a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again(store: impl KeyRe
     assert!(authenticator(false).authenticate("old-key-of-mine").await.is_ok());
 }
 
-/// A store over another that keeps what each answer says of itself.
-struct Watched<S>(S, Arc<Mutex<Vec<(SystemTime, Revisions)>>>);
+/// A store over another that keeps when each answer says that it was read.
+struct Watched<S>(S, Arc<Mutex<Vec<SystemTime>>>);
 
 impl<S: KeyStore> KeyStore for Watched<S> {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         let answer = self.0.resolve(lookup).await?;
-        self.1.lock().unwrap().push((answer.as_of(), answer.revisions()));
+        self.1.lock().unwrap().push(answer.as_of());
         Ok(answer)
     }
 }
@@ -323,9 +337,10 @@ async fn an_answer_says_when_it_was_read(store: impl KeyRepository + Clone) {
     let manager = KeyManager::new(store.clone());
     let user = some_user(store.clone()).await;
     let issued = manager.issue(NewKey::new(user, "k")).await.unwrap();
-    let seen = Arc::default();
-    let authenticator = Authenticator::new(Watched(store, Arc::clone(&seen)));
-    let before = SystemTime::now() - Duration::from_millis(1);
+    let seen = Arc::<Mutex<Vec<_>>>::default();
+    let authenticator = asking(Watched(store, Arc::clone(&seen))).build();
+    // The clock of a node may go in ticks of 10 ms.
+    let before = SystemTime::now() - Duration::from_millis(11);
     assert!(authenticator.authenticate(issued.expose_secret()).await.is_ok());
     manager.revoke(&issued.record().id).await.unwrap();
     assert!(authenticator.authenticate(issued.expose_secret()).await.is_err());
@@ -333,42 +348,176 @@ async fn an_answer_says_when_it_was_read(store: impl KeyRepository + Clone) {
     assert!(matches!(denial, Denial::InvalidKey(InvalidKey::Unknown)), "{denial}");
     let seen = seen.lock().unwrap();
     assert_eq!(seen.len(), 3);
-    for (as_of, _) in seen.iter() {
+    for as_of in seen.iter() {
         assert!(*as_of >= before && *as_of <= SystemTime::now());
     }
-    assert!(seen[0].0 <= seen[1].0 && seen[1].0 <= seen[2].0);
-    assert!(seen[0].1.key <= seen[1].1.key && seen[1].1.key <= seen[2].1.key);
+    assert!(seen[0] <= seen[1] && seen[1] <= seen[2]);
+}
+
+async fn an_answer_has_the_revision_of_the_change_before_it(store: impl KeyRepository + Clone) {
+    let manager = KeyManager::new(store.clone());
+    let mut user = manager.create_user("ada@example.com", "admin").await.unwrap();
+    let other = manager.issue(NewKey::new(user.id.clone(), "other")).await.unwrap();
+    let issued = manager.issue(NewKey::new(user.id.clone(), "k")).await.unwrap();
+    let lookup = question(issued.expose_secret()).await;
+    let revisions = async || store.resolve(&lookup).await.unwrap().revisions();
+    let of_key = |change: Option<Change>| match change {
+        Some(Change::Prefix(prefix, revision)) if prefix == issued.record().prefix => revision,
+        other => panic!("{other:?}"),
+    };
+    let first = revisions().await;
+
+    let mut record = issued.record().clone();
+    record.name = "another".into();
+    let edited = of_key(store.update_key(&record).await.unwrap());
+    assert!(edited > first.key);
+    assert_eq!(revisions().await, Revisions { key: edited, ..first });
+
+    user.role = "user".into();
+    let owner = match store.update_user(&user).await.unwrap() {
+        Some(Change::Owner(id, revision)) if id == user.id => revision,
+        other => panic!("{other:?}"),
+    };
+    assert!(owner > first.owner);
+    assert_eq!(revisions().await, Revisions { key: edited, owner });
+
+    // Another key's change is none of this one's.
+    store.revoke_key(&other.record().id).await.unwrap().unwrap();
+    assert_eq!(revisions().await, Revisions { key: edited, owner });
+    let revoked = of_key(store.revoke_key(&issued.record().id).await.unwrap());
+    assert!(revoked > edited);
+    assert_eq!(revisions().await, Revisions { key: revoked, owner });
+
+    // The answer to a wrong key is about the same row; that to an unknown one is from before the first
+    // change under its prefix.
+    let wrong = question(&support::with_wrong_secret(issued.expose_secret())).await;
+    assert_eq!(store.resolve(&wrong).await.unwrap().revisions().key, revoked);
+    let unknown = support::unknown_key();
+    let lookup = question(&unknown).await;
+    let before = store.resolve(&lookup).await.unwrap();
+    assert!(before.record().is_none());
+    let record = KeyRecord::new(0, lookup.id(), user);
+    store.insert_key(&StoredKey::new(record, KeyHash::sha256(&unknown))).await.unwrap();
+    let after = store.resolve(&lookup).await.unwrap();
+    assert!(after.record().is_some());
+    assert!(after.revisions().key > before.revisions().key);
 }
 
 async fn a_look_up_that_is_dropped_leaves_the_store_usable(store: impl KeyRepository + Clone) {
     let manager = KeyManager::new(store.clone());
     let user = some_user(store.clone()).await;
     let issued = manager.issue(NewKey::new(user, "k")).await.unwrap();
-    let authenticator = Authenticator::new(store);
+    // The store's own future: an authenticator's look-up goes on when its caller is gone.
+    let lookup = question(issued.expose_secret()).await;
     // More often than there are connections in any pool, at the first await and at later ones.
     for polls in 1..=40 {
-        let mut lookup = pin!(authenticator.authenticate(issued.expose_secret()));
+        let mut answer = pin!(store.resolve(&lookup));
         for _ in 0..polls % 4 + 1 {
-            if lookup.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready() {
+            if answer.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_ready() {
                 break;
             }
             tokio::task::yield_now().await;
         }
     }
-    assert!(authenticator.authenticate(issued.expose_secret()).await.is_ok());
+    assert!(store.resolve(&lookup).await.unwrap().record().is_some());
+    assert!(Authenticator::new(store).authenticate(issued.expose_secret()).await.is_ok());
 }
 
-async fn an_arc_and_a_dyn_store_answer_like_the_store(store: impl KeyRepository + Clone) {
+async fn an_arc_and_a_dyn_store_answer_like_the_store(
+    store: impl KeyRepository + Clone + std::fmt::Debug,
+) {
     let store = Arc::new(store);
     let manager = KeyManager::new(Arc::clone(&store));
-    let user = manager.create_user("ada@example.com", "user").await.unwrap();
-    let issued = manager.issue(NewKey::new(user.id, "k")).await.unwrap();
+    let mut user = manager.create_user("ada@example.com", "user").await.unwrap();
+    let issued = manager.issue(NewKey::new(user.id.clone(), "k")).await.unwrap();
     let by_name = DynKeyStore::new(Arc::clone(&store));
     assert!(Authenticator::new(by_name.clone()).authenticate(issued.expose_secret()).await.is_ok());
-    assert!(!by_name.changes(SystemTime::now()).has_feed());
-    assert!(by_name.cache_secret().await.unwrap().is_none());
+    let lookup = question(issued.expose_secret()).await;
+    let told = by_name.resolve(&lookup).await.unwrap();
+    assert_eq!(told.record(), Some(issued.record()));
+    assert_eq!(told.revisions(), store.resolve(&lookup).await.unwrap().revisions());
+
+    let now = SystemTime::now();
+    for mut changes in [by_name.changes(now), Arc::clone(&store).changes(now)] {
+        assert!(changes.has_feed() && changes.is_complete());
+        while !matches!(next(&mut changes).await, Change::Synced(_)) {}
+        user.role.push('x');
+        let change = store.update_user(&user).await.unwrap().unwrap();
+        loop {
+            match next(&mut changes).await {
+                Change::Synced(_) => {}
+                heard => break assert_eq!(heard, change),
+            }
+        }
+    }
+
+    // What is in memory has nobody to share it with.
+    let secret = store.cache_secret().await.unwrap();
+    assert_eq!(secret.is_some(), !format!("{store:?}").contains("MemoryStore"));
+    assert_eq!(format!("{:?}", by_name.cache_secret().await.unwrap()), format!("{secret:?}"));
     let batch = UsageBatch::new("writer", 1);
     assert_eq!(by_name.record_usage(&batch).await.unwrap_err().kind(), StoreErrorKind::Unsupported);
     let ask = LeaseAsk::new(issued.record().id.clone(), "node", 1);
     assert_eq!(by_name.lease(&ask).await.unwrap_err().kind(), StoreErrorKind::Unsupported);
+}
+
+async fn next(changes: &mut ChangeStream) -> Change {
+    let change = tokio::time::timeout(Duration::from_secs(10), changes.next()).await;
+    change.expect("the feed says something").expect("the feed goes on")
+}
+
+async fn changes_since_a_moment_are_all_those_after_it_however_late_somebody_listens(
+    store: impl KeyRepository + Clone,
+) {
+    let manager = KeyManager::new(store.clone());
+    let user = some_user(store.clone()).await;
+    let issued = manager.issue(NewKey::new(user, "k")).await.unwrap();
+    let mut changes = store.changes(SystemTime::now());
+    let revoked = store.revoke_key(&issued.record().id).await.unwrap().unwrap();
+    let mut heard = Vec::new();
+    while !matches!(heard.last(), Some(Change::Synced(_))) {
+        heard.push(next(&mut changes).await);
+    }
+    // Something to that effect, before it says that it has said everything.
+    assert!(heard.contains(&revoked) || heard.contains(&Change::Reset), "{heard:?}");
+}
+
+async fn an_authenticator_that_remembers_hears_of_each_change(store: impl KeyRepository + Clone) {
+    let manager = KeyManager::new(store.clone());
+    let authenticator = Authenticator::new(store.clone());
+    let user = manager.create_user("ada@example.com", "admin").await.unwrap();
+    let becomes = async |key: &str, expected: Option<InvalidKey>| {
+        let what = format!("{expected:?}");
+        eventually(&what, async || fault(&authenticator, key).await == expected).await;
+    };
+    let issued = manager.issue(NewKey::new(user.id.clone(), "k")).await.unwrap();
+    let key = issued.expose_secret();
+    assert_eq!(fault(&authenticator, key).await, None);
+
+    let mut inactive = user.clone();
+    inactive.is_active = false;
+    store.update_user(&inactive).await.unwrap().unwrap();
+    becomes(key, Some(InvalidKey::OwnerInactive)).await;
+    store.update_user(&user).await.unwrap().unwrap();
+    becomes(key, None).await;
+
+    let mut record = issued.record().clone();
+    record.scopes = vec!["chat".into()];
+    store.update_key(&record).await.unwrap().unwrap();
+    eventually("the new scope", async || {
+        authenticator.authenticate(key).await.unwrap().has_scope("chat")
+    })
+    .await;
+
+    // It is asked for in vain before it is there.
+    let early = support::unknown_key();
+    assert_eq!(fault(&authenticator, &early).await, Some(InvalidKey::Unknown));
+    let lookup = question(&early).await;
+    let record = KeyRecord::new(0, lookup.id(), user.clone());
+    store.insert_key(&StoredKey::new(record, KeyHash::sha256(&early))).await.unwrap();
+    becomes(&early, None).await;
+
+    manager.revoke(&issued.record().id).await.unwrap();
+    becomes(key, Some(InvalidKey::Revoked)).await;
+    assert_eq!(fault(&authenticator, &early).await, None, "the other key of the same user");
 }

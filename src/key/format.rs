@@ -259,7 +259,7 @@ fn mac(secret: &[u8], checked: &str) -> [u8; CHECK_DIGITS] {
     base62::digits(tag.iter().take(8).fold(0, |number, &byte| number << 8 | u64::from(byte)))
 }
 
-pub(super) fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
+pub(crate) fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
     // HMAC takes a key of any length (RFC 2104 §2); the constructor's error is for MACs that don't.
     let Ok(mac) = Hmac::<Sha256>::new_from_slice(secret) else {
         unreachable!("HMAC has no bad key")

@@ -26,6 +26,17 @@ use super::format::hmac_sha256;
 #[derive(Clone, PartialEq, Eq)]
 pub struct KeyHash(pub(super) Kind);
 
+/// The SHA-256 of a hash at rest: that a key matched it is remembered by this. It never leaves the
+/// process as it is.
+#[derive(Clone, Copy)]
+pub(crate) struct HashFingerprint(pub(crate) [u8; 32]);
+
+impl HashFingerprint {
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        self.0.ct_eq(&other.0).into()
+    }
+}
+
 #[derive(Clone, PartialEq, Eq)]
 pub(super) enum Kind {
     Bcrypt(BcryptHash),
@@ -72,6 +83,11 @@ impl KeyHash {
     /// SHA-256 of `key`. For structured keys alone: a look-up by any other key never matches it.
     pub fn sha256(key: &str) -> Self {
         Self(Kind::Sha256(Sha256::digest(key).into()))
+    }
+
+    /// Names the hash without showing it.
+    pub(crate) fn fingerprint(&self) -> HashFingerprint {
+        HashFingerprint(Sha256::digest(self.expose_hash()).into())
     }
 
     /// The text as it lies in the store. No secret in the sense of a key, but not for logs either:
@@ -170,11 +186,11 @@ fn bcrypt_text(text: &str) -> Result<Box<str>, HashError> {
     Ok(text.into())
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
+pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
     let digits = text.as_bytes();
     if digits.len() != 2 * N {
         return None;
@@ -185,6 +201,12 @@ fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
         *byte = u8::try_from(digit(0)? << 4 | digit(1)?).ok()?;
     }
     Some(bytes)
+}
+
+impl fmt::Debug for HashFingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("HashFingerprint")
+    }
 }
 
 impl fmt::Debug for KeyHash {

@@ -9,7 +9,13 @@ mod presented;
 mod ration;
 mod scheme;
 
+pub(crate) use format::hmac_sha256;
 pub use format::{FormatError, KeyFormat};
+pub(crate) use hash::HashFingerprint;
+#[cfg(feature = "redis")]
+pub(crate) use hash::hex;
+#[cfg(any(feature = "postgres", feature = "redis", feature = "sqlite"))]
+pub(crate) use hash::unhex;
 pub use hash::{HashError, KeyHash};
 pub(crate) use pool::SlowCheck;
 pub(crate) use presented::{KeyDigest, PresentedKey, token};

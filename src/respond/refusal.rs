@@ -1,6 +1,9 @@
 //! A refusal on its way out: [`Refusal`], and what decides how it looks.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, LazyLock},
+};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Response, StatusCode, Uri, header};
@@ -35,7 +38,8 @@ impl Refusal<'_> {
 
     /// The URI of the request, as this layer saw it.
     pub fn uri(&self) -> &Uri {
-        &self.asker.uri
+        static NOT_KEPT: LazyLock<Uri> = LazyLock::new(Uri::default);
+        self.asker.uri.as_deref().unwrap_or(&NOT_KEPT)
     }
 
     /// A sentence that the caller may see.
@@ -175,16 +179,18 @@ impl Default for Presentation {
 impl Presentation {
     /// What must be kept of a request to answer it after it has gone to the inner service.
     pub(crate) fn asker(&self, head: &RequestHead<'_>) -> Asker {
-        let uri = self.on_denial.as_ref().map(|_| head.uri().clone()).unwrap_or_default();
-        Asker {
-            method: head.method().clone(),
-            uri,
-            grpc: grpc::content_type(head.headers()).cloned(),
-        }
+        let uri = self.on_denial.as_ref().map(|_| Box::new(head.uri().clone()));
+        let method = head.method().clone();
+        Asker { method, uri, grpc: grpc::content_type(head.headers()).cloned() }
     }
 
     pub(crate) fn response(&self, denial: &Denial, asker: &Asker) -> Response<Bytes> {
         Refusal { denial, asker, presentation: self }.response()
+    }
+
+    /// Whether something behind the layer has refused the request.
+    pub(crate) fn is_refusal<B>(response: &Response<B>) -> bool {
+        response.extensions().get::<Unshaped>().is_some()
     }
 
     /// Gives a refusal from behind the layer the right shape, if `inner` is one. What others have put
@@ -228,8 +234,8 @@ impl Denial {
 #[derive(Default)]
 pub(crate) struct Asker {
     method: Method,
-    /// Empty where no responder would look at it: a clone costs on every request.
-    uri: Uri,
+    /// `None` where no responder would look at it: a clone costs on every request.
+    uri: Option<Box<Uri>>,
     /// The content type, if it is one of gRPC's.
     grpc: Option<HeaderValue>,
 }
@@ -239,7 +245,7 @@ impl fmt::Debug for Asker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Asker")
             .field("method", &self.method)
-            .field("path", &self.uri.path())
+            .field("path", &self.uri.as_deref().map(Uri::path))
             .finish_non_exhaustive()
     }
 }

@@ -4,7 +4,12 @@ use std::{fmt, time::SystemTime};
 
 use zeroize::Zeroizing;
 
-use crate::record::KeyId;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+use crate::error::StoreError;
+use crate::{
+    key::{HashFingerprint, hmac_sha256},
+    record::KeyId,
+};
 
 /// Usage that one writer gathered, to be counted once.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,12 +94,19 @@ impl Lease {
 pub struct CacheSecret {
     id: u64,
     bytes: Zeroizing<[u8; 32]>,
+    previous: Option<Box<CacheSecret>>,
 }
 
 impl CacheSecret {
     /// The secret `bytes`, which entries name by `id`.
     pub fn new(id: u64, bytes: [u8; 32]) -> Self {
-        Self { id, bytes: Zeroizing::new(bytes) }
+        Self { id, bytes: Zeroizing::new(bytes), previous: None }
+    }
+
+    /// Adds the secret from before, whose entries are still good.
+    #[must_use]
+    pub fn with_previous(self, previous: CacheSecret) -> Self {
+        Self { previous: Some(Box::new(CacheSecret { previous: None, ..previous })), ..self }
     }
 
     /// How entries name the secret.
@@ -102,9 +114,38 @@ impl CacheSecret {
         self.id
     }
 
+    /// The secret from before.
+    pub fn previous(&self) -> Option<&CacheSecret> {
+        self.previous.as_deref()
+    }
+
     /// The secret itself.
     pub fn expose_secret(&self) -> &[u8; 32] {
         &self.bytes
+    }
+
+    /// Names a stored hash in a shared cache, where not even its fingerprint is to lie.
+    pub(crate) fn mac_of_hash(&self, fingerprint: &HashFingerprint) -> [u8; 32] {
+        hmac_sha256(self.expose_secret(), &[b"hash:".as_slice(), &fingerprint.0].concat())
+    }
+
+    /// Reads the rows of `api_key_cache_secrets`, the newest first: id and secret in hexadecimal.
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    pub(super) fn from_rows<'a>(
+        rows: impl Iterator<Item = &'a str>,
+    ) -> Result<Option<Self>, StoreError> {
+        let secret = |row: &str| {
+            let (id, hex) = serde_json::from_str::<(u64, &str)>(row).ok()?;
+            Some(Self::new(id, crate::key::unhex(hex)?))
+        };
+        let secrets: Option<Vec<_>> = rows.map(secret).collect();
+        let bad = || StoreError::bad_row("a row of api_key_cache_secrets can't be read");
+        let mut secrets = secrets.ok_or_else(bad)?.into_iter();
+        let Some(newest) = secrets.next() else { return Ok(None) };
+        Ok(Some(match secrets.next() {
+            Some(previous) => newest.with_previous(previous),
+            None => newest,
+        }))
     }
 }
 

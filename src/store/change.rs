@@ -1,9 +1,11 @@
 //! What a store says of its own accord: [`Change`], in a [`ChangeStream`].
 
 use std::{
+    collections::VecDeque,
     fmt,
+    future::Future,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::SystemTime,
 };
 
@@ -27,22 +29,51 @@ pub enum Change {
 
 /// A stream of [`Change`]s. It ends when its store can't go on listening.
 #[derive(Default)]
-pub struct ChangeStream(Option<Pin<Box<dyn Stream<Item = Change> + Send>>>);
+pub struct ChangeStream {
+    changes: Option<Pin<Box<dyn Stream<Item = Change> + Send>>>,
+    is_complete: bool,
+}
 
 impl ChangeStream {
     /// The stream of a store that has no feed.
     pub fn none() -> Self {
-        Self(None)
+        Self::default()
     }
 
-    /// Wraps the stream of a store that has a feed.
-    pub fn new(stream: impl Stream<Item = Change> + Send + 'static) -> Self {
-        Self(Some(Box::pin(stream)))
+    /// Wraps the stream of a store that has a feed: each change is in it, and [`Change::Synced`] says up
+    /// to when that is so.
+    pub fn new(changes: impl Stream<Item = Change> + Send + 'static) -> Self {
+        Self { changes: Some(Box::pin(changes)), is_complete: true }
     }
 
-    /// Whether there is a feed at all.
+    /// Wraps a stream that says of changes what it happens to hear. Answers get old all the same.
+    pub fn hints(changes: impl Stream<Item = Change> + Send + 'static) -> Self {
+        Self { changes: Some(Box::pin(changes)), is_complete: false }
+    }
+
+    /// A stream that `step` makes, a batch at a time, from a state that it is given and gives back. It
+    /// ends when `step` gives none back.
+    pub(crate) fn steps<S, F>(state: S, step: impl FnMut(S) -> F + Send + 'static) -> Self
+    where
+        S: Send + 'static,
+        F: Future<Output = Option<(Vec<Change>, S)>> + Send + 'static,
+    {
+        Self::new(Steps { step, state: Some(state), under_way: None, ready: VecDeque::new() })
+    }
+
+    /// The same, as hints.
+    pub(crate) fn into_hints(self) -> Self {
+        Self { is_complete: false, ..self }
+    }
+
+    /// Whether there is anything to listen to.
     pub fn has_feed(&self) -> bool {
-        self.0.is_some()
+        self.changes.is_some()
+    }
+
+    /// Whether each change is in it.
+    pub fn is_complete(&self) -> bool {
+        self.is_complete
     }
 }
 
@@ -50,15 +81,52 @@ impl Stream for ChangeStream {
     type Item = Change;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Change>> {
-        match &mut self.0 {
-            Some(stream) => stream.as_mut().poll_next(cx),
+        match &mut self.changes {
+            Some(changes) => changes.as_mut().poll_next(cx),
             None => Poll::Ready(None),
+        }
+    }
+}
+
+struct Steps<S, F, G> {
+    step: G,
+    state: Option<S>,
+    under_way: Option<Pin<Box<F>>>,
+    ready: VecDeque<Change>,
+}
+
+// Nothing in it is pinned but what is boxed.
+impl<S, F, G> Unpin for Steps<S, F, G> {}
+
+impl<S, F, G> Stream for Steps<S, F, G>
+where
+    F: Future<Output = Option<(Vec<Change>, S)>>,
+    G: FnMut(S) -> F,
+{
+    type Item = Change;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Change>> {
+        loop {
+            if let Some(change) = self.ready.pop_front() {
+                return Poll::Ready(Some(change));
+            }
+            if let Some(state) = self.state.take() {
+                let step = (self.step)(state);
+                self.under_way = Some(Box::pin(step));
+            }
+            let Some(step) = &mut self.under_way else { return Poll::Ready(None) };
+            let outcome = ready!(step.as_mut().poll(cx));
+            self.under_way = None;
+            if let Some((changes, state)) = outcome {
+                self.ready.extend(changes);
+                self.state = Some(state);
+            }
         }
     }
 }
 
 impl fmt::Debug for ChangeStream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ChangeStream").field("has_feed", &self.has_feed()).finish()
+        f.debug_struct("ChangeStream").field("has_feed", &self.has_feed()).finish_non_exhaustive()
     }
 }

@@ -1,13 +1,19 @@
-//! A question to a store, and the only way to answer it: [`Lookup`] and [`Answer`].
+//! A question to a store, and the only way to answer it: [`Lookup`].
 
-use std::{fmt, future::Future, net::IpAddr, sync::Arc, time::SystemTime};
+use std::{future::Future, net::IpAddr, sync::Arc, time::SystemTime};
 
 use subtle::ConstantTimeEq;
 
+use super::{
+    CacheSecret,
+    answer::{Answer, Candidate, HashUpgrade, Outcome, Read},
+};
 use crate::{
+    cache::View,
+    clock::Clock,
     error::StoreError,
-    key::{FastCheck, KeyDigest, KeyHash, KeyScheme, PresentedKey, SlowCheck},
-    record::{KeyId, KeyRecord, Revisions, StoredKey},
+    key::{FastCheck, HashFingerprint, KeyDigest, KeyHash, KeyScheme, PresentedKey, SlowCheck},
+    record::{KeyRecord, Revision, StoredKey},
     telemetry,
 };
 
@@ -24,12 +30,66 @@ pub struct Lookup {
     scheme: KeyScheme,
     address: Option<IpAddr>,
     asked_at: SystemTime,
+    view: Arc<View>,
+    proofs: Vec<Proof>,
+    skips_copies: bool,
+}
+
+/// Knowledge that the presented key has matched a hash before. It counts for that hash alone.
+#[derive(Debug, Clone)]
+pub(crate) enum Proof {
+    /// This node saw it.
+    Seen(HashFingerprint),
+    /// A shared cache has it, under the secret that its entries are authenticated with.
+    Shared(CacheSecret, [u8; 32]),
+}
+
+impl Proof {
+    fn is_for(&self, hash: &KeyHash) -> bool {
+        match self {
+            Self::Seen(fingerprint) => fingerprint.is(&hash.fingerprint()),
+            Self::Shared(secret, mac) => secret.mac_of_hash(&hash.fingerprint()).ct_eq(mac).into(),
+        }
+    }
 }
 
 impl Lookup {
-    pub(crate) fn new(key: PresentedKey, scheme: KeyScheme, address: Option<IpAddr>) -> Self {
+    pub(crate) fn new(
+        key: Arc<PresentedKey>,
+        scheme: KeyScheme,
+        address: Option<IpAddr>,
+        view: Arc<View>,
+    ) -> Self {
         let asked_at = scheme.clock().now();
-        Self { key: Arc::new(key), scheme, address, asked_at }
+        Self { key, scheme, address, asked_at, view, proofs: Vec::new(), skips_copies: false }
+    }
+
+    /// Adds a proof.
+    #[must_use]
+    pub(crate) fn with_proof(mut self, proof: Proof) -> Self {
+        self.proofs.push(proof);
+        self
+    }
+
+    /// Asks for the truth alone: a copy was not good enough.
+    #[must_use]
+    pub(crate) fn without_copies(self) -> Self {
+        Self { skips_copies: true, ..self }
+    }
+
+    /// Whether copies are of no use to this question.
+    pub(crate) fn skips_copies(&self) -> bool {
+        self.skips_copies
+    }
+
+    /// What this node knows of changes.
+    pub(crate) fn view(&self) -> &Arc<View> {
+        &self.view
+    }
+
+    /// The clock of this node.
+    pub(crate) fn clock(&self) -> &dyn Clock {
+        self.scheme.clock()
     }
 
     /// The public lookup id, which is stored as `key_prefix`.
@@ -91,14 +151,7 @@ impl Lookup {
                 Err(error) => note_fault(&mut fault, error),
             }
         }
-        let key_revision = candidates.iter().map(|key| key.revisions.key).max().unwrap_or_default();
-        let answer = |outcome, revisions: Revisions, upgrade| Answer {
-            outcome,
-            revisions: Revisions { key: key_revision, ..revisions },
-            as_of: self.asked_at,
-            digest: self.key.digest,
-            upgrade,
-        };
+        let is_whole = fault.is_none();
 
         let mut matched = None;
         let (mut slow, mut hashes) = (Vec::new(), Vec::new());
@@ -126,27 +179,46 @@ impl Lookup {
             upgrade = matched.and_then(|at| self.upgrade(&candidates[at]));
         }
 
-        let Some(at) = matched else {
-            let outcome = if candidates.is_empty() { Outcome::Unknown } else { Outcome::Mismatch };
-            let owner = candidates.iter().map(|key| key.revisions.owner).max().unwrap_or_default();
-            let revisions = Revisions { owner, ..Revisions::default() };
-            return fault.map_or_else(|| Ok(answer(outcome, revisions, None)), Err);
-        };
         if let Some(fault) = fault {
+            if matched.is_none() {
+                return Err(fault);
+            }
             // The caller's own key is fine, so nobody else would hear of the row.
             telemetry::bad_row(self.id(), &fault);
         }
-        let found = candidates.swap_remove(at);
-        Ok(answer(Outcome::Match(Box::new(found.record)), found.revisions, upgrade))
+        let read = Read::new(candidates, is_whole);
+        let outcome = match matched {
+            Some(at) => Outcome::Match(at),
+            None if read.candidates.is_empty() => Outcome::Unknown,
+            None => Outcome::Mismatch,
+        };
+        Ok(self.answer(outcome, read).with_upgrade(upgrade))
+    }
+
+    /// The answer that `read` holds for this key.
+    pub(crate) fn answer(&self, outcome: Outcome, read: Read) -> Answer {
+        Answer::new(outcome, read, self.asked_at, self.key.digest)
+    }
+
+    /// Names the presented key, so that the answer to another question is not taken for this one's.
+    pub(super) fn digest(&self) -> &KeyDigest {
+        &self.key.digest
     }
 
     fn check_fast(&self, candidate: &StoredKey) -> FastCheck {
         let upgraded =
             candidate.upgraded.as_ref().map(|fast| self.scheme.check_fast(fast, &self.key));
-        match upgraded {
+        let verdict = match upgraded {
             // A valid fast hash decides alone, for a wrong key too.
-            Some(verdict @ (FastCheck::Match | FastCheck::Mismatch)) => verdict,
+            Some(verdict @ (FastCheck::Match | FastCheck::Mismatch)) => return verdict,
             _ => self.scheme.check_fast(&candidate.hash, &self.key),
+        };
+        // A key already proven costs no slow check, and is never rationed.
+        match verdict {
+            FastCheck::Slow(_) if self.proofs.iter().any(|it| it.is_for(&candidate.hash)) => {
+                FastCheck::Match
+            }
+            verdict => verdict,
         }
     }
 
@@ -158,13 +230,11 @@ impl Lookup {
     /// Makes the answer without a check, for a store that proves keys elsewhere: an identity
     /// provider, a hardware module. Whoever calls this says that the presented key is that record's.
     pub fn vouch(&self, record: KeyRecord) -> Answer {
-        Answer {
-            outcome: Outcome::Match(Box::new(record)),
-            revisions: Revisions::default(),
-            as_of: self.asked_at,
-            digest: self.key.digest,
-            upgrade: None,
-        }
+        let candidate =
+            Candidate { record, owner_revision: Revision::default(), fingerprint: None };
+        // With no hash to tie a copy to, none is made.
+        let read = Read { candidates: vec![candidate], key_revision: Revision(0), is_whole: false };
+        self.answer(Outcome::Match(0), read)
     }
 }
 
@@ -173,98 +243,4 @@ fn note_fault(fault: &mut Option<StoreError>, next: StoreError) {
     if fault.is_none() {
         *fault = Some(next);
     }
-}
-
-/// What a store says to a [`Lookup`]: whose key it is, that it is unknown, or that it is wrong.
-///
-/// It carries the revisions of the rows behind it and the time of the read, its as-of, for "unknown"
-/// too. Only a `Lookup` makes one.
-pub struct Answer {
-    outcome: Outcome,
-    revisions: Revisions,
-    as_of: SystemTime,
-    /// Of the key that was asked about: an answer to another question is refused.
-    digest: KeyDigest,
-    upgrade: Option<HashUpgrade>,
-}
-
-#[derive(Debug)]
-pub(crate) enum Outcome {
-    /// Nothing is stored under the lookup id.
-    Unknown,
-    /// Something is, but the key is not its.
-    Mismatch,
-    /// The key was proven. Boxed, because the other outcomes are empty.
-    Match(Box<KeyRecord>),
-}
-
-impl Answer {
-    /// Sets the revisions: for "unknown", the last one that the store gave before the read.
-    #[must_use]
-    pub fn with_revisions(self, revisions: Revisions) -> Self {
-        Self { revisions, ..self }
-    }
-
-    /// Sets the as-of: the database's time when the read was sent. Without it, it is the time at
-    /// which the question was asked.
-    #[must_use]
-    pub fn with_as_of(self, as_of: SystemTime) -> Self {
-        Self { as_of, ..self }
-    }
-
-    /// The record, if the key was proven.
-    pub fn record(&self) -> Option<&KeyRecord> {
-        if let Outcome::Match(record) = &self.outcome { Some(record) } else { None }
-    }
-
-    /// The revisions of the rows behind the answer.
-    pub fn revisions(&self) -> Revisions {
-        self.revisions
-    }
-
-    /// The time of the read behind the answer.
-    pub fn as_of(&self) -> SystemTime {
-        self.as_of
-    }
-
-    /// A fast hash that the store should write beside the slow one that was just checked.
-    pub fn upgrade(&self) -> Option<&HashUpgrade> {
-        self.upgrade.as_ref()
-    }
-
-    /// Whether this is about the key that `lookup` presents.
-    pub(crate) fn answers(&self, lookup: &Lookup) -> bool {
-        self.digest.ct_eq(&lookup.key.digest).into()
-    }
-
-    pub(crate) fn into_outcome(self) -> Outcome {
-        self.outcome
-    }
-}
-
-impl fmt::Debug for Answer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Answer")
-            .field("outcome", &self.outcome)
-            .field("revisions", &self.revisions)
-            .field("as_of", &self.as_of)
-            .finish_non_exhaustive()
-    }
-}
-
-/// A fast hash to store beside a bcrypt hash, so that the next look-up of that key runs no bcrypt.
-///
-/// It counts only for the hash that it was derived from: write it only where `key_hash` is still
-/// `checked`, together with `checked`, and hand it back
-/// ([`StoredKey::with_upgrade`]) only while the two are equal. Then a rotation or a hand-written
-/// `UPDATE` of `key_hash` voids it.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct HashUpgrade {
-    /// The key.
-    pub key: KeyId,
-    /// The slow hash that was checked.
-    pub checked: KeyHash,
-    /// The fast hash of the same key.
-    pub fast: KeyHash,
 }

@@ -1,13 +1,15 @@
 //! Keys in memory: [`MemoryStore`].
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{Duration, SystemTime},
 };
 
 use chrono::Utc;
+use tokio::{sync::watch, time::timeout};
 
-use super::{Answer, KeyRepository, KeyStore, ListKeys, Lookup};
+use super::{Answer, Change, ChangeStream, KeyRepository, KeyStore, ListKeys, Lookup};
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, Revision, Revisions, StoredKey, UsageTotals, User, UserId},
@@ -17,7 +19,14 @@ use crate::{
 ///
 /// Clones share the keys. Everything is gone when the last one is dropped.
 #[derive(Debug, Clone, Default)]
-pub struct MemoryStore(Arc<RwLock<Tables>>);
+pub struct MemoryStore(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    tables: RwLock<Tables>,
+    /// The last revision, to wake those who listen.
+    changed: watch::Sender<u64>,
+}
 
 #[derive(Debug, Default)]
 struct Tables {
@@ -25,8 +34,17 @@ struct Tables {
     keys: BTreeMap<KeyId, Row<StoredKey>>,
     by_prefix: HashMap<String, Vec<KeyId>>,
     revision: u64,
+    /// The last changes, each with its revision.
+    changes: VecDeque<(u64, Change)>,
     last_id: i64,
 }
+
+/// So many changes are kept for those who listen.
+const MAX_CHANGES: usize = 10_000;
+/// So often those who listen are told that nothing has happened.
+const PULSE: Duration = Duration::from_secs(1);
+
+type Heard = (Vec<Change>, (MemoryStore, Option<u64>, watch::Receiver<u64>));
 
 #[derive(Debug)]
 struct Row<T> {
@@ -41,11 +59,56 @@ impl MemoryStore {
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Tables> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.0.tables.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, Tables> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner)
+        self.0.tables.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells those who listen what was changed, still under the lock: nobody hears of a later change
+    /// first.
+    fn tell(&self, tables: &mut Tables, change: &Change) {
+        let revision = tables.revision;
+        if tables.changes.len() == MAX_CHANGES {
+            tables.changes.pop_front();
+        }
+        tables.changes.push_back((revision, change.clone()));
+        self.0.changed.send_replace(revision);
+    }
+
+    /// Changes a key if it is there.
+    fn change_key(&self, id: &KeyId, change: impl FnOnce(&mut StoredKey)) -> Option<Change> {
+        let mut tables = self.write();
+        let revision = tables.next_revision();
+        let row = tables.keys.get_mut(id)?;
+        change(&mut row.value);
+        row.value.record.updated_at = Utc::now();
+        row.revision = revision;
+        let change = Change::Prefix(row.value.record.prefix.clone(), revision);
+        self.tell(&mut tables, &change);
+        Some(change)
+    }
+
+    /// Changes after the revision `heard`, as soon as there are any.
+    async fn listen(self, heard: Option<u64>, mut changed: watch::Receiver<u64>) -> Heard {
+        if heard.is_some() {
+            // The store is alive, or nobody would listen: this ends with a change, or at the pulse.
+            let _ = timeout(PULSE, changed.changed()).await;
+        }
+        let tables = self.read();
+        let heard = heard.unwrap_or(0);
+        let (now, revision) = (SystemTime::now(), tables.revision);
+        let oldest = tables.changes.front().map_or(revision, |(revision, _)| *revision);
+        let mut changes = Vec::new();
+        if tables.changes.len() == MAX_CHANGES && oldest > heard + 1 {
+            changes.push(Change::Reset);
+        }
+        let unheard = tables.changes.iter().filter(|(revision, _)| *revision > heard);
+        changes.extend(unheard.map(|(_, change)| change.clone()));
+        changes.push(Change::Synced(now));
+        drop(tables);
+        (changes, (self, Some(revision), changed))
     }
 
     fn candidates(&self, prefix: &str) -> (Vec<StoredKey>, Revision) {
@@ -70,7 +133,37 @@ impl Tables {
 
     fn next_revision(&mut self) -> Revision {
         self.revision += 1;
+        self.revision()
+    }
+
+    fn revision(&self) -> Revision {
         Revision(self.revision)
+    }
+
+    fn insert_key(&mut self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
+        let prefix = &key.record.prefix;
+        let same = |id: &KeyId| self.keys.get(id).is_some_and(|row| row.value.hash == key.hash);
+        if self.by_prefix.get(prefix).is_some_and(|ids| ids.iter().any(same)) {
+            return Err(StoreError::conflict("the same key is stored already"));
+        }
+        let Some(owner) = self.users.get(&key.record.user.id) else {
+            return Err(StoreError::conflict("the key's user does not exist"));
+        };
+        let (user, now) = (owner.value.clone(), Utc::now());
+        let record = KeyRecord {
+            id: self.next_id().into(),
+            usage: UsageTotals::default(),
+            last_used_at: None,
+            created_at: now,
+            updated_at: now,
+            user,
+            ..key.record.clone()
+        };
+        let revision = self.next_revision();
+        let value = StoredKey::new(record.clone(), key.hash.clone());
+        self.keys.insert(record.id.clone(), Row { value, revision });
+        self.by_prefix.entry(prefix.clone()).or_default().push(record.id.clone());
+        Ok(record)
     }
 
     fn next_id(&mut self) -> i64 {
@@ -83,16 +176,6 @@ impl Tables {
             self.users.values().any(|u| u.value.email == email && Some(&u.value.id) != for_user);
         if taken { Err(StoreError::conflict("the e-mail address is taken")) } else { Ok(()) }
     }
-
-    /// Changes a key if it is there, and says whether it is.
-    fn change_key(&mut self, id: &KeyId, change: impl FnOnce(&mut StoredKey)) -> bool {
-        let revision = self.next_revision();
-        let Some(row) = self.keys.get_mut(id) else { return false };
-        change(&mut row.value);
-        row.value.record.updated_at = Utc::now();
-        row.revision = revision;
-        true
-    }
 }
 
 impl KeyStore for MemoryStore {
@@ -100,7 +183,7 @@ impl KeyStore for MemoryStore {
         let (candidates, latest) = self.candidates(lookup.id());
         if candidates.is_empty() {
             let answer = lookup.verify([]).await?;
-            return Ok(answer.with_revisions(Revisions { key: latest, owner: latest }));
+            return Ok(answer.with_key_revision(latest));
         }
         let answer = lookup.verify(candidates).await?;
         if let Some(upgrade) = answer.upgrade() {
@@ -113,6 +196,13 @@ impl KeyStore for MemoryStore {
         }
         Ok(answer)
     }
+
+    fn changes(&self, _since: SystemTime) -> ChangeStream {
+        let start = (self.clone(), None, self.0.changed.subscribe());
+        ChangeStream::steps(start, |(store, heard, changed)| async move {
+            Some(store.listen(heard, changed).await)
+        })
+    }
 }
 
 impl KeyRepository for MemoryStore {
@@ -121,44 +211,27 @@ impl KeyRepository for MemoryStore {
         tables.email_is_free(email, None)?;
         let mut user = User::new(tables.next_id(), email);
         role.clone_into(&mut user.role);
-        let revision = tables.next_revision();
+        let revision = tables.revision();
         tables.users.insert(user.id.clone(), Row { value: user.clone(), revision });
         Ok(user)
     }
 
-    async fn update_user(&self, user: &User) -> Result<bool, StoreError> {
+    async fn update_user(&self, user: &User) -> Result<Option<Change>, StoreError> {
         let mut tables = self.write();
         tables.email_is_free(&user.email, Some(&user.id))?;
         let revision = tables.next_revision();
-        let Some(row) = tables.users.get_mut(&user.id) else { return Ok(false) };
+        let Some(row) = tables.users.get_mut(&user.id) else { return Ok(None) };
         *row = Row { value: user.clone(), revision };
-        Ok(true)
+        let change = Change::Owner(user.id.clone(), revision);
+        self.tell(&mut tables, &change);
+        Ok(Some(change))
     }
 
     async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
         let mut tables = self.write();
-        let prefix = &key.record.prefix;
-        let same = |id: &KeyId| tables.keys.get(id).is_some_and(|row| row.value.hash == key.hash);
-        if tables.by_prefix.get(prefix).is_some_and(|ids| ids.iter().any(same)) {
-            return Err(StoreError::conflict("the same key is stored already"));
-        }
-        let Some(owner) = tables.users.get(&key.record.user.id) else {
-            return Err(StoreError::conflict("the key's user does not exist"));
-        };
-        let (owner, now) = (owner.value.clone(), Utc::now());
-        let record = KeyRecord {
-            id: tables.next_id().into(),
-            usage: UsageTotals::default(),
-            last_used_at: None,
-            created_at: now,
-            updated_at: now,
-            user: owner,
-            ..key.record.clone()
-        };
-        let revision = tables.next_revision();
-        let value = StoredKey::new(record.clone(), key.hash.clone());
-        tables.keys.insert(record.id.clone(), Row { value, revision });
-        tables.by_prefix.entry(prefix.clone()).or_default().push(record.id.clone());
+        let record = tables.insert_key(key)?;
+        let change = Change::Prefix(record.prefix.clone(), tables.revision());
+        self.tell(&mut tables, &change);
         Ok(record)
     }
 
@@ -176,8 +249,8 @@ impl KeyRepository for MemoryStore {
         Ok(records.take(page.limit as usize).collect())
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<bool, StoreError> {
-        Ok(self.write().change_key(&record.id, |key| {
+    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
+        let change = |key: &mut StoredKey| {
             let kept = key.record.clone();
             key.record = KeyRecord {
                 prefix: kept.prefix,
@@ -187,10 +260,11 @@ impl KeyRepository for MemoryStore {
                 created_at: kept.created_at,
                 ..record.clone()
             };
-        }))
+        };
+        Ok(self.change_key(&record.id, change))
     }
 
-    async fn revoke_key(&self, id: &KeyId) -> Result<bool, StoreError> {
-        Ok(self.write().change_key(id, |key| key.record.is_active = false))
+    async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
+        Ok(self.change_key(id, |key| key.record.is_active = false))
     }
 }

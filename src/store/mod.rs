@@ -1,6 +1,7 @@
 //! Where keys are kept: [`KeyStore`], the plug, and [`KeyRepository`], its write side.
 
 mod account;
+mod answer;
 mod change;
 mod erased;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
@@ -13,6 +14,8 @@ mod repository;
 mod migrate;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "redis")]
+mod redis;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 mod row;
 #[cfg(feature = "sqlite")]
@@ -23,15 +26,21 @@ mod statement;
 use std::{future::Future, time::SystemTime};
 
 pub use account::{CacheSecret, KeyUsage, Lease, LeaseAsk, UsageBatch};
+pub use answer::{Answer, HashUpgrade};
+pub(crate) use answer::{Outcome, Source};
 pub use change::{Change, ChangeStream};
 pub use erased::DynKeyStore;
-pub(crate) use lookup::Outcome;
-pub use lookup::{Answer, HashUpgrade, Lookup};
+pub use lookup::Lookup;
+pub(crate) use lookup::Proof;
 pub use memory::MemoryStore;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub use migrate::{ColumnFault, MigrateError};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
+#[cfg(feature = "redis")]
+pub use redis::{
+    RedisCache, RedisCacheBuilder, RedisCacheError, RedisServers, RedisState, RedisUrlError,
+};
 pub use repository::{KeyRepository, ListKeys};
 #[cfg(feature = "sqlite")]
 pub use sqlite::{SqliteStore, SqliteStoreBuilder};
@@ -103,7 +112,9 @@ pub trait KeyStore: Send + Sync + 'static {
     }
 
     /// The secret that authenticates shared cache entries; asked at first use, and again until it
-    /// answers. By default there is none.
+    /// answers. By default there is none, which is said at once: that is how
+    /// `RedisCache` knows when it is built, so that a store that has one must not answer "none" before
+    /// it has been asked.
     ///
     /// # Errors
     ///

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod connect;
+mod feed;
 mod repository;
 mod tls;
 
@@ -29,15 +30,15 @@ use diesel_async::{
 use self::connect::Target;
 pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use super::{
-    Answer, KeyStore, Lookup, MigrateError,
+    Answer, CacheSecret, ChangeStream, KeyStore, Lookup, MigrateError,
     fault::store_error,
     lookup::MAX_CANDIDATES,
     row,
     statement::{Bind, Statement, TextRow},
 };
-use crate::{error::StoreError, telemetry};
+use crate::{error::StoreError, record::Revision, telemetry};
 
-/// Keys in PostgreSQL 12 or newer, over a pool of connections: what a fleet needs.
+/// Keys in PostgreSQL 13 or newer, over a pool of connections: what a fleet needs.
 ///
 /// TLS is as the URL's `sslmode` says. Queries name the tables without a schema, so that the
 /// `search_path` decides where they are. At the log level `debug`, tokio-postgres shows the values that
@@ -60,6 +61,7 @@ struct Inner {
     pool: Pool<AsyncPgConnection>,
     target: Target,
     deadline: Duration,
+    poll_interval: Duration,
 }
 
 impl PostgresStore {
@@ -177,6 +179,9 @@ struct FoundRow {
     /// The database's time in microseconds since the Unix epoch.
     #[diesel(sql_type = BigInt)]
     as_of: i64,
+    /// The last change under the prefix: of a key that is no longer there, too.
+    #[diesel(sql_type = BigInt)]
+    latest: i64,
     #[diesel(sql_type = Nullable<Text>)]
     row: Option<String>,
 }
@@ -191,8 +196,8 @@ const KEY_COLUMNS: &str = "SELECT
         k.allowed_models, k.allowed_endpoints, k.allowed_ips, k.is_unlimited,
         k.budget_limit_cents, k.budget_type, k.expires_at,
         k.total_requests, k.total_tokens, k.total_cost::text AS total_cost,
-        k.last_used_at, k.metadata, k.created_at, k.updated_at,
-        u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active";
+        k.last_used_at, k.metadata, k.created_at, k.updated_at, k.api_key_revision,
+        u.api_key_revision AS user_revision, u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active";
 
 /// Where the columns come from.
 const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.user_id";
@@ -203,6 +208,7 @@ impl KeyStore for PostgresStore {
         // walking the primary key for the sake of ORDER BY … LIMIT where it has no statistics.
         let sql = format!(
             "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of,
+                coalesce((SELECT max(revision) FROM api_key_changes WHERE key_prefix = $1), 0) AS latest,
                 row_to_json(found)::text AS row
             FROM (VALUES (1)) AS one LEFT JOIN (
                 SELECT * FROM ({KEY_COLUMNS} {KEY_TABLES} WHERE k.key_prefix = $1 OFFSET 0) AS keys
@@ -212,8 +218,11 @@ impl KeyStore for PostgresStore {
         );
         let statement = Statement::new(sql, [Bind::Text(lookup.id().to_owned())]);
         let rows = self.load::<FoundRow>(&statement).await?;
-        let as_of =
-            rows.as_slice().first().map_or(0, |found| u64::try_from(found.as_of).unwrap_or(0));
+        let number = |of: fn(&FoundRow) -> i64| {
+            rows.as_slice().first().map_or(0, |found| u64::try_from(of(found)).unwrap_or(0))
+        };
+        let as_of = SystemTime::UNIX_EPOCH + Duration::from_micros(number(|found| found.as_of));
+        let latest = Revision(number(|found| found.latest));
         let keys = rows.iter().filter_map(|found| found.row.as_deref()).map(row::decode);
         let answer = lookup.verify_rows(keys).await?;
         if let Some(upgrade) = answer.upgrade()
@@ -221,7 +230,20 @@ impl KeyStore for PostgresStore {
         {
             telemetry::upgrade_failed(&error);
         }
-        Ok(answer.with_as_of(SystemTime::UNIX_EPOCH + Duration::from_micros(as_of)))
+        Ok(answer.with_key_revision(latest).with_as_of(as_of))
+    }
+
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        feed::changes(self, since)
+    }
+
+    async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
+        // Whoever polls once to hear that there is none needs no runtime for that.
+        tokio::task::yield_now().await;
+        let select = "SELECT json_build_array(id, encode(secret, 'hex'))::text AS row
+            FROM api_key_cache_secrets ORDER BY id DESC LIMIT 2";
+        let rows = self.load::<TextRow>(&Statement::new(select, [])).await?;
+        CacheSecret::from_rows(rows.iter().map(|row| row.row.as_str()))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{future::Future, sync::Arc};
 
-use super::KeyStore;
+use super::{Change, KeyStore};
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, StoredKey, User, UserId},
@@ -24,12 +24,16 @@ pub trait KeyRepository: KeyStore {
         role: &str,
     ) -> impl Future<Output = Result<User, StoreError>> + Send;
 
-    /// Writes e-mail, role and activity of a user. Returns whether there is such a user.
+    /// Writes e-mail, role and activity of a user. Returns the change, for the caches above; `None` if
+    /// there is no such user.
     ///
     /// # Errors
     ///
     /// `Conflict` if the e-mail address is another user's.
-    fn update_user(&self, user: &User) -> impl Future<Output = Result<bool, StoreError>> + Send;
+    fn update_user(
+        &self,
+        user: &User,
+    ) -> impl Future<Output = Result<Option<Change>, StoreError>> + Send;
 
     /// Stores a key for the user that its record names. The store gives the id, the time stamps and
     /// usage totals of 0: what the record has there is not looked at.
@@ -63,7 +67,7 @@ pub trait KeyRepository: KeyStore {
     ) -> impl Future<Output = Result<Vec<KeyRecord>, StoreError>> + Send;
 
     /// Writes what can be edited of a key: everything but id, prefix, owner, usage and time stamps.
-    /// Returns whether there is such a key.
+    /// Returns the change; `None` if there is no such key.
     ///
     /// # Errors
     ///
@@ -71,14 +75,17 @@ pub trait KeyRepository: KeyStore {
     fn update_key(
         &self,
         record: &KeyRecord,
-    ) -> impl Future<Output = Result<bool, StoreError>> + Send;
+    ) -> impl Future<Output = Result<Option<Change>, StoreError>> + Send;
 
-    /// Makes a key inactive. Returns whether there is such a key; revoking twice is fine.
+    /// Makes a key inactive. Returns the change; `None` if there is no such key. Revoking twice is fine.
     ///
     /// # Errors
     ///
     /// See [`KeyRepository`].
-    fn revoke_key(&self, id: &KeyId) -> impl Future<Output = Result<bool, StoreError>> + Send;
+    fn revoke_key(
+        &self,
+        id: &KeyId,
+    ) -> impl Future<Output = Result<Option<Change>, StoreError>> + Send;
 }
 
 /// Which keys to list.
@@ -104,7 +111,7 @@ impl<S: KeyRepository> KeyRepository for Arc<S> {
         S::insert_user(self, email, role).await
     }
 
-    async fn update_user(&self, user: &User) -> Result<bool, StoreError> {
+    async fn update_user(&self, user: &User) -> Result<Option<Change>, StoreError> {
         S::update_user(self, user).await
     }
 
@@ -120,11 +127,11 @@ impl<S: KeyRepository> KeyRepository for Arc<S> {
         S::list_keys(self, page).await
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<bool, StoreError> {
+    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
         S::update_key(self, record).await
     }
 
-    async fn revoke_key(&self, id: &KeyId) -> Result<bool, StoreError> {
+    async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
         S::revoke_key(self, id).await
     }
 }

@@ -10,7 +10,10 @@ use serde_json::{Map, Value, json};
 use crate::{
     error::StoreError,
     key::KeyHash,
-    record::{Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, StoredKey, UsageTotals, User},
+    record::{
+        Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions, StoredKey,
+        UsageTotals, User,
+    },
 };
 
 /// The columns of `api_keys` that an edit writes.
@@ -131,7 +134,11 @@ impl Row {
             user,
         };
         let hash = self.hash("key_hash")?.ok_or_else(|| fault("key_hash", "is null"))?;
-        let key = StoredKey::new(record, hash);
+        let revisions = Revisions {
+            key: self.revision("api_key_revision")?,
+            owner: self.revision("user_revision")?,
+        };
+        let key = StoredKey::new(record, hash).with_revisions(revisions);
         Ok(match self.hash("fast_hash")? {
             Some(fast) => key.with_upgrade(fast),
             None => key,
@@ -182,6 +189,10 @@ impl Row {
     fn count(&mut self, column: &'static str) -> Result<Option<u64>, Fault> {
         let count = self.integer(column)?.map(u64::try_from).transpose();
         count.map_err(|_| fault(column, "is negative"))
+    }
+
+    fn revision(&mut self, column: &'static str) -> Result<Revision, Fault> {
+        Ok(Revision(self.count(column)?.unwrap_or(0)))
     }
 
     /// A total decides nothing, so that a wrong one does not fail the key.

@@ -1,29 +1,32 @@
 //! Keys in an embedded SQLite database: [`SqliteStore`].
 
 mod adopt;
+mod feed;
 mod repository;
 mod select;
 mod threads;
 
 use std::{
     fmt,
+    future::Future,
     path::Path,
     sync::Arc,
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use diesel::{Connection, RunQueryDsl, SqliteConnection, connection::SimpleConnection};
+use tokio::sync::watch;
 
 use self::{select::keys_where, threads::Threads};
 use super::{
-    Answer, KeyStore, Lookup, MigrateError,
+    Answer, CacheSecret, ChangeStream, KeyStore, Lookup, MigrateError,
     fault::{Failure, store_error},
     lookup::MAX_CANDIDATES,
     row,
     statement::{Bind, Statement, TextRow},
 };
-use crate::{error::StoreError, telemetry};
+use crate::{error::StoreError, record::Revision, telemetry};
 
 /// Keys in an SQLite database that is compiled in: nothing to install, one file to back up. What one
 /// process on one machine needs.
@@ -48,6 +51,10 @@ struct Inner {
     writer: Threads,
     /// `None` in memory, where a second connection would see another database.
     readers: Option<Threads>,
+    /// The connection that sees what others write; the writer's in memory.
+    watcher: Option<Threads>,
+    /// Counts what this process has written.
+    written: watch::Sender<u64>,
     deadline: Duration,
 }
 
@@ -111,12 +118,23 @@ impl SqliteStore {
             let outcome = connection.immediate_transaction(|c| work(c).map_err(Failure));
             outcome.map_err(|Failure(error)| error)
         };
-        self.0.writer.run(self.0.deadline, transaction).await
+        self.changed(self.0.writer.run(self.0.deadline, transaction)).await
     }
 
     /// Runs a statement that may write.
     async fn write(&self, statement: Statement) -> Result<Vec<TextRow>, StoreError> {
-        self.0.writer.run(self.0.deadline, move |connection| load(connection, &statement)).await
+        let write = move |connection: &mut SqliteConnection| load(connection, &statement);
+        self.changed(self.0.writer.run(self.0.deadline, write)).await
+    }
+
+    /// Wakes the feed once something is written.
+    async fn changed<T>(
+        &self,
+        write: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let outcome = write.await;
+        self.0.written.send_modify(|written| *written += 1);
+        outcome
     }
 }
 
@@ -155,8 +173,12 @@ impl SqliteStoreBuilder {
         let open = move || open(path.as_deref(), deadline);
         // The writer first: it makes the file and puts it into WAL mode.
         let writer = Threads::start(1, &open)?;
-        let readers = if readers == 0 { None } else { Some(Threads::start(readers, &open)?) };
-        Ok(SqliteStore(Arc::new(Inner { writer, readers, deadline })))
+        let (readers, watcher) = match readers {
+            0 => (None, None),
+            _ => (Some(Threads::start(readers, &open)?), Some(Threads::start(1, &open)?)),
+        };
+        let written = watch::Sender::new(0);
+        Ok(SqliteStore(Arc::new(Inner { writer, readers, watcher, written, deadline })))
     }
 }
 
@@ -195,17 +217,38 @@ fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, Sto
 
 impl KeyStore for SqliteStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        let limit = MAX_CANDIDATES + 1;
-        let select = keys_where(&format!("k.key_prefix = $1 ORDER BY k.id LIMIT {limit}"));
+        // In one statement, so that both are from one snapshot: the keys, and the last change under the
+        // prefix, of a key that is no longer there, too.
+        let select = format!(
+            "SELECT row FROM ({} ORDER BY k.id LIMIT {}) UNION ALL
+            SELECT CAST(coalesce(max(revision), 0) AS TEXT) FROM api_key_changes WHERE key_prefix = $1",
+            keys_where("k.key_prefix = $1"),
+            MAX_CANDIDATES + 1
+        );
         let binds = [Bind::Text(lookup.id().to_owned())];
         let rows = self.read(Statement::new(select, binds)).await?;
-        let answer = lookup.verify_rows(rows.iter().map(|found| row::decode(&found.row))).await?;
+        let latest = rows.iter().find_map(TextRow::id).and_then(|id| u64::try_from(id).ok());
+        let keys = rows.iter().filter(|found| found.id().is_none());
+        let answer = lookup.verify_rows(keys.map(|found| row::decode(&found.row))).await?;
         if let Some(upgrade) = answer.upgrade()
             && let Err(error) = self.write(upgrade.statement()).await
         {
             telemetry::upgrade_failed(&error);
         }
-        Ok(answer)
+        Ok(answer.with_key_revision(Revision(latest.unwrap_or(0))))
+    }
+
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        feed::changes(self, since)
+    }
+
+    async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
+        // Whoever polls once to hear that there is none needs no runtime for that.
+        tokio::task::yield_now().await;
+        let select = "SELECT json_array(id, hex(secret)) AS row
+            FROM api_key_cache_secrets ORDER BY id DESC LIMIT 2";
+        let rows = self.read(Statement::new(select, [])).await?;
+        CacheSecret::from_rows(rows.iter().map(|row| row.row.as_str()))
     }
 }
 

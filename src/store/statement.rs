@@ -10,8 +10,11 @@ use diesel::{
     sql_types::{BigInt, Text, Untyped},
 };
 
-use super::{HashUpgrade, ListKeys};
-use crate::record::{KeyId, UserId};
+use super::{Change, HashUpgrade, ListKeys};
+use crate::{
+    error::StoreError,
+    record::{KeyId, Revision, UserId},
+};
 
 /// SQL text in which `$1` and so on stand for the bound values.
 ///
@@ -66,6 +69,16 @@ impl TextRow {
     /// The id that was written, if this is one.
     pub(super) fn id(&self) -> Option<i64> {
         self.row.parse().ok()
+    }
+
+    /// The change that was made, if this is one: the prefix or the user, and the revision.
+    pub(super) fn change(&self) -> Result<Change, StoreError> {
+        let prefix = |(prefix, revision)| Change::Prefix(prefix, Revision(revision));
+        let owner = |(user, revision): (i64, u64)| Change::Owner(user.into(), Revision(revision));
+        serde_json::from_str(&self.row)
+            .map(prefix)
+            .or_else(|_| serde_json::from_str(&self.row).map(owner))
+            .map_err(|_| StoreError::bad_row("a row was written, but has no prefix and revision"))
     }
 }
 

@@ -36,7 +36,9 @@ impl Door {
     fn over(scheme: KeySchemeBuilder, keys: MemoryStore, user: UserId) -> Self {
         let scheme = scheme.build().unwrap();
         let store = Counted::over(keys.clone());
-        let authenticator = Authenticator::builder(store.clone()).scheme(scheme.clone()).build();
+        // Nothing is remembered, so that each key reaches the store as often as it is tried.
+        let authenticator = Authenticator::builder(store.clone());
+        let authenticator = authenticator.scheme(scheme.clone()).cache_capacity(0).build();
         Self { scheme, keys, user, store, authenticator }
     }
 

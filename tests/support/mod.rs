@@ -1,10 +1,16 @@
 //! What several test files use. Each uses a part of it.
-#![allow(dead_code, unreachable_pub, missing_docs)]
+#![allow(dead_code, unused_imports, unreachable_pub, missing_docs)]
 
 pub mod counted;
 pub mod door;
+pub mod eventually;
+pub mod feed;
+pub mod fleet;
+pub mod history;
 pub mod log;
 pub mod probe;
+pub mod proxy;
+pub mod scripted;
 pub mod servers;
 pub mod stores;
 pub mod verdict;
@@ -144,7 +150,12 @@ pub fn with_wrong_secret(key: &str) -> String {
 
 /// A well-formed key of the default format that nobody has.
 pub fn unknown_key() -> String {
-    let checked = format!("tak_live_{}_{}", "z".repeat(10), "z".repeat(22));
+    unknown_key_with_id(&"z".repeat(10))
+}
+
+/// Another one, with an id of 10 digits.
+pub fn unknown_key_with_id(id: &str) -> String {
+    let checked = format!("tak_live_{id}_{}", "z".repeat(22));
     format!("{checked}{}", base62(crc32(checked.as_bytes())))
 }
 

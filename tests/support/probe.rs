@@ -19,6 +19,8 @@ use http_body_util::Full;
 use tower::Service;
 use tower_api_key::AuthContext;
 
+use super::eventually::others_make;
+
 /// Each clone is an instance of its own, with a number, that nobody has polled ready yet. Calling
 /// one that is not ready panics.
 pub struct Probe {
@@ -191,6 +193,20 @@ impl Wake for Wakes {
 /// Polls once, with a waker that does nothing.
 pub fn poll<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
     Pin::new(future).poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// Polls until the end, with a waker that does nothing, and lets other tasks run in between.
+pub async fn poll_to_end<F: Future + Unpin>(future: &mut F) -> F::Output {
+    let mut output = None;
+    others_make("the future ends", || match poll(future) {
+        Poll::Ready(outcome) => {
+            output = Some(outcome);
+            true
+        }
+        Poll::Pending => false,
+    })
+    .await;
+    output.unwrap()
 }
 
 /// Polls readiness once, with a waker that does nothing.

@@ -3,7 +3,11 @@
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::Semaphore;
-use tower_api_key::{Answer, KeyRecord, KeyStore, Lookup, MemoryStore, StoreError};
+use tower_api_key::{
+    Answer, Authenticator, Denial, KeyRecord, KeyScheme, KeyStore, Lookup, MemoryStore, StoreError,
+};
+
+use super::eventually::others_make;
 
 /// Every look-up fails with this error.
 pub struct Failing(pub StoreError);
@@ -60,6 +64,11 @@ impl Held {
         self.0.gate.add_permits(1);
     }
 
+    /// Waits until so many look-ups are under way. They run on tasks of their own.
+    pub async fn is_asked(&self, times: usize) {
+        others_make("the store is asked", || self.under_way() == times).await;
+    }
+
     /// How many look-ups have begun and neither ended nor been dropped.
     pub fn under_way(&self) -> usize {
         Arc::strong_count(&self.0.under_way) - 1
@@ -72,4 +81,24 @@ impl KeyStore for Held {
         self.0.gate.acquire().await.unwrap().forget();
         self.0.store.resolve(lookup).await
     }
+}
+
+/// Keeps what it is asked.
+#[derive(Clone, Default)]
+struct Listening(Arc<Mutex<Option<Lookup>>>);
+
+impl KeyStore for Listening {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        *self.0.lock().unwrap() = Some(lookup.clone());
+        lookup.verify([]).await
+    }
+}
+
+/// The question that an authenticator with the default scheme asks of its store about `key`, to be put to
+/// a store by hand: a look-up of an authenticator can't be dropped from outside.
+pub async fn question(key: &str) -> Lookup {
+    let store = Listening::default();
+    let told = Authenticator::builder(store.clone()).scheme(KeyScheme::default()).build();
+    assert!(matches!(told.authenticate(key).await, Err(Denial::InvalidKey(_))));
+    store.0.lock().unwrap().take().expect("the key has a format of the scheme")
 }

@@ -9,7 +9,7 @@ use diesel_async::{
         AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod, deadpool::Pool,
     },
 };
-use tokio_postgres::{Config, config::SslMode};
+use tokio_postgres::{Config, Socket, config::SslMode, tls::MakeTlsConnect};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
@@ -25,6 +25,7 @@ pub struct PostgresStoreBuilder {
     deadline: Duration,
     connect_timeout: Duration,
     statement_timeout: Duration,
+    poll_interval: Duration,
 }
 
 impl PostgresStoreBuilder {
@@ -35,6 +36,7 @@ impl PostgresStoreBuilder {
             deadline: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(3),
             statement_timeout: Duration::from_secs(2),
+            poll_interval: Duration::from_secs(5),
         }
     }
 
@@ -62,6 +64,13 @@ impl PostgresStoreBuilder {
         Self { statement_timeout: timeout, ..self }
     }
 
+    /// How often the table of changes is read where no notification comes: 5 s by default. It bounds how
+    /// long a revoked key goes on working behind a pooler that swallows `LISTEN`, as PgBouncer does.
+    #[must_use]
+    pub fn poll_interval(self, interval: Duration) -> Self {
+        Self { poll_interval: interval, ..self }
+    }
+
     /// Builds the store. Needs no runtime; connects at first use.
     ///
     /// # Errors
@@ -81,7 +90,8 @@ impl PostgresStoreBuilder {
         let manager = AsyncDieselConnectionManager::new_with_config(String::new(), config);
         let pool = Pool::builder(manager).max_size(self.max_connections).build();
         let pool = pool.map_err(|_| PostgresUrlError::new("the pool can't be built"))?;
-        Ok(PostgresStore(Arc::new(Inner { pool, target, deadline: self.deadline })))
+        let Self { deadline, poll_interval, .. } = self;
+        Ok(PostgresStore(Arc::new(Inner { pool, target, deadline, poll_interval })))
     }
 }
 
@@ -92,6 +102,11 @@ impl fmt::Debug for PostgresStoreBuilder {
             .finish_non_exhaustive()
     }
 }
+
+type RawConnection = (
+    tokio_postgres::Client,
+    tokio_postgres::Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>,
+);
 
 /// A database, and how to speak to it.
 #[derive(Clone)]
@@ -143,6 +158,11 @@ impl Target {
         Ok(Self { config, tls })
     }
 
+    /// A new connection without diesel around it, which somebody has to drive.
+    pub(super) async fn connect_raw(&self) -> Result<RawConnection, tokio_postgres::Error> {
+        self.config.connect(self.tls.clone()).await
+    }
+
     /// A new connection.
     pub(super) async fn connect(
         &self,
@@ -153,7 +173,7 @@ impl Target {
             let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
             ConnectionError::BadConnection(format!("{error}{}", cause.unwrap_or_default()))
         };
-        let (client, connection) = self.config.connect(self.tls.clone()).await.map_err(bad)?;
+        let (client, connection) = self.connect_raw().await.map_err(bad)?;
         let mut connection =
             AsyncPgConnection::try_from_client_and_connection(client, connection).await?;
         // Not as a start-up option, which PgBouncer refuses.

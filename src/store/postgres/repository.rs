@@ -10,7 +10,7 @@ use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, StoredKey, User},
     store::{
-        KeyRepository, ListKeys, row,
+        Change, KeyRepository, ListKeys, row,
         statement::{Bind, Statement, TextRow},
     },
 };
@@ -39,7 +39,7 @@ impl KeyRepository for PostgresStore {
         Ok(User { role: role.to_owned(), ..User::new(id, email) })
     }
 
-    async fn update_user(&self, user: &User) -> Result<bool, StoreError> {
+    async fn update_user(&self, user: &User) -> Result<Option<Change>, StoreError> {
         let values = json!({ "email": user.email, "role": user.role, "is_active": user.is_active });
         self.update("users", &["email", "role", "is_active"], user.id.as_i64(), &values).await
     }
@@ -83,12 +83,12 @@ impl KeyRepository for PostgresStore {
         self.records(format!("{KEY_COLUMNS} {KEY_TABLES} WHERE {filter}"), binds).await
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<bool, StoreError> {
+    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
         let values = Value::Object(without_nulls(row::encode(record)));
         self.update("api_keys", &row::EDITED, record.id.as_i64(), &values).await
     }
 
-    async fn revoke_key(&self, id: &KeyId) -> Result<bool, StoreError> {
+    async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
         self.update("api_keys", &["is_active"], id.as_i64(), &json!({ "is_active": false })).await
     }
 }
@@ -105,24 +105,26 @@ impl PostgresStore {
         rows.iter().map(|found| row::decode(&found.row).map(|key| key.record)).collect()
     }
 
-    /// Writes `columns` of the row with this id, and says whether there is one.
+    /// Writes `columns` of the row with this id, if there is one.
     async fn update(
         &self,
         table: &str,
         columns: &[&str],
         id: Option<i64>,
         values: &Value,
-    ) -> Result<bool, StoreError> {
-        let Some(id) = id else { return Ok(false) };
+    ) -> Result<Option<Change>, StoreError> {
+        let Some(id) = id else { return Ok(None) };
         let set: Vec<_> = columns.iter().map(|column| format!("{column} = n.{column}")).collect();
         let update = format!(
             "UPDATE {table} AS t SET {}, updated_at = n.updated_at
             FROM jsonb_populate_record(NULL::{table}, {VALUES}) AS n WHERE t.id = $2
-            RETURNING t.id::text AS row",
+            RETURNING json_build_array(t.{}, t.api_key_revision)::text AS row",
             set.join(", "),
+            if table == "users" { "id" } else { "key_prefix" },
         );
         let binds = [Bind::Text(values.to_string()), Bind::Integer(id)];
-        Ok(!self.load::<TextRow>(&Statement::new(update, binds)).await?.is_empty())
+        let rows = self.load::<TextRow>(&Statement::new(update, binds)).await?;
+        rows.as_slice().first().map(TextRow::change).transpose()
     }
 }
 

@@ -24,12 +24,16 @@ pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<(), MigrateEr
         if !faults.is_empty() {
             return Err(Failure(MigrateError::NotAdoptable(faults)));
         }
+        // First, because migrations name columns that adopted tables may lack.
+        adopt(connection, &tables, &columns)?;
         let ran = connection.run_pending_migrations(MIGRATIONS).map(drop);
-        ran.map_err(|error| Failure(StoreError::rejected(error).into()))?;
-        Ok(adopt(connection, &tables, &columns)?)
+        ran.map_err(|error| Failure(StoreError::rejected(error).into()))
     });
     outcome.map_err(|Failure(error)| error)
 }
+
+/// As the first migration makes it.
+const ADOPTED: &str = "CREATE TABLE IF NOT EXISTS api_key_adopted (name TEXT PRIMARY KEY)";
 
 /// The columns that an adopted table can't be without.
 const REQUIRED: [(&str, &str); 6] = [
@@ -161,6 +165,9 @@ fn adopt(
     tables: &[Table],
     columns: &[Column],
 ) -> QueryResult<()> {
+    if !tables.is_empty() {
+        connection.batch_execute(ADOPTED)?;
+    }
     for Table { name: table, .. } in tables {
         let adopted = format!("INSERT OR IGNORE INTO api_key_adopted (name) VALUES ('{table}')");
         connection.batch_execute(&adopted)?;

@@ -7,7 +7,7 @@ use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, StoredKey, User},
     store::{
-        KeyRepository, ListKeys, row,
+        Change, KeyRepository, ListKeys, row,
         statement::{Bind, Statement, TextRow},
     },
 };
@@ -30,7 +30,7 @@ impl KeyRepository for SqliteStore {
         Ok(User { role: role.to_owned(), ..User::new(id, email) })
     }
 
-    async fn update_user(&self, user: &User) -> Result<bool, StoreError> {
+    async fn update_user(&self, user: &User) -> Result<Option<Change>, StoreError> {
         let values = json!({ "email": user.email, "role": user.role, "is_active": user.is_active });
         self.update("users", &["email", "role", "is_active"], user.id.as_i64(), &values).await
     }
@@ -80,12 +80,12 @@ impl KeyRepository for SqliteStore {
         self.records(Statement::new(keys_where(filter), binds)).await
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<bool, StoreError> {
+    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
         let values = Value::Object(encode(record));
         self.update("api_keys", &row::EDITED, record.id.as_i64(), &values).await
     }
 
-    async fn revoke_key(&self, id: &KeyId) -> Result<bool, StoreError> {
+    async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
         self.update("api_keys", &["is_active"], id.as_i64(), &json!({ "is_active": false })).await
     }
 }
@@ -96,15 +96,15 @@ impl SqliteStore {
         rows.iter().map(|found| row::decode(&found.row).map(|key| key.record)).collect()
     }
 
-    /// Writes `columns` of the row with this id, and says whether there is one.
+    /// Writes `columns` of the row with this id, if there is one.
     async fn update(
         &self,
         table: &str,
         columns: &[&str],
         id: Option<i64>,
         values: &Value,
-    ) -> Result<bool, StoreError> {
-        let Some(id) = id else { return Ok(false) };
+    ) -> Result<Option<Change>, StoreError> {
+        let Some(id) = id else { return Ok(None) };
         let set: Vec<_> =
             columns.iter().map(|column| format!("{column} = {}", field(column))).collect();
         let update = format!(
@@ -113,7 +113,18 @@ impl SqliteStore {
             set.join(", "),
         );
         let binds = [Bind::Text(values.to_string()), Bind::Integer(id)];
-        Ok(!self.write(Statement::new(update, binds)).await?.is_empty())
+        let update = Statement::new(update, binds);
+        // RETURNING shows the row as it was before its triggers.
+        let subject = if table == "users" { "id" } else { "key_prefix" };
+        let select = format!(
+            "SELECT json_array({subject}, api_key_revision) AS row FROM {table} WHERE id = $1"
+        );
+        let select = Statement::new(select, [Bind::Integer(id)]);
+        let changed = self.in_transaction(move |connection| {
+            load(connection, &update)?;
+            load(connection, &select)
+        });
+        changed.await?.first().map(TextRow::change).transpose()
     }
 }
 

@@ -14,6 +14,7 @@ static KEYS: LazyLock<String> = LazyLock::new(|| {
     format!(
         "SELECT json_object({}, {},
             'fast_hash', CASE WHEN k.fast_hash_of = k.key_hash THEN {} END,
+            'user_revision', u.api_key_revision,
             'total_cost', printf('%.6f', k.total_cost),
             'user_id', u.id, 'user_email', {}, 'user_role', {}, 'user_is_active', {}
         ) AS row FROM api_keys k JOIN users u ON u.id = k.user_id",
@@ -45,8 +46,9 @@ const TEXTS: [&str; 14] = [
 ];
 
 /// Columns of `api_keys` that have numbers in them, some of them booleans.
-const NUMBERS: [&str; 9] = [
+const NUMBERS: [&str; 10] = [
     "id",
+    "api_key_revision",
     "is_active",
     "rate_limit_per_minute",
     "rate_limit_per_hour",

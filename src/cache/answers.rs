@@ -1,0 +1,335 @@
+//! Answers to keys, remembered or looked up once for all who ask: [`Answers`].
+
+use std::{
+    fmt,
+    future::Future,
+    net::IpAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use chrono::{DateTime, Utc};
+use sha2::{Digest, Sha256};
+use tokio::runtime::Handle;
+
+use super::{
+    Background, CacheSettings, Moment, View,
+    feed::follow,
+    flight::{Boarding, Flights, Outcome},
+    floors::{Seen, Standing, Subject},
+    freshness::Age,
+    local::{LocalCache, Refused, Remembered, Stamp},
+};
+use crate::{
+    context::{AuthContext, Origin},
+    error::{StoreError, StoreErrorKind},
+    key::{KeyDigest, KeyScheme, PresentedKey},
+    policy,
+    respond::{Denial, InvalidKey},
+    store::{self, Answer, DynKeyStore, KeyStore, Lookup, Proof, Source},
+    telemetry,
+};
+
+/// The tiers of one node, from the local cache down.
+pub(crate) struct Answers {
+    pub(crate) store: DynKeyStore,
+    pub(crate) scheme: KeyScheme,
+    pub(crate) settings: CacheSettings,
+    pub(crate) origin: Origin,
+    view: Arc<View>,
+    cache: LocalCache,
+    flights: Arc<Flights>,
+    feed: Background,
+    /// Whether the store failed when it was last asked.
+    is_store_failing: AtomicBool,
+}
+
+/// What is remembered of a key.
+pub(crate) enum Recall {
+    Known(AuthContext),
+    Refused(InvalidKey),
+    /// Nothing that may be served: the store has to be asked.
+    Nothing,
+}
+
+/// A look-up on its way.
+pub(crate) type LookupFuture = Pin<Box<dyn Future<Output = Outcome> + Send>>;
+
+/// A store that has not answered by then counts as failing, whatever deadlines it has itself.
+const LOOKUP_DEADLINE: Duration = Duration::from_secs(15);
+/// An answer that is older than a change which is known is asked for again so often, after so long: what
+/// answered is a copy of the database that has not caught up.
+const RETRIES: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(20),
+    Duration::from_millis(100),
+    Duration::from_millis(400),
+];
+
+impl Answers {
+    pub(crate) fn new(store: DynKeyStore, scheme: KeyScheme, settings: CacheSettings) -> Arc<Self> {
+        Arc::new(Self {
+            store,
+            scheme,
+            settings,
+            origin: Origin::default(),
+            view: View::new(&settings),
+            cache: LocalCache::new(&settings),
+            flights: Arc::default(),
+            feed: Background::default(),
+            is_store_failing: AtomicBool::new(false),
+        })
+    }
+
+    /// What is remembered of the key in `token`. No lock, no I/O, and no allocation.
+    #[inline]
+    pub(crate) fn recall(&self, token: &str) -> Recall {
+        let key: KeyDigest = Sha256::digest(token).into();
+        if let Some(known) = self.cache.known(&key)
+            && known.stamp.age(&self.view, self.now()) == Age::Fresh
+        {
+            return Recall::Known(known.caller);
+        }
+        match self.cache.refused(&key) {
+            Some(it) if it.stamp.age(&self.view, self.now()) == Age::Fresh => {
+                Recall::Refused(it.reason)
+            }
+            _ => Recall::Nothing,
+        }
+    }
+
+    /// Asks the store, together with everybody else who wants to know the same.
+    pub(crate) fn look_up(
+        self: &Arc<Self>,
+        key: PresentedKey,
+        address: Option<IpAddr>,
+    ) -> LookupFuture {
+        let inner = Arc::clone(self);
+        Box::pin(async move {
+            if Handle::try_current().is_err() {
+                return Err(StoreError::unavailable("there is no Tokio runtime here").into());
+            }
+            inner.listen();
+            let digest = key.digest;
+            let boarding = inner.board(key, address);
+            if inner.is_store_failing.load(Ordering::Relaxed)
+                && let Some(caller) = inner.while_failing(&digest)
+            {
+                // The look-up goes on without us, and says when the store is back.
+                return Ok(caller);
+            }
+            match boarding.outcome().await {
+                Err(Denial::Unavailable(error)) => {
+                    inner.while_failing(&digest).ok_or(Denial::Unavailable(error))
+                }
+                outcome => outcome,
+            }
+        })
+    }
+
+    /// Forgets what is remembered of the keys under `prefix`, and trusts no copy of them from before.
+    pub(crate) fn invalidate(&self, prefix: &str) {
+        self.view.distrust(prefix, self.now());
+    }
+
+    /// Stops listening, for good.
+    pub(crate) fn stop(&self) {
+        self.feed.stop();
+    }
+
+    pub(crate) fn health(&self) -> Health {
+        let now = self.now();
+        Health {
+            cached_keys: self.cache.len(),
+            lookups_under_way: self.flights.len(),
+            is_store_failing: self.is_store_failing.load(Ordering::Relaxed),
+            last_sync: self.view.freshness.last_sync().map(|sync| now.since(sync)),
+        }
+    }
+
+    fn now(&self) -> Moment {
+        Moment::now(self.scheme.clock())
+    }
+
+    /// Sees to it that somebody listens to the store.
+    fn listen(&self) {
+        self.feed.ensure(|| {
+            let scheme = self.scheme.clone();
+            let now = move || Moment::now(scheme.clock());
+            follow(self.store.clone(), Arc::downgrade(&self.view), now)
+        });
+    }
+
+    /// A valid key that may be served because the store fails.
+    fn while_failing(&self, key: &KeyDigest) -> Option<AuthContext> {
+        let known = self.cache.known(key)?;
+        let may_serve = known.stamp.age(&self.view, self.now()) != Age::Expired;
+        may_serve.then_some(known.caller)
+    }
+
+    fn board(self: &Arc<Self>, key: PresentedKey, address: Option<IpAddr>) -> Boarding {
+        let prefix = Subject::Prefix(key.id().into());
+        let generation = self.view.floors.generation(&prefix);
+        self.flights.board(key.digest, generation, &self.view, |seen, landing| {
+            let inner = Arc::clone(self);
+            tokio::spawn(async move {
+                let outcome = inner.fly(key, prefix, address, seen).await;
+                landing.land(outcome);
+            });
+        })
+    }
+
+    /// Asks the store, judges what does not depend on the request, and remembers the answer.
+    async fn fly(
+        &self,
+        key: PresentedKey,
+        prefix: Subject,
+        address: Option<IpAddr>,
+        mut seen: Seen,
+    ) -> Outcome {
+        let key = Arc::new(key);
+        let proof = self.cache.known(&key.digest).and_then(|known| known.proof);
+        for (attempt, pause) in RETRIES.into_iter().enumerate() {
+            if attempt > 0 {
+                tokio::time::sleep(pause).await;
+                seen = self.view.floors.seen();
+            }
+            let as_of = self.now();
+            let mut lookup =
+                Lookup::new(Arc::clone(&key), self.scheme.clone(), address, Arc::clone(&self.view));
+            if let Some(proof) = proof {
+                lookup = lookup.with_proof(Proof::Seen(proof));
+            }
+            if attempt > 0 {
+                lookup = lookup.without_copies();
+            }
+            let answer = self.ask(&lookup).await?;
+            if let Some(outcome) = self.judge(answer, &key.digest, &prefix, as_of, seen) {
+                return outcome;
+            }
+        }
+        let behind = "what answers is older than changes that are known: a replica that lags";
+        Err(StoreError::unavailable(behind).into())
+    }
+
+    async fn ask(&self, lookup: &Lookup) -> Result<Answer, Denial> {
+        let answer = tokio::time::timeout(LOOKUP_DEADLINE, self.store.resolve(lookup)).await;
+        let answer = answer.unwrap_or_else(|_| Err(StoreError::timeout(LOOKUP_DEADLINE)));
+        match &answer {
+            Ok(answer) if answer.source() == Source::Store => {
+                self.is_store_failing.store(false, Ordering::Relaxed);
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == StoreErrorKind::BadRow => {
+                telemetry::bad_row(lookup.id(), error);
+            }
+            Err(error) => {
+                let is_failing = error.kind() != StoreErrorKind::Overloaded;
+                self.is_store_failing.store(is_failing, Ordering::Relaxed);
+            }
+        }
+        let answer = answer?;
+        if !answer.answers(lookup) {
+            let mixed_up = "the key store gave the answer to another question";
+            return Err(StoreError::rejected(mixed_up).into());
+        }
+        Ok(answer)
+    }
+
+    /// What the answer comes to; `None` if it is from before a change that is known.
+    fn judge(
+        &self,
+        answer: Answer,
+        key: &KeyDigest,
+        prefix: &Subject,
+        asked: Moment,
+        seen: Seen,
+    ) -> Option<Outcome> {
+        let now = self.now();
+        let floors = &self.view.floors;
+        let owner = answer.record().map(|record| Subject::Owner(record.user.id.clone()));
+        let revisions = answer.revisions();
+        // The generations first: a change that comes after this makes what is remembered useless.
+        let mut stamp = Stamp {
+            as_of: match answer.source() {
+                Source::Store => asked,
+                Source::Copy => self.view.freshness.moment_of(answer.as_of(), now),
+            },
+            prefix: floors.generation(prefix),
+            owner: owner.as_ref().map(|owner| floors.generation(owner)),
+            expires_at: u64::MAX,
+        };
+        let subjects: Vec<_> = [(prefix.clone(), revisions.key)]
+            .into_iter()
+            .chain(owner.map(|owner| (owner, revisions.owner)))
+            .collect();
+        let standing = floors.judge(&subjects, seen);
+        if standing == Standing::Below {
+            return None;
+        }
+        let found = answer.outcome();
+        let outcome = match (found, answer.into_matched()) {
+            (store::Outcome::Match(_), Some(found)) => {
+                // By the time after the look-up, which may have taken a while.
+                let expiry = found.record.expires_at;
+                let verdict = policy::validity(&found.record, DateTime::from(now.wall()));
+                verdict.map(|()| {
+                    stamp.expires_at = expiry.map_or(u64::MAX, wall_nanos);
+                    let caller = AuthContext::new(found.record, self.origin.clone());
+                    Remembered { caller, stamp, proof: found.fingerprint }
+                })
+            }
+            (store::Outcome::Unknown, _) => Err(InvalidKey::Unknown),
+            _ => Err(InvalidKey::WrongSecret),
+        };
+        let is_kept = standing == Standing::Current;
+        Some(match outcome {
+            Ok(known) => {
+                let caller = known.caller.clone();
+                if is_kept {
+                    self.cache.remember(*key, known);
+                }
+                Ok(caller)
+            }
+            Err(reason) => {
+                if is_kept {
+                    self.cache.refuse(*key, Refused { reason, stamp });
+                }
+                Err(reason.into())
+            }
+        })
+    }
+}
+
+/// A time before 1970 is 0, one after 2554 the last nanosecond that there is.
+fn wall_nanos(time: DateTime<Utc>) -> u64 {
+    let nanos =
+        i128::from(time.timestamp()) * 1_000_000_000 + i128::from(time.timestamp_subsec_nanos());
+    u64::try_from(nanos.max(0)).unwrap_or(u64::MAX)
+}
+
+/// How the caches of an [`Authenticator`](crate::Authenticator) stand.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Health {
+    /// Valid keys that this node remembers.
+    pub cached_keys: usize,
+    /// Look-ups that wait for the store.
+    pub lookups_under_way: usize,
+    /// Whether the store failed when it was last asked. Keys that are remembered are served within
+    /// `max_staleness + stale_if_error`.
+    pub is_store_failing: bool,
+    /// How long ago this node last knew that it had heard of every change. `None` before the first
+    /// look-up, and for a store that has no feed.
+    pub last_sync: Option<Duration>,
+}
+
+impl fmt::Debug for Answers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Answers").field("health", &self.health()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,103 @@
+//! The first tier: [`LocalCache`].
+
+use std::fmt;
+
+use quick_cache::sync::Cache;
+
+use super::{Age, CacheSettings, Moment, View, floors::Generation};
+use crate::{
+    context::AuthContext,
+    key::{HashFingerprint, KeyDigest},
+    respond::InvalidKey,
+};
+
+/// Answers by the SHA-256 of the whole key, so that a hit has proven the key. Bounded: what is asked for
+/// seldom makes room.
+pub(crate) struct LocalCache {
+    known: Cache<KeyDigest, Remembered>,
+    /// Keys that are not valid, apart and few, so that a flood of them drives out no valid one.
+    refused: Cache<KeyDigest, Refused>,
+}
+
+/// What counts for serving an answer again.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stamp {
+    /// When the read was sent.
+    pub(crate) as_of: Moment,
+    /// Those of the prefix and the owner from before the answer was judged.
+    pub(crate) prefix: Generation,
+    pub(crate) owner: Option<Generation>,
+    /// By the wall clock, in nanoseconds since the Unix epoch.
+    pub(crate) expires_at: u64,
+}
+
+/// A valid key.
+#[derive(Clone)]
+pub(crate) struct Remembered {
+    pub(crate) caller: AuthContext,
+    pub(crate) stamp: Stamp,
+    /// Of the hash that the key has matched.
+    pub(crate) proof: Option<HashFingerprint>,
+}
+
+/// A key that is not valid.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Refused {
+    pub(crate) reason: InvalidKey,
+    pub(crate) stamp: Stamp,
+}
+
+/// So many keys that are not valid are remembered.
+const MAX_REFUSED: usize = 10_000;
+
+impl Stamp {
+    /// How old the answer is; expired if a change has come since, or the key's time is over.
+    #[inline]
+    pub(crate) fn age(&self, view: &View, now: Moment) -> Age {
+        let is_current = view.floors.is_current(self.prefix)
+            && self.owner.is_none_or(|owner| view.floors.is_current(owner));
+        if !is_current || now.wall_nanos() >= self.expires_at {
+            return Age::Expired;
+        }
+        view.freshness.age(self.as_of, now)
+    }
+}
+
+impl LocalCache {
+    pub(crate) fn new(settings: &CacheSettings) -> Self {
+        let refused = settings.capacity.min(MAX_REFUSED);
+        Self { known: Cache::new(settings.capacity), refused: Cache::new(refused) }
+    }
+
+    /// What is remembered of a valid key, however old.
+    #[inline]
+    pub(crate) fn known(&self, key: &KeyDigest) -> Option<Remembered> {
+        self.known.get(key)
+    }
+
+    /// What is remembered of a key that is not valid, however old.
+    pub(crate) fn refused(&self, key: &KeyDigest) -> Option<Refused> {
+        self.refused.get(key)
+    }
+
+    pub(crate) fn remember(&self, key: KeyDigest, known: Remembered) {
+        self.known.insert(key, known);
+    }
+
+    /// What was known of the key before stays: it can't be served any more, but spares a valid key that
+    /// comes back its slow check.
+    pub(crate) fn refuse(&self, key: KeyDigest, refused: Refused) {
+        self.refused.insert(key, refused);
+    }
+
+    /// How many valid keys are remembered.
+    pub(crate) fn len(&self) -> usize {
+        self.known.len()
+    }
+}
+
+impl fmt::Debug for LocalCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LocalCache").field("known", &self.known.len()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,108 @@
+//! What a node remembers, and how it stays true.
+//!
+//! Copies of answers lie in the local cache and in Redis, and can be old there in every way: a fill
+//! may be executed late, Redis may come back from a snapshot. Two rules keep an old one from being
+//! served. The rule of floors ([`floors`]): a node that has learned of a change serves nothing from
+//! before it. The rule of age ([`freshness`]): an answer is served only for so long after it was read,
+//! or after the node last knew that it had heard of every change.
+//!
+//! Read [`answers`] first, which has the way down and up again; [`local`] is the first tier, [`flight`] is
+//! what is under way for a key that is not in it, and [`feed`] listens to the store.
+
+mod answers;
+mod feed;
+mod flight;
+mod floors;
+mod freshness;
+mod local;
+mod moment;
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+pub use self::answers::Health;
+pub(crate) use self::{
+    answers::{Answers, LookupFuture, Recall},
+    feed::Background,
+    floors::{MARGIN, Subject},
+    freshness::Age,
+    moment::Moment,
+};
+use self::{floors::Floors, freshness::Freshness};
+use crate::{record::Revision, store::Change};
+
+/// How much a node remembers, and for how long.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CacheSettings {
+    /// So many keys.
+    pub(crate) capacity: usize,
+    pub(crate) max_staleness: Duration,
+    pub(crate) stale_if_error: Duration,
+}
+
+impl Default for CacheSettings {
+    fn default() -> Self {
+        Self {
+            capacity: 100_000,
+            max_staleness: Duration::from_secs(30),
+            stale_if_error: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What a node knows of the changes in the store below it: which ones, and up to when all of them.
+#[derive(Debug)]
+pub(crate) struct View {
+    pub(crate) floors: Floors,
+    pub(crate) freshness: Freshness,
+}
+
+impl View {
+    pub(crate) fn new(settings: &CacheSettings) -> Arc<Self> {
+        Arc::new(Self { floors: Floors::new(), freshness: Freshness::new(settings) })
+    }
+
+    /// Takes in what the store says, at the moment `now`.
+    pub(crate) fn learn(&self, change: Change, now: Moment) {
+        let database_now = || self.freshness.database_now(now);
+        match change {
+            Change::Prefix(prefix, revision) => {
+                self.floors.raise(Subject::Prefix(prefix.into()), revision, now, database_now());
+            }
+            Change::Owner(owner, revision) => {
+                self.floors.raise(Subject::Owner(owner), revision, now, database_now());
+            }
+            Change::Synced(as_of) => {
+                self.freshness.synced(as_of, now);
+                self.floors.caught_up();
+            }
+            Change::Reset => self.floors.reset(database_now()),
+        }
+    }
+
+    /// Forgets what is known of keys under `prefix`, in every tier, though no change was said.
+    pub(crate) fn distrust(&self, prefix: &str, now: Moment) {
+        let subject = Subject::Prefix(prefix.into());
+        self.floors.distrust(subject, now, self.freshness.database_now(now));
+    }
+
+    /// Learns of a change from a tombstone that lies in place of a copy, if it is news.
+    pub(crate) fn learn_of_delete(&self, subject: Subject, revision: Revision, now: Moment) {
+        self.floors.raise_to(subject, revision, now, self.freshness.database_now(now));
+    }
+
+    /// Whether a copy that others made at `as_of` may be looked at: how old it is, or `None` if a change
+    /// that this node knows of, or may not know of yet, came after it.
+    pub(crate) fn judge_copy(
+        &self,
+        subjects: &[(Subject, Revision)],
+        as_of: SystemTime,
+        now: Moment,
+    ) -> Option<Age> {
+        self.floors
+            .accept_copy(subjects, as_of)
+            .then(|| self.freshness.age(self.freshness.moment_of(as_of, now), now))
+    }
+}

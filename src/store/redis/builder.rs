@@ -1,0 +1,97 @@
+//! From servers to a cache: [`RedisCacheBuilder`].
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use tokio::sync::Semaphore;
+
+use super::{
+    RedisCache, Tier,
+    deletes::Deletes,
+    link::Link,
+    secret::{self, Secrets},
+    servers::{Connector, RedisServers, RedisUrlError},
+};
+use crate::store::{CacheSecret, KeyStore};
+
+/// So many writes may be under way; past that, an answer is not written.
+const MAX_FILLS: usize = 256;
+
+/// Builds a [`RedisCache`].
+pub struct RedisCacheBuilder<S> {
+    store: S,
+    servers: RedisServers,
+    timeout: Duration,
+    secret: Option<CacheSecret>,
+}
+
+impl<S: KeyStore> RedisCacheBuilder<S> {
+    pub(super) fn new(store: S, servers: RedisServers) -> Self {
+        Self { store, servers, timeout: Duration::from_millis(100), secret: None }
+    }
+
+    /// The longest that a request waits for Redis: 100 ms by default.
+    #[must_use]
+    pub fn timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// The secret that entries are authenticated with, for a store that has none of its own. All nodes have
+    /// to have the same.
+    #[must_use]
+    pub fn secret(self, secret: CacheSecret) -> Self {
+        Self { secret: Some(secret), ..self }
+    }
+
+    /// Builds the cache. Needs no runtime; connects at first use.
+    ///
+    /// # Errors
+    ///
+    /// If a URL can't be read, or the store has no secret and none was given.
+    pub fn build(self) -> Result<RedisCache<S>, RedisCacheError> {
+        let Self { store, servers, timeout, secret } = self;
+        if secret.is_none() && secret::has_none(&store) {
+            return Err(RedisCacheError::NoSecret);
+        }
+        let link = Link::new(Connector::new(servers).map_err(RedisCacheError::Url)?, timeout);
+        Ok(RedisCache(Arc::new(Tier {
+            store,
+            deletes: Deletes::new(Arc::clone(&link)),
+            link,
+            secrets: Secrets::new(secret),
+            fills: Arc::new(Semaphore::new(MAX_FILLS)),
+        })))
+    }
+}
+
+impl<S: fmt::Debug> fmt::Debug for RedisCacheBuilder<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisCacheBuilder")
+            .field("store", &self.store)
+            .field("servers", &self.servers)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a [`RedisCache`] can't be built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RedisCacheError {
+    /// A URL can't be used.
+    Url(RedisUrlError),
+    /// The store has no secret to authenticate entries with, and none was given: whoever can write to Redis
+    /// could let themselves in.
+    NoSecret,
+}
+
+impl fmt::Display for RedisCacheError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Url(error) => error.fmt(f),
+            Self::NoSecret => f.write_str(
+                "the store has no cache secret: give one with RedisCacheBuilder::secret",
+            ),
+        }
+    }
+}
+
+impl std::error::Error for RedisCacheError {}

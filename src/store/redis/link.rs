@@ -1,0 +1,258 @@
+//! The way to Redis, and the breaker on it: [`Link`].
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use deadpool_redis::redis::{Cmd, ErrorKind, RedisError, ServerErrorKind, Value, cmd};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
+
+use super::servers::{Connection, Connector};
+use crate::{cache::Background, telemetry};
+
+/// One multiplexed connection, made and made anew in the background, and a breaker: while it is open,
+/// Redis costs a request nothing.
+pub(super) struct Link {
+    connector: Connector,
+    /// The longest that a request waits for Redis.
+    pub(super) limit: Duration,
+    state: watch::Sender<State>,
+    /// Connection faults and timeouts in a row.
+    faults: AtomicU32,
+    /// Counts connections, to tell a fault of this one from one of the last.
+    made: AtomicU64,
+    connecting: Background,
+}
+
+#[derive(Clone)]
+enum State {
+    /// Nobody has asked yet.
+    Idle,
+    /// For the first time: who asks waits a little.
+    Connecting,
+    Up {
+        connection: Connection,
+        number: u64,
+        since: Instant,
+    },
+    /// The breaker is open.
+    Down,
+}
+
+/// How Redis stands, as a [`RedisCache`](super::RedisCache) sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RedisState {
+    /// Nothing was asked of it yet, or the first connection is being made.
+    Connecting,
+    /// It is asked.
+    Up,
+    /// The breaker is open: it is not asked, and probed in the background.
+    Down,
+}
+
+/// Why Redis gave no answer.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// It is not asked: the breaker is open.
+    Open,
+    /// It did not answer in time, or the connection broke.
+    Link,
+    /// It answered with an error.
+    Refused(RedisError),
+}
+
+/// So many faults in a row open the breaker.
+const FAULTS: u32 = 5;
+/// The pause between probes grows from the one to the other, with jitter, so that a fleet does not come
+/// back all at once.
+const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(2)];
+/// A probe may take longer than a request.
+const PROBE_LIMIT: Duration = Duration::from_secs(2);
+
+impl Link {
+    pub(super) fn new(connector: Connector, limit: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            connector,
+            limit,
+            state: watch::Sender::new(State::Idle),
+            faults: AtomicU32::new(0),
+            made: AtomicU64::new(0),
+            connecting: Background::default(),
+        })
+    }
+
+    pub(super) fn connector(&self) -> &Connector {
+        &self.connector
+    }
+
+    pub(super) fn state(&self) -> RedisState {
+        match &*self.state.borrow() {
+            State::Idle | State::Connecting => RedisState::Connecting,
+            State::Up { .. } => RedisState::Up,
+            State::Down => RedisState::Down,
+        }
+    }
+
+    /// Runs a command, within the limit.
+    pub(super) async fn run(self: &Arc<Self>, command: &Cmd) -> Result<Value, Fault> {
+        let deadline = tokio::time::Instant::now() + self.limit;
+        let (mut connection, number) = tokio::time::timeout_at(deadline, self.connection())
+            .await
+            .map_err(|_| Fault::Open)??;
+        let answer = tokio::time::timeout_at(deadline, command.query_async(&mut connection)).await;
+        match answer {
+            Ok(Ok(Value::ServerError(error))) => Err(self.refused(error.into(), number)),
+            Ok(Ok(value)) => {
+                self.faults.store(0, Ordering::Relaxed);
+                Ok(value)
+            }
+            Ok(Err(error)) if is_of_the_link(&error) => {
+                // A connection that is closed is of no more use to anybody.
+                let faults = if error.is_unrecoverable_error() { FAULTS } else { 1 };
+                self.fault(number, faults);
+                Err(Fault::Link)
+            }
+            Ok(Err(error)) => Err(self.refused(error, number)),
+            Err(_) => {
+                self.fault(number, 1);
+                Err(Fault::Link)
+            }
+        }
+    }
+
+    /// Waits until Redis is back, or for `limit`.
+    pub(super) async fn wait_until_up(&self, limit: Duration) {
+        let mut state = self.state.subscribe();
+        let up = state.wait_for(|state| matches!(state, State::Up { .. }));
+        // It is looked at again after this, however it ends.
+        let _ = timeout(limit, up).await;
+    }
+
+    async fn connection(self: &Arc<Self>) -> Result<(Connection, u64), Fault> {
+        let mut state = self.state.subscribe();
+        loop {
+            match &*state.borrow_and_update() {
+                State::Up { connection, number, .. } => return Ok((connection.clone(), *number)),
+                State::Down => {
+                    // The one that probes may have gone with its runtime.
+                    self.ensure_connecting();
+                    return Err(Fault::Open);
+                }
+                State::Idle | State::Connecting => {}
+            }
+            self.state.send_if_modified(|state| {
+                let is_first = matches!(state, State::Idle);
+                if is_first {
+                    *state = State::Connecting;
+                }
+                is_first
+            });
+            self.ensure_connecting();
+            state.changed().await.map_err(|_| Fault::Open)?;
+        }
+    }
+
+    /// A server that has become a replica, or a part of a cluster, has to be looked for anew. Anything else
+    /// that it says is no fault of the way to it.
+    fn refused(self: &Arc<Self>, error: RedisError, number: u64) -> Fault {
+        use ServerErrorKind::{Ask, ClusterDown, MasterDown, Moved, ReadOnly};
+        let has_moved = matches!(
+            error.kind(),
+            ErrorKind::Server(ReadOnly | Moved | Ask | MasterDown | ClusterDown)
+        );
+        // Whoever has just looked would find the same again.
+        let is_settled = matches!(
+            &*self.state.borrow(),
+            State::Up { number: current, since, .. } if *current == number && since.elapsed() > PAUSES[1]
+        );
+        if has_moved && is_settled {
+            self.fault(number, FAULTS);
+        } else {
+            self.faults.store(0, Ordering::Relaxed);
+        }
+        Fault::Refused(error)
+    }
+
+    fn fault(self: &Arc<Self>, number: u64, count: u32) {
+        if self.faults.fetch_add(count, Ordering::Relaxed) + count < FAULTS {
+            return;
+        }
+        let has_opened = self.state.send_if_modified(|state| {
+            // Not a newer connection, which is not at fault.
+            let is_it = matches!(state, State::Up { number: current, .. } if *current == number);
+            if is_it {
+                *state = State::Down;
+            }
+            is_it
+        });
+        if has_opened {
+            telemetry::redis_is_down();
+            self.ensure_connecting();
+        }
+    }
+
+    fn ensure_connecting(self: &Arc<Self>) {
+        self.connecting.ensure(|| connect(Arc::downgrade(self)));
+    }
+
+    async fn probe(&self) -> Result<Connection, String> {
+        let mut connection = self.connector.connect().await?;
+        let pong: Result<Value, _> = cmd("PING").query_async(&mut connection).await;
+        pong.map_err(|error| error.to_string())?;
+        Ok(connection)
+    }
+}
+
+/// Tries until there is a connection, or nobody wants one any more.
+async fn connect(link: std::sync::Weak<Link>) {
+    let mut pause = PAUSES[0];
+    loop {
+        let Some(link) = link.upgrade() else { return };
+        let outcome = timeout(PROBE_LIMIT, link.probe()).await;
+        let outcome = outcome.unwrap_or_else(|_| Err("no answer in time".to_owned()));
+        match outcome {
+            Ok(connection) => {
+                link.faults.store(0, Ordering::Relaxed);
+                let number = link.made.fetch_add(1, Ordering::Relaxed);
+                link.state.send_replace(State::Up { connection, number, since: Instant::now() });
+                telemetry::redis_is_up();
+                return;
+            }
+            Err(reason) => {
+                let was_up = link.state.send_if_modified(|state| {
+                    let is_news = !matches!(state, State::Down);
+                    *state = State::Down;
+                    is_news
+                });
+                telemetry::redis_is_out_of_reach(&reason, was_up);
+            }
+        }
+        drop(link);
+        sleep(jittered(pause)).await;
+        pause = (pause * 2).min(PAUSES[1]);
+    }
+}
+
+/// Between a half and the whole of `pause`.
+fn jittered(pause: Duration) -> Duration {
+    let mut random = [0];
+    let share = getrandom::fill(&mut random).map_or(0.5, |()| f64::from(random[0]) / 255.0);
+    pause.mul_f64(0.5 + 0.5 * share)
+}
+
+fn is_of_the_link(error: &RedisError) -> bool {
+    error.is_io_error()
+        || error.is_timeout()
+        || error.is_connection_dropped()
+        || error.is_connection_refusal()
+        || error.is_unrecoverable_error()
+        || matches!(error.kind(), ErrorKind::Parse | ErrorKind::ClusterConnectionNotFound)
+}

@@ -1,0 +1,283 @@
+//! Which servers, and connections to them: [`RedisServers`].
+
+use std::fmt;
+
+use deadpool_redis::{
+    self as single, cluster,
+    redis::{
+        Client, Cmd, Pipeline, RedisError, RedisFuture, RedisResult, Value,
+        aio::{ConnectionLike, MultiplexedConnection, PubSub},
+        cluster_async::ClusterConnection,
+        sentinel::{SentinelClient, SentinelNodeConnectionInfo, SentinelServerType},
+    },
+    sentinel,
+};
+
+/// The servers of a [`RedisCache`](super::RedisCache), or of another one that speaks its protocol, such as
+/// Valkey. URLs start with `redis://`, `rediss://` (TLS, with the certificates that the system trusts) or
+/// `redis+unix://`.
+///
+/// `Debug` shows no URL: there may be a password in it.
+#[derive(Clone)]
+pub struct RedisServers(Kind);
+
+#[derive(Clone)]
+enum Kind {
+    Single(String),
+    Cluster(Vec<String>),
+    Sentinel { sentinels: Vec<String>, master: String, nodes_like: Option<String> },
+}
+
+impl RedisServers {
+    /// One server.
+    pub fn single(url: impl Into<String>) -> Self {
+        Self(Kind::Single(url.into()))
+    }
+
+    /// A cluster, of which some nodes are known. Its primaries are asked alone: a replica may lag.
+    pub fn cluster<T: Into<String>>(urls: impl IntoIterator<Item = T>) -> Self {
+        Self(Kind::Cluster(urls.into_iter().map(Into::into).collect()))
+    }
+
+    /// The server that these sentinels say is the master of the name `master`.
+    pub fn sentinel<T: Into<String>>(
+        urls: impl IntoIterator<Item = T>,
+        master: impl Into<String>,
+    ) -> Self {
+        let sentinels = urls.into_iter().map(Into::into).collect();
+        Self(Kind::Sentinel { sentinels, master: master.into(), nodes_like: None })
+    }
+
+    /// Behind sentinels: the scheme, user, password and database number that the servers are spoken to
+    /// with are those of `url`; its host is not looked at.
+    #[must_use]
+    pub fn nodes_like(mut self, url: impl Into<String>) -> Self {
+        if let Kind::Sentinel { nodes_like, .. } = &mut self.0 {
+            *nodes_like = Some(url.into());
+        }
+        self
+    }
+
+    fn urls(&self) -> Vec<&str> {
+        match &self.0 {
+            Kind::Single(url) => vec![url],
+            Kind::Cluster(urls) => urls.iter().map(String::as_str).collect(),
+            Kind::Sentinel { sentinels, nodes_like, .. } => {
+                sentinels.iter().chain(nodes_like).map(String::as_str).collect()
+            }
+        }
+    }
+}
+
+impl From<&str> for RedisServers {
+    fn from(url: &str) -> Self {
+        Self::single(url)
+    }
+}
+
+impl From<String> for RedisServers {
+    fn from(url: String) -> Self {
+        Self::single(url)
+    }
+}
+
+impl fmt::Debug for RedisServers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match &self.0 {
+            Kind::Single(_) => "RedisServers(single)",
+            Kind::Cluster(_) => "RedisServers(cluster)",
+            Kind::Sentinel { .. } => "RedisServers(sentinel)",
+        })
+    }
+}
+
+/// Makes connections, each multiplexed: it is held and cloned, not checked out.
+pub(super) struct Connector {
+    servers: RedisServers,
+    pool: Pool,
+}
+
+/// deadpool's pools know how to connect; what they make is taken out of them at once, because they ping
+/// whatever is handed out again.
+enum Pool {
+    Single(single::Pool),
+    Cluster(cluster::Pool),
+    Sentinel(sentinel::Pool),
+}
+
+impl Connector {
+    pub(super) fn new(servers: RedisServers) -> Result<Self, RedisUrlError> {
+        let urls = servers.urls();
+        if urls.is_empty() {
+            return Err(RedisUrlError("there is none"));
+        }
+        if urls.iter().any(|url| url.starts_with("rediss:")) {
+            use_a_crypto_provider();
+        }
+        // The library's error may quote the URL.
+        let malformed = |_| RedisUrlError("it can't be read");
+        let pool = match &servers.0 {
+            Kind::Single(url) => {
+                let manager = single::Manager::new(url.as_str()).map_err(malformed)?;
+                let pool = single::Pool::builder(manager).max_size(1).build();
+                Pool::Single(pool.map_err(|_| RedisUrlError("the pool can't be built"))?)
+            }
+            Kind::Cluster(urls) => {
+                let urls = urls.iter().map(String::as_str).collect();
+                let manager = cluster::Manager::new(urls, false).map_err(malformed)?;
+                let pool = cluster::Pool::builder(manager).max_size(1).build();
+                Pool::Cluster(pool.map_err(|_| RedisUrlError("the pool can't be built"))?)
+            }
+            Kind::Sentinel { sentinels, master, nodes_like } => {
+                let nodes = nodes_like.as_deref().map(node_info).transpose()?;
+                let manager = sentinel::Manager::new(
+                    sentinels.iter().map(String::as_str).collect(),
+                    master.clone(),
+                    nodes,
+                    sentinel::SentinelServerType::Master,
+                );
+                let manager = manager.map_err(malformed)?;
+                let pool = sentinel::Pool::builder(manager).max_size(1).build();
+                Pool::Sentinel(pool.map_err(|_| RedisUrlError("the pool can't be built"))?)
+            }
+        };
+        Ok(Self { servers, pool })
+    }
+
+    /// A new connection.
+    pub(super) async fn connect(&self) -> Result<Connection, String> {
+        // A pool's error says what the server's said.
+        let text = |error: &dyn fmt::Display| error.to_string();
+        Ok(match &self.pool {
+            Pool::Single(pool) => {
+                let connection = pool.get().await.map_err(|error| text(&error))?;
+                Connection::Single(single::Connection::take(connection))
+            }
+            Pool::Cluster(pool) => {
+                let connection = pool.get().await.map_err(|error| text(&error))?;
+                Connection::Cluster(cluster::Connection::take(connection))
+            }
+            Pool::Sentinel(pool) => {
+                let connection = pool.get().await.map_err(|error| text(&error))?;
+                Connection::Single(sentinel::Connection::take(connection))
+            }
+        })
+    }
+
+    /// A new connection that messages come in on.
+    pub(super) async fn subscribe(&self, channel: &str) -> RedisResult<PubSub> {
+        let mut messages = self.client().await?.get_async_pubsub().await?;
+        messages.subscribe(channel).await?;
+        Ok(messages)
+    }
+
+    async fn client(&self) -> RedisResult<Client> {
+        match &self.servers.0 {
+            Kind::Single(url) => Client::open(url.as_str()),
+            // Each node of a cluster passes messages on to all.
+            Kind::Cluster(urls) => {
+                let mut last = Err(no_servers());
+                for url in urls {
+                    let client = Client::open(url.as_str())?;
+                    last = client.get_multiplexed_async_connection().await.map(|_| client);
+                    if last.is_ok() {
+                        break;
+                    }
+                }
+                last
+            }
+            Kind::Sentinel { sentinels, master, nodes_like } => {
+                let nodes = nodes_like.as_deref().and_then(|url| node_info(url).ok());
+                let mut sentinels = SentinelClient::build(
+                    sentinels.iter().map(String::as_str).collect(),
+                    master.clone(),
+                    nodes.map(SentinelNodeConnectionInfo::from),
+                    SentinelServerType::Master,
+                )?;
+                sentinels.async_get_client().await
+            }
+        }
+    }
+}
+
+fn no_servers() -> RedisError {
+    RedisError::from(std::io::Error::other("there is no server"))
+}
+
+fn node_info(url: &str) -> Result<sentinel::SentinelNodeConnectionInfo, RedisUrlError> {
+    let malformed = |_| RedisUrlError("it can't be read");
+    let client = Client::open(url).map_err(malformed)?;
+    let settings = client.get_connection_info().redis_settings();
+    let mut info = single::RedisConnectionInfo {
+        db: settings.db(),
+        username: settings.username().map(str::to_owned),
+        password: settings.password().map(str::to_owned),
+        ..Default::default()
+    };
+    info.protocol = Default::default();
+    Ok(sentinel::SentinelNodeConnectionInfo {
+        tls_mode: url.starts_with("rediss:").then_some(sentinel::TlsMode::Secure),
+        redis_connection_info: Some(info),
+    })
+}
+
+/// rustls wants one to be chosen for the process. Whoever has done so is not overruled.
+fn use_a_crypto_provider() {
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        // Somebody else may have been quicker, which is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
+}
+
+/// A connection to one server or to a cluster.
+#[derive(Clone)]
+pub(super) enum Connection {
+    Single(MultiplexedConnection),
+    Cluster(ClusterConnection),
+}
+
+impl ConnectionLike for Connection {
+    fn req_packed_command<'a>(&'a mut self, command: &'a Cmd) -> RedisFuture<'a, Value> {
+        match self {
+            Self::Single(connection) => connection.req_packed_command(command),
+            Self::Cluster(connection) => connection.req_packed_command(command),
+        }
+    }
+
+    fn req_packed_commands<'a>(
+        &'a mut self,
+        commands: &'a Pipeline,
+        offset: usize,
+        count: usize,
+    ) -> RedisFuture<'a, Vec<Value>> {
+        match self {
+            Self::Single(connection) => connection.req_packed_commands(commands, offset, count),
+            Self::Cluster(connection) => connection.req_packed_commands(commands, offset, count),
+        }
+    }
+
+    fn get_db(&self) -> i64 {
+        match self {
+            Self::Single(connection) => connection.get_db(),
+            Self::Cluster(connection) => connection.get_db(),
+        }
+    }
+}
+
+impl fmt::Debug for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connector").field("servers", &self.servers).finish_non_exhaustive()
+    }
+}
+
+/// Why a Redis URL can't be used. Never shows the URL, which may have a password in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RedisUrlError(&'static str);
+
+impl fmt::Display for RedisUrlError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the Redis URL can't be used: {}", self.0)
+    }
+}
+
+impl std::error::Error for RedisUrlError {}

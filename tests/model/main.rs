@@ -1,0 +1,216 @@
+//! The cache protocol as a model, and a checker that goes through every order of its steps.
+//!
+//! **The protocol.** The database is the truth: each change draws a *revision* from one sequence
+//! and leaves a row in a change table. A node that processes a change first raises its *floor* for
+//! that key or owner, then moves the *generation* of the key's bucket, and has a *tombstone* put
+//! into Redis. A local hit compares generations. A miss is looked up by one *flight* a key: Redis
+//! first, if the node has caught up with the change table since its start, then the database;
+//! nothing below the floor counts, and a flight that began before the last processed change is not
+//! joined. What was read is kept under the generation from before the read, and goes to Redis,
+//! where a script refuses a lower revision than the one it finds. Nothing is served past
+//! `max_staleness` since it was read or the node was last in sync, nor past `stale_if_error` more
+//! while the database fails.
+//!
+//! **What can go wrong** at every step, for free: a message of the feed, a fill or a delete is
+//! late, comes twice or never; a look-up in Redis or the database fails, which is all that a node
+//! cut off from them sees. A fault out of a small budget: Redis loses its memory, or goes back to
+//! an earlier state (a snapshot, a lagging replica); a node crashes between any two steps.
+//!
+//! **How it is told.** [`setup`] is what a run explores, [`database`], [`redis`] and [`node`] are
+//! the parts, [`flight`] is a look-up, [`protocol`] puts them together for the checker, and
+//! [`properties`] says what must hold. Each mechanism can be taken out; the tests then show what
+//! goes wrong without it. Not modelled: the time between a poll and its answer, a negative answer
+//! as other than an answer, several rows under one prefix.
+
+mod database;
+mod flight;
+mod node;
+mod properties;
+mod protocol;
+mod redis;
+mod setup;
+
+use std::time::Instant;
+
+use stateright::{Checker, Expectation, Model};
+
+use crate::properties::{
+    ANSWERED_AGAIN, BURIED, CATCHES_UP, COMPARE_REFUSES, FLOOR_DISCARDS, FLOOR_REFUSES, NOT_JOINED,
+    NOTHING_FROM_BEFORE, NOTHING_TOO_OLD, SERVED_OLDER,
+};
+use crate::protocol::World;
+use crate::setup::{Detail, Mechanism, Setup};
+
+const REFUSALS: [&str; 4] = [FLOOR_REFUSES, FLOOR_DISCARDS, COMPARE_REFUSES, NOT_JOINED];
+
+#[test]
+fn three_changes_and_two_faults_break_no_promise_in_a_fleet() {
+    let setup = Setup { changes: 3, ..Setup::one_key() };
+    keeps_every_promise(setup, 300_000, &[&REFUSALS[..], &[CATCHES_UP]].concat());
+}
+
+#[test]
+fn two_nodes_that_share_a_redis_break_no_promise() {
+    keeps_every_promise(Setup::two_nodes(), 300_000, &[&REFUSALS[..], &[CATCHES_UP]].concat());
+}
+
+#[test]
+fn two_keys_of_one_bucket_and_owner_break_no_promise() {
+    keeps_every_promise(Setup::two_keys(), 600_000, &REFUSALS);
+}
+
+#[test]
+fn changes_that_commit_out_of_order_break_no_promise() {
+    let reached = [&REFUSALS[..], &[CATCHES_UP]].concat();
+    keeps_every_promise(Setup::key_and_owner(), 200_000, &reached);
+}
+
+#[test]
+fn no_answer_outlives_the_bounds_of_age() {
+    let reached = [&REFUSALS[..], &[CATCHES_UP, SERVED_OLDER]].concat();
+    keeps_every_promise(Setup::with_time(), 400_000, &reached);
+}
+
+#[test]
+#[ignore = "minutes without optimisation: cargo test --release --test model -- --ignored"]
+fn two_nodes_and_three_changes_break_no_promise() {
+    let setup = Setup { changes: 3, ..Setup::two_nodes() };
+    keeps_every_promise(setup, 1_000_000, &[&REFUSALS[..], &[CATCHES_UP]].concat());
+}
+
+#[test]
+#[ignore = "minutes without optimisation: cargo test --release --test model -- --ignored"]
+fn two_keys_and_a_fault_break_no_promise() {
+    let setup = Setup { faults: 1, ..Setup::two_keys() };
+    keeps_every_promise(setup, 1_000_000, &[&REFUSALS[..], &[CATCHES_UP]].concat());
+}
+
+#[test]
+#[ignore = "minutes without optimisation: cargo test --release --test model -- --ignored"]
+fn two_changes_over_time_break_no_promise() {
+    let setup = Setup { changes: 2, detail: Detail::Coarse, ..Setup::with_time() };
+    keeps_every_promise(setup, 1_000_000, &[&REFUSALS[..], &[CATCHES_UP, SERVED_OLDER]].concat());
+}
+
+#[test]
+fn without_the_floor_an_old_redis_entry_is_served() {
+    breaks(Setup::one_change().without(Mechanism::Floor), NOTHING_FROM_BEFORE);
+}
+
+#[test]
+fn without_the_floor_an_old_redis_entry_is_served_for_good() {
+    breaks(Setup::one_change().without(Mechanism::Floor), ANSWERED_AGAIN);
+}
+
+#[test]
+fn with_the_generation_moved_before_the_floor_an_old_answer_is_kept_as_new() {
+    breaks(Setup::one_change().without(Mechanism::FloorFirst), NOTHING_FROM_BEFORE);
+}
+
+#[test]
+fn without_the_generation_a_hit_is_from_before_the_change() {
+    breaks(Setup::one_change().without(Mechanism::Generation), NOTHING_FROM_BEFORE);
+}
+
+#[test]
+fn with_the_generation_taken_after_the_read_an_old_answer_is_kept_as_new() {
+    breaks(Setup::one_change().without(Mechanism::GenerationBeforeRead), NOTHING_FROM_BEFORE);
+}
+
+#[test]
+fn without_the_flight_check_a_request_joins_an_answer_from_before_the_change() {
+    breaks(Setup::one_change().without(Mechanism::FlightCheck), NOTHING_FROM_BEFORE);
+}
+
+#[test]
+fn without_the_revision_compare_a_late_fill_undoes_a_tombstone() {
+    breaks(Setup::one_change().without(Mechanism::RevisionCompare), BURIED);
+}
+
+#[test]
+fn without_catch_up_a_restarted_node_believes_an_old_redis_entry() {
+    breaks(
+        Setup { faults: 1, ..Setup::one_change() }.without(Mechanism::CatchUp),
+        NOTHING_FROM_BEFORE,
+    );
+}
+
+#[test]
+fn without_catch_up_a_restarted_node_never_learns_better() {
+    breaks(Setup { faults: 1, ..Setup::one_change() }.without(Mechanism::CatchUp), ANSWERED_AGAIN);
+}
+
+/// The later revision commits first, the other's row second. By the higher of the two, an entry
+/// read in between looks as new as the change that it lacks.
+#[test]
+fn with_one_revision_for_key_and_owner_a_late_commit_is_missed() {
+    breaks(Setup::key_and_owner().without(Mechanism::RevisionPerSubject), NOTHING_FROM_BEFORE);
+}
+
+/// The owner's revision, taken for a floor of the key, is above all that the key's row will say.
+#[test]
+fn with_a_tombstone_that_names_no_subject_a_key_is_never_answered_again() {
+    breaks(Setup::key_and_owner().without(Mechanism::TombstoneOfSubject), ANSWERED_AGAIN);
+}
+
+#[test]
+fn without_the_rule_of_age_a_node_that_hears_nothing_serves_for_ever() {
+    breaks(Setup::with_time().without(Mechanism::AgeRule), NOTHING_TOO_OLD);
+}
+
+/// A look-up takes an entry that is about to expire out of Redis and has to ask the database. The
+/// change is processed, the node is in sync, the floor is forgotten, and then the database fails.
+#[test]
+fn with_a_floor_kept_no_longer_than_a_redis_entry_a_look_up_outlives_it() {
+    breaks(Setup::with_time().without(Mechanism::FloorOutlivesLookUp), NOTHING_TOO_OLD);
+}
+
+/// A change begins and commits only when its floor's life is nearly over by the time in its row. An
+/// entry read just before the commit outlives the floor that should refuse it.
+#[test]
+fn with_a_floor_that_counts_from_the_begin_of_a_transaction_a_late_commit_is_forgotten() {
+    let setup = Setup { late_commits: true, faults: 0, ..Setup::with_time() };
+    breaks(setup.without(Mechanism::RowTimeOfCommit), NOTHING_FROM_BEFORE);
+}
+
+/// Goes through every state. `reached` are the situations without which that would mean little.
+fn keeps_every_promise(setup: Setup, at_least: usize, reached: &[&str]) {
+    let began = Instant::now();
+    // Depth first for its memory. Nodes are alike: worlds that differ in their order are one.
+    let checker = setup.checker().threads(2).symmetry_fn(in_order).spawn_dfs().join();
+    let (states, depth) = (checker.unique_state_count(), checker.max_depth());
+    println!("{states} states, up to {depth} steps deep, in {:?}", began.elapsed());
+    let found = checker.discoveries();
+    for property in checker.model().properties() {
+        if property.expectation != Expectation::Sometimes {
+            let trace = found.get(property.name).map(|path| path.clone().into_actions());
+            assert!(trace.is_none(), "not kept: {}, after {trace:#?}", property.name);
+        }
+    }
+    for situation in reached {
+        assert!(found.contains_key(situation), "never reached: {situation}");
+    }
+    assert!(states >= at_least, "only {states} states: the model has shrunk");
+}
+
+fn in_order(world: &World) -> World {
+    let mut world = world.clone();
+    world.nodes.sort_unstable();
+    world
+}
+
+/// Expects a counterexample, and prints the shortest: each round of the search goes a step deeper.
+fn breaks(setup: Setup, promise: &'static str) {
+    let missing = setup.without;
+    let mut depth = 1;
+    let trace = loop {
+        let checker = setup.clone().checker().target_max_depth(depth).spawn_bfs().join();
+        if let Some(path) = checker.discovery(promise) {
+            break path.into_actions();
+        }
+        assert!(checker.max_depth() >= depth, "kept without {missing:?}: {promise}");
+        depth += 1;
+    };
+    println!("Without {missing:?}, no longer: {promise}. After {} steps:", trace.len());
+    trace.iter().for_each(|action| println!("    {action:?}"));
+}

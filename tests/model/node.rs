@@ -1,0 +1,201 @@
+//! A node: what it has learned of changes, and what it serves without asking anybody.
+
+use crate::database::{Answer, Change, Database, KEYS, Progress, Revisions, Tick};
+use crate::flight::Flight;
+use crate::setup::{Mechanism, Setup};
+
+/// The time, and the rules of the run: what a step looks at besides the node itself.
+#[derive(Clone, Copy)]
+pub(crate) struct Moment<'a> {
+    pub(crate) setup: &'a Setup,
+    pub(crate) now: Tick,
+}
+
+impl Moment<'_> {
+    pub(crate) fn has(&self, mechanism: Mechanism) -> bool {
+        self.setup.has(mechanism)
+    }
+
+    /// Whether an entry of Redis that was read at `as_of` still lives.
+    pub(crate) fn entry_lives(&self, as_of: Tick) -> bool {
+        self.now - as_of <= self.setup.ages.entry_lifetime
+    }
+
+    /// Whether the floor of a change dated so is still needed: a look-up may hold an entry that was
+    /// read when it had just not expired.
+    fn floor_lives(&self, dated: Tick) -> bool {
+        let ages = self.setup.ages;
+        let look_up =
+            if self.has(Mechanism::FloorOutlivesLookUp) { ages.look_up_timeout } else { 0 };
+        self.now - dated <= ages.entry_lifetime + look_up
+    }
+}
+
+/// What the local cache holds of a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct LocalEntry {
+    pub(crate) answer: Answer,
+    pub(crate) generation: u8,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Node {
+    /// Nothing below is served.
+    pub(crate) floor: Progress,
+    /// The changes of the feed that this life of the node is done with.
+    processed: Progress,
+    /// A change that is half processed: the floor is up, the generation has not moved yet.
+    half: Option<Change>,
+    pub(crate) local: [Option<LocalEntry>; KEYS],
+    /// The flight that a request for the key may join.
+    pub(crate) flights: [Option<Flight>; KEYS],
+    /// A flight that was not joined, and goes on for those who wait for it.
+    pub(crate) left: [Option<Flight>; KEYS],
+    pub(crate) last_sync: Tick,
+    /// Whether this life has read the changes of one entry lifetime. Until then Redis is a miss.
+    pub(crate) caught_up: bool,
+    /// Not known to the node: what it has processed in all its lives. The properties look at it.
+    pub(crate) ever_processed: Progress,
+}
+
+impl Node {
+    /// A node that has been in sync from the start.
+    pub(crate) fn new() -> Self {
+        Self {
+            floor: Progress::default(),
+            processed: Progress::default(),
+            half: None,
+            local: [None; KEYS],
+            flights: [None; KEYS],
+            left: [None; KEYS],
+            last_sync: 0,
+            caught_up: true,
+            ever_processed: Progress::default(),
+        }
+    }
+
+    /// All keys share a bucket. What the counter counts is of no account, only that a processed
+    /// change moves it.
+    pub(crate) fn generation(&self) -> u8 {
+        self.processed.count()
+    }
+
+    pub(crate) fn has_processed(&self, change: Change) -> bool {
+        self.processed.has(change)
+    }
+
+    pub(crate) fn half_processed(&self) -> Option<Change> {
+        self.half
+    }
+
+    /// The first half of a change: the floor. A request between the halves finds the old entry
+    /// still served, but fills nothing old into the new generation.
+    pub(crate) fn begin_change(&mut self, change: Change, moment: Moment<'_>) {
+        self.half = Some(change);
+        if moment.has(Mechanism::FloorFirst) {
+            self.raise_floor(change, moment);
+        } else {
+            self.move_generation(change, moment);
+        }
+    }
+
+    /// The second half: the generation. From here on the change counts as processed.
+    pub(crate) fn finish_change(&mut self, moment: Moment<'_>) {
+        let Some(change) = self.half.take() else { return };
+        if moment.has(Mechanism::FloorFirst) {
+            self.move_generation(change, moment);
+        } else {
+            self.raise_floor(change, moment);
+        }
+        self.ever_processed.raise(change);
+    }
+
+    /// Reads the change table: processes all that it has not seen, and is in sync as of now.
+    pub(crate) fn poll(&mut self, database: &Database, moment: Moment<'_>) {
+        for change in database.changes() {
+            if !self.has_processed(change) {
+                self.begin_change(change, moment);
+                self.finish_change(moment);
+            }
+        }
+        self.last_sync = moment.now;
+        self.caught_up = true;
+    }
+
+    /// Loses all it has in memory. A node without catch-up follows the feed from here on, and
+    /// takes that for knowing all.
+    pub(crate) fn crash(&mut self, database: &Database, moment: Moment<'_>) {
+        let ever_processed = self.ever_processed;
+        *self = Self { ever_processed, caught_up: false, ..Self::new() };
+        if !moment.has(Mechanism::CatchUp) {
+            self.caught_up = true;
+            self.processed = database.progress();
+        }
+    }
+
+    /// Drops floors that no living entry of Redis can be below.
+    pub(crate) fn forget_old_floors(&mut self, database: &Database, moment: Moment<'_>) {
+        let dead = database.changes().filter(|change| !moment.floor_lives(change.dated));
+        dead.for_each(|change| self.floor.forget(change));
+    }
+
+    /// What a request that arrives now is answered from the local cache.
+    pub(crate) fn hit(&self, key: usize, moment: Moment<'_>) -> Option<Answer> {
+        let answer = self.live_entry(key, moment)?.answer;
+        self.is_fresh(answer, moment).then_some(answer)
+    }
+
+    /// The local entry of the current generation, of whatever age.
+    pub(crate) fn live_entry(&self, key: usize, moment: Moment<'_>) -> Option<LocalEntry> {
+        let any = !moment.has(Mechanism::Generation);
+        self.local[key].filter(|entry| any || entry.generation == self.generation())
+    }
+
+    /// An entry of an older generation is dead, on arrival or later. Dropping it changes nothing
+    /// but saves the checker states.
+    pub(crate) fn drop_dead_entries(&mut self, moment: Moment<'_>) {
+        for key in 0..moment.setup.keys {
+            self.local[key] = self.live_entry(key, moment);
+        }
+    }
+
+    pub(crate) fn is_above_floor(&self, key: usize, answer: Answer, moment: Moment<'_>) -> bool {
+        let floor = self.floor.of(key);
+        !moment.has(Mechanism::Floor) || covers(answer.revisions, floor, moment)
+    }
+
+    /// The rule of age, while the database answers.
+    pub(crate) fn is_fresh(&self, answer: Answer, moment: Moment<'_>) -> bool {
+        self.is_within(answer, moment.setup.ages.max_staleness, moment)
+    }
+
+    /// The rule of age, while the database fails.
+    pub(crate) fn is_fresh_enough_in_outage(&self, answer: Answer, moment: Moment<'_>) -> bool {
+        let ages = moment.setup.ages;
+        self.is_within(answer, ages.max_staleness + ages.stale_if_error, moment)
+    }
+
+    fn is_within(&self, answer: Answer, bound: Tick, moment: Moment<'_>) -> bool {
+        let known_good = answer.as_of.max(self.last_sync);
+        !moment.has(Mechanism::AgeRule) || moment.now - known_good <= bound
+    }
+
+    fn raise_floor(&mut self, change: Change, moment: Moment<'_>) {
+        if moment.floor_lives(change.dated) {
+            self.floor.raise(change);
+        }
+    }
+
+    fn move_generation(&mut self, change: Change, moment: Moment<'_>) {
+        self.processed.raise(change);
+        self.drop_dead_entries(moment);
+    }
+}
+
+fn covers(revisions: Revisions, floor: Revisions, moment: Moment<'_>) -> bool {
+    if moment.has(Mechanism::RevisionPerSubject) {
+        revisions.covers(floor)
+    } else {
+        revisions.highest() >= floor.highest()
+    }
+}

@@ -1,0 +1,294 @@
+//! All parts together, and the steps that the checker takes them through.
+
+use stateright::{Model, Property};
+
+use crate::database::{Answer, Change, Database, KEYS, Revisions, RowTime, Subject, Tick};
+use crate::flight::{Flight, FlightStep, Lane};
+use crate::node::{Moment, Node};
+use crate::properties;
+use crate::redis::{Entry, Redis, Script};
+use crate::setup::{Detail, Mechanism, Setup, Writers};
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct World {
+    pub(crate) now: Tick,
+    pub(crate) database: Database,
+    pub(crate) redis: Redis,
+    pub(crate) nodes: [Node; 2],
+    /// For each key, the versions of the truth that the nodes have sent to Redis, as bits.
+    sent: [u8; KEYS],
+    /// How many faults there have been.
+    pub(crate) faults: u8,
+}
+
+/// One step of one part. Parts are independent: any order of steps is explored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Action {
+    Tick,
+    Commit(Subject),
+    /// Draws a revision that commits later.
+    Begin(Subject),
+    CommitBegun,
+    /// A request that the local cache does not answer.
+    Ask {
+        node: usize,
+        key: usize,
+    },
+    Flight {
+        node: usize,
+        key: usize,
+        lane: Lane,
+        step: FlightStep,
+    },
+    /// One message of the feed: the floor goes up.
+    Notice {
+        node: usize,
+        change: Change,
+    },
+    /// The rest of that: the generation moves.
+    FinishChange {
+        node: usize,
+    },
+    /// The change table is read. A node that is cut off from the database just does not.
+    Poll {
+        node: usize,
+    },
+    FillRedis {
+        key: usize,
+        answer: Answer,
+    },
+    BuryInRedis {
+        key: usize,
+        change: Change,
+    },
+    WipeRedis,
+    /// Redis restarts from a snapshot, or fails over to a replica that lags: to those who read it
+    /// the same. The state it returns to is any that some order of writes can have led to.
+    RewindRedis {
+        earlier: [Entry; KEYS],
+    },
+    Crash {
+        node: usize,
+    },
+}
+
+impl Setup {
+    pub(crate) fn moment<'a>(&'a self, world: &World) -> Moment<'a> {
+        Moment { setup: self, now: world.now }
+    }
+
+    fn script(&self) -> Script {
+        if !self.has(Mechanism::RevisionCompare) {
+            Script::Overwrites
+        } else if !self.has(Mechanism::RevisionPerSubject) {
+            Script::ComparesHighest
+        } else {
+            Script::Compares
+        }
+    }
+
+    fn row_time(&self) -> RowTime {
+        if self.has(Mechanism::RowTimeOfCommit) { RowTime::Commit } else { RowTime::Begin }
+    }
+
+    /// The answers that may be filled into Redis from now on. A write can be late, come twice or
+    /// never, so that once sent it is possible forever.
+    fn fills(&self, world: &World, key: usize) -> Vec<Answer> {
+        let mut fills = world.database.history(key, world.now);
+        if self.writers == Writers::Nodes {
+            fills.retain(|fill| world.sent[key] & bit(world, key, fill.revisions) != 0);
+        }
+        fills
+    }
+
+    /// The changes whose tombstones may reach Redis from now on.
+    fn burials<'a>(&'a self, world: &'a World) -> impl Iterator<Item = Change> + 'a {
+        let sent = |change: &Change| {
+            self.writers == Writers::Fleet
+                || world.nodes.iter().any(|node| node.ever_processed.has(*change))
+        };
+        world.database.changes().filter(sent)
+    }
+
+    pub(crate) fn refuses_a_fill(&self, world: &World, key: usize) -> bool {
+        let refused = |fill| world.redis.refuses(key, fill, self.script());
+        self.fills(world, key).into_iter().any(refused)
+    }
+
+    fn database_actions(&self, world: &World, actions: &mut Vec<Action>) {
+        if world.database.locked().is_some() {
+            actions.push(Action::CommitBegun);
+        }
+        if world.database.drawn() == self.changes {
+            return;
+        }
+        let keys = (0..self.keys).map(|key| Subject::Key(key as u8));
+        let locked = world.database.locked();
+        for subject in keys.chain(self.owner_changes.then_some(Subject::Owner)) {
+            if locked != Some(subject) {
+                actions.push(Action::Commit(subject));
+            }
+            if self.late_commits && locked.is_none() {
+                actions.push(Action::Begin(subject));
+            }
+        }
+    }
+
+    fn redis_actions(&self, world: &World, actions: &mut Vec<Action>) {
+        for key in 0..self.keys {
+            let fills = self.fills(world, key).into_iter();
+            let fills = fills.filter(|fill| !world.redis.refuses(key, *fill, self.script()));
+            actions.extend(fills.map(|answer| Action::FillRedis { key, answer }));
+            let burials = self.burials(world).filter(|change| change.subject.touches(key));
+            actions.extend(burials.map(|change| Action::BuryInRedis { key, change }));
+        }
+    }
+
+    fn fault_actions(&self, world: &World, actions: &mut Vec<Action>) {
+        if world.faults == self.faults {
+            return;
+        }
+        actions.push(Action::WipeRedis);
+        actions.extend((0..self.nodes).map(|node| Action::Crash { node }));
+        let mut earlier = [Entry::Empty; KEYS];
+        for first in self.earlier_entries(world, 0) {
+            earlier[0] = first;
+            if self.keys == 1 {
+                actions.push(Action::RewindRedis { earlier });
+                continue;
+            }
+            for second in self.earlier_entries(world, 1) {
+                earlier[1] = second;
+                actions.push(Action::RewindRedis { earlier });
+            }
+        }
+    }
+
+    fn earlier_entries(&self, world: &World, key: usize) -> Vec<Entry> {
+        let mut redis = Redis::default();
+        let mut entries = vec![Entry::Empty];
+        for change in self.burials(world).filter(|change| change.subject.touches(key)) {
+            redis.bury(key, change, self.script());
+            entries.push(redis.entries[key]);
+        }
+        entries.extend(self.fills(world, key).into_iter().map(Entry::Data));
+        entries
+    }
+
+    fn node_actions(&self, world: &World, index: usize, actions: &mut Vec<Action>) {
+        let node = &world.nodes[index];
+        if node.half_processed().is_some() {
+            actions.push(Action::FinishChange { node: index });
+        } else {
+            let news = world.database.changes().filter(|change| !node.has_processed(*change));
+            actions.extend(news.map(|change| Action::Notice { node: index, change }));
+            actions.push(Action::Poll { node: index });
+        }
+        for key in 0..self.keys {
+            let moment = self.moment(world);
+            let joins = node.joins(key, moment);
+            if node.hit(key, moment).is_none() && (joins || node.left[key].is_none()) {
+                actions.push(Action::Ask { node: index, key });
+            }
+            for lane in [Lane::Joinable, Lane::Left] {
+                let steps = node.flight(key, lane).map_or(&[][..], |flight| flight.stage.steps());
+                let act = |&step| Action::Flight { node: index, key, lane, step };
+                actions.extend(steps.iter().map(act));
+            }
+        }
+    }
+
+    /// Time stands still between the check of an answer and its delivery, and does not pass the
+    /// time-out of a flight.
+    fn can_tick(&self, world: &World) -> bool {
+        let flights = world.nodes.iter().flat_map(|node| node.flights.iter().chain(&node.left));
+        let waits = |flight: &Flight| {
+            !flight.is_checked() && world.now - flight.began < self.ages.look_up_timeout
+        };
+        world.now < self.ticks && flights.flatten().all(waits)
+    }
+
+    fn apply(&self, world: &mut World, action: Action) {
+        let moment = self.moment(world);
+        let World { database, redis, nodes, faults, .. } = world;
+        match action {
+            Action::Tick => {
+                world.now += 1;
+                let later = Moment { now: world.now, ..moment };
+                nodes.iter_mut().for_each(|node| node.forget_old_floors(database, later));
+            }
+            Action::Commit(subject) => database.commit(subject, moment.now),
+            Action::Begin(subject) => database.begin(subject, moment.now),
+            Action::CommitBegun => database.commit_begun(moment.now, self.row_time()),
+            Action::Ask { node, key } => nodes[node].ask(key, moment),
+            Action::Flight { node, key, lane, step } => {
+                let fill = nodes[node].step((key, lane), step, (database, redis), moment);
+                if let (Some(fill), Writers::Nodes) = (fill, self.writers) {
+                    world.sent[key] |= bit(world, key, fill.revisions);
+                }
+            }
+            Action::Notice { node, change } => {
+                nodes[node].begin_change(change, moment);
+                if self.detail == Detail::Coarse {
+                    nodes[node].finish_change(moment);
+                }
+            }
+            Action::FinishChange { node } => nodes[node].finish_change(moment),
+            Action::Poll { node } => nodes[node].poll(database, moment),
+            Action::FillRedis { key, answer } => redis.fill(key, answer, self.script()),
+            Action::BuryInRedis { key, change } => redis.bury(key, change, self.script()),
+            Action::WipeRedis => {
+                redis.become_again([Entry::Empty; KEYS]);
+                *faults += 1;
+            }
+            Action::RewindRedis { earlier } => {
+                redis.become_again(earlier);
+                *faults += 1;
+            }
+            Action::Crash { node } => {
+                nodes[node].crash(database, moment);
+                *faults += 1;
+            }
+        }
+    }
+}
+
+fn bit(world: &World, key: usize, revisions: Revisions) -> u8 {
+    1 << world.database.version(key, revisions)
+}
+
+impl Model for Setup {
+    type State = World;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<World> {
+        vec![World {
+            now: 0,
+            database: Database::default(),
+            redis: Redis::default(),
+            nodes: [Node::new(); 2],
+            sent: [0; KEYS],
+            faults: 0,
+        }]
+    }
+
+    fn actions(&self, world: &World, actions: &mut Vec<Action>) {
+        if self.can_tick(world) {
+            actions.push(Action::Tick);
+        }
+        self.database_actions(world, actions);
+        (0..self.nodes).for_each(|node| self.node_actions(world, node, actions));
+        self.redis_actions(world, actions);
+        self.fault_actions(world, actions);
+    }
+
+    fn next_state(&self, world: &World, action: Action) -> Option<World> {
+        let mut next = world.clone();
+        self.apply(&mut next, action);
+        (next != *world).then_some(next)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        properties::all()
+    }
+}

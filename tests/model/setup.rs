@@ -1,0 +1,146 @@
+//! What one run of the checker explores: how many nodes, keys and changes, which faults, and which
+//! mechanism is taken out to see what it was for.
+
+use crate::database::Tick;
+
+/// The parts of the protocol that a test can do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mechanism {
+    /// Nothing below a floor is served, wherever it comes from.
+    Floor,
+    /// The floor goes up before the generation moves. Without it the other way round.
+    FloorFirst,
+    /// A hit compares the entry's generation with the bucket's.
+    Generation,
+    /// The generation of an entry is the one from before its read. Without it the one at its fill.
+    GenerationBeforeRead,
+    /// A flight that began before the last processed change is not joined.
+    FlightCheck,
+    /// Redis refuses a write of a lower revision than the one it holds.
+    RevisionCompare,
+    /// Key and owner have a revision each. Without it the higher of the two stands for both.
+    RevisionPerSubject,
+    /// A tombstone says whether it was the key or its owner that changed. Without it the key's
+    /// floor is raised, whatever it was.
+    TombstoneOfSubject,
+    /// A node that starts reads the changes of one entry lifetime before it trusts Redis.
+    CatchUp,
+    /// Age is looked at before an answer is served.
+    AgeRule,
+    /// A floor is kept for as long as an entry of Redis lives and a look-up that holds one takes.
+    FloorOutlivesLookUp,
+    /// The life of a floor counts from the commit of the change, or later. Without it from the
+    /// begin of its transaction, as a row's `now()` would have it.
+    RowTimeOfCommit,
+}
+
+/// The bounds of the rule of age, in ticks of the model's clock.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ages {
+    pub(crate) max_staleness: Tick,
+    pub(crate) stale_if_error: Tick,
+    /// How long an entry of Redis, and with it a floor, can live.
+    pub(crate) entry_lifetime: Tick,
+    /// How long one look-up may take.
+    pub(crate) look_up_timeout: Tick,
+}
+
+/// Who writes to Redis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Writers {
+    /// The modelled nodes: what they have read and processed, late, twice or never.
+    Nodes,
+    /// A fleet around them: whatever was true once may be filled, and each change buried, at any
+    /// time. Every behaviour of any number of further nodes is among these.
+    Fleet,
+}
+
+/// How finely the steps of a node are cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Detail {
+    /// Floor and generation move in two steps, and a flight that is not joined goes on.
+    Fine,
+    /// They move in one, and such a flight is let go: for runs that have more of something else.
+    Coarse,
+}
+
+/// One configuration.
+#[derive(Clone, Debug)]
+pub(crate) struct Setup {
+    pub(crate) nodes: usize,
+    pub(crate) keys: usize,
+    pub(crate) changes: u8,
+    /// Whether changes of the owner that all keys share are among the changes.
+    pub(crate) owner_changes: bool,
+    /// Whether a change can take its revision and commit only after a later one.
+    pub(crate) late_commits: bool,
+    pub(crate) writers: Writers,
+    pub(crate) detail: Detail,
+    /// How many times, all together, a node may crash, or Redis may lose its memory or go back to
+    /// an earlier state. Lost and late messages, and servers out of reach, cost nothing: they can
+    /// happen at every step.
+    pub(crate) faults: u8,
+    /// The last tick of the clock; 0 stops it, and with it the rule of age.
+    pub(crate) ticks: Tick,
+    pub(crate) ages: Ages,
+    pub(crate) without: Option<Mechanism>,
+}
+
+impl Setup {
+    /// One node within a fleet, one key, two changes, two faults, and a clock that stands still.
+    pub(crate) fn one_key() -> Self {
+        Self {
+            nodes: 1,
+            keys: 1,
+            changes: 2,
+            owner_changes: false,
+            late_commits: false,
+            writers: Writers::Fleet,
+            detail: Detail::Fine,
+            faults: 2,
+            ticks: 0,
+            ages: Ages {
+                max_staleness: 1,
+                stale_if_error: 1,
+                entry_lifetime: 2,
+                look_up_timeout: 1,
+            },
+            without: None,
+        }
+    }
+
+    /// The least there is to explore. What breaks here needs no fault but a late or lost message.
+    pub(crate) fn one_change() -> Self {
+        Self { changes: 1, faults: 0, ..Self::one_key() }
+    }
+
+    /// One change of one key, with a clock that runs long enough to pass every bound.
+    pub(crate) fn with_time() -> Self {
+        Self { ticks: 4, faults: 1, ..Self::one_change() }
+    }
+
+    /// A key and its owner, whose changes may commit in another order than they began.
+    pub(crate) fn key_and_owner() -> Self {
+        Self { owner_changes: true, late_commits: true, faults: 1, ..Self::one_key() }
+    }
+
+    /// Two nodes, and no writes to Redis but theirs.
+    pub(crate) fn two_nodes() -> Self {
+        let detail = Detail::Coarse;
+        Self { nodes: 2, writers: Writers::Nodes, detail, faults: 1, ..Self::one_key() }
+    }
+
+    /// Two keys of one owner in one bucket.
+    pub(crate) fn two_keys() -> Self {
+        let (writers, detail) = (Writers::Nodes, Detail::Coarse);
+        Self { keys: 2, owner_changes: true, writers, detail, faults: 0, ..Self::one_key() }
+    }
+
+    pub(crate) fn has(&self, mechanism: Mechanism) -> bool {
+        self.without != Some(mechanism)
+    }
+
+    pub(crate) fn without(self, mechanism: Mechanism) -> Self {
+        Self { without: Some(mechanism), ..self }
+    }
+}

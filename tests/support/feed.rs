@@ -1,0 +1,106 @@
+//! Listening to a store, and waiting for what it says.
+
+use std::{
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant, SystemTime},
+};
+
+use futures_util::Stream;
+use tokio::task::JoinHandle;
+use tower_api_key::{Authenticator, Change, ChangeStream};
+
+/// What a feed has said since somebody last looked.
+pub struct Heard {
+    changes: Arc<Mutex<Vec<Change>>>,
+    synced: Arc<Mutex<Option<SystemTime>>>,
+    task: JoinHandle<()>,
+}
+
+impl Heard {
+    pub fn listen(mut stream: ChangeStream) -> Self {
+        assert!(stream.has_feed() && stream.is_complete());
+        let (changes, synced) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<Mutex<_>>::default());
+        let (said, as_of) = (Arc::clone(&changes), Arc::clone(&synced));
+        let task = tokio::spawn(async move {
+            loop {
+                match std::future::poll_fn(|cx| Pin::new(&mut stream).poll_next(cx)).await {
+                    Some(Change::Synced(time)) => *as_of.lock().unwrap() = Some(time),
+                    Some(change) => said.lock().unwrap().push(change),
+                    None => return,
+                }
+            }
+        });
+        Self { changes, synced, task }
+    }
+
+    /// What was said of changes that were committed before this was called, and maybe later ones.
+    pub async fn all(&self) -> Vec<Change> {
+        let now = SystemTime::now();
+        eventually("a sync", async || self.synced.lock().unwrap().is_some_and(|at| at > now)).await;
+        std::mem::take(&mut *self.changes.lock().unwrap())
+    }
+
+    /// The same, without revisions: `prefix abc`, `owner 7`, `reset`; each once, in order.
+    pub async fn subjects(&self) -> Vec<String> {
+        in_order(&self.all().await)
+    }
+
+    /// What is said once there is something, without revisions; not until all is said.
+    pub async fn take(&self) -> Vec<String> {
+        eventually("a change", async || !self.changes.lock().unwrap().is_empty()).await;
+        // What was committed together comes together, but not at one instant.
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        in_order(&std::mem::take(&mut *self.changes.lock().unwrap()))
+    }
+
+    /// What was said so far, without waiting.
+    pub fn so_far(&self) -> Vec<Change> {
+        self.changes.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Heard {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn in_order(changes: &[Change]) -> Vec<String> {
+    let mut subjects: Vec<_> = changes.iter().map(subject).collect();
+    subjects.sort();
+    subjects.dedup();
+    subjects
+}
+
+pub fn subject(change: &Change) -> String {
+    match change {
+        Change::Prefix(prefix, _) => format!("prefix {prefix}"),
+        Change::Owner(owner, _) => format!("owner {owner}"),
+        Change::Reset => "reset".to_owned(),
+        _ => "synced".to_owned(),
+    }
+}
+
+/// Polls until `is_so`, for 10 s at most; returns how long it took.
+pub async fn eventually(what: &str, is_so: impl AsyncFnMut() -> bool) -> Duration {
+    within(Duration::from_secs(10), what, is_so).await
+}
+
+pub async fn within(limit: Duration, what: &str, mut is_so: impl AsyncFnMut() -> bool) -> Duration {
+    let begun = Instant::now();
+    while !is_so().await {
+        assert!(begun.elapsed() < limit, "waited {limit:?} in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    begun.elapsed()
+}
+
+/// Waits until the node has heard of every change that was there before this was called.
+pub async fn in_sync(node: &Authenticator) {
+    let begun = Instant::now();
+    eventually("the node to be in sync", async || {
+        node.health().last_sync.is_some_and(|age| age < begun.elapsed())
+    })
+    .await;
+}

@@ -1,0 +1,294 @@
+//! A store whose rows, revisions and feed the test writes, and a node over it whose clock stands still.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
+    time::{Duration, SystemTime},
+};
+
+use futures_util::StreamExt;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tower_api_key::{
+    Answer, Authenticator, AuthenticatorBuilder, Change, ChangeStream, KeyFormat, KeyHash,
+    KeyManager, KeyRecord, KeyScheme, KeyStore, Lookup, ManualClock, MemoryStore, NewKey, Revision,
+    Revisions, StoreError, StoredKey, User, UserId,
+};
+
+use super::{eventually::others_make, some_user};
+
+/// Clones are the same store.
+#[derive(Clone)]
+pub struct Scripted(Arc<Inner>);
+
+struct Inner {
+    rows: Mutex<HashMap<String, StoredKey>>,
+    /// Of prefixes under which there is nothing.
+    gone: Mutex<HashMap<String, Revision>>,
+    asked: AtomicUsize,
+    fault: Mutex<Option<StoreError>>,
+    panics: AtomicBool,
+    holds: AtomicBool,
+    gate: Semaphore,
+    under_way: Arc<()>,
+    feed: Feed,
+    listeners: Mutex<Vec<mpsc::UnboundedSender<Change>>>,
+    listened: AtomicUsize,
+    said: AtomicUsize,
+    heard: Arc<AtomicUsize>,
+}
+
+#[derive(Clone, Copy)]
+enum Feed {
+    None,
+    Complete,
+    Hints,
+}
+
+/// A key that a [`Scripted`] store has.
+#[derive(Clone)]
+pub struct Issued {
+    pub key: String,
+    pub prefix: String,
+    pub owner: UserId,
+}
+
+impl Scripted {
+    /// A store with a feed that says what it is told to say.
+    pub fn new() -> Self {
+        Self::with(Feed::Complete)
+    }
+
+    pub fn without_feed() -> Self {
+        Self::with(Feed::None)
+    }
+
+    /// The feed is made with [`ChangeStream::hints`].
+    pub fn with_hints() -> Self {
+        Self::with(Feed::Hints)
+    }
+
+    fn with(feed: Feed) -> Self {
+        Self(Arc::new(Inner {
+            rows: Mutex::default(),
+            gone: Mutex::default(),
+            asked: AtomicUsize::new(0),
+            fault: Mutex::default(),
+            panics: AtomicBool::new(false),
+            holds: AtomicBool::new(false),
+            gate: Semaphore::new(0),
+            under_way: Arc::default(),
+            feed,
+            listeners: Mutex::default(),
+            listened: AtomicUsize::new(0),
+            said: AtomicUsize::new(0),
+            heard: Arc::default(),
+        }))
+    }
+
+    /// Stores a new key of the user `owner`; both rows have the revision 1.
+    pub async fn issue(&self, owner: i64) -> Issued {
+        let elsewhere = MemoryStore::new();
+        let user = some_user(elsewhere.clone()).await;
+        let issued = KeyManager::new(elsewhere).issue(NewKey::new(user, "k")).await.unwrap();
+        let (key, prefix) = (issued.expose_secret().to_owned(), issued.record().prefix.clone());
+        let user = User::new(owner, format!("{owner}@example.com"));
+        let record = KeyRecord::new(owner, prefix.clone(), user.clone());
+        let revisions = Revisions { key: Revision(1), owner: Revision(1) };
+        let stored = StoredKey::new(record, KeyHash::sha256(&key)).with_revisions(revisions);
+        self.0.rows.lock().unwrap().insert(prefix.clone(), stored);
+        Issued { key, prefix, owner: user.id }
+    }
+
+    /// Changes the row of a key, which gets these revisions, and says nothing of it.
+    pub fn edit(&self, issued: &Issued, key: u64, owner: u64, edit: impl FnOnce(&mut KeyRecord)) {
+        let mut rows = self.0.rows.lock().unwrap();
+        let row = rows.get_mut(&issued.prefix).expect("the key is there");
+        let mut record = row.record().clone();
+        edit(&mut record);
+        let revisions = Revisions { key: Revision(key), owner: Revision(owner) };
+        *row = StoredKey::new(record, row.hash().clone()).with_revisions(revisions);
+    }
+
+    /// Deletes a key, and says nothing of it.
+    pub fn delete(&self, issued: &Issued, revision: u64) {
+        self.0.rows.lock().unwrap().remove(&issued.prefix);
+        self.0.gone.lock().unwrap().insert(issued.prefix.clone(), Revision(revision));
+    }
+
+    /// How often the store was asked since this was last called.
+    pub fn take_asked(&self) -> usize {
+        self.0.asked.swap(0, SeqCst)
+    }
+
+    /// How often it was asked since [`Scripted::take_asked`].
+    pub fn asked(&self) -> usize {
+        self.0.asked.load(SeqCst)
+    }
+
+    /// From now on each look-up fails.
+    pub fn fail(&self) {
+        self.fail_with(StoreError::unavailable("the test says so"));
+    }
+
+    pub fn fail_with(&self, error: StoreError) {
+        *self.0.fault.lock().unwrap() = Some(error);
+    }
+
+    /// From now on each look-up panics.
+    pub fn panic(&self) {
+        self.0.panics.store(true, SeqCst);
+    }
+
+    pub fn recover(&self) {
+        *self.0.fault.lock().unwrap() = None;
+        self.0.panics.store(false, SeqCst);
+    }
+
+    /// From now on each look-up, when it has read, waits until it is let go.
+    pub fn hold(&self) {
+        self.0.holds.store(true, SeqCst);
+    }
+
+    /// Lets so many look-ups go on, in the order in which they came.
+    pub fn let_go(&self, look_ups: usize) {
+        self.0.gate.add_permits(look_ups);
+    }
+
+    pub fn hold_no_more(&self) {
+        self.0.holds.store(false, SeqCst);
+    }
+
+    /// Waits until so many look-ups are under way.
+    pub async fn has_under_way(&self, look_ups: usize) {
+        let what = format!("{look_ups} look-ups are under way");
+        others_make(&what, || Arc::strong_count(&self.0.under_way) == look_ups + 1).await;
+    }
+
+    /// How often somebody began to listen.
+    pub fn times_listened(&self) -> usize {
+        self.0.listened.load(SeqCst)
+    }
+
+    /// Waits until somebody listens for the nth time.
+    pub async fn is_listened_to(&self, times: usize) {
+        others_make("somebody listens", || self.times_listened() == times).await;
+    }
+
+    /// Whether anybody still listens.
+    pub fn has_listeners(&self) -> bool {
+        self.0.listeners.lock().unwrap().iter().any(|listener| !listener.is_closed())
+    }
+
+    /// Says it on the feed, and waits until everybody who listens has taken it in. They must be on this
+    /// very thread.
+    pub async fn say(&self, change: Change) {
+        {
+            let listeners = self.0.listeners.lock().unwrap();
+            let heard = listeners.iter().filter(|to| to.send(change.clone()).is_ok()).count();
+            assert!(heard > 0, "nobody listens");
+            self.0.said.fetch_add(heard, SeqCst);
+        }
+        let is_heard = || self.0.heard.load(SeqCst) == self.0.said.load(SeqCst);
+        others_make("the change is heard", is_heard).await;
+    }
+
+    /// Ends the feed of everybody who listens.
+    pub fn end_feed(&self) {
+        self.0.listeners.lock().unwrap().clear();
+    }
+}
+
+impl KeyStore for Scripted {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        let _under_way = Arc::clone(&self.0.under_way);
+        self.0.asked.fetch_add(1, SeqCst);
+        let row = self.0.rows.lock().unwrap().get(lookup.id()).cloned();
+        let gone = self.0.gone.lock().unwrap().get(lookup.id()).copied();
+        if self.0.holds.load(SeqCst) {
+            self.0.gate.acquire().await.unwrap().forget();
+        }
+        assert!(!self.0.panics.load(SeqCst), "the test says so");
+        if let Some(error) = self.0.fault.lock().unwrap().clone() {
+            return Err(error);
+        }
+        Ok(lookup.verify(row).await?.with_key_revision(gone.unwrap_or_default()))
+    }
+
+    fn changes(&self, _since: SystemTime) -> ChangeStream {
+        self.0.listened.fetch_add(1, SeqCst);
+        let (sender, receiver) = mpsc::unbounded_channel();
+        self.0.listeners.lock().unwrap().push(sender);
+        let heard = Arc::clone(&self.0.heard);
+        let count = move |_: &Change| {
+            heard.fetch_add(1, SeqCst);
+        };
+        let changes = UnboundedReceiverStream::new(receiver).inspect(count);
+        match self.0.feed {
+            Feed::None => ChangeStream::none(),
+            Feed::Complete => ChangeStream::new(changes),
+            Feed::Hints => ChangeStream::hints(changes),
+        }
+    }
+}
+
+/// An authenticator over a [`Scripted`] store, with a clock that stands still unless told otherwise.
+pub struct Node {
+    pub clock: Arc<ManualClock>,
+    pub store: Scripted,
+    pub authenticator: Authenticator,
+}
+
+impl Node {
+    pub fn over(store: Scripted) -> Self {
+        Self::with(store, |builder| builder)
+    }
+
+    pub fn with(
+        store: Scripted,
+        settings: impl FnOnce(AuthenticatorBuilder) -> AuthenticatorBuilder,
+    ) -> Self {
+        let clock = Arc::new(ManualClock::at(SystemTime::now()));
+        let format = KeyFormat::structured("tak", "live").unwrap();
+        let scheme = KeyScheme::builder().format(format).clock(clock.clone()).build().unwrap();
+        let builder = Authenticator::builder(store.clone()).scheme(scheme);
+        Self { clock, store, authenticator: settings(builder).build() }
+    }
+
+    /// The status that a request with this key is answered with, and how often the store was asked.
+    pub async fn ask(&self, key: &str) -> (u16, usize) {
+        let status = status(&self.authenticator, key).await;
+        // It may have begun one and not waited for it.
+        let ended = || self.authenticator.health().lookups_under_way == 0;
+        others_make("all look-ups end", ended).await;
+        (status, self.store.take_asked())
+    }
+
+    /// Says that every change up to now has been said.
+    pub async fn sync(&self) {
+        self.store.say(Change::Synced(self.now())).await;
+    }
+
+    pub fn now(&self) -> SystemTime {
+        tower_api_key::Clock::now(&*self.clock)
+    }
+
+    pub fn seconds(&self, seconds: u64) {
+        self.clock.advance(Duration::from_secs(seconds));
+    }
+
+    pub fn moment(&self) {
+        self.clock.advance(Duration::from_nanos(1));
+    }
+}
+
+/// The status that a request with this key is answered with.
+pub async fn status(authenticator: &Authenticator, key: &str) -> u16 {
+    match authenticator.authenticate(key).await {
+        Ok(_) => 200,
+        Err(denial) => denial.status().as_u16(),
+    }
+}

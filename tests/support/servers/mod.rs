@@ -1,0 +1,17 @@
+//! Private servers for tests: each in a temporary folder, on the loopback address, not as root, ended by its
+//! process id when it goes out of scope. PostgreSQL, and Redis from 7.0 on.
+
+mod postgres;
+mod process;
+mod redis;
+mod redis_cluster;
+mod redis_sentinel;
+mod resp;
+
+pub use self::{
+    postgres::Postgres,
+    process::{Port, wait_for},
+    redis::Redis,
+    redis_cluster::RedisCluster,
+    redis_sentinel::RedisSentinel,
+};

@@ -1,0 +1,201 @@
+//! PostgreSQL.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use super::process::{
+    PATIENCE, Port, Server, children_of, on_free_ports, send_signal, stat, unprivileged, wait_for,
+};
+
+/// PostgreSQL, with the superuser `app` and nobody asked for a password.
+pub struct Postgres {
+    server: Server,
+    port: Port,
+    settings: Vec<String>,
+}
+
+impl Postgres {
+    /// A server on a Unix socket and a free port of the loopback address.
+    pub fn start() -> Self {
+        Self::with_settings(&[])
+    }
+
+    pub fn with_settings(settings: &[&str]) -> Self {
+        Self::with_files(&[], settings)
+    }
+
+    /// A server with settings whose values are files, given by name and content.
+    pub fn with_files(files: &[(&str, &str)], settings: &[&str]) -> Self {
+        on_free_ports(|| {
+            let server = Server::new("tak-pg-");
+            let mut initdb = unprivileged(&bin("initdb"));
+            initdb
+                .args(["-U", "app", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C", "-D"])
+                .arg(server.folder().join("data"));
+            assert!(initdb.stdout(Stdio::null()).status().unwrap().success(), "initdb failed");
+            let settings = settings.iter().map(|&setting| setting.to_owned());
+            let files = files
+                .iter()
+                .map(|(name, text)| format!("{name}={}", server.write_file(name, text).display()));
+            let settings = settings.chain(files).collect();
+            let mut postgres = Self { server, port: Port::claim(), settings };
+            postgres.launch().map(|()| postgres)
+        })
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.server.folder()
+    }
+
+    pub fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    /// Over the Unix socket.
+    pub fn url(&self) -> String {
+        self.database_url("postgres")
+    }
+
+    pub fn database_url(&self, database: &str) -> String {
+        let host = self.folder().to_str().unwrap().replace('/', "%2F");
+        format!("postgres://app@{host}:{}/{database}", self.port())
+    }
+
+    /// Over the loopback address.
+    pub fn tcp_url(&self, parameters: &str) -> String {
+        format!("postgres://app@127.0.0.1:{}/postgres?{parameters}", self.port())
+    }
+
+    /// A plain connection, to play another service or an operator.
+    pub async fn client(&self) -> tokio_postgres::Client {
+        let (client, connection) =
+            tokio_postgres::connect(&self.url(), tokio_postgres::NoTls).await.unwrap();
+        tokio::spawn(connection);
+        client
+    }
+
+    /// Stops the server as an operator would, and leaves its data.
+    pub fn stop(&mut self) {
+        self.thaw();
+        assert!(self.server.end("INT", PATIENCE), "PostgreSQL does not stop");
+    }
+
+    /// Ends every process of the server at once, as a power cut would. What was committed is still there.
+    pub fn kill(&mut self) {
+        if !self.server.is_running() {
+            return;
+        }
+        // A parent that stands still has no further children while they are counted.
+        self.server.signal("STOP");
+        let children = children_of(self.server.process_id());
+        for &child in &children {
+            send_signal("KILL", child);
+        }
+        self.server.kill();
+        // The data is in use for as long as one of them lives.
+        let is_gone = |&child: &u32| stat(child).is_none_or(|stat| stat.state == "Z");
+        wait_for("PostgreSQL to die", || children.iter().all(is_gone));
+        self.forget_shared_memory();
+    }
+
+    /// The system keeps a segment of a killed server; its id is in the seventh line of the lock file.
+    fn forget_shared_memory(&self) {
+        let lock =
+            fs::read_to_string(self.folder().join("data/postmaster.pid")).unwrap_or_default();
+        let segment = lock.lines().nth(6).and_then(|ids| ids.split_whitespace().nth(1));
+        if let Some(segment) = segment {
+            let mut remove = Command::new("ipcrm");
+            let _ = remove.args(["-m", segment]).stderr(Stdio::null()).status();
+        }
+    }
+
+    pub fn start_again(&mut self) {
+        self.launch().unwrap();
+    }
+
+    /// Copies the data, as a nightly backup would; the server is down meanwhile.
+    pub fn save_copy(&mut self) {
+        self.stop();
+        self.copy_folder("data", "copy");
+        self.start_again();
+    }
+
+    /// Brings back the data of the last copy and forgets what came after it.
+    pub fn start_again_from_copy(&mut self) {
+        self.stop();
+        self.copy_folder("copy", "data");
+        self.start_again();
+    }
+
+    fn copy_folder(&self, from: &str, to: &str) {
+        let [from, to] = [from, to].map(|name| self.folder().join(name));
+        let _ = fs::remove_dir_all(&to);
+        let copied = unprivileged(Path::new("cp")).arg("-a").args([from, to]).status().unwrap();
+        assert!(copied.success(), "cannot copy the data");
+    }
+
+    /// Stops every process of the server in its tracks: connections stay open, nothing answers.
+    pub fn freeze(&self) {
+        self.signal_all("STOP");
+    }
+
+    pub fn thaw(&self) {
+        self.signal_all("CONT");
+    }
+
+    fn signal_all(&self, signal: &str) {
+        if self.server.is_running() {
+            self.server.signal(signal);
+            for child in children_of(self.server.process_id()) {
+                send_signal(signal, child);
+            }
+        }
+    }
+
+    fn launch(&mut self) -> Result<(), String> {
+        let (folder, port) = (self.folder(), self.port().to_string());
+        let mut ready = Command::new(bin("pg_isready"));
+        ready.arg("-q").arg("-h").arg(folder).args(["-p", &port]);
+        let mut command = unprivileged(&bin("postgres"));
+        command.arg("-D").arg(folder.join("data")).args(["-p", &port, "-k"]).arg(folder);
+        let common = [
+            "fsync=off",
+            "shared_buffers=16MB",
+            "listen_addresses=127.0.0.1",
+            // In files of its own folder, which go away with it even when it is killed.
+            "dynamic_shared_memory_type=mmap",
+        ];
+        for setting in common.into_iter().chain(self.settings.iter().map(String::as_str)) {
+            command.args(["-c", setting]);
+        }
+        self.server.launch(&mut command, || ready.status().unwrap().success())
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        self.thaw();
+        // Not at once: it gives its shared memory back.
+        if !self.server.end("QUIT", Duration::from_secs(5)) {
+            self.kill();
+        }
+    }
+}
+
+/// Debian keeps the server's programs out of the path, in a folder for each version.
+fn bin(program: &str) -> PathBuf {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut found: Vec<_> = versions
+        .filter_map(|version| {
+            let number = version.file_name().to_str()?.parse::<u32>().ok()?;
+            let path = version.path().join("bin").join(program);
+            path.exists().then_some((number, path))
+        })
+        .collect();
+    found.sort();
+    found.pop().map_or_else(|| program.into(), |(_, path)| path)
+}
