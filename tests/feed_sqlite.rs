@@ -8,7 +8,7 @@ use std::{
 };
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use support::feed::{Heard, eventually, in_sync, within};
+use support::feed::{Heard, in_sync, within};
 use tower_api_key::*;
 
 /// A migrated file and another process at it, with the settings of the `sqlite3` shell.

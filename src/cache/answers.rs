@@ -61,6 +61,8 @@ pub(crate) type LookupFuture = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
 /// A store that has not answered by then counts as failing, whatever deadlines it has itself.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(15);
+/// Longer than that of the look-up itself with its retries.
+const BOARDING_DEADLINE: Duration = Duration::from_secs(20);
 /// An answer that is older than a change which is known is asked for again so often, after so long: what
 /// answered is a copy of the database that has not caught up.
 const RETRIES: [Duration; 4] = [
@@ -88,16 +90,18 @@ impl Answers {
     /// What is remembered of the key in `token`. No lock, no I/O, and no allocation.
     #[inline]
     pub(crate) fn recall(&self, token: &str) -> Recall {
-        let key: KeyDigest = Sha256::digest(token).into();
-        if let Some(known) = self.cache.known(&key)
+        self.recall_digest(&Sha256::digest(token).into())
+    }
+
+    #[inline]
+    fn recall_digest(&self, key: &KeyDigest) -> Recall {
+        if let Some(known) = self.cache.known(key)
             && known.stamp.age(&self.view, self.now()) == Age::Fresh
         {
             return Recall::Known(known.caller);
         }
-        match self.cache.refused(&key) {
-            Some(it) if it.stamp.age(&self.view, self.now()) == Age::Fresh => {
-                Recall::Refused(it.reason)
-            }
+        match self.cache.refused(key) {
+            Some(it) if it.holds(&self.view, self.now()) => Recall::Refused(it.reason),
             _ => Recall::Nothing,
         }
     }
@@ -122,7 +126,7 @@ impl Answers {
                 // The look-up goes on without us, and says when the store is back.
                 return Ok(caller);
             }
-            match boarding.outcome().await {
+            match boarding.outcome(BOARDING_DEADLINE).await {
                 Err(Denial::Unavailable(error)) => {
                     inner.while_failing(&digest).ok_or(Denial::Unavailable(error))
                 }
@@ -174,7 +178,13 @@ impl Answers {
     fn board(self: &Arc<Self>, key: PresentedKey, address: Option<IpAddr>) -> Boarding {
         let prefix = Subject::Prefix(key.id().into());
         let generation = self.view.floors.generation(&prefix);
-        self.flights.board(key.digest, generation, &self.view, |seen, landing| {
+        let digest = key.digest;
+        let recall = || match self.recall_digest(&digest) {
+            Recall::Known(caller) => Some(Ok(caller)),
+            Recall::Refused(reason) => Some(Err(reason.into())),
+            Recall::Nothing => None,
+        };
+        self.flights.board(digest, generation, &self.view, recall, |seen, landing| {
             let inner = Arc::clone(self);
             tokio::spawn(async move {
                 let outcome = inner.fly(key, prefix, address, seen).await;
@@ -272,11 +282,16 @@ impl Answers {
             return None;
         }
         let found = answer.outcome();
+        let mut refused_from = 0;
         let outcome = match (found, answer.into_matched()) {
             (store::Outcome::Match(_), Some(found)) => {
                 // By the time after the look-up, which may have taken a while.
                 let expiry = found.record.expires_at;
                 let verdict = policy::validity(&found.record, DateTime::from(now.wall()));
+                if verdict == Err(InvalidKey::Expired) {
+                    // The clock may have been ahead of time, and be set right.
+                    refused_from = expiry.map_or(0, wall_nanos);
+                }
                 verdict.map(|()| {
                     stamp.expires_at = expiry.map_or(u64::MAX, wall_nanos);
                     let caller = AuthContext::new(found.record, self.origin.clone());
@@ -297,7 +312,7 @@ impl Answers {
             }
             Err(reason) => {
                 if is_kept {
-                    self.cache.refuse(*key, Refused { reason, stamp });
+                    self.cache.refuse(*key, Refused { reason, stamp, from: refused_from });
                 }
                 Err(reason.into())
             }

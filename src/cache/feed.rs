@@ -73,18 +73,28 @@ pub(crate) async fn follow(store: DynKeyStore, view: Weak<View>, clock: impl Fn(
     loop {
         // As long as a copy can live anywhere: this node knows of no change yet, or has missed some.
         let mut changes = store.changes(SystemTime::now() - FLOOR_LIFETIME);
+        if let Some(view) = view.upgrade()
+            && view.freshness.last_sync().is_some_and(|sync| clock().since(sync) >= FLOOR_LIFETIME)
+        {
+            // It looks back no further than that.
+            view.learn(Change::Reset, clock());
+        }
         if !changes.is_complete()
             && let Some(view) = view.upgrade()
         {
             view.floors.caught_up();
         }
         if !changes.has_feed() {
-            return;
+            // Not the end, or this would begin anew at each look-up.
+            return std::future::pending().await;
         }
         while let Some(change) = next(&mut changes).await {
             let Some(view) = view.upgrade() else { return };
             telemetry::change(&change);
-            view.learn(change, clock());
+            // Whoever only hears hints is never in sync.
+            if changes.is_complete() || !matches!(change, Change::Synced(_)) {
+                view.learn(change, clock());
+            }
         }
         if view.strong_count() == 0 {
             return;

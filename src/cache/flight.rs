@@ -3,10 +3,12 @@
 use std::{
     collections::HashMap,
     fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 use super::{
     View,
@@ -49,6 +51,7 @@ impl Flights {
         key: KeyDigest,
         prefix: Generation,
         view: &View,
+        recall: impl FnOnce() -> Option<Outcome>,
         begin: impl FnOnce(Seen, Landing),
     ) -> Boarding {
         let mut flights = self.flights();
@@ -57,6 +60,10 @@ impl Flights {
             && view.floors.may_join(flight.prefix, flight.seen)
         {
             return Boarding(flight.outcome.clone());
+        }
+        // One may have landed since the cache was looked at.
+        if let Some(known) = recall() {
+            return Boarding(watch::channel(Some(known)).1);
         }
         let (sender, outcome) = watch::channel(None);
         let seen = view.floors.seen();
@@ -78,13 +85,13 @@ impl Flights {
 }
 
 impl Landing {
+    /// Nobody joins any more once the outcome is there: whoever comes after it looks into the cache.
     pub(crate) fn land(self, outcome: Outcome) {
+        self.remove();
         self.outcome.send_replace(Some(outcome));
     }
-}
 
-impl Drop for Landing {
-    fn drop(&mut self) {
+    fn remove(&self) {
         let mut flights = self.flights.flights();
         // A later flight of the same key may be there by now.
         if flights
@@ -96,16 +103,24 @@ impl Drop for Landing {
     }
 }
 
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
 impl Boarding {
-    /// Waits for the outcome.
-    pub(crate) async fn outcome(mut self) -> Outcome {
-        match self.0.wait_for(Option::is_some).await {
-            Ok(outcome) => match &*outcome {
-                Some(outcome) => outcome.clone(),
-                None => Err(lost()),
-            },
-            Err(_) => Err(lost()),
-        }
+    /// Waits for the outcome, at most for `limit`: the runtime of the flight may not be driven any more.
+    pub(crate) async fn outcome(mut self, limit: Duration) -> Outcome {
+        // tokio panics where the runtime has no timer.
+        let wait = || timeout(limit, self.0.wait_for(Option::is_some));
+        let Ok(wait) = catch_unwind(AssertUnwindSafe(wait)) else {
+            let no_timer = "the Tokio runtime has no timer: build it with enable_all";
+            return Err(StoreError::unavailable(no_timer).into());
+        };
+        let outcome = wait.await;
+        let outcome = outcome.ok().and_then(Result::ok).and_then(|outcome| outcome.clone());
+        outcome.unwrap_or_else(|| Err(lost()))
     }
 }
 

@@ -257,6 +257,11 @@ impl Floors {
             })
     }
 
+    /// Whether a tombstone from then may be believed.
+    pub(super) fn accept_delete(&self, made_at: SystemTime) -> bool {
+        self.table().everything.is_none_or(|floor| made_at >= floor)
+    }
+
     fn revision_of(&self, subject: &Subject) -> Option<Revision> {
         self.table().floors.get(subject).map(|floor| floor.revision)
     }

@@ -45,6 +45,8 @@ pub(crate) struct Remembered {
 pub(crate) struct Refused {
     pub(crate) reason: InvalidKey,
     pub(crate) stamp: Stamp,
+    /// By the wall clock, as `expires_at` is: before this, the reason does not hold.
+    pub(crate) from: u64,
 }
 
 /// So many keys that are not valid are remembered.
@@ -60,6 +62,12 @@ impl Stamp {
             return Age::Expired;
         }
         view.freshness.age(self.as_of, now)
+    }
+}
+
+impl Refused {
+    pub(crate) fn holds(&self, view: &View, now: Moment) -> bool {
+        now.wall_nanos() >= self.from && self.stamp.age(view, now) == Age::Fresh
     }
 }
 
@@ -84,9 +92,13 @@ impl LocalCache {
         self.known.insert(key, known);
     }
 
-    /// What was known of the key before stays: it can't be served any more, but spares a valid key that
-    /// comes back its slow check.
+    /// What was known of the key before is never served again, while the store fails either. It stays
+    /// because it spares a valid key that comes back its slow check.
     pub(crate) fn refuse(&self, key: KeyDigest, refused: Refused) {
+        if let Some(mut known) = self.known.get(&key) {
+            known.stamp.expires_at = 0;
+            self.known.insert(key, known);
+        }
         self.refused.insert(key, refused);
     }
 

@@ -89,8 +89,19 @@ impl View {
     }
 
     /// Learns of a change from a tombstone that lies in place of a copy, if it is news.
-    pub(crate) fn learn_of_delete(&self, subject: Subject, revision: Revision, now: Moment) {
-        self.floors.raise_to(subject, revision, now, self.freshness.database_now(now));
+    pub(crate) fn learn_of_delete(
+        &self,
+        subject: Subject,
+        revision: Revision,
+        made_at: SystemTime,
+        now: Moment,
+    ) {
+        // Whoever is in sync knows better: a database that was restored has given up the revision.
+        let is_in_sync = |sync| self.freshness.age(sync, now) == Age::Fresh;
+        if !self.freshness.last_sync().is_some_and(is_in_sync) && self.floors.accept_delete(made_at)
+        {
+            self.floors.raise_to(subject, revision, now, self.freshness.database_now(now));
+        }
     }
 
     /// Whether a copy that others made at `as_of` may be looked at: how old it is, or `None` if a change

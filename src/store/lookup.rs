@@ -144,6 +144,8 @@ impl Lookup {
                 format!("more than {MAX_CANDIDATES} keys share the lookup prefix {:?}", self.id());
             StoreError::bad_row(message)
         });
+        // Of those that are not tried, too.
+        let latest = rows.iter().flatten().map(|key| key.revisions.key).max().unwrap_or_default();
         let mut candidates = Vec::with_capacity(rows.len().min(MAX_CANDIDATES));
         for row in rows.into_iter().take(MAX_CANDIDATES) {
             match row {
@@ -192,7 +194,7 @@ impl Lookup {
             None if read.candidates.is_empty() => Outcome::Unknown,
             None => Outcome::Mismatch,
         };
-        Ok(self.answer(outcome, read).with_upgrade(upgrade))
+        Ok(self.answer(outcome, read).with_key_revision(latest).with_upgrade(upgrade))
     }
 
     /// The answer that `read` holds for this key.

@@ -234,7 +234,12 @@ impl<S: KeyStore> RedisCache<S> {
         match (keys, verified) {
             (Some(keys), _) if keys.kind == Kind::Tombstone => {
                 let subject = Subject::Prefix(lookup.id().into());
-                lookup.view().learn_of_delete(subject, keys.key_revision, now);
+                lookup.view().learn_of_delete(
+                    subject,
+                    keys.key_revision,
+                    keys.expires_at - KEYS_LIFETIME,
+                    now,
+                );
             }
             (Some(keys), Some(verified)) if keys.kind == Kind::Keys => {
                 found.answer = answer(lookup, keys, &verified, now);

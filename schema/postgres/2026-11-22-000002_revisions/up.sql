@@ -32,6 +32,19 @@ CREATE TABLE api_key_cache_secrets (
 INSERT INTO api_key_cache_secrets (secret)
     VALUES (sha256((gen_random_uuid()::text || gen_random_uuid()::text)::bytea));
 
+-- For the keys of a user, where an adopted table has no such index.
+DO $$
+BEGIN
+    IF NOT EXISTS (
+        SELECT FROM pg_index i
+        JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = to_regclass('api_keys') AND i.indpred IS NULL AND a.attname = 'user_id'
+    ) THEN
+        CREATE INDEX api_keys_by_user ON api_keys (user_id);
+    END IF;
+END
+$$;
+
 ALTER TABLE users ADD COLUMN api_key_revision BIGINT NOT NULL DEFAULT 0;
 ALTER TABLE api_keys ADD COLUMN api_key_revision BIGINT NOT NULL DEFAULT 0;
 COMMENT ON COLUMN users.api_key_revision IS 'made by tower-api-key';
@@ -71,10 +84,14 @@ BEGIN
     EXECUTE $sql$
         CREATE FUNCTION api_key_note_user() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         BEGIN
-            IF TG_OP = 'UPDATE' THEN
+            IF TG_OP <> 'DELETE' THEN
                 INSERT INTO api_key_changes (revision, user_id) VALUES (NEW.api_key_revision, NEW.id);
             END IF;
-            IF TG_OP = 'DELETE' OR OLD.id IS DISTINCT FROM NEW.id THEN
+            IF TG_OP = 'INSERT' THEN
+                -- Keys that were stored before their user were unknown until now.
+                INSERT INTO api_key_changes (key_prefix)
+                    SELECT key_prefix FROM api_keys WHERE user_id = NEW.id;
+            ELSIF TG_OP = 'DELETE' OR OLD.id IS DISTINCT FROM NEW.id THEN
                 INSERT INTO api_key_changes (user_id) VALUES (OLD.id);
             END IF;
             PERFORM pg_notify('api_key_changes', '');
@@ -93,6 +110,10 @@ BEGIN
     $sql$;
 END
 $make$;
+
+-- Or anybody could have a trigger on a temporary table of their own write changes.
+REVOKE EXECUTE ON FUNCTION
+    api_key_next_revision(), api_key_note_key(), api_key_note_user(), api_key_note_all() FROM PUBLIC;
 
 -- The last of the triggers before a row is written, by its name, so that it sees what the others made of
 -- it. Compared as text where the type may have no equality, as json has none.
@@ -121,6 +142,9 @@ CREATE TRIGGER zzz_api_key_revision BEFORE UPDATE ON api_keys
         OR OLD.metadata::text IS DISTINCT FROM NEW.metadata::text
         OR OLD.api_key_revision IS DISTINCT FROM NEW.api_key_revision
     ) EXECUTE FUNCTION api_key_next_revision();
+-- A user who was deleted and is put back is newer than the deletion.
+CREATE TRIGGER zzz_api_key_revision_new BEFORE INSERT ON users
+    FOR EACH ROW EXECUTE FUNCTION api_key_next_revision();
 CREATE TRIGGER zzz_api_key_revision BEFORE UPDATE ON users
     FOR EACH ROW WHEN (
         OLD.id IS DISTINCT FROM NEW.id
@@ -135,7 +159,7 @@ CREATE TRIGGER api_key_note_new AFTER INSERT OR DELETE ON api_keys
 CREATE TRIGGER api_key_note AFTER UPDATE ON api_keys
     FOR EACH ROW WHEN (OLD.api_key_revision IS DISTINCT FROM NEW.api_key_revision)
     EXECUTE FUNCTION api_key_note_key();
-CREATE TRIGGER api_key_note_gone AFTER DELETE ON users
+CREATE TRIGGER api_key_note_new AFTER INSERT OR DELETE ON users
     FOR EACH ROW EXECUTE FUNCTION api_key_note_user();
 CREATE TRIGGER api_key_note AFTER UPDATE ON users
     FOR EACH ROW WHEN (OLD.api_key_revision IS DISTINCT FROM NEW.api_key_revision)
@@ -151,7 +175,8 @@ ALTER TABLE api_keys ENABLE ALWAYS TRIGGER zzz_api_key_revision;
 ALTER TABLE api_keys ENABLE ALWAYS TRIGGER api_key_note_new;
 ALTER TABLE api_keys ENABLE ALWAYS TRIGGER api_key_note;
 ALTER TABLE api_keys ENABLE ALWAYS TRIGGER api_key_note_all;
+ALTER TABLE users ENABLE ALWAYS TRIGGER zzz_api_key_revision_new;
 ALTER TABLE users ENABLE ALWAYS TRIGGER zzz_api_key_revision;
-ALTER TABLE users ENABLE ALWAYS TRIGGER api_key_note_gone;
+ALTER TABLE users ENABLE ALWAYS TRIGGER api_key_note_new;
 ALTER TABLE users ENABLE ALWAYS TRIGGER api_key_note;
 ALTER TABLE users ENABLE ALWAYS TRIGGER api_key_note_all;

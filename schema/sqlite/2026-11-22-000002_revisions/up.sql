@@ -58,6 +58,17 @@ BEGIN
     INSERT INTO api_key_changes (key_prefix) VALUES (NEW.key_prefix);
     UPDATE api_keys SET api_key_revision = (SELECT max(revision) FROM api_key_changes) WHERE id = NEW.id;
 END;
+-- Ids are given again, and REPLACE deletes without a word.
+CREATE TRIGGER api_key_note_user_new AFTER INSERT ON users BEGIN
+    INSERT INTO api_key_changes (user_id) VALUES (NEW.id);
+    UPDATE users SET api_key_revision = (SELECT max(revision) FROM api_key_changes) WHERE id = NEW.id;
+    -- Keys that were stored before their user were unknown until now.
+    INSERT INTO api_key_changes (key_prefix) SELECT key_prefix FROM api_keys WHERE user_id = NEW.id;
+END;
+CREATE TRIGGER api_key_note_replaced BEFORE INSERT ON api_keys BEGIN
+    INSERT INTO api_key_changes (key_prefix)
+        SELECT key_prefix FROM api_keys WHERE id = NEW.id AND key_prefix IS NOT NEW.key_prefix;
+END;
 CREATE TRIGGER api_key_note_user AFTER UPDATE ON users WHEN
     OLD.id IS NOT NEW.id
     OR OLD.email IS NOT NEW.email

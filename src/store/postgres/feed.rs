@@ -34,11 +34,9 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)
 const PRUNED_EVERY: Duration = Duration::from_secs(600);
 
 pub(super) fn changes(store: &PostgresStore, since: SystemTime) -> ChangeStream {
-    // Not a time: the clocks of this machine and of the database may differ.
-    let look_back = SystemTime::now().duration_since(since).unwrap_or_default();
     let feed = Feed {
         store: Arc::clone(&store.0),
-        look_back,
+        since,
         position: None,
         listener: None,
         pause: PAUSES[0],
@@ -53,7 +51,7 @@ pub(super) fn changes(store: &PostgresStore, since: SystemTime) -> ChangeStream 
 
 struct Feed {
     store: Arc<Inner>,
-    look_back: Duration,
+    since: SystemTime,
     /// Up to where the table was read; `None` before the first read.
     position: Option<Position>,
     listener: Option<Listener>,
@@ -64,11 +62,13 @@ struct Feed {
 
 /// Up to where the table was read.
 struct Position {
-    /// The oldest transaction that was under way: rows of older ones were all there to be seen.
+    /// Rows of older transactions were all there to be seen: the oldest one that was under way, and no
+    /// more than one past the last that has left a row. After a crash or a failover the database gives
+    /// the ids of those again that wrote nothing (as a notification does), so that no other id is safe.
     horizon: u64,
     /// The rows of younger ones that were seen, with their transactions.
     seen: BTreeMap<u64, u64>,
-    /// The last row, which is never pruned: if it is gone, this is another database than before.
+    /// The row of the last transaction: if it is gone, this is another database than before.
     anchor: Option<Row>,
 }
 
@@ -86,6 +86,8 @@ struct Found {
 struct Row {
     revision: u64,
     xid: u64,
+    /// When it was written, in microseconds: in a database that was restored, ids come again.
+    at: u64,
     key_prefix: Option<String>,
     user_id: Option<i64>,
 }
@@ -125,7 +127,7 @@ impl Feed {
             self.next_poll = Instant::now() + self.store.poll_interval;
             listener.beat().await?;
         }
-        let found = listener.read(&self.position, self.look_back).await?;
+        let found = listener.read(&self.position, self.since).await?;
         if Instant::now() >= self.next_pruning {
             self.next_pruning = Instant::now() + PRUNED_EVERY;
             listener.prune().await;
@@ -136,7 +138,12 @@ impl Feed {
     /// The changes in `found`, and from where to go on.
     fn take_in(&mut self, found: Found) -> Vec<Change> {
         let mut changes = Vec::new();
-        let (is_first, is_continuous) = (self.position.is_none(), found.is_continuous);
+        // Ids of transactions that go back are those of another database, too.
+        let goes_on = |position: &Position| position.horizon <= found.horizon;
+        let (is_first, is_continuous) = (
+            self.position.is_none(),
+            found.is_continuous && self.position.as_ref().is_none_or(goes_on),
+        );
         if !is_first && !is_continuous {
             changes.push(Change::Reset);
         }
@@ -251,11 +258,13 @@ impl Listener {
     async fn read(
         &self,
         position: &Option<Position>,
-        look_back: Duration,
+        since: SystemTime,
     ) -> Result<Found, StoreError> {
         let (filter, is_continuous) = match position {
             None => {
-                let seconds = look_back.as_secs();
+                // How long ago, not when: the clocks of this machine and of the database may differ.
+                let age = SystemTime::now().duration_since(since).unwrap_or_default();
+                let seconds = age.as_secs() + 1;
                 (format!("changed_at > now() - interval '{seconds} seconds'"), "TRUE".to_owned())
             }
             Some(position) => {
@@ -267,25 +276,31 @@ impl Listener {
                 }
                 let anchor = position.anchor.as_ref().map_or("TRUE".to_owned(), |row| {
                     format!(
-                        "EXISTS (SELECT FROM api_key_changes WHERE revision = {} AND xid = '{}'::xid8)",
-                        row.revision, row.xid
+                        "EXISTS (SELECT FROM api_key_changes WHERE revision = {} AND xid = '{}'::xid8
+                            AND (extract(epoch FROM changed_at) * 1000000)::bigint = {})",
+                        row.revision, row.xid, row.at
                     )
                 });
                 (filter, anchor)
             }
         };
-        // One statement, so that all of it is from one snapshot.
-        let columns = "revision, xid::text::bigint AS xid, key_prefix, user_id";
+        // One statement, so that all of it is from one snapshot. The latest first: of several changes
+        // under one prefix the lower revision may have been committed last, and said last it counts.
+        let columns = "revision, xid::text::bigint AS xid,
+            (extract(epoch FROM changed_at) * 1000000)::bigint AS at, key_prefix, user_id";
         let sql = format!(
             "SELECT json_build_object(
                 'as_of_micros', (extract(epoch FROM statement_timestamp()) * 1000000)::bigint,
-                'horizon', pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
+                'horizon', least(
+                    pg_snapshot_xmin(pg_current_snapshot())::text::bigint,
+                    (SELECT xid::text::bigint + 1 FROM api_key_changes ORDER BY xid DESC LIMIT 1)),
                 'is_continuous', {is_continuous},
                 'anchor', (SELECT row_to_json(a) FROM (
-                    SELECT {columns} FROM api_key_changes ORDER BY revision DESC LIMIT 1) AS a),
+                    SELECT {columns} FROM api_key_changes
+                    ORDER BY xid DESC, revision DESC LIMIT 1) AS a),
                 'changes', (SELECT json_agg(c) FROM (
                     SELECT {columns} FROM api_key_changes WHERE {filter}
-                    ORDER BY revision LIMIT {}) AS c)
+                    ORDER BY revision DESC LIMIT {}) AS c)
             )",
             MAX_CHANGES + 1
         );

@@ -30,6 +30,7 @@ struct Delete {
     revision: Revision,
     secret: CacheSecret,
     since: Instant,
+    made_at: SystemTime,
 }
 
 /// So many wait. Past that the oldest are forgotten: entries end on their own.
@@ -43,7 +44,13 @@ impl Deletes {
 
     /// Deletes the entry of the keys under `prefix`, and leaves a tombstone in its place.
     pub(super) fn push(self: &Arc<Self>, prefix: &str, revision: Revision, secret: CacheSecret) {
-        let delete = Delete { prefix: prefix.to_owned(), revision, secret, since: Instant::now() };
+        let delete = Delete {
+            prefix: prefix.to_owned(),
+            revision,
+            secret,
+            since: Instant::now(),
+            made_at: SystemTime::now(),
+        };
         let mut pending = self.pending();
         if pending.len() == MAX_PENDING {
             pending.pop_front();
@@ -97,15 +104,14 @@ async fn work(deletes: Weak<Deletes>) {
 impl Delete {
     async fn run(&self, link: &Arc<Link>) -> Result<(), Fault> {
         let name = keys_name(&self.prefix);
-        let now = SystemTime::now();
         let tombstone = Entry {
             kind: Kind::Tombstone,
             key_revision: self.revision,
             owner_revision: Revision(0),
             // Against an entry of the same revision, which was read after the change, it does not stand; where
             // there are no revisions, the later one counts.
-            as_of: if self.revision == Revision(0) { now } else { SystemTime::UNIX_EPOCH },
-            expires_at: now + KEYS_LIFETIME,
+            as_of: if self.revision == Revision(0) { self.made_at } else { SystemTime::UNIX_EPOCH },
+            expires_at: self.made_at + KEYS_LIFETIME,
             body: Vec::new(),
         };
         let value = tombstone.encode(&name, &self.secret);

@@ -107,7 +107,11 @@ impl Entry {
             .into_iter()
             .flatten()
             .find(|secret| secret.id() == secret_id)
-            .ok_or(if secret_id < oldest { Unreadable::Retired } else { Unreadable::UnknownSecret })?;
+            .ok_or(if secret_id < oldest {
+                Unreadable::Retired
+            } else {
+                Unreadable::UnknownSecret
+            })?;
         if !bool::from(mac(name, signed, secret).ct_eq(tag)) {
             return Err(Unreadable::Forged);
         }

@@ -1,7 +1,7 @@
 //! The feed of changes: the table `api_key_changes`, read whenever this process has written, or
 //! `PRAGMA data_version` says that another one has.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use diesel::SqliteConnection;
 use tokio::{sync::watch, time::timeout};
@@ -26,6 +26,10 @@ const PULSE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(500);
 /// Past so many new changes at once it is cheaper to read everything anew.
 const MAX_CHANGES: usize = 10_000;
+const PRUNED_EVERY: Duration = Duration::from_secs(600);
+/// Rows of more than a day ago, which is longer than anybody looks back; never the last one.
+const PRUNE: &str = "DELETE FROM api_key_changes WHERE changed_at < julianday('now') - 1
+    AND revision < (SELECT max(revision) FROM api_key_changes) RETURNING CAST(revision AS TEXT) AS row";
 
 pub(super) fn changes(store: &SqliteStore, since: SystemTime) -> ChangeStream {
     let feed = Feed {
@@ -34,6 +38,7 @@ pub(super) fn changes(store: &SqliteStore, since: SystemTime) -> ChangeStream {
         since,
         data_version: None,
         heard: None,
+        next_pruning: Instant::now() + PRUNED_EVERY,
     };
     ChangeStream::steps(feed, |mut feed| async move {
         loop {
@@ -56,6 +61,7 @@ struct Feed {
     data_version: Option<i64>,
     /// The last revision that was read.
     heard: Option<u64>,
+    next_pruning: Instant,
 }
 
 impl Feed {
@@ -63,6 +69,11 @@ impl Feed {
         if self.heard.is_some() {
             // The store is alive, or nobody would listen: this ends with a write, or at the pulse.
             let _ = timeout(PULSE, self.something_new()).await;
+        }
+        if Instant::now() >= self.next_pruning {
+            self.next_pruning = Instant::now() + PRUNED_EVERY;
+            // What could not be deleted is deleted the next time.
+            let _ = self.store.write(Statement::new(PRUNE, [])).await;
         }
         let as_of = SystemTime::now();
         self.written.mark_unchanged();
@@ -72,7 +83,7 @@ impl Feed {
                 Statement::new(select(filter), [Bind::Integer(i64::try_from(heard).unwrap_or(0))])
             }
             None => {
-                let age = as_of.duration_since(self.since).unwrap_or_default().as_secs();
+                let age = as_of.duration_since(self.since).unwrap_or_default().as_secs() + 1;
                 let filter = "changed_at > julianday('now') - $1 / 86400.0";
                 Statement::new(
                     select(filter),

@@ -140,5 +140,9 @@ fn encode(record: &KeyRecord) -> Map<String, Value> {
 
 /// The value of a column in the JSON object that is bound first.
 fn field(column: &str) -> String {
+    if column == "metadata" {
+        // As JSON, whatever it is: a text or a number would be taken for SQLite's own.
+        return "nullif(n.row -> '$.metadata', 'null')".to_owned();
+    }
     format!("json_extract(n.row, '$.{column}')")
 }
