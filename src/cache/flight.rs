@@ -113,13 +113,12 @@ impl Boarding {
     /// Waits for the outcome, at most for `limit`: the runtime of the flight may not be driven any more.
     pub(crate) async fn outcome(mut self, limit: Duration) -> Outcome {
         // tokio panics where the runtime has no timer.
-        let wait = || timeout(limit, self.0.wait_for(Option::is_some));
-        let Ok(wait) = catch_unwind(AssertUnwindSafe(wait)) else {
+        let outcome = self.0.wait_for(Option::is_some);
+        let Ok(outcome) = catch_unwind(AssertUnwindSafe(|| timeout(limit, outcome))) else {
             let no_timer = "the Tokio runtime has no timer: build it with enable_all";
             return Err(StoreError::unavailable(no_timer).into());
         };
-        let outcome = wait.await;
-        let outcome = outcome.ok().and_then(Result::ok).and_then(|outcome| outcome.clone());
+        let outcome = outcome.await.ok().and_then(Result::ok).and_then(|outcome| outcome.clone());
         outcome.unwrap_or_else(|| Err(lost()))
     }
 }

@@ -97,7 +97,7 @@ impl Answer {
     }
 
     /// Marks the answer as made from a copy.
-    pub(crate) fn as_copy(self) -> Self {
+    pub(crate) fn into_copy(self) -> Self {
         Self { source: Source::Copy, ..self }
     }
 

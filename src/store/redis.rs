@@ -331,7 +331,7 @@ fn answer(lookup: &Lookup, keys: Entry, verified: &Entry, now: Moment) -> Option
     let candidate = Candidate { record: key.record, owner_revision, fingerprint: None };
     let read =
         Read { candidates: vec![candidate], key_revision: keys.key_revision, is_whole: false };
-    Some((lookup.answer(Outcome::Match(0), read).with_as_of(keys.as_of).as_copy(), age))
+    Some((lookup.answer(Outcome::Match(0), read).with_as_of(keys.as_of).into_copy(), age))
 }
 
 /// Cached no longer than the keys live.
