@@ -273,11 +273,11 @@ async fn the_feed_says_what_a_change_is_about_and_nothing_of_usage_or_other_peop
         let column = column.replace("$OTHER", &other.owner.to_string());
         let rule = format!("UPDATE api_keys SET {column} WHERE key_prefix = '{}'", key.prefix);
         db.run(&rule).await;
-        assert_eq!(heard.subjects().await, [prefix.clone()], "{column}");
+        assert_eq!(heard.subjects().await, std::slice::from_ref(&prefix), "{column}");
     }
     for column in ["email = 'x'", "role = 'x'", "is_active = FALSE", "api_key_revision = 0"] {
         db.run(&format!("UPDATE users SET {column} WHERE id = {}", key.owner)).await;
-        assert_eq!(heard.subjects().await, [owner.clone()], "{column}");
+        assert_eq!(heard.subjects().await, std::slice::from_ref(&owner), "{column}");
     }
     db.run(&format!(
         "UPDATE api_keys SET key_prefix = 'moved' WHERE key_prefix = '{}'",

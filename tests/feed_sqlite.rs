@@ -220,7 +220,7 @@ async fn usage_and_columns_of_others_say_nothing_and_every_column_of_a_decision_
         "id = id + 1000",
     ] {
         db.run(&format!("UPDATE api_keys SET {column} WHERE key_prefix = '{}'", key.prefix));
-        assert_eq!(heard.take().await, [prefix.clone()], "{column}");
+        assert_eq!(heard.take().await, std::slice::from_ref(&prefix), "{column}");
     }
     for column in ["email = 'x'", "role = 'x'", "is_active = 0"] {
         db.run(&format!("UPDATE users SET {column} WHERE id = {}", key.owner));

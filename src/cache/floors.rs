@@ -88,7 +88,7 @@ const MAX_FLOORS: usize = 100_000;
 /// 128 KiB. A change drops what shares its bucket: one entry in 16,384.
 const BUCKETS: usize = 1 << 14;
 /// How far the database's time may be off that a node knows.
-pub(crate) const MARGIN: Duration = Duration::from_secs(1);
+pub(super) const MARGIN: Duration = Duration::from_secs(1);
 
 /// A bucket, and its generation.
 pub(crate) type Generation = (u16, u64);

@@ -26,7 +26,7 @@ pub use self::answers::Health;
 pub(crate) use self::{
     answers::{Answers, LookupFuture, Recall},
     feed::Background,
-    floors::{MARGIN, Subject},
+    floors::Subject,
     freshness::Age,
     moment::Moment,
 };
@@ -102,6 +102,11 @@ impl View {
         {
             self.floors.raise_to(subject, revision, now, self.freshness.database_now(now));
         }
+    }
+
+    /// Whether `as_of` is a time that the database has not come to.
+    pub(crate) fn is_ahead(&self, as_of: SystemTime, now: Moment) -> bool {
+        as_of > self.freshness.database_now(now) + floors::MARGIN
     }
 
     /// Whether a copy that others made at `as_of` may be looked at: how old it is, or `None` if a change

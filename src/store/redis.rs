@@ -39,7 +39,7 @@ use super::{
     answer::{Candidate, Read, Source},
 };
 use crate::{
-    cache::{Age, MARGIN, Moment, Subject},
+    cache::{Age, Moment, Subject},
     error::StoreError,
     policy,
     record::{KeyRecord, Revision},
@@ -190,7 +190,7 @@ impl<S: KeyStore> RedisCache<S> {
         let mut found = Found::default();
         let end_of = |value: &[u8]| value[value.len().saturating_sub(MAC)..].to_vec();
         let mut take = |name: &str, value: &[u8]| match Entry::decode(name, value, secret) {
-            Ok(entry) if name == names.keys && entry.as_of > database_now + MARGIN => {
+            Ok(entry) if name == names.keys && lookup.view().is_ahead(entry.as_of, now) => {
                 // A clock was set back: nobody can tell how old it is, and nothing would be newer.
                 found.unbelieved = end_of(value);
                 None
