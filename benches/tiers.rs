@@ -71,12 +71,8 @@ fn main() {
 
     many.block_on(slow_hashes(&postgres, &user));
 
-    let _ = tracing_subscriber::registry()
-        .with(
-            CountChecks
-                .with_filter(Targets::new().with_target("tower_api_key", tracing::Level::DEBUG)),
-        )
-        .try_init();
+    let of_this_crate = Targets::new().with_target("tower_api_key", tracing::Level::DEBUG);
+    tracing_subscriber::registry().with(CountChecks.with_filter(of_this_crate)).init();
     let in_sync = many.block_on(stampede(&postgres, &redis, &user, true));
     let at_start = many.block_on(stampede(&postgres, &redis, &user, false));
     println!("{CALLERS} requests at once for one cold key      look-ups   queries    checks");

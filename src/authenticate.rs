@@ -2,6 +2,8 @@
 
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
+use sha2::{Digest, Sha256};
+
 use crate::{
     cache::{Answers, CacheSettings, Health, LookupFuture, Recall},
     context::AuthContext,
@@ -109,7 +111,13 @@ impl Authenticator {
         self.0.stop();
     }
 
-    /// What is remembered of the key in `token`. No lock, no I/O, and no allocation.
+    /// Whose key it is, if that is remembered. No lock, no I/O, and no allocation.
+    #[inline]
+    pub(crate) fn recall_known(&self, key: &[u8]) -> Option<AuthContext> {
+        self.0.recall_known(&Sha256::digest(key).into())
+    }
+
+    /// What is remembered of the key in `token`.
     #[inline]
     pub(crate) fn recall(&self, token: &str) -> Recall {
         self.0.recall(token)

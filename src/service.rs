@@ -116,6 +116,11 @@ impl Gate {
         if self.options.skip.as_ref().is_some_and(|skip| (skip.0)(&head)) {
             return let_through(request);
         }
+        if let Some((bytes, places)) = credential::sole(&self.options.credentials, &head)
+            && let Some(caller) = self.authenticator.recall_known(bytes)
+        {
+            return self.pass(request, caller, places);
+        }
         let found = match credential::find(&self.options.credentials, &head) {
             Ok(Some(found)) => found,
             Ok(None) if self.options.is_optional => return let_through(request),
@@ -128,6 +133,10 @@ impl Gate {
             Recall::Nothing => return self.ask(&found, &head),
         };
         let places = found.places;
+        self.pass(request, caller, places)
+    }
+
+    fn pass<B>(&self, request: &mut Request<B>, caller: AuthContext, places: u64) -> Admission {
         match self.let_in(request, caller, places) {
             Ok(()) => Admission::Pass,
             Err(denial) => Admission::Refuse(denial),

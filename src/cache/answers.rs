@@ -93,12 +93,17 @@ impl Answers {
         self.recall_digest(&Sha256::digest(token).into())
     }
 
+    /// Whose key it is, if that is remembered and may be served.
+    #[inline]
+    pub(crate) fn recall_known(&self, key: &KeyDigest) -> Option<AuthContext> {
+        let known = self.cache.known(key)?;
+        (known.stamp.age(&self.view, self.now()) == Age::Fresh).then_some(known.caller)
+    }
+
     #[inline]
     fn recall_digest(&self, key: &KeyDigest) -> Recall {
-        if let Some(known) = self.cache.known(key)
-            && known.stamp.age(&self.view, self.now()) == Age::Fresh
-        {
-            return Recall::Known(known.caller);
+        if let Some(caller) = self.recall_known(key) {
+            return Recall::Known(caller);
         }
         match self.cache.refused(key) {
             Some(it) if it.holds(&self.view, self.now()) => Recall::Refused(it.reason),
