@@ -185,7 +185,8 @@ impl AuthenticatorBuilder {
 
     /// For how long an answer is served after it was read, or after this node was last in sync with the
     /// store's changes: 30 s by default. A node in sync goes on serving it; a node that is cut off from
-    /// changes, or whose store has no feed, asks again after this.
+    /// changes, or whose store has no feed, asks again after this. Less than the interval at which the feed
+    /// is polled (5 s in PostgreSQL) makes idle nodes ask between polls.
     #[must_use]
     pub fn max_staleness(mut self, limit: Duration) -> Self {
         self.settings.max_staleness = limit;
@@ -194,7 +195,8 @@ impl AuthenticatorBuilder {
 
     /// For how much longer a valid key is served while the store fails: 60 s by default, 0 turns it off. A
     /// node that is cut off from everything serves a revoked key for `max_staleness + stale_if_error` at
-    /// most.
+    /// most. The first request after `max_staleness` waits until the store's own timeout shows that it
+    /// fails, so that a time shorter than that is of no use.
     #[must_use]
     pub fn stale_if_error(mut self, limit: Duration) -> Self {
         self.settings.stale_if_error = limit;

@@ -17,7 +17,8 @@ use crate::record::{Revision, UserId};
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Change {
-    /// A key under this lookup prefix has changed.
+    /// A key under this lookup prefix has changed. Give the revision 0 unless each answer carries
+    /// revisions: an answer below the highest that was said is not served.
     Prefix(String, Revision),
     /// This user has changed, and with it every key that it owns.
     Owner(UserId, Revision),
