@@ -2,12 +2,10 @@
 
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
-use sha2::{Digest, Sha256};
-
 use crate::{
     cache::{Answers, CacheSettings, Health, LookupFuture, Recall},
     context::AuthContext,
-    key::{KeyScheme, PresentedKey, token},
+    key::{KeyDigest, KeyScheme, PresentedKey, token},
     respond::{Denial, Forbidden},
     store::{DynKeyStore, KeyStore},
     telemetry,
@@ -114,7 +112,7 @@ impl Authenticator {
     /// Whose key it is, if that is remembered. No lock, no I/O, and no allocation.
     #[inline]
     pub(crate) fn recall_known(&self, key: &[u8]) -> Option<AuthContext> {
-        self.0.recall_known(&Sha256::digest(key).into())
+        self.0.recall_known(&KeyDigest::of(key))
     }
 
     /// What is remembered of the key in `token`.

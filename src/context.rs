@@ -7,6 +7,8 @@ use http::Method;
 use serde_json::Value;
 
 use crate::{
+    cache::Stamp,
+    key::HashFingerprint,
     policy::{self, AllowedNetwork, EndpointRule},
     record::{KeyRecord, RateLimits, User},
 };
@@ -29,10 +31,22 @@ use crate::{
 #[derive(Clone)]
 pub struct AuthContext(Arc<Inner>);
 
+/// Its fields in this order: a hit reads what stands beside the reference counts and nothing else.
+#[repr(C)]
 struct Inner {
-    record: KeyRecord,
+    /// Whether there are rules for addresses or endpoints.
+    is_restricted: bool,
     /// `None` for a context that no authenticator made.
-    origin: Option<Origin>,
+    provenance: Option<Provenance>,
+    record: KeyRecord,
+}
+
+/// Where a context comes from, and what a cache has to know to serve it again.
+pub(crate) struct Provenance {
+    pub(crate) origin: Origin,
+    pub(crate) stamp: Stamp,
+    /// Of the hash that the key has matched.
+    pub(crate) proof: Option<HashFingerprint>,
 }
 
 /// Tells one authenticator from another.
@@ -46,17 +60,31 @@ impl PartialEq for Origin {
 }
 
 impl AuthContext {
-    pub(crate) fn new(record: KeyRecord, origin: Origin) -> Self {
-        Self(Arc::new(Inner { record, origin: Some(origin) }))
+    pub(crate) fn new(record: KeyRecord, provenance: Provenance) -> Self {
+        Self::of(record, Some(provenance))
     }
 
     /// A context for the tests of a handler, made without a key. No layer takes it for its own.
     pub fn unverified(record: KeyRecord) -> Self {
-        Self(Arc::new(Inner { record, origin: None }))
+        Self::of(record, None)
+    }
+
+    fn of(record: KeyRecord, provenance: Option<Provenance>) -> Self {
+        let is_restricted = !(record.allowed_ips.is_empty() && record.allowed_endpoints.is_empty());
+        Self(Arc::new(Inner { is_restricted, provenance, record }))
+    }
+
+    /// Whether it depends on the request whether the key may be used.
+    pub(crate) fn is_restricted(&self) -> bool {
+        self.0.is_restricted
+    }
+
+    pub(crate) fn provenance(&self) -> Option<&Provenance> {
+        self.0.provenance.as_ref()
     }
 
     pub(crate) fn is_from(&self, origin: &Origin) -> bool {
-        self.0.origin.as_ref() == Some(origin)
+        self.provenance().is_some_and(|it| it.origin == *origin)
     }
 
     /// The owner of the key: id, e-mail, role.

@@ -154,6 +154,15 @@ impl Credential {
         }
     }
 
+    /// What this place has in the form in which nearly everybody writes it; `None` where that takes the grammar.
+    fn at_a_glance<'a>(&self, value: &'a HeaderValue) -> Option<&'a [u8]> {
+        match &self.0 {
+            Place::Bearer => after_bearer(value),
+            Place::Header(_) => Some(value.as_bytes()),
+            Place::Basic | Place::Closure(_) => None,
+        }
+    }
+
     fn find<'a>(&self, head: &RequestHead<'a>) -> Result<Option<Token<'a>>, Denial> {
         match &self.0 {
             Place::Bearer => {
@@ -197,25 +206,17 @@ pub(crate) const MAX_PLACES: usize = 64;
 /// The bytes of the credential, and the bit of its place, where only one place has one and no field is
 /// there twice: what nearly all requests look like. Nothing else of the grammar is looked at: it is enough
 /// to find out whether a key is remembered, which then is well-formed.
-pub(crate) fn sole<'a>(places: &[Credential], head: &RequestHead<'a>) -> Option<(&'a [u8], u64)> {
-    if head.headers.len() > head.headers.keys_len() {
+pub(crate) fn at_a_glance<'a>(
+    places: &[Credential],
+    headers: &'a HeaderMap,
+) -> Option<(&'a [u8], u64)> {
+    if headers.len() > headers.keys_len() {
         return None;
     }
     let mut sole = None;
     for (at, place) in places.iter().enumerate() {
-        let bytes = match &place.0 {
-            Place::Bearer => match head.headers.get(header::AUTHORIZATION) {
-                None => None,
-                Some(value) => {
-                    let (scheme, rest) = value.as_bytes().split_at_checked(BEARER.len())?;
-                    Some(scheme.eq_ignore_ascii_case(BEARER).then_some(rest)?)
-                }
-            },
-            Place::Header(name) => head.headers.get(name).map(HeaderValue::as_bytes),
-            Place::Basic | Place::Closure(_) => return None,
-        };
-        if let Some(bytes) = bytes
-            && sole.replace((bytes, 1 << at)).is_some()
+        if let Some(value) = headers.get(place.header_name()?)
+            && sole.replace((place.at_a_glance(value)?, 1 << at)).is_some()
         {
             return None;
         }
@@ -223,7 +224,12 @@ pub(crate) fn sole<'a>(places: &[Credential], head: &RequestHead<'a>) -> Option<
     sole
 }
 
-const BEARER: &[u8] = b"bearer ";
+/// What stands behind the scheme in the form in which nearly everybody writes it.
+fn after_bearer(value: &HeaderValue) -> Option<&[u8]> {
+    const BEARER: &[u8] = b"Bearer ";
+    let (scheme, rest) = value.as_bytes().split_at_checked(BEARER.len())?;
+    (scheme == BEARER || scheme.eq_ignore_ascii_case(BEARER)).then_some(rest)
+}
 
 /// Finds the one credential that the request carries in any of the places. The same one in two
 /// places is fine.

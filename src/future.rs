@@ -29,7 +29,6 @@ pin_project! {
     {
         #[pin]
         state: State<S, B, S::Future>,
-        gate: Arc<Gate>,
         asker: Asker,
     }
 }
@@ -54,27 +53,23 @@ pub(crate) struct Held<S, B> {
     pub(crate) places: u64,
     /// The instance that is ready for the request.
     pub(crate) ready: S,
+    pub(crate) gate: Arc<Gate>,
 }
 
 impl<S, B> ResponseFuture<S, B>
 where
     S: Service<Request<B>>,
 {
-    pub(crate) fn pass(gate: Arc<Gate>, asker: Asker, future: S::Future) -> Self {
-        Self { state: State::Inner { future }, gate, asker }
+    pub(crate) fn pass(asker: Asker, future: S::Future) -> Self {
+        Self { state: State::Inner { future }, asker }
     }
 
-    pub(crate) fn look_up(
-        gate: Arc<Gate>,
-        asker: Asker,
-        lookup: LookupFuture,
-        held: Held<S, B>,
-    ) -> Self {
-        Self { state: State::LookUp { lookup, held: Some(Box::new(held)) }, gate, asker }
+    pub(crate) fn look_up(asker: Asker, lookup: LookupFuture, held: Held<S, B>) -> Self {
+        Self { state: State::LookUp { lookup, held: Some(Box::new(held)) }, asker }
     }
 
-    pub(crate) fn refuse(gate: Arc<Gate>, asker: Asker, denial: Denial) -> Self {
-        Self { state: State::Refused { denial }, gate, asker }
+    pub(crate) fn refuse(asker: Asker, denial: Denial) -> Self {
+        Self { state: State::Refused { denial }, asker }
     }
 }
 
@@ -92,9 +87,9 @@ where
                     let outcome = ready!(lookup.as_mut().poll(cx));
                     // `None` only if somebody polls a future that has panicked.
                     let Some(held) = held.take() else { return Poll::Pending };
-                    let Held { mut request, places, mut ready } = *held;
+                    let Held { mut request, places, mut ready, gate } = *held;
                     let admitted =
-                        outcome.and_then(|caller| this.gate.let_in(&mut request, caller, places));
+                        outcome.and_then(|caller| gate.let_in(&mut request, caller, places));
                     match admitted {
                         Ok(()) => {
                             let future = ready.call(request);
@@ -105,11 +100,11 @@ where
                 }
                 StateProjection::Inner { future } => {
                     let response = ready!(future.poll(cx))?;
-                    return Poll::Ready(Ok(this.gate.reshape(response, this.asker)));
+                    return Poll::Ready(Ok(this.asker.reshape(response)));
                 }
                 StateProjection::Refused { denial } => {
                     telemetry::denied(denial);
-                    return Poll::Ready(Ok(this.gate.response(denial, this.asker)));
+                    return Poll::Ready(Ok(this.asker.refuse(denial)));
                 }
             }
         }

@@ -29,7 +29,8 @@ pub struct ApiKeyAuth<S> {
 
 impl<S> ApiKeyAuth<S> {
     pub(crate) fn new(inner: S, authenticator: Authenticator, options: Options) -> Self {
-        Self { inner, gate: Arc::new(Gate { authenticator, options }) }
+        let presentation = options.presentation.clone().shared();
+        Self { inner, gate: Arc::new(Gate { authenticator, options, presentation }) }
     }
 
     /// The inner service.
@@ -61,18 +62,30 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> ResponseFuture<S, B> {
-        let asker = self.gate.options.presentation.asker(&RequestHead::of(&request));
-        let gate = Arc::clone(&self.gate);
-        match self.gate.admit(&mut request) {
-            Admission::Pass => ResponseFuture::pass(gate, asker, self.inner.call(request)),
-            Admission::LookUp { lookup, places } => {
-                let held = Held { request, places, ready: self.take_ready() };
-                ResponseFuture::look_up(gate, asker, lookup, held)
+        let head = RequestHead::of(&request);
+        let asker = Asker::new(&head, self.gate.presentation.as_ref());
+        let admitted = match self.gate.decide(&head) {
+            Decision::Pass => Ok(()),
+            Decision::LetThrough => {
+                // No context but this layer's own may reach the inner service.
+                request.extensions_mut().remove::<AuthContext>();
+                request.extensions_mut().insert(LetThrough);
+                Ok(())
             }
-            Admission::Refuse(denial) => {
+            Decision::Known { caller, places } => self.gate.let_in(&mut request, caller, places),
+            Decision::LookUp { lookup, places } => {
+                let gate = Arc::clone(&self.gate);
+                let held = Held { request, places, ready: self.take_ready(), gate };
+                return ResponseFuture::look_up(asker, lookup, held);
+            }
+            Decision::Refuse(denial) => Err(denial),
+        };
+        match admitted {
+            Ok(()) => ResponseFuture::pass(asker, self.inner.call(request)),
+            Err(denial) => {
                 // The instance that is ready may hold a permit for the call that will not come.
                 drop(self.take_ready());
-                ResponseFuture::refuse(gate, asker, denial)
+                ResponseFuture::refuse(asker, denial)
             }
         }
     }
@@ -91,12 +104,19 @@ impl<S: Clone> ApiKeyAuth<S> {
 pub(crate) struct Gate {
     authenticator: Authenticator,
     options: Options,
+    presentation: Option<Arc<Presentation>>,
 }
 
-/// What can be said of a request at once.
-enum Admission {
+/// What can be said of a request at once. `places` has the key.
+enum Decision {
+    /// This layer has let it in before.
     Pass,
-    /// With the places that the key is in.
+    /// As the options say, without a key.
+    LetThrough,
+    Known {
+        caller: AuthContext,
+        places: u64,
+    },
     LookUp {
         lookup: LookupFuture,
         places: u64,
@@ -105,52 +125,38 @@ enum Admission {
 }
 
 impl Gate {
-    fn admit<B>(&self, request: &mut Request<B>) -> Admission {
-        let head = RequestHead::of(request);
+    fn decide(&self, head: &RequestHead<'_>) -> Decision {
         if let Some(caller) = head.extensions().get::<AuthContext>()
             && self.authenticator.made(caller)
         {
-            return Admission::Pass;
+            return Decision::Pass;
         }
-        // No context but this layer's own may reach the inner service.
-        if self.options.skip.as_ref().is_some_and(|skip| (skip.0)(&head)) {
-            return let_through(request);
+        if self.options.skip.as_ref().is_some_and(|skip| (skip.0)(head)) {
+            return Decision::LetThrough;
         }
-        if let Some((bytes, places)) = credential::sole(&self.options.credentials, &head)
+        let credentials = &self.options.credentials;
+        if let Some((bytes, places)) = credential::at_a_glance(credentials, head.headers())
             && let Some(caller) = self.authenticator.recall_known(bytes)
         {
-            return self.pass(request, caller, places);
+            return Decision::Known { caller, places };
         }
-        let found = match credential::find(&self.options.credentials, &head) {
+        let Found { token, places } = match credential::find(credentials, head) {
             Ok(Some(found)) => found,
-            Ok(None) if self.options.is_optional => return let_through(request),
-            Ok(None) => return Admission::Refuse(Denial::MissingCredential),
-            Err(denial) => return Admission::Refuse(denial),
+            Ok(None) if self.options.is_optional => return Decision::LetThrough,
+            Ok(None) => return Decision::Refuse(Denial::MissingCredential),
+            Err(denial) => return Decision::Refuse(denial),
         };
-        let caller = match self.authenticator.recall(&found.token) {
-            Recall::Known(caller) => caller,
-            Recall::Refused(reason) => return Admission::Refuse(reason.into()),
-            Recall::Nothing => return self.ask(&found, &head),
-        };
-        let places = found.places;
-        self.pass(request, caller, places)
-    }
-
-    fn pass<B>(&self, request: &mut Request<B>, caller: AuthContext, places: u64) -> Admission {
-        match self.let_in(request, caller, places) {
-            Ok(()) => Admission::Pass,
-            Err(denial) => Admission::Refuse(denial),
-        }
-    }
-
-    fn ask(&self, found: &Found<'_>, head: &RequestHead<'_>) -> Admission {
-        match self.authenticator.parse(&found.token) {
-            Ok(key) => {
-                let address = self.options.client.find(head);
-                let lookup = self.authenticator.look_up(key, address);
-                Admission::LookUp { lookup, places: found.places }
-            }
-            Err(denial) => Admission::Refuse(denial),
+        match self.authenticator.recall(&token) {
+            Recall::Known(caller) => Decision::Known { caller, places },
+            Recall::Refused(reason) => Decision::Refuse(reason.into()),
+            Recall::Nothing => match self.authenticator.parse(&token) {
+                Ok(key) => {
+                    let address = self.options.client.find(head);
+                    let lookup = self.authenticator.look_up(key, address);
+                    Decision::LookUp { lookup, places }
+                }
+                Err(denial) => Decision::Refuse(denial),
+            },
         }
     }
 
@@ -162,38 +168,14 @@ impl Gate {
         places: u64,
     ) -> Result<(), Denial> {
         let head = RequestHead::of(request);
-        check_address(&caller, || self.options.client.find(&head))?;
-        if !caller.can_access_endpoint(head.method(), head.endpoint()) {
-            return Err(Forbidden::Endpoint.into());
+        if caller.is_restricted() {
+            check_address(&caller, || self.options.client.find(&head))?;
+            if !caller.can_access_endpoint(head.method(), head.endpoint()) {
+                return Err(Forbidden::Endpoint.into());
+            }
         }
         self.options.key_header.treat(&self.options.credentials, places, request.headers_mut());
         request.extensions_mut().insert(caller);
         Ok(())
     }
-
-    /// The inner service's response, in the layer's shape if it is a refusal.
-    pub(crate) fn reshape<R>(
-        &self,
-        inner: Response<R>,
-        asker: &Asker,
-    ) -> Response<ResponseBody<R>> {
-        if !Presentation::is_refusal(&inner) {
-            return inner.map(ResponseBody::inner);
-        }
-        match self.options.presentation.reshaped(inner, asker) {
-            Ok(refusal) => refusal.map(ResponseBody::refusal),
-            Err(answer) => answer.map(ResponseBody::inner),
-        }
-    }
-
-    /// The response to a request that is refused.
-    pub(crate) fn response<R>(&self, denial: &Denial, asker: &Asker) -> Response<ResponseBody<R>> {
-        self.options.presentation.response(denial, asker).map(ResponseBody::refusal)
-    }
-}
-
-fn let_through<B>(request: &mut Request<B>) -> Admission {
-    request.extensions_mut().remove::<AuthContext>();
-    request.extensions_mut().insert(LetThrough);
-    Admission::Pass
 }

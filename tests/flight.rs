@@ -439,7 +439,7 @@ async fn a_change_of_another_key_lets_requests_join_as_before() {
     for request in requests {
         assert!(told(request).await.is_ok());
     }
-    // Two prefixes may share a bucket, once in 16,384 times.
+    // Two prefixes may share a bucket, once in 8,192 times.
     let asked = node.store.take_asked();
     assert!((5..=6).contains(&asked), "{asked}");
 }

@@ -510,7 +510,7 @@ async fn what_is_invalidated_is_asked_for_at_the_next_request() {
             node.authenticator.invalidate(&issued.prefix);
         }
         node.authenticator.invalidate("no such prefix");
-        // Two prefixes may share a bucket, once in 16,384 times.
+        // Two prefixes may share a bucket, once in 8,192 times.
         assert!(hits(&node, &others).await >= 4);
 
         node.authenticator.invalidate(&issued.prefix);
@@ -546,7 +546,7 @@ async fn a_change_of_a_prefix_drops_its_keys_and_no_others() {
     node.store.say(prefix(&issued, 5)).await;
     assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
     assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
-    // Two prefixes may share a bucket, once in 16,384 times; then they are asked for once.
+    // Two prefixes may share a bucket, once in 8,192 times; then they are asked for once.
     assert!(hits(&node, &others).await >= 4);
 }
 

@@ -13,7 +13,6 @@ use std::{
 };
 
 use chrono::{DateTime, Utc};
-use sha2::{Digest, Sha256};
 use tokio::runtime::Handle;
 
 use super::{
@@ -22,10 +21,10 @@ use super::{
     flight::{Boarding, Flights, Outcome},
     floors::{Seen, Standing, Subject},
     freshness::Age,
-    local::{LocalCache, Refused, Remembered, Stamp},
+    local::{LocalCache, Refused, Stamp},
 };
 use crate::{
-    context::{AuthContext, Origin},
+    context::{AuthContext, Origin, Provenance},
     error::{StoreError, StoreErrorKind},
     key::{KeyDigest, KeyScheme, PresentedKey},
     policy,
@@ -90,14 +89,13 @@ impl Answers {
     /// What is remembered of the key in `token`. No lock, no I/O, and no allocation.
     #[inline]
     pub(crate) fn recall(&self, token: &str) -> Recall {
-        self.recall_digest(&Sha256::digest(token).into())
+        self.recall_digest(&KeyDigest::of(token.as_bytes()))
     }
 
     /// Whose key it is, if that is remembered and may be served.
     #[inline]
     pub(crate) fn recall_known(&self, key: &KeyDigest) -> Option<AuthContext> {
-        let known = self.cache.known(key)?;
-        (known.stamp.age(&self.view, self.now()) == Age::Fresh).then_some(known.caller)
+        self.cache.known(key).filter(|caller| self.age(caller) == Age::Fresh)
     }
 
     #[inline]
@@ -164,6 +162,12 @@ impl Answers {
         Moment::now(self.scheme.clock())
     }
 
+    #[inline]
+    fn age(&self, caller: &AuthContext) -> Age {
+        let provenance = caller.provenance();
+        provenance.map_or(Age::Expired, |it| it.stamp.age(&self.view, self.now()))
+    }
+
     /// Sees to it that somebody listens to the store.
     fn listen(&self) {
         self.feed.ensure(|| {
@@ -175,9 +179,7 @@ impl Answers {
 
     /// A valid key that may be served because the store fails.
     fn while_failing(&self, key: &KeyDigest) -> Option<AuthContext> {
-        let known = self.cache.known(key)?;
-        let may_serve = known.stamp.age(&self.view, self.now()) != Age::Expired;
-        may_serve.then_some(known.caller)
+        self.cache.known(key).filter(|caller| self.age(caller) != Age::Expired)
     }
 
     fn board(self: &Arc<Self>, key: PresentedKey, address: Option<IpAddr>) -> Boarding {
@@ -207,7 +209,7 @@ impl Answers {
         mut seen: Seen,
     ) -> Outcome {
         let key = Arc::new(key);
-        let proof = self.cache.known(&key.digest).and_then(|known| known.proof);
+        let proof = self.cache.proof(&key.digest);
         for (attempt, pause) in RETRIES.into_iter().enumerate() {
             if attempt > 0 {
                 tokio::time::sleep(pause).await;
@@ -299,8 +301,9 @@ impl Answers {
                 }
                 verdict.map(|()| {
                     stamp.expires_at = expiry.map_or(u64::MAX, wall_nanos);
-                    let caller = AuthContext::new(found.record, self.origin.clone());
-                    Remembered { caller, stamp, proof: found.fingerprint }
+                    let origin = self.origin.clone();
+                    let provenance = Provenance { origin, stamp, proof: found.fingerprint };
+                    AuthContext::new(found.record, provenance)
                 })
             }
             (store::Outcome::Unknown, _) => Err(InvalidKey::Unknown),
@@ -308,16 +311,16 @@ impl Answers {
         };
         let is_kept = standing == Standing::Current;
         Some(match outcome {
-            Ok(known) => {
-                let caller = known.caller.clone();
+            Ok(caller) => {
                 if is_kept {
-                    self.cache.remember(*key, known);
+                    self.cache.remember(*key, caller.clone());
                 }
                 Ok(caller)
             }
             Err(reason) => {
                 if is_kept {
-                    self.cache.refuse(*key, Refused { reason, stamp, from: refused_from });
+                    let refused = Refused { reason, stamp, from: refused_from, proof: None };
+                    self.cache.refuse(*key, refused);
                 }
                 Err(reason.into())
             }

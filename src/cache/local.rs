@@ -14,7 +14,7 @@ use crate::{
 /// Answers by the SHA-256 of the whole key, so that a hit has proven the key. Bounded: what is asked for
 /// seldom makes room.
 pub(crate) struct LocalCache {
-    known: Cache<KeyDigest, Remembered>,
+    known: Cache<KeyDigest, AuthContext>,
     /// Keys that are not valid, apart and few, so that a flood of them drives out no valid one.
     refused: Cache<KeyDigest, Refused>,
 }
@@ -31,22 +31,15 @@ pub(crate) struct Stamp {
     pub(crate) expires_at: u64,
 }
 
-/// A valid key.
-#[derive(Clone)]
-pub(crate) struct Remembered {
-    pub(crate) caller: AuthContext,
-    pub(crate) stamp: Stamp,
-    /// Of the hash that the key has matched.
-    pub(crate) proof: Option<HashFingerprint>,
-}
-
 /// A key that is not valid.
-#[derive(Debug, Clone, Copy)]
+#[derive(Clone, Copy)]
 pub(crate) struct Refused {
     pub(crate) reason: InvalidKey,
     pub(crate) stamp: Stamp,
     /// By the wall clock, as `expires_at` is: before this, the reason does not hold.
     pub(crate) from: u64,
+    /// Of the hash that the key matched when it was valid: it spares one that comes back its slow check.
+    pub(crate) proof: Option<HashFingerprint>,
 }
 
 /// So many keys that are not valid are remembered.
@@ -79,7 +72,7 @@ impl LocalCache {
 
     /// What is remembered of a valid key, however old.
     #[inline]
-    pub(crate) fn known(&self, key: &KeyDigest) -> Option<Remembered> {
+    pub(crate) fn known(&self, key: &KeyDigest) -> Option<AuthContext> {
         self.known.get(key)
     }
 
@@ -88,18 +81,23 @@ impl LocalCache {
         self.refused.get(key)
     }
 
-    pub(crate) fn remember(&self, key: KeyDigest, known: Remembered) {
-        self.known.insert(key, known);
+    /// The hash that the key has matched, as far as that is remembered.
+    pub(crate) fn proof(&self, key: &KeyDigest) -> Option<HashFingerprint> {
+        match self.known.get(key) {
+            Some(caller) => caller.provenance()?.proof,
+            None => self.refused.get(key)?.proof,
+        }
     }
 
-    /// What was known of the key before is never served again, while the store fails either. It stays
-    /// because it spares a valid key that comes back its slow check.
+    pub(crate) fn remember(&self, key: KeyDigest, caller: AuthContext) {
+        self.known.insert(key, caller);
+    }
+
+    /// What was known of the key before is never served again, while the store fails either.
     pub(crate) fn refuse(&self, key: KeyDigest, refused: Refused) {
-        if let Some(mut known) = self.known.get(&key) {
-            known.stamp.expires_at = 0;
-            self.known.insert(key, known);
-        }
-        self.refused.insert(key, refused);
+        let proof = self.proof(&key);
+        self.known.remove(&key);
+        self.refused.insert(key, Refused { proof, ..refused });
     }
 
     /// How many valid keys are remembered.

@@ -28,6 +28,7 @@ pub(crate) use self::{
     feed::Background,
     floors::Subject,
     freshness::Age,
+    local::Stamp,
     moment::Moment,
 };
 use self::{floors::Floors, freshness::Freshness};

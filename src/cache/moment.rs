@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::clock::Clock;
+use crate::clock::{Clock, nanos};
 
 /// When something happened, by both clocks of this machine, in nanoseconds: the monotonic one can't be
 /// set back, and the wall clock does not stand still while the machine is suspended.
@@ -15,7 +15,8 @@ pub(crate) struct Moment {
 impl Moment {
     #[inline]
     pub(crate) fn now(clock: &dyn Clock) -> Self {
-        Self { monotonic: nanos(clock.monotonic()), wall: wall_nanos(clock.now()) }
+        let (wall, monotonic) = clock.nanos();
+        Self { monotonic, wall }
     }
 
     /// What has passed since `earlier`, by the clock that says more.
@@ -50,15 +51,4 @@ impl Moment {
     pub(crate) fn wall(self) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_nanos(self.wall)
     }
-}
-
-#[inline]
-fn nanos(duration: Duration) -> u64 {
-    duration.as_secs().saturating_mul(1_000_000_000).saturating_add(duration.subsec_nanos().into())
-}
-
-/// A clock before 1970 reads as 1970.
-#[inline]
-fn wall_nanos(time: SystemTime) -> u64 {
-    nanos(time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-use super::format::hmac_sha256;
+use super::{KeyDigest, format::hmac_sha256};
 
 /// A hash at rest, which says itself how it was made.
 ///
@@ -82,7 +82,7 @@ impl KeyHash {
 
     /// SHA-256 of `key`. For structured keys alone: a look-up by any other key never matches it.
     pub fn sha256(key: &str) -> Self {
-        Self(Kind::Sha256(Sha256::digest(key).into()))
+        Self(Kind::Sha256(KeyDigest::of(key.as_bytes()).0))
     }
 
     /// Names the hash without showing it.

@@ -2,6 +2,7 @@
 //! value that holds both for a layer and a [`KeyManager`](crate::KeyManager) to share.
 
 mod base62;
+mod digest;
 mod format;
 mod hash;
 mod pool;
@@ -9,6 +10,7 @@ mod presented;
 mod ration;
 mod scheme;
 
+pub(crate) use digest::KeyDigest;
 pub(crate) use format::hmac_sha256;
 pub use format::{FormatError, KeyFormat};
 pub(crate) use hash::HashFingerprint;
@@ -18,7 +20,7 @@ pub(crate) use hash::hex;
 pub(crate) use hash::unhex;
 pub use hash::{HashError, KeyHash};
 pub(crate) use pool::SlowCheck;
-pub(crate) use presented::{KeyDigest, PresentedKey, token};
 pub use presented::{MalformedCredential, UnrecognizedKey};
+pub(crate) use presented::{PresentedKey, token};
 pub(crate) use scheme::FastCheck;
 pub use scheme::{KeyScheme, KeySchemeBuilder, SchemeError};

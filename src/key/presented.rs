@@ -2,14 +2,12 @@
 
 use std::fmt;
 
-use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
+
+use super::KeyDigest;
 
 /// The longest credential that is looked at, in bytes.
 const MAX_BYTES: usize = 512;
-
-/// SHA-256 of a whole key. It stands for the key within a process and never leaves it.
-pub(crate) type KeyDigest = [u8; 32];
 
 /// A key that was presented and is well-formed in one of the scheme's formats. Not yet proven.
 ///
@@ -29,7 +27,7 @@ impl PresentedKey {
             text: Zeroizing::new(text.into()),
             id,
             is_structured,
-            digest: Sha256::digest(text).into(),
+            digest: KeyDigest::of(text.as_bytes()),
         }
     }
 

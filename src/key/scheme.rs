@@ -112,7 +112,7 @@ impl KeyScheme {
     pub(crate) fn fast_hash(&self, key: &PresentedKey) -> Option<KeyHash> {
         match self.0.peppers.first() {
             Some(pepper) => Some(pepper.hash(key.expose_secret())),
-            None if key.is_structured => Some(KeyHash(Kind::Sha256(key.digest))),
+            None if key.is_structured => Some(KeyHash(Kind::Sha256(key.digest.0))),
             None => None,
         }
     }
@@ -133,7 +133,7 @@ impl KeyScheme {
             Kind::Sha256(_) if !key.is_structured => {
                 return FastCheck::Impossible("a plain sha256$ hash is for structured keys alone");
             }
-            Kind::Sha256(digest) => bool::from(digest.ct_eq(&key.digest)),
+            Kind::Sha256(digest) => bool::from(digest.ct_eq(&key.digest.0)),
             Kind::HmacSha256 { pepper: id, mac } => {
                 let Some(pepper) = self.0.peppers.iter().find(|pepper| pepper.id == *id) else {
                     return FastCheck::Impossible(

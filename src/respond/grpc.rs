@@ -14,19 +14,48 @@ const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 /// What may not stand in `grpc-message`; bytes over 0x7E are always escaped.
 const ESCAPED: &AsciiSet = &CONTROLS.add(b'%');
 
-/// The content type of a gRPC or gRPC-Web request; `None` for any other request.
-pub(super) fn content_type(headers: &HeaderMap) -> Option<&HeaderValue> {
-    let content_type = headers.get(header::CONTENT_TYPE)?;
-    let (essence, rest) = content_type.as_bytes().split_at_checked(GRPC.len())?;
-    let is_grpc = essence.eq_ignore_ascii_case(GRPC)
-        && matches!(rest.first(), None | Some(b'+' | b';' | b'-' | b' '));
-    is_grpc.then_some(content_type)
+/// The content type of a gRPC or gRPC-Web request, which that of the answer has to be.
+pub(super) enum ContentType {
+    Usual(&'static str),
+    Other(Box<HeaderValue>),
 }
 
-pub(super) fn trailers_only(refusal: &Refusal<'_>, content_type: HeaderValue) -> Response<Bytes> {
+const USUAL: [&str; 6] = [
+    "application/grpc",
+    "application/grpc+proto",
+    "application/grpc-web",
+    "application/grpc-web+proto",
+    "application/grpc-web-text",
+    "application/grpc-web-text+proto",
+];
+
+impl ContentType {
+    /// `None` for a request that is none of gRPC's.
+    #[inline]
+    pub(super) fn of(headers: &HeaderMap) -> Option<Self> {
+        Self::parse(headers.get(header::CONTENT_TYPE)?)
+    }
+
+    fn parse(value: &HeaderValue) -> Option<Self> {
+        let (essence, rest) = value.as_bytes().split_at_checked(GRPC.len())?;
+        let is_grpc = essence.eq_ignore_ascii_case(GRPC)
+            && matches!(rest.first(), None | Some(b'+' | b';' | b'-' | b' '));
+        let usual = || USUAL.into_iter().find(|it| it.as_bytes() == value.as_bytes());
+        is_grpc.then(|| usual().map_or_else(|| Self::Other(value.clone().into()), Self::Usual))
+    }
+
+    fn value(&self) -> HeaderValue {
+        match self {
+            Self::Usual(text) => HeaderValue::from_static(text),
+            Self::Other(value) => (**value).clone(),
+        }
+    }
+}
+
+pub(super) fn trailers_only(refusal: &Refusal<'_>, content_type: &ContentType) -> Response<Bytes> {
     let mut response = Response::new(Bytes::new());
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, content_type);
+    headers.insert(header::CONTENT_TYPE, content_type.value());
     headers.insert(GRPC_STATUS, code(refusal.denial()).into());
     let message = utf8_percent_encode(&refusal.detail(), ESCAPED).to_string();
     if let Ok(message) = message.try_into() {

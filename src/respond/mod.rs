@@ -1,11 +1,16 @@
 //! Why a request is refused, and how that looks in HTTP and in gRPC.
 
+mod asker;
 mod denial;
 mod grpc;
+mod presentation;
 mod problem;
 mod refusal;
 
 pub use denial::{Denial, Forbidden, InvalidKey};
 pub use problem::openai_error;
 pub use refusal::Refusal;
-pub(crate) use refusal::{Asker, OnDenial, Presentation, Realm};
+pub(crate) use {
+    asker::Asker,
+    presentation::{OnDenial, Presentation, Realm},
+};

@@ -1,0 +1,86 @@
+//! The SHA-256 of a key, which stands for it within a process: [`KeyDigest`].
+
+use std::hash::{Hash, Hasher};
+
+use sha2::{Digest, Sha256, block_api::compress256};
+use subtle::{Choice, ConstantTimeEq};
+
+/// SHA-256 of a whole key. It never leaves the process.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct KeyDigest(pub(super) [u8; 32]);
+
+/// The longest message that is one block: a bit and the length come after it (FIPS 180-4 §5.1.1).
+const ONE_BLOCK: usize = 55;
+
+impl KeyDigest {
+    /// A hit is hardly more than this. The common case of one block goes without the buffer and the counters
+    /// that a message of any length needs, which are a third of it.
+    #[inline]
+    pub(crate) fn of(key: &[u8]) -> Self {
+        if key.len() > ONE_BLOCK {
+            return Self(Sha256::digest(key).into());
+        }
+        let mut block = [0; 64];
+        block[..key.len()].copy_from_slice(key);
+        block[key.len()] = 0x80;
+        block[62..].copy_from_slice(&(key.len() as u16 * 8).to_be_bytes());
+        let mut state = INITIAL;
+        compress256(&mut state, &[block]);
+        let mut digest = [0; 32];
+        for (bytes, word) in digest.chunks_exact_mut(4).zip(state) {
+            bytes.copy_from_slice(&word.to_be_bytes());
+        }
+        Self(digest)
+    }
+}
+
+/// FIPS 180-4 §5.3.3.
+const INITIAL: [u32; 8] = [
+    0x6a09_e667,
+    0xbb67_ae85,
+    0x3c6e_f372,
+    0xa54f_f53a,
+    0x510e_527f,
+    0x9b05_688c,
+    0x1f83_d9ab,
+    0x5be0_cd19,
+];
+
+/// Eight bytes are as good as all: nobody can choose those of many keys.
+impl Hash for KeyDigest {
+    #[inline]
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        state.write_u64(u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
+    }
+}
+
+impl ConstantTimeEq for KeyDigest {
+    fn ct_eq(&self, other: &Self) -> Choice {
+        self.0.ct_eq(&other.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn is_the_sha256_of_a_key_of_any_length(key in prop::collection::vec(any::<u8>(), 0..200)) {
+            let expected: [u8; 32] = Sha256::digest(&key).into();
+            prop_assert_eq!(KeyDigest::of(&key).0, expected);
+        }
+    }
+
+    #[test]
+    fn is_right_on_both_sides_of_a_block() {
+        for length in 0..130 {
+            let key = vec![b'k'; length];
+            let expected: [u8; 32] = Sha256::digest(&key).into();
+            assert_eq!(KeyDigest::of(&key).0, expected, "{length} bytes");
+        }
+    }
+}
