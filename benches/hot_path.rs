@@ -7,6 +7,8 @@
 //! on all cores with 1 thousand. All contenders take turns in each round; the figures are medians of the
 //! rounds, the ratios medians of the rounds' ratios. The last line is JSON.
 
+mod figures;
+
 use std::{
     convert::Infallible,
     future::{Future, Ready, ready},
@@ -17,6 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use figures::{median, median_ratio, take_turns};
 use http::{HeaderValue, Request, Response, header};
 use http_body_util::Empty;
 use sha2::{Digest, Sha256};
@@ -128,13 +131,6 @@ fn main() {
          \"hit_over_floor_1m\":{hit_over_floor_1m:.3},\"allocations_over_floor\":{allocations_over_floor:.3},\
          \"scaling\":{scaling:.3},\"bytes_per_key\":{bytes_per_key:.0}}}"
     );
-}
-
-/// Runs all of them, in another order each round.
-fn take_turns<const N: usize>(round: usize, contenders: [&mut dyn FnMut(); N]) {
-    for at in 0..N {
-        contenders[(at + round) % N]();
-    }
 }
 
 /// Keys, the header fields that carry them, and the order in which they come.
@@ -358,15 +354,4 @@ fn calls<S: Service<Call>>(service: &mut S, keys: &Keys, count: usize) {
         let Poll::Ready(response) = future.poll(&mut cx) else { panic!("a hit waits for nothing") };
         assert!(response.is_ok());
     }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn median_ratio(values: &[f64], over: &[f64]) -> f64 {
-    let ratios: Vec<_> = values.iter().zip(over).map(|(value, over)| value / over).collect();
-    median(&ratios)
 }

@@ -11,6 +11,7 @@
 //! is 0.5 s here, and the default for a second node, which the JSON leaves out. In the end all nodes, and two that have just started, are asked for all revoked keys.
 //! The last line is JSON.
 
+mod figures;
 #[path = "../tests/support/proxy.rs"]
 #[allow(dead_code, unused_imports, unreachable_pub)]
 mod proxy;
@@ -20,6 +21,7 @@ mod servers;
 
 use std::time::{Duration, Instant};
 
+use figures::percentile;
 use proxy::Proxy;
 use servers::{Postgres, Redis};
 use tokio::task::{JoinHandle, JoinSet, yield_now};
@@ -362,10 +364,4 @@ async fn until_let_in_no_more(node: Authenticator, token: String) -> (f64, f64) 
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     (accepted, refused.unwrap_or_default())
-}
-
-fn percentile(values: &[f64], share: f64) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values[((values.len() as f64 * share).ceil() as usize).clamp(1, values.len()) - 1]
 }

@@ -10,6 +10,7 @@
 //! rounds' ratios. In the end 1,000 requests at once for one such key, with the default cache: the queries
 //! are counted in PostgreSQL's log, the checks by their spans. The last line is JSON.
 
+mod figures;
 #[path = "../tests/support/servers/mod.rs"]
 #[allow(dead_code, unused_imports, unreachable_pub)]
 mod servers;
@@ -25,6 +26,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use figures::{median, median_ratio};
 use http::{Request, Response, header};
 use redis::aio::MultiplexedConnection;
 use servers::{Postgres, Redis};
@@ -379,15 +381,4 @@ impl<S: tracing::Subscriber> layer::Layer<S> for CountChecks {
 
 fn micros(begin: Instant, calls: usize) -> f64 {
     begin.elapsed().as_secs_f64() * 1e6 / calls as f64
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn median_ratio(values: &[f64], over: &[f64]) -> f64 {
-    let ratios: Vec<_> = values.iter().zip(over).map(|(value, over)| value / over).collect();
-    median(&ratios)
 }

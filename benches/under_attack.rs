@@ -7,6 +7,8 @@
 //! network can. (Without that pause they are a flood like any other: each refusal costs about as much as
 //! an answer, and twelve clients share two cores where there were eight.) The last line is JSON.
 
+mod figures;
+
 use std::{
     net::{Ipv4Addr, SocketAddr},
     sync::{
@@ -18,6 +20,7 @@ use std::{
 
 use axum::{Router, routing::get};
 use bytes::Bytes;
+use figures::median;
 use http::{Request, StatusCode};
 use http_body_util::{BodyExt, Empty};
 use hyper::client::conn::http1::{SendRequest, handshake};
@@ -111,8 +114,8 @@ async fn main() {
         "{{\"one_key_ratio\":{:.3},\"many_keys_ratio\":{:.3},\"checks_per_second\":{:.2},\
          \"turned_away_per_second\":{:.1},\"owner_ok\":{owner_ok},\"owner_busy\":{owner_busy},\
          \"owner_other\":{owner_other}}}",
-        median(one_key),
-        median(many_keys),
+        median(&one_key),
+        median(&many_keys),
         checked as f64 / attacked,
         turned_away as f64 / attacked,
     );
@@ -120,11 +123,6 @@ async fn main() {
 
 fn prefix(n: usize) -> String {
     format!("key-{n:04}")
-}
-
-fn median(mut rates: Vec<f64>) -> f64 {
-    rates.sort_by(f64::total_cmp);
-    rates[rates.len() / 2]
 }
 
 async fn phase(server: SocketAddr, fast: &str, attack: Attack) -> Arc<Counts> {

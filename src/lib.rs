@@ -12,6 +12,7 @@ mod client;
 mod clock;
 mod context;
 mod credential;
+mod deadline;
 mod error;
 #[cfg(feature = "axum")]
 mod extract;

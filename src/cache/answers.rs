@@ -25,6 +25,7 @@ use super::{
 };
 use crate::{
     context::{AuthContext, Origin, Provenance},
+    deadline::within,
     error::{StoreError, StoreErrorKind},
     key::{KeyDigest, KeyScheme, PresentedKey},
     policy,
@@ -234,8 +235,8 @@ impl Answers {
     }
 
     async fn ask(&self, lookup: &Lookup) -> Result<Answer, Denial> {
-        let answer = tokio::time::timeout(LOOKUP_DEADLINE, self.store.resolve(lookup)).await;
-        let answer = answer.unwrap_or_else(|_| Err(StoreError::timeout(LOOKUP_DEADLINE)));
+        let answer = within(LOOKUP_DEADLINE, self.store.resolve(lookup)).await;
+        let answer = answer.unwrap_or_else(|| Err(StoreError::timeout(LOOKUP_DEADLINE)));
         match &answer {
             Ok(answer) if answer.source() == Source::Store => {
                 self.is_store_failing.store(false, Ordering::Relaxed);

@@ -3,18 +3,20 @@
 use std::{
     collections::HashMap,
     fmt,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::catch_unwind,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use tokio::{sync::watch, time::timeout};
+use tokio::{sync::watch, time::sleep};
 
 use super::{
     View,
     floors::{Generation, Seen},
 };
-use crate::{context::AuthContext, error::StoreError, key::KeyDigest, respond::Denial};
+use crate::{
+    context::AuthContext, deadline::within, error::StoreError, key::KeyDigest, respond::Denial,
+};
 
 /// What a look-up comes to.
 pub(crate) type Outcome = Result<AuthContext, Denial>;
@@ -113,12 +115,12 @@ impl Boarding {
     /// Waits for the outcome, at most for `limit`: the runtime of the flight may not be driven any more.
     pub(crate) async fn outcome(mut self, limit: Duration) -> Outcome {
         // tokio panics where the runtime has no timer.
-        let outcome = self.0.wait_for(Option::is_some);
-        let Ok(outcome) = catch_unwind(AssertUnwindSafe(|| timeout(limit, outcome))) else {
+        if catch_unwind(|| sleep(limit)).is_err() {
             let no_timer = "the Tokio runtime has no timer: build it with enable_all";
             return Err(StoreError::unavailable(no_timer).into());
-        };
-        let outcome = outcome.await.ok().and_then(Result::ok).and_then(|outcome| outcome.clone());
+        }
+        let outcome = within(limit, self.0.wait_for(Option::is_some)).await;
+        let outcome = outcome.and_then(Result::ok).and_then(|outcome| outcome.clone());
         outcome.unwrap_or_else(|| Err(lost()))
     }
 }

@@ -36,7 +36,7 @@ use super::{
     row,
     statement::{Bind, Statement, TextRow},
 };
-use crate::{error::StoreError, record::Revision, telemetry};
+use crate::{deadline::within, error::StoreError, record::Revision, telemetry};
 
 /// Keys in PostgreSQL 13 or newer, over a pool of connections: what a fleet needs.
 ///
@@ -117,9 +117,9 @@ impl PostgresStore {
         &self,
         attempts: impl Future<Output = Result<T, Attempt>>,
     ) -> Result<T, StoreError> {
-        match tokio::time::timeout(self.0.deadline, attempts).await {
-            Ok(outcome) => outcome.map_err(|attempt| attempt.error),
-            Err(_) => Err(StoreError::timeout(self.0.deadline)),
+        match within(self.0.deadline, attempts).await {
+            Some(outcome) => outcome.map_err(|attempt| attempt.error),
+            None => Err(StoreError::timeout(self.0.deadline)),
         }
     }
 

@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::servers::{Connection, Connector};
-use crate::{cache::Background, telemetry};
+use crate::{cache::Background, deadline::within, telemetry};
 
 /// One multiplexed connection, made and made anew in the background, and a breaker: while it is open,
 /// Redis costs a request nothing.
@@ -103,25 +103,24 @@ impl Link {
 
     /// Runs a command, within the limit.
     pub(super) async fn run(self: &Arc<Self>, command: &Cmd) -> Result<Value, Fault> {
-        let deadline = tokio::time::Instant::now() + self.limit;
-        let (mut connection, number) = tokio::time::timeout_at(deadline, self.connection())
-            .await
-            .map_err(|_| Fault::Open)??;
-        let answer = tokio::time::timeout_at(deadline, command.query_async(&mut connection)).await;
-        match answer {
-            Ok(Ok(Value::ServerError(error))) => Err(self.refused(error.into(), number)),
-            Ok(Ok(value)) => {
+        let begin = Instant::now();
+        let (mut connection, number) =
+            within(self.limit, self.connection()).await.unwrap_or(Err(Fault::Open))?;
+        let left = self.limit.saturating_sub(begin.elapsed());
+        match within(left, command.query_async(&mut connection)).await {
+            Some(Ok(Value::ServerError(error))) => Err(self.refused(error.into(), number)),
+            Some(Ok(value)) => {
                 self.faults.store(0, Ordering::Relaxed);
                 Ok(value)
             }
-            Ok(Err(error)) if is_of_the_link(&error) => {
+            Some(Err(error)) if is_of_the_link(&error) => {
                 // A connection that is closed is of no more use to anybody.
                 let faults = if error.is_unrecoverable_error() { FAULTS } else { 1 };
                 self.fault(number, faults);
                 Err(Fault::Link)
             }
-            Ok(Err(error)) => Err(self.refused(error, number)),
-            Err(_) => {
+            Some(Err(error)) => Err(self.refused(error, number)),
+            None => {
                 self.fault(number, 1);
                 Err(Fault::Link)
             }

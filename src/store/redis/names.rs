@@ -21,7 +21,7 @@ impl Names {
             format!("api_key:verified:{tag}:{}", secret.name_of_key(lookup.expose_secret()))
         };
         Self {
-            keys: keys_name(lookup.id()),
+            keys: format!("api_key:data:{tag}"),
             verified: verified(secret),
             verified_before: secret.previous().map(verified),
         }

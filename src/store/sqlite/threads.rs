@@ -11,7 +11,7 @@ use std::{
 use diesel::SqliteConnection;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::error::StoreError;
+use crate::{deadline::within, error::StoreError};
 
 /// So many queries wait for a thread; past them the answer is 503.
 const QUEUE: usize = 1024;
@@ -67,10 +67,10 @@ impl Threads {
         self.jobs.try_send(job).map_err(|_| {
             StoreError::overloaded("too many queries wait for SQLite", Duration::from_secs(1))
         })?;
-        match tokio::time::timeout(deadline, answered).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(gone)) => Err(StoreError::unavailable(gone)),
-            Err(_) => Err(StoreError::timeout(deadline)),
+        match within(deadline, answered).await {
+            Some(Ok(result)) => result,
+            Some(Err(gone)) => Err(StoreError::unavailable(gone)),
+            None => Err(StoreError::timeout(deadline)),
         }
     }
 }
