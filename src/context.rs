@@ -3,7 +3,7 @@
 use std::{fmt, net::IpAddr, sync::Arc};
 
 use chrono::{DateTime, Utc};
-use http::Method;
+use http::{Extensions, Method};
 use serde_json::Value;
 
 use crate::{
@@ -11,6 +11,7 @@ use crate::{
     key::HashFingerprint,
     policy::{self, AllowedNetwork, EndpointRule},
     record::{KeyRecord, RateLimits, User},
+    respond::{Denial, Forbidden},
 };
 
 /// Who calls, and what the key allows. The layer puts it into the extensions of each request that it
@@ -61,15 +62,15 @@ impl PartialEq for Origin {
 
 impl AuthContext {
     pub(crate) fn new(record: KeyRecord, provenance: Provenance) -> Self {
-        Self::of(record, Some(provenance))
+        Self::make(record, Some(provenance))
     }
 
     /// A context for the tests of a handler, made without a key. No layer takes it for its own.
     pub fn unverified(record: KeyRecord) -> Self {
-        Self::of(record, None)
+        Self::make(record, None)
     }
 
-    fn of(record: KeyRecord, provenance: Option<Provenance>) -> Self {
+    fn make(record: KeyRecord, provenance: Option<Provenance>) -> Self {
         let is_restricted = !(record.allowed_ips.is_empty() && record.allowed_endpoints.is_empty());
         Self(Arc::new(Inner { is_restricted, provenance, record }))
     }
@@ -132,9 +133,11 @@ impl AuthContext {
         &self.0.record.metadata
     }
 
-    /// Whether the key has exactly this scope.
+    /// Whether the key has this scope. One that it holds may end in a wildcard: `models:*` grants every scope
+    /// that begins with `models:` and goes on, `*` every one; the asterisk stands alone or behind a `:`, `.`
+    /// or `/`, and anywhere else is a character like others. Compared byte by byte.
     pub fn has_scope(&self, scope: &str) -> bool {
-        self.scopes().iter().any(|held| held == scope)
+        self.scopes().iter().any(|held| policy::grants(held, scope))
     }
 
     /// Whether the key has exactly this permission.
@@ -157,10 +160,99 @@ impl AuthContext {
         policy::allowed(self.allowed_ips(), |network| network.contains(address))
     }
 
+    /// Requires [a scope](Self::has_scope).
+    ///
+    /// ```
+    /// use tower_api_key::{AuthContext, Denial};
+    ///
+    /// fn list_models(caller: &AuthContext) -> Result<Vec<String>, Denial> {
+    ///     caller.require_scope("models:read")?;
+    ///     Ok(caller.allowed_models().to_vec())
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// 403, with the scope in the challenge (RFC 6750 §3.1).
+    pub fn require_scope(&self, scope: &str) -> Result<(), Denial> {
+        required(self.has_scope(scope), || Forbidden::Scope(scope.to_owned()))
+    }
+
+    /// Requires every one of these scopes.
+    ///
+    /// # Errors
+    ///
+    /// 403, with all of them in the challenge.
+    pub fn require_all_scopes(&self, scopes: &[impl AsRef<str>]) -> Result<(), Denial> {
+        let has_all = scopes.iter().all(|scope| self.has_scope(scope.as_ref()));
+        required(has_all, || Forbidden::Scope(listed(scopes)))
+    }
+
+    /// Requires at least one of these scopes; none of them lets nobody through.
+    ///
+    /// # Errors
+    ///
+    /// 403, with all of them in the challenge.
+    pub fn require_any_scope(&self, scopes: &[impl AsRef<str>]) -> Result<(), Denial> {
+        let has_one = scopes.iter().any(|scope| self.has_scope(scope.as_ref()));
+        required(has_one, || Forbidden::Scope(listed(scopes)))
+    }
+
+    /// Requires a permission, by exactly this name.
+    ///
+    /// # Errors
+    ///
+    /// 403.
+    pub fn require_permission(&self, permission: &str) -> Result<(), Denial> {
+        let has_it = self.has_permission(permission);
+        required(has_it, || Forbidden::Permission(permission.to_owned()))
+    }
+
+    /// Requires the owner to have a role, by exactly this name.
+    ///
+    /// # Errors
+    ///
+    /// 403.
+    pub fn require_role(&self, role: &str) -> Result<(), Denial> {
+        required(self.user().role == role, || Forbidden::Role(role.to_owned()))
+    }
+
+    /// Requires that the key [may name a model](Self::can_access_model).
+    ///
+    /// # Errors
+    ///
+    /// 403.
+    pub fn require_model(&self, model: &str) -> Result<(), Denial> {
+        required(self.can_access_model(model), || Forbidden::Model(model.to_owned()))
+    }
+
+    /// The context in the extensions of a request; `None` behind a layer that let the request through without
+    /// a key.
+    ///
+    /// # Errors
+    ///
+    /// `LayerMissing` if no layer is around at all; the log says so.
+    pub(crate) fn of(extensions: &Extensions) -> Result<Option<&Self>, Denial> {
+        match extensions.get() {
+            Some(caller) => Ok(Some(caller)),
+            None if extensions.get::<LetThrough>().is_some() => Ok(None),
+            None => Err(Denial::LayerMissing),
+        }
+    }
+
     /// Whether key and owner are active and the key has not expired at `time`.
     pub fn is_valid_at(&self, time: DateTime<Utc>) -> bool {
         policy::validity(&self.0.record, time).is_ok()
     }
+}
+
+fn required(is_met: bool, missing: impl FnOnce() -> Forbidden) -> Result<(), Denial> {
+    if is_met { Ok(()) } else { Err(missing().into()) }
+}
+
+/// As a scope list is written (RFC 6749 §3.3).
+fn listed(scopes: &[impl AsRef<str>]) -> String {
+    scopes.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(" ")
 }
 
 impl fmt::Debug for AuthContext {

@@ -5,11 +5,7 @@ use axum::{
     http::request::Parts,
 };
 
-use crate::{
-    context::{AuthContext, LetThrough},
-    respond::Denial,
-    telemetry,
-};
+use crate::{context::AuthContext, respond::Denial, telemetry};
 
 /// Refuses with 401 behind a layer that let the request through without a key, and with 500 where no
 /// layer is around the handler at all; the log line then names the one to add.
@@ -31,12 +27,5 @@ impl<S: Send + Sync> OptionalFromRequestParts<S> for AuthContext {
 }
 
 fn from_extensions(parts: &Parts) -> Result<Option<AuthContext>, Denial> {
-    match (parts.extensions.get::<AuthContext>(), parts.extensions.get::<LetThrough>()) {
-        (Some(caller), _) => Ok(Some(caller.clone())),
-        (None, Some(LetThrough)) => Ok(None),
-        (None, None) => {
-            telemetry::denied(&Denial::LayerMissing);
-            Err(Denial::LayerMissing)
-        }
-    }
+    AuthContext::of(&parts.extensions).map(Option::<&_>::cloned).inspect_err(telemetry::denied)
 }

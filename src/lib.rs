@@ -17,11 +17,16 @@ mod error;
 #[cfg(feature = "axum")]
 mod extract;
 mod future;
+mod guard;
 mod key;
 mod layer;
+mod limit;
 mod manage;
 mod policy;
 mod record;
+#[cfg(feature = "redis")]
+mod redis;
+mod require;
 mod respond;
 mod service;
 mod store;
@@ -36,17 +41,22 @@ pub use context::AuthContext;
 pub use credential::{Credential, RequestHead};
 pub use error::{StoreError, StoreErrorKind};
 pub use future::ResponseFuture;
+pub use guard::{Guard, GuardFuture};
 pub use key::{
     FormatError, HashError, KeyFormat, KeyHash, KeyScheme, KeySchemeBuilder, MalformedCredential,
     SchemeError, UnrecognizedKey,
 };
 pub use layer::{ApiKeyAuthLayer, InvalidRealm};
+pub use limit::*;
 pub use manage::{IssuedKey, KeyManager, ManageError, NewKey};
 pub use policy::{AllowedNetwork, EndpointRule, EndpointRuleError, NetworkError};
 pub use record::{
     Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions, StoredKey,
     UsageTotals, User, UserId,
 };
+#[cfg(feature = "redis")]
+pub use redis::{RedisServers, RedisState, RedisUrlError};
+pub use require::RequireLayer;
 pub use respond::{Denial, Forbidden, InvalidKey, Refusal, openai_error};
 pub use service::ApiKeyAuth;
 pub use store::*;

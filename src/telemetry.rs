@@ -116,6 +116,13 @@ pub(crate) fn redis_is_out_of_reach(reason: &str, is_news: bool) {
     }
 }
 
+/// Redis answered the script that counts requests with an error.
+#[cfg(feature = "redis")]
+pub(crate) fn rate_limit_refused_by_redis(error: &dyn std::fmt::Display) {
+    count("api_key_rate_limit_errors_total");
+    tracing::warn!(%error, "Redis can't count requests: this node keeps rate limits by itself");
+}
+
 /// A value in Redis, or a message, is not what a node of ours has written.
 #[cfg(feature = "redis")]
 pub(crate) fn redis_entry_not_believed(name: &str) {

@@ -2,11 +2,13 @@
 
 mod endpoint;
 mod network;
+mod scope;
 mod validity;
 
 pub use endpoint::{EndpointRule, EndpointRuleError};
 pub(crate) use network::canonical;
 pub use network::{AllowedNetwork, NetworkError};
+pub(crate) use scope::grants;
 pub(crate) use validity::validity;
 
 /// Whether an allow-list lets through what `matches` says; an empty list allows everything.

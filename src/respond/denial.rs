@@ -7,6 +7,7 @@ use http::StatusCode;
 use crate::{
     error::{StoreError, StoreErrorKind},
     key::{MalformedCredential, UnrecognizedKey},
+    limit::Quota,
 };
 
 /// Why a request is refused. An outcome, not an error, though a handler can return it with `?`.
@@ -25,6 +26,8 @@ pub enum Denial {
     InvalidKey(InvalidKey),
     /// The key is valid, but not for this: 403.
     Forbidden(Forbidden),
+    /// A rate limit is used up: 429, with what is left of each in the fields of the response.
+    RateLimited(Box<Quota>),
     /// The store is out of reach or overloaded: 503.
     Unavailable(StoreError),
     /// The key's row can't be decoded: 500.
@@ -76,6 +79,7 @@ impl Denial {
             Self::MalformedCredential(_) => StatusCode::BAD_REQUEST,
             Self::MissingCredential | Self::InvalidKey(_) => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
+            Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::BadRow(_) | Self::LayerMissing => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -94,6 +98,7 @@ impl Denial {
     /// How long the caller should wait before trying again, where that helps.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
+            Self::RateLimited(quota) => Some(quota.retry_after()),
             Self::Unavailable(error) => Some(error.retry_after()),
             _ => None,
         }
@@ -157,6 +162,7 @@ impl fmt::Display for Denial {
             Self::MalformedCredential(reason) => reason.fmt(f),
             Self::InvalidKey(reason) => reason.fmt(f),
             Self::Forbidden(reason) => reason.fmt(f),
+            Self::RateLimited(_) => f.write_str("too many requests with this API key"),
             Self::Unavailable(error) | Self::BadRow(error) => error.fmt(f),
             Self::LayerMissing => f.write_str("no ApiKeyAuthLayer is around the handler"),
         }

@@ -64,6 +64,9 @@ pub(super) fn trailers_only(refusal: &Refusal<'_>, content_type: &ContentType) -
     if let Some(seconds) = refusal.retry_after_seconds() {
         headers.insert(header::RETRY_AFTER, seconds.into());
     }
+    if let Denial::RateLimited(quota) = refusal.denial() {
+        quota.write(headers);
+    }
     response
 }
 
@@ -71,6 +74,7 @@ pub(super) fn trailers_only(refusal: &Refusal<'_>, content_type: &ContentType) -
 fn code(denial: &Denial) -> u16 {
     const INVALID_ARGUMENT: u16 = 3;
     const PERMISSION_DENIED: u16 = 7;
+    const RESOURCE_EXHAUSTED: u16 = 8;
     const INTERNAL: u16 = 13;
     const UNAVAILABLE: u16 = 14;
     const UNAUTHENTICATED: u16 = 16;
@@ -78,6 +82,7 @@ fn code(denial: &Denial) -> u16 {
         Denial::MalformedCredential(_) => INVALID_ARGUMENT,
         Denial::MissingCredential | Denial::InvalidKey(_) => UNAUTHENTICATED,
         Denial::Forbidden(_) => PERMISSION_DENIED,
+        Denial::RateLimited(_) => RESOURCE_EXHAUSTED,
         Denial::Unavailable(_) => UNAVAILABLE,
         Denial::BadRow(_) | Denial::LayerMissing => INTERNAL,
     }

@@ -87,13 +87,16 @@ impl<'a> Refusal<'a> {
         if let Some(seconds) = self.retry_after_seconds() {
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
+        if let Denial::RateLimited(quota) = self.denial {
+            quota.write(headers);
+        }
         response
     }
 
     /// Whole seconds, at least one.
     pub(super) fn retry_after_seconds(&self) -> Option<u64> {
         let wait = self.denial.retry_after()?;
-        Some(wait.as_millis().div_ceil(1000).clamp(1, 3600) as u64)
+        Some(wait.as_millis().div_ceil(1000).clamp(1, 31 * 86_400) as u64)
     }
 
     /// RFC 6750 §3: a challenge on every 401, and on a 400 or 403 that has an error code.

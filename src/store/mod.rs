@@ -38,9 +38,7 @@ pub use migrate::{ColumnFault, MigrateError};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
 #[cfg(feature = "redis")]
-pub use redis::{
-    RedisCache, RedisCacheBuilder, RedisCacheError, RedisServers, RedisState, RedisUrlError,
-};
+pub use redis::{RedisCache, RedisCacheBuilder, RedisCacheError};
 pub use repository::{KeyRepository, ListKeys};
 #[cfg(feature = "sqlite")]
 pub use sqlite::{SqliteStore, SqliteStoreBuilder};

@@ -3,13 +3,11 @@
 mod builder;
 mod deletes;
 mod entry;
-mod link;
 mod names;
 mod news;
 mod repository;
 mod script;
 mod secret;
-mod servers;
 
 use std::{
     fmt,
@@ -17,18 +15,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use deadpool_redis::redis::{ErrorKind, ServerErrorKind, Value, cmd};
+use deadpool_redis::redis::{Value, cmd};
 use tokio::sync::Semaphore;
 
-pub use self::{
-    builder::{RedisCacheBuilder, RedisCacheError},
-    link::RedisState,
-    servers::{RedisServers, RedisUrlError},
-};
+pub use self::builder::{RedisCacheBuilder, RedisCacheError};
 use self::{
     deletes::Deletes,
     entry::{Entry, Keys, Kind, MAC, MAX_BYTES, Unreadable},
-    link::{Fault, Link},
     names::Names,
     script::Put,
     secret::Secrets,
@@ -43,6 +36,7 @@ use crate::{
     error::StoreError,
     policy,
     record::{KeyRecord, Revision},
+    redis::{Link, RedisServers, RedisState},
     telemetry,
 };
 
@@ -307,7 +301,7 @@ impl<S: KeyStore> RedisCache<S> {
                 verified: Some((&verified_name, &verified, verified_left)),
             };
             // What could not be written is read from the store again.
-            let _ = write(&link, &put).await;
+            let _ = put.run(&link).await;
             drop(permit);
         });
     }
@@ -342,20 +336,6 @@ fn keys_lifetime(read: &Read, as_of: SystemTime) -> Duration {
     };
     let shortest = read.candidates.iter().filter_map(|it| left(&it.record)).min();
     shortest.unwrap_or(KEYS_LIFETIME).min(KEYS_LIFETIME)
-}
-
-/// Runs the script by its digest or, where Redis does not know it (yet, or any more), by its text. Returns
-/// whether it wrote.
-async fn write(link: &Arc<Link>, put: &Put<'_>) -> Result<bool, Fault> {
-    let outcome = match link.run(&put.by_digest()).await {
-        Err(Fault::Refused(error))
-            if matches!(error.kind(), ErrorKind::Server(ServerErrorKind::NoScript)) =>
-        {
-            link.run(&put.by_text()).await
-        }
-        outcome => outcome,
-    };
-    outcome.map(|value| value == Value::Int(1))
 }
 
 impl<S> Clone for RedisCache<S> {

@@ -7,11 +7,12 @@ use tokio::sync::Semaphore;
 use super::{
     RedisCache, Tier,
     deletes::Deletes,
-    link::Link,
     secret::{self, Secrets},
-    servers::{Connector, RedisServers, RedisUrlError},
 };
-use crate::store::{CacheSecret, KeyStore};
+use crate::{
+    redis::{Connector, Link, RedisServers, RedisUrlError},
+    store::{CacheSecret, KeyStore},
+};
 
 /// So many writes may be under way; past that, an answer is not written.
 const MAX_FILLS: usize = 256;

@@ -9,12 +9,16 @@ use std::{
 use super::{
     KEYS_LIFETIME,
     entry::{Entry, Kind},
-    link::{Fault, Link},
     names::keys_name,
     script::Put,
-    write,
 };
-use crate::{cache::Background, record::Revision, store::CacheSecret, telemetry};
+use crate::{
+    cache::Background,
+    record::Revision,
+    redis::{Fault, Link},
+    store::CacheSecret,
+    telemetry,
+};
 
 /// What has changed and is still to be deleted in Redis. No revoke waits for it, and nothing but the node
 /// that is cut off from the store depends on it: good manners, with retries.
@@ -122,6 +126,6 @@ impl Delete {
             unbelieved: &[],
             verified: None,
         };
-        write(link, &put).await.map(drop)
+        put.run(link).await.map(drop)
     }
 }

@@ -1,12 +1,11 @@
 //! Under which names entries lie in Redis: [`Names`].
 
 use crate::{
-    key::hex,
+    redis::slot,
     store::{CacheSecret, Lookup},
 };
 
-/// Where the entries of one look-up lie. The braces put them into one slot of a cluster; the prefix is in
-/// hexadecimal, because it may have braces in it as well.
+/// Where the entries of one look-up lie. All of them are in one slot of a cluster.
 pub(super) struct Names {
     pub(super) keys: String,
     pub(super) verified: String,
@@ -16,7 +15,7 @@ pub(super) struct Names {
 
 impl Names {
     pub(super) fn new(lookup: &Lookup, secret: &CacheSecret) -> Self {
-        let tag = tag(lookup.id());
+        let tag = slot(lookup.id());
         let verified = |secret: &CacheSecret| {
             format!("api_key:verified:{tag}:{}", secret.name_of_key(lookup.expose_secret()))
         };
@@ -28,10 +27,6 @@ impl Names {
     }
 }
 
-fn tag(prefix: &str) -> String {
-    format!("{{{}}}", hex(prefix.as_bytes()))
-}
-
 pub(super) fn keys_name(prefix: &str) -> String {
-    format!("api_key:data:{}", tag(prefix))
+    format!("api_key:data:{}", slot(prefix))
 }

@@ -1,8 +1,10 @@
 //! The one script that writes: it never lets something older replace something newer.
 
-use std::{sync::LazyLock, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use deadpool_redis::redis::{Cmd, Script, cmd};
+use deadpool_redis::redis::{Cmd, Value};
+
+use crate::redis::{Fault, Link, Script};
 
 /// `KEYS[1]` is the entry of the prefix and `KEYS[2]`, if given, the one of the verified key, which lies in
 /// the same slot. `ARGV`: the value and its lifetime in ms; the last bytes of a value that was read and
@@ -10,7 +12,7 @@ use deadpool_redis::redis::{Cmd, Script, cmd};
 ///
 /// Newer is a higher revision of the key and no lower one of the owner; with equal ones a later read. All
 /// numbers are digits of fixed width, so that comparing text compares them, and large ones lose nothing.
-const PUT: &str = r"
+const TEXT: &str = r"
         local function number(value, at) return string.sub(value, 6 + at * 20, 25 + at * 20) end
         local now, new = redis.pcall('GET', KEYS[1]), ARGV[1]
         local is_newer = true
@@ -30,7 +32,7 @@ const PUT: &str = r"
         if KEYS[2] then redis.call('SET', KEYS[2], ARGV[4], 'PX', ARGV[5]) end
         return is_newer and 1 or 0";
 
-static DIGEST: LazyLock<String> = LazyLock::new(|| Script::new(PUT).get_hash().to_owned());
+static PUT: Script = Script::new(TEXT, || Script::digest_of(TEXT));
 
 /// What is to be written.
 pub(super) struct Put<'a> {
@@ -44,21 +46,13 @@ pub(super) struct Put<'a> {
 }
 
 impl Put<'_> {
-    /// The command by the script's digest, which Redis knows if it ran the script before.
-    pub(super) fn by_digest(&self) -> Cmd {
-        let mut command = cmd("EVALSHA");
-        command.arg(&*DIGEST);
-        self.arguments(command)
+    /// Returns whether it wrote.
+    pub(super) async fn run(&self, link: &Arc<Link>) -> Result<bool, Fault> {
+        let outcome = PUT.run(link, |command| self.arguments(command)).await;
+        outcome.map(|value| value == Value::Int(1))
     }
 
-    /// The command with the script itself.
-    pub(super) fn by_text(&self) -> Cmd {
-        let mut command = cmd("EVAL");
-        command.arg(PUT);
-        self.arguments(command)
-    }
-
-    fn arguments(&self, mut command: Cmd) -> Cmd {
+    fn arguments(&self, command: &mut Cmd) {
         let millis = |lifetime: Duration| lifetime.as_millis().max(1) as u64;
         command.arg(if self.verified.is_some() { 2 } else { 1 }).arg(self.name);
         if let Some((name, ..)) = self.verified {
@@ -68,6 +62,5 @@ impl Put<'_> {
         if let Some((_, value, lifetime)) = self.verified {
             command.arg(value).arg(millis(lifetime));
         }
-        command
     }
 }

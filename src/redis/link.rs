@@ -19,10 +19,10 @@ use crate::{cache::Background, deadline::within, telemetry};
 
 /// One multiplexed connection, made and made anew in the background, and a breaker: while it is open,
 /// Redis costs a request nothing.
-pub(super) struct Link {
+pub(crate) struct Link {
     connector: Connector,
     /// The longest that a request waits for Redis.
-    pub(super) limit: Duration,
+    pub(crate) limit: Duration,
     state: watch::Sender<State>,
     /// Connection faults and timeouts in a row.
     faults: AtomicU32,
@@ -46,7 +46,7 @@ enum State {
     Down,
 }
 
-/// How Redis stands, as a [`RedisCache`](super::RedisCache) sees it.
+/// How Redis stands, as a [`RedisCache`](crate::RedisCache) sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RedisState {
@@ -60,7 +60,7 @@ pub enum RedisState {
 
 /// Why Redis gave no answer.
 #[derive(Debug)]
-pub(super) enum Fault {
+pub(crate) enum Fault {
     /// It is not asked: the breaker is open.
     Open,
     /// It did not answer in time, or the connection broke.
@@ -78,7 +78,7 @@ const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(2)
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
 
 impl Link {
-    pub(super) fn new(connector: Connector, limit: Duration) -> Arc<Self> {
+    pub(crate) fn new(connector: Connector, limit: Duration) -> Arc<Self> {
         Arc::new(Self {
             connector,
             limit,
@@ -89,11 +89,11 @@ impl Link {
         })
     }
 
-    pub(super) fn connector(&self) -> &Connector {
+    pub(crate) fn connector(&self) -> &Connector {
         &self.connector
     }
 
-    pub(super) fn state(&self) -> RedisState {
+    pub(crate) fn state(&self) -> RedisState {
         match &*self.state.borrow() {
             State::Idle | State::Connecting => RedisState::Connecting,
             State::Up { .. } => RedisState::Up,
@@ -102,7 +102,7 @@ impl Link {
     }
 
     /// Runs a command, within the limit.
-    pub(super) async fn run(self: &Arc<Self>, command: &Cmd) -> Result<Value, Fault> {
+    pub(crate) async fn run(self: &Arc<Self>, command: &Cmd) -> Result<Value, Fault> {
         let begin = Instant::now();
         let (mut connection, number) =
             within(self.limit, self.connection()).await.unwrap_or(Err(Fault::Open))?;
@@ -128,7 +128,7 @@ impl Link {
     }
 
     /// Waits until Redis is back, or for `limit`.
-    pub(super) async fn wait_until_up(&self, limit: Duration) {
+    pub(crate) async fn wait_until_up(&self, limit: Duration) {
         let mut state = self.state.subscribe();
         let up = state.wait_for(|state| matches!(state, State::Up { .. }));
         // It is looked at again after this, however it ends.

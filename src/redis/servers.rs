@@ -13,7 +13,7 @@ use deadpool_redis::{
     sentinel,
 };
 
-/// The servers of a [`RedisCache`](super::RedisCache), or of another one that speaks its protocol, such as
+/// The servers of a [`RedisCache`](crate::RedisCache), or of another one that speaks its protocol, such as
 /// Valkey. URLs start with `redis://`, `rediss://` (TLS, with the certificates that the system trusts) or
 /// `redis+unix://`.
 ///
@@ -92,7 +92,7 @@ impl fmt::Debug for RedisServers {
 }
 
 /// Makes connections, each multiplexed: it is held and cloned, not checked out.
-pub(super) struct Connector {
+pub(crate) struct Connector {
     servers: RedisServers,
     pool: Pool,
 }
@@ -106,7 +106,7 @@ enum Pool {
 }
 
 impl Connector {
-    pub(super) fn new(servers: RedisServers) -> Result<Self, RedisUrlError> {
+    pub(crate) fn new(servers: RedisServers) -> Result<Self, RedisUrlError> {
         let urls = servers.urls();
         if urls.is_empty() {
             return Err(RedisUrlError("there is none"));
@@ -145,7 +145,7 @@ impl Connector {
     }
 
     /// A new connection.
-    pub(super) async fn connect(&self) -> Result<Connection, String> {
+    pub(crate) async fn connect(&self) -> Result<Connection, String> {
         // A pool's error says what the server's said.
         let text = |error: &dyn fmt::Display| error.to_string();
         Ok(match &self.pool {
@@ -165,7 +165,7 @@ impl Connector {
     }
 
     /// A new connection that messages come in on.
-    pub(super) async fn subscribe(&self, channel: &str) -> RedisResult<PubSub> {
+    pub(crate) async fn subscribe(&self, channel: &str) -> RedisResult<PubSub> {
         let mut messages = self.client().await?.get_async_pubsub().await?;
         messages.subscribe(channel).await?;
         Ok(messages)
@@ -231,7 +231,7 @@ fn use_a_crypto_provider() {
 
 /// A connection to one server or to a cluster.
 #[derive(Clone)]
-pub(super) enum Connection {
+pub(crate) enum Connection {
     Single(MultiplexedConnection),
     Cluster(ClusterConnection),
 }

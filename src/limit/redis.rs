@@ -1,0 +1,328 @@
+//! Rate limits of a fleet: [`RedisRateLimiter`].
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use deadpool_redis::redis::{Cmd, Value};
+
+use super::{LocalRateLimiter, Quota, RateLimiter, RatePeriod, RateWindow};
+use crate::{
+    cache::Background,
+    error::StoreError,
+    key::hex,
+    record::{KeyId, RateLimits},
+    redis::{Connector, Fault, Link, RedisServers, RedisState, RedisUrlError, Script, slot},
+    telemetry,
+};
+
+/// Counts the requests of a fleet, in Redis: one script and one round trip a request. At most as many as the
+/// limit get through in a window by Redis's own clock, however many nodes there are. Clones count together.
+///
+/// When Redis does not answer, [`WhenRedisIsAway`] says what happens: by default each node keeps its share of the
+/// limits by itself. It counts what it lets through all the time, so that a node which has had its share of a
+/// window lets nothing more through when Redis goes away in the middle of it: the fleet as a whole lets through
+/// less than twice the limit in that window. A Redis that has lost its memory counts anew from the window that
+/// is under way.
+///
+/// ```
+/// use tower_api_key::{RateLimitLayer, RedisRateLimiter};
+///
+/// let limiter = RedisRateLimiter::new("redis://redis.internal")?;
+/// let layer = RateLimitLayer::new(limiter);
+/// # Ok::<(), tower_api_key::RedisUrlError>(())
+/// ```
+#[derive(Clone)]
+pub struct RedisRateLimiter(Arc<Inner>);
+
+struct Inner {
+    link: Arc<Link>,
+    when_away: WhenRedisIsAway,
+    /// What this node has let through.
+    local: LocalRateLimiter,
+    nodes: Arc<Nodes>,
+    heartbeat: Background,
+}
+
+/// How many nodes there are.
+struct Nodes {
+    /// Names this one.
+    name: String,
+    /// At least one. As configured, or as many as Redis has lately heard of.
+    count: AtomicU64,
+    is_configured: bool,
+}
+
+/// What a [`RedisRateLimiter`] does while Redis does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum WhenRedisIsAway {
+    /// Each node lets through its share: the limit over the number of nodes, at least one request.
+    #[default]
+    Share,
+    /// Every request is let through.
+    Allow,
+    /// Every request of a key with a limit is answered with 503.
+    Refuse,
+}
+
+/// Builds a [`RedisRateLimiter`].
+#[derive(Debug, Clone)]
+pub struct RedisRateLimiterBuilder {
+    servers: RedisServers,
+    timeout: Duration,
+    when_away: WhenRedisIsAway,
+    nodes: Option<u64>,
+}
+
+/// `KEYS[1]` holds the counters of a key, `ARGV` its limits per minute, hour and day, -1 for none. Returns
+/// whether the request is counted, and for each limit what is counted now and the milliseconds to the next
+/// window. A clock that was set back by less than a window goes on in the later one.
+const TAKE: &str = r"
+        local time = redis.call('TIME')
+        local now = time[1] * 1000 + math.floor(time[2] / 1000)
+        local names, lengths = { 'm', 'h', 'd' }, { 60000, 3600000, 86400000 }
+        local stored = redis.pcall('HMGET', KEYS[1], 'mw', 'mc', 'hw', 'hc', 'dw', 'dc')
+        if stored.err then
+            redis.call('DEL', KEYS[1])
+            stored = {}
+        end
+        local answer, windows, counts, allowed, life = { 1 }, {}, {}, 1, 0
+        for i = 1, 3 do
+            local limit = tonumber(ARGV[i])
+            if limit >= 0 then
+                local window = math.floor(now / lengths[i])
+                local kept, count = tonumber(stored[2 * i - 1] or nil), 0
+                if kept and (kept == window or kept == window + 1) then
+                    window, count = kept, tonumber(stored[2 * i] or nil) or 0
+                end
+                if count >= limit then allowed = 0 end
+                windows[i], counts[i] = window, count
+            end
+        end
+        local write = { 'HSET', KEYS[1] }
+        for i = 1, 3 do
+            if windows[i] then
+                local left = (windows[i] + 1) * lengths[i] - now
+                counts[i] = counts[i] + allowed
+                answer[#answer + 1], answer[#answer + 2] = counts[i], left
+                if left > life then life = left end
+                for _, value in ipairs({ names[i] .. 'w', windows[i], names[i] .. 'c', counts[i] }) do
+                    write[#write + 1] = value
+                end
+            end
+        end
+        if allowed == 1 then
+            redis.call(unpack(write))
+            redis.call('PEXPIRE', KEYS[1], life)
+        end
+        answer[1] = allowed
+        return answer";
+static TAKE_SCRIPT: Script = Script::new(TAKE, || Script::digest_of(TAKE));
+
+/// `KEYS[1]` holds when each node was last heard of, `ARGV` a node's name and for how many milliseconds it
+/// counts. Returns how many there are.
+const HEARTBEAT: &str = r"
+        local time = redis.call('TIME')
+        local now = time[1] * 1000 + math.floor(time[2] / 1000)
+        redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])
+        redis.call('ZADD', KEYS[1], now, ARGV[1])
+        redis.call('PEXPIRE', KEYS[1], ARGV[2])
+        return redis.call('ZCARD', KEYS[1])";
+static HEARTBEAT_SCRIPT: Script = Script::new(HEARTBEAT, || Script::digest_of(HEARTBEAT));
+
+const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
+/// A node that was not heard of for so long is gone.
+const NODE_LIFETIME: Duration = Duration::from_secs(15);
+const NODES: &str = "api_key:rate:nodes";
+/// What Lua counts exactly.
+const MOST: u64 = 1 << 53;
+
+impl RedisRateLimiter {
+    /// Counts on these servers, with the default settings. Connects at first use.
+    ///
+    /// # Errors
+    ///
+    /// If a URL can't be read.
+    pub fn new(servers: impl Into<RedisServers>) -> Result<Self, RedisUrlError> {
+        Self::builder(servers).build()
+    }
+
+    /// Settings of your own.
+    pub fn builder(servers: impl Into<RedisServers>) -> RedisRateLimiterBuilder {
+        RedisRateLimiterBuilder {
+            servers: servers.into(),
+            timeout: Duration::from_millis(100),
+            when_away: WhenRedisIsAway::default(),
+            nodes: None,
+        }
+    }
+
+    /// How Redis stands, for a health check.
+    pub fn state(&self) -> RedisState {
+        self.0.link.state()
+    }
+
+    /// How many nodes share the limits while Redis is away, as far as this one knows.
+    pub fn nodes(&self) -> u64 {
+        self.0.nodes.count.load(Ordering::Relaxed)
+    }
+
+    async fn take(&self, key: &KeyId, limits: RateLimits) -> Option<Quota> {
+        // A text id can look like an integer.
+        let id = key.as_i64().map_or_else(|| format!("t{key}"), |id| format!("i{id}"));
+        let name = format!("api_key:rate:{}", slot(&id));
+        let arguments = |command: &mut Cmd| {
+            command.arg(1).arg(&name);
+            for period in RatePeriod::ALL {
+                match period.limit(&limits) {
+                    Some(limit) => command.arg(limit.min(MOST)),
+                    None => command.arg(-1),
+                };
+            }
+        };
+        match TAKE_SCRIPT.run(&self.0.link, arguments).await {
+            Ok(value) => quota(&value, &limits),
+            Err(Fault::Refused(error)) => {
+                telemetry::rate_limit_refused_by_redis(&error);
+                None
+            }
+            Err(Fault::Open | Fault::Link) => None,
+        }
+    }
+
+    fn without_redis(&self, key: &KeyId, limits: RateLimits) -> Result<Quota, StoreError> {
+        match self.0.when_away {
+            WhenRedisIsAway::Share => {
+                let nodes = self.nodes();
+                let share = |limit: Option<u64>| Some((limit? / nodes).max(limit?.min(1)));
+                let shares = RateLimits {
+                    per_minute: share(limits.per_minute),
+                    per_hour: share(limits.per_hour),
+                    per_day: share(limits.per_day),
+                };
+                self.0.local.count_now(key, shares).ok_or_else(away)
+            }
+            WhenRedisIsAway::Allow => Ok(Quota::new(true, [])),
+            WhenRedisIsAway::Refuse => Err(away()),
+        }
+    }
+
+    fn ensure_heartbeat(&self) {
+        if !self.0.nodes.is_configured {
+            let (link, nodes) = (Arc::clone(&self.0.link), Arc::downgrade(&self.0.nodes));
+            self.0.heartbeat.ensure(|| beat(link, nodes));
+        }
+    }
+}
+
+impl RateLimiter for RedisRateLimiter {
+    async fn count(&self, key: &KeyId, limits: RateLimits) -> Result<Quota, StoreError> {
+        self.ensure_heartbeat();
+        let Some(quota) = self.take(key, limits).await else {
+            return self.without_redis(key, limits);
+        };
+        if quota.is_allowed() && self.0.when_away == WhenRedisIsAway::Share {
+            self.0.local.note(key, limits);
+        }
+        Ok(quota)
+    }
+}
+
+fn away() -> StoreError {
+    StoreError::unavailable("Redis, which counts the requests, does not answer")
+}
+
+/// Reads what the script has returned; `None` if it is nothing of the kind.
+fn quota(value: &Value, limits: &RateLimits) -> Option<Quota> {
+    let Value::Array(values) = value else { return None };
+    let mut numbers = values.iter().map(|value| match value {
+        Value::Int(number) => u64::try_from(*number).ok(),
+        _ => None,
+    });
+    let is_allowed = numbers.next()?? == 1;
+    let mut windows = Vec::with_capacity(3);
+    for period in RatePeriod::ALL {
+        if let Some(limit) = period.limit(limits) {
+            let (count, left) = (numbers.next()??, numbers.next()??);
+            let resets_in = Duration::from_millis(left);
+            let remaining = limit.saturating_sub(count);
+            windows.push(RateWindow { period, limit, remaining, resets_in });
+        }
+    }
+    Some(Quota::new(is_allowed, windows))
+}
+
+/// Says that this node is there, and hears how many there are, until nobody wants to know any more.
+async fn beat(link: Arc<Link>, nodes: Weak<Nodes>) {
+    while let Some(nodes) = nodes.upgrade() {
+        let arguments = |command: &mut Cmd| {
+            command.arg(1).arg(NODES).arg(&nodes.name).arg(NODE_LIFETIME.as_millis() as u64);
+        };
+        // What was heard last goes on counting while Redis is away.
+        if let Ok(Value::Int(count)) = HEARTBEAT_SCRIPT.run(&link, arguments).await {
+            let count = u64::try_from(count).unwrap_or(1).max(1);
+            nodes.count.store(count, Ordering::Relaxed);
+        }
+        drop(nodes);
+        tokio::time::sleep(HEARTBEAT_EVERY).await;
+    }
+}
+
+impl RedisRateLimiterBuilder {
+    /// The longest that a request waits for Redis: 100 ms by default.
+    #[must_use]
+    pub fn timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// What happens while Redis does not answer.
+    #[must_use]
+    pub fn when_away(self, when_away: WhenRedisIsAway) -> Self {
+        Self { when_away, ..self }
+    }
+
+    /// How many nodes share the limits while Redis is away, at least one. By default they are counted: each one
+    /// says every 5 s in Redis that it is there, and one that was not heard of for 15 s is gone.
+    #[must_use]
+    pub fn nodes(self, nodes: u64) -> Self {
+        Self { nodes: Some(nodes.max(1)), ..self }
+    }
+
+    /// Builds the limiter. Needs no runtime; connects at first use.
+    ///
+    /// # Errors
+    ///
+    /// If a URL can't be read.
+    pub fn build(self) -> Result<RedisRateLimiter, RedisUrlError> {
+        let mut name = [0; 16];
+        // Without randomness nodes count as one, which is where they begin.
+        let _ = getrandom::fill(&mut name);
+        Ok(RedisRateLimiter(Arc::new(Inner {
+            link: Link::new(Connector::new(self.servers)?, self.timeout),
+            when_away: self.when_away,
+            local: LocalRateLimiter::new(),
+            nodes: Arc::new(Nodes {
+                name: hex(&name),
+                count: AtomicU64::new(self.nodes.unwrap_or(1)),
+                is_configured: self.nodes.is_some(),
+            }),
+            heartbeat: Background::default(),
+        })))
+    }
+}
+
+impl fmt::Debug for RedisRateLimiter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisRateLimiter")
+            .field("servers", self.0.link.connector())
+            .field("state", &self.state())
+            .field("nodes", &self.nodes())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,57 @@
+//! Which scopes a key has.
+
+/// Whether a scope that a key holds grants the one that is `wanted`.
+///
+/// | held | grants |
+/// |---|---|
+/// | `models:read` | that scope alone, byte by byte |
+/// | `models:*` | every scope that begins with `models:` and goes on, at any depth, but not `models` |
+/// | `*` | every scope |
+///
+/// The wildcard is an asterisk at the end that stands alone or behind a `:`, `.` or `/`. Anywhere else an
+/// asterisk is a character like others.
+pub(crate) fn grants(held: &str, wanted: &str) -> bool {
+    if held == wanted {
+        return true;
+    }
+    let Some(stem) = held.strip_suffix('*') else { return false };
+    let is_wildcard = stem.is_empty() || stem.ends_with([':', '.', '/']);
+    is_wildcard && wanted.len() > stem.len() && wanted.starts_with(stem)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::grants;
+
+    #[test]
+    fn a_wildcard_grants_what_goes_on_behind_it_and_nothing_else() {
+        let granted = [
+            ("models:read", "models:read"),
+            ("models:*", "models:read"),
+            ("models:*", "models:read:all"),
+            ("models:*", "models:*"),
+            ("files.*", "files.a"),
+            ("files/*", "files/a"),
+            ("*", "anything"),
+        ];
+        for (held, wanted) in granted {
+            assert!(grants(held, wanted), "{held:?} grants {wanted:?}");
+        }
+        let refused = [
+            ("models:read", "models:write"),
+            ("models:read", "models:read:all"),
+            ("models:*", "models"),
+            ("models:*", "models:"),
+            ("models:*", "Models:read"),
+            ("mod*", "models"),
+            ("a:*:b", "a:x:b"),
+            ("models:read", "models:*"),
+            ("", "models"),
+            ("*", ""),
+            ("models*", "models:read"),
+        ];
+        for (held, wanted) in refused {
+            assert!(!grants(held, wanted), "{held:?} does not grant {wanted:?}");
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! Rate limits of a fleet, in a Redis that the test owns.
+
+mod support;
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use support::{eventually::eventually, servers::Redis};
+use tokio::{sync::Barrier, task::JoinSet};
+use tower_api_key::*;
+
+fn per_minute(limit: u64) -> RateLimits {
+    let mut limits = RateLimits::default();
+    limits.per_minute = Some(limit);
+    limits
+}
+
+fn per_hour(limit: u64) -> RateLimits {
+    let mut limits = RateLimits::default();
+    limits.per_hour = Some(limit);
+    limits
+}
+
+async fn is_up(limiter: &RedisRateLimiter) {
+    eventually("Redis counts", async || {
+        // One may refuse everything until then.
+        let _ = limiter.count(&KeyId::from(-1), per_hour(1_000_000)).await;
+        limiter.state() == RedisState::Up
+    })
+    .await;
+}
+
+/// No minute and no hour ends in the next `length`.
+async fn far_from_a_boundary(limiter: &RedisRateLimiter, length: Duration) {
+    for limits in [per_minute(1_000_000), per_hour(1_000_000)] {
+        let quota = limiter.count(&KeyId::from(-2), limits).await.unwrap();
+        let left = quota.windows().next().unwrap().resets_in;
+        if left < length {
+            tokio::time::sleep(left).await;
+        }
+    }
+}
+
+/// So many of `callers` on each of the nodes get through, who ask until they are refused, and what was left
+/// each time.
+async fn crowd(
+    nodes: &[RedisRateLimiter],
+    callers: usize,
+    key: i64,
+    limits: RateLimits,
+) -> Vec<u64> {
+    let begin = Arc::new(Barrier::new(nodes.len() * callers));
+    let mut crowd = JoinSet::new();
+    for node in nodes {
+        for _ in 0..callers {
+            let (node, begin) = (node.clone(), Arc::clone(&begin));
+            crowd.spawn(async move {
+                begin.wait().await;
+                let mut left = Vec::new();
+                loop {
+                    let quota = node.count(&KeyId::from(key), limits).await.unwrap();
+                    if !quota.is_allowed() {
+                        return left;
+                    }
+                    left.push(quota.windows().next().unwrap().remaining);
+                }
+            });
+        }
+    }
+    crowd.join_all().await.concat()
+}
+
+fn patient(redis: &Redis) -> RedisRateLimiter {
+    // 600 callers at once on two cores are more than 100 ms of work.
+    RedisRateLimiter::builder(redis.url())
+        .timeout(Duration::from_secs(20))
+        .when_away(WhenRedisIsAway::Refuse)
+        .build()
+        .unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_nodes_let_exactly_the_limit_through_and_the_fields_add_up() {
+    let redis = Redis::start();
+    let nodes = [(); 3].map(|()| patient(&redis));
+    for node in &nodes {
+        is_up(node).await;
+    }
+    far_from_a_boundary(&nodes[0], Duration::from_secs(30)).await;
+    let began = Instant::now();
+    let mut left = crowd(&nodes, 200, 7, per_minute(1_000)).await;
+    assert!(began.elapsed() < Duration::from_secs(30), "it took too long to be in one window");
+    left.sort_unstable();
+    // Each number of requests that are left was said once.
+    assert_eq!(left, (0..1_000).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn a_decision_is_one_round_trip() {
+    let redis = Redis::start();
+    let limiter = RedisRateLimiter::builder(redis.url()).nodes(1).build().unwrap();
+    is_up(&limiter).await;
+    let before = redis.command_counts();
+    for _ in 0..50 {
+        assert!(limiter.count(&KeyId::from(1), per_hour(1_000)).await.unwrap().is_allowed());
+    }
+    let after = redis.command_counts();
+    let sent = |counts: &BTreeMap<String, u64>, name| counts.get(name).copied().unwrap_or(0);
+    assert_eq!(sent(&after, "evalsha") - sent(&before, "evalsha"), 50);
+    for name in ["eval", "ping", "get", "script|load"] {
+        assert_eq!(sent(&after, name), sent(&before, name), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn what_one_window_refuses_is_counted_in_none() {
+    let redis = Redis::start();
+    let limiter = patient(&redis);
+    is_up(&limiter).await;
+    far_from_a_boundary(&limiter, Duration::from_secs(5)).await;
+    let mut limits = per_hour(10);
+    (limits.per_minute, limits.per_day) = (Some(1), Some(20));
+    for at in 0..5 {
+        let quota = limiter.count(&KeyId::from("a {text}"), limits).await.unwrap();
+        assert_eq!(quota.is_allowed(), at == 0);
+        let left: Vec<_> = quota.windows().map(|window| window.remaining).collect();
+        assert_eq!(left, [0, 9, 19]);
+    }
+    // An integer and a text that look the same are two keys.
+    for key in [KeyId::from(5), KeyId::from("5")] {
+        assert!(limiter.count(&key, per_hour(1)).await.unwrap().is_allowed());
+        assert!(!limiter.count(&key, per_hour(1)).await.unwrap().is_allowed());
+    }
+    // 0 and the largest number that there is.
+    assert!(!limiter.count(&KeyId::from(6), per_hour(0)).await.unwrap().is_allowed());
+    assert!(limiter.count(&KeyId::from(7), per_hour(u64::MAX)).await.unwrap().is_allowed());
+}
+
+#[tokio::test]
+async fn counters_end_with_their_windows_and_a_strangers_value_is_replaced() {
+    let redis = Redis::start();
+    let limiter = patient(&redis);
+    is_up(&limiter).await;
+    let name = format!("api_key:rate:{{{}}}", "6938"); // i8
+    redis.command(&["SET", &name, "something else"]);
+    assert!(limiter.count(&KeyId::from(8), per_hour(1)).await.unwrap().is_allowed());
+    let life: i64 = redis.command(&["PTTL", &name]).trim().parse().unwrap();
+    assert!((1..=3_600_000).contains(&life), "{life}");
+}
+
+#[tokio::test]
+async fn a_node_that_has_had_its_share_lets_nothing_more_through_without_redis() {
+    let mut redis = Redis::start();
+    let nodes = [(); 2].map(|()| {
+        let builder = RedisRateLimiter::builder(redis.url());
+        builder.nodes(2).timeout(Duration::from_secs(2)).build().unwrap()
+    });
+    for node in &nodes {
+        is_up(node).await;
+    }
+    far_from_a_boundary(&nodes[0], Duration::from_secs(20)).await;
+    let key = KeyId::from(7);
+    for _ in 0..60 {
+        assert!(nodes[0].count(&key, per_hour(100)).await.unwrap().is_allowed());
+    }
+    redis.stop();
+    let mut through = [0; 2];
+    for (node, through) in nodes.iter().zip(&mut through) {
+        for _ in 0..200 {
+            let quota = node.count(&key, per_hour(100)).await.unwrap();
+            *through += usize::from(quota.is_allowed());
+        }
+    }
+    // The one has had more than its 50, the other none of them.
+    assert_eq!(through, [0, 50]);
+    // A share is never nothing, and nothing has no share.
+    assert!(nodes[0].count(&KeyId::from(8), per_hour(1)).await.unwrap().is_allowed());
+    assert!(!nodes[0].count(&KeyId::from(9), per_hour(0)).await.unwrap().is_allowed());
+}
+
+#[tokio::test]
+async fn a_frozen_redis_costs_little_and_comes_back_by_itself() {
+    let redis = Redis::start();
+    let limiter = RedisRateLimiter::new(redis.url()).unwrap();
+    is_up(&limiter).await;
+    far_from_a_boundary(&limiter, Duration::from_secs(20)).await;
+    redis.freeze();
+    let began = Instant::now();
+    let mut through = 0;
+    for _ in 0..200 {
+        let quota = limiter.count(&KeyId::from(7), per_hour(100)).await.unwrap();
+        through += usize::from(quota.is_allowed());
+    }
+    assert_eq!(through, 100);
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    assert_eq!(limiter.state(), RedisState::Down);
+    redis.thaw();
+    eventually("Redis counts again", async || {
+        limiter.count(&KeyId::from(8), per_hour(1_000_000)).await.unwrap();
+        limiter.state() == RedisState::Up
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_happens_without_redis_is_a_choice() {
+    let mut redis = Redis::start();
+    let with = |when| RedisRateLimiter::builder(redis.url()).when_away(when).build().unwrap();
+    let (allows, refuses) = (with(WhenRedisIsAway::Allow), with(WhenRedisIsAway::Refuse));
+    for limiter in [&allows, &refuses] {
+        is_up(limiter).await;
+    }
+    redis.stop();
+    for _ in 0..20 {
+        let quota = allows.count(&KeyId::from(7), per_hour(1)).await.unwrap();
+        assert!(quota.is_allowed() && quota.windows().next().is_none());
+        let error = refuses.count(&KeyId::from(7), per_hour(1)).await.unwrap_err();
+        assert!(error.is_transient());
+    }
+    redis.start_again();
+    is_up(&refuses).await;
+}
+
+#[tokio::test]
+async fn a_redis_that_lost_its_memory_counts_anew() {
+    let redis = Redis::start();
+    let limiter = patient(&redis);
+    is_up(&limiter).await;
+    far_from_a_boundary(&limiter, Duration::from_secs(10)).await;
+    let key = KeyId::from(7);
+    assert!(limiter.count(&key, per_hour(1)).await.unwrap().is_allowed());
+    assert!(!limiter.count(&key, per_hour(1)).await.unwrap().is_allowed());
+    redis.command(&["FLUSHALL"]);
+    redis.command(&["SCRIPT", "FLUSH"]);
+    assert!(limiter.count(&key, per_hour(1)).await.unwrap().is_allowed());
+    assert!(!limiter.count(&key, per_hour(1)).await.unwrap().is_allowed());
+}
+
+#[tokio::test]
+async fn nodes_count_each_other() {
+    let redis = Redis::start();
+    let nodes = [(); 3].map(|()| RedisRateLimiter::new(redis.url()).unwrap());
+    for node in &nodes {
+        assert_eq!(node.nodes(), 1);
+    }
+    eventually("all are heard of", async || {
+        for node in &nodes {
+            node.count(&KeyId::from(7), per_hour(1_000_000)).await.unwrap();
+        }
+        nodes.iter().any(|node| node.nodes() == 3)
+    })
+    .await;
+    assert_eq!(redis.command(&["ZCARD", "api_key:rate:nodes"]).trim(), "3");
+}
