@@ -3,7 +3,7 @@
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use crate::{
-    cache::{Answers, CacheSettings, Health, LookupFuture, Recall},
+    cache::{Answers, Health, LookupFuture, Recall, Settings},
     context::AuthContext,
     key::{KeyDigest, KeyScheme, PresentedKey, token},
     respond::{Denial, Forbidden},
@@ -42,7 +42,7 @@ impl Authenticator {
         AuthenticatorBuilder {
             store: DynKeyStore::new(store),
             scheme: KeyScheme::default(),
-            settings: CacheSettings::default(),
+            settings: Settings::default(),
         }
     }
 
@@ -86,6 +86,7 @@ impl Authenticator {
         };
         let outcome = outcome.and_then(|caller| {
             check_address(&caller, || address)?;
+            caller.count_request();
             Ok(caller)
         });
         outcome.inspect_err(telemetry::denied)
@@ -103,10 +104,22 @@ impl Authenticator {
         self.0.health()
     }
 
-    /// Ends the work in the background: listening to the store. Requests are still answered, from then on
-    /// like those of a node that is cut off from changes. Without this, the work ends with the last clone.
+    /// Ends the work in the background: writes the usage that is not written yet, within 10 s, and stops
+    /// listening to the store. Requests are still answered, from then on like those of a node that is cut off
+    /// from changes, and no longer counted. Without this, the work ends with the last clone, and the usage of the
+    /// last interval is lost.
+    ///
+    /// ```
+    /// # async fn run(app: axum::Router, authenticator: tower_api_key::Authenticator) -> std::io::Result<()> {
+    /// let listener = tokio::net::TcpListener::bind("127.0.0.1:3000").await?;
+    /// let stopped = async { drop(tokio::signal::ctrl_c().await) };
+    /// axum::serve(listener, app).with_graceful_shutdown(stopped).await?;
+    /// authenticator.shutdown().await;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub async fn shutdown(&self) {
-        self.0.stop();
+        self.0.stop().await;
     }
 
     /// Whose key it is, if that is remembered. No lock, no I/O, and no allocation.
@@ -164,7 +177,7 @@ impl fmt::Debug for Authenticator {
 pub struct AuthenticatorBuilder {
     store: DynKeyStore,
     scheme: KeyScheme,
-    settings: CacheSettings,
+    settings: Settings,
 }
 
 impl AuthenticatorBuilder {
@@ -198,6 +211,21 @@ impl AuthenticatorBuilder {
     #[must_use]
     pub fn stale_if_error(mut self, limit: Duration) -> Self {
         self.settings.stale_if_error = limit;
+        self
+    }
+
+    /// How often usage is written to the store: every second by default. When the process is killed, what was
+    /// used since the last write is lost: one interval at most.
+    #[must_use]
+    pub fn usage_interval(mut self, interval: Duration) -> Self {
+        self.settings.usage_interval = Some(interval);
+        self
+    }
+
+    /// Records no usage: neither requests, tokens and cost, nor when a key was last used.
+    #[must_use]
+    pub fn without_usage(mut self) -> Self {
+        self.settings.usage_interval = None;
         self
     }
 

@@ -12,6 +12,7 @@ use crate::{
     policy::{self, AllowedNetwork, EndpointRule},
     record::{KeyRecord, RateLimits, User},
     respond::{Denial, Forbidden},
+    usage::{Tally, Usage},
 };
 
 /// Who calls, and what the key allows. The layer puts it into the extensions of each request that it
@@ -48,6 +49,8 @@ pub(crate) struct Provenance {
     pub(crate) stamp: Stamp,
     /// Of the hash that the key has matched.
     pub(crate) proof: Option<HashFingerprint>,
+    /// `None` if nothing is recorded.
+    pub(crate) tally: Option<Arc<Tally>>,
 }
 
 /// Tells one authenticator from another.
@@ -158,6 +161,30 @@ impl AuthContext {
     /// Whether the key may be used from this address. The layer has asked this for the request's own.
     pub fn can_access_from(&self, address: IpAddr) -> bool {
         policy::allowed(self.allowed_ips(), |network| network.contains(address))
+    }
+
+    /// Adds what was used on behalf of the key, beside the request itself, which is counted already. An addition
+    /// to a counter: it waits for nothing, may be made many times, and also after the response has begun. It
+    /// reaches the store within a second (see [`AuthenticatorBuilder::usage_interval`]); sums saturate.
+    ///
+    /// [`AuthenticatorBuilder::usage_interval`]: crate::AuthenticatorBuilder::usage_interval
+    #[inline]
+    pub fn record_usage(&self, usage: Usage) {
+        if let Some(tally) = self.tally() {
+            tally.add(usage);
+        }
+    }
+
+    /// Counts a request that was let in.
+    #[inline]
+    pub(crate) fn count_request(&self) {
+        if let Some(tally) = self.tally() {
+            tally.count_request();
+        }
+    }
+
+    fn tally(&self) -> Option<&Arc<Tally>> {
+        self.provenance()?.tally.as_ref()
     }
 
     /// Requires [a scope](Self::has_scope).

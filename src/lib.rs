@@ -31,6 +31,7 @@ mod respond;
 mod service;
 mod store;
 mod telemetry;
+mod usage;
 
 pub use authenticate::{Authenticator, AuthenticatorBuilder};
 pub use body::ResponseBody;
@@ -60,3 +61,4 @@ pub use require::RequireLayer;
 pub use respond::{Denial, Forbidden, InvalidKey, Refusal, openai_error};
 pub use service::ApiKeyAuth;
 pub use store::*;
+pub use usage::Usage;

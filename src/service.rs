@@ -175,6 +175,7 @@ impl Gate {
             }
         }
         self.options.key_header.treat(&self.options.credentials, places, request.headers_mut());
+        caller.count_request();
         request.extensions_mut().insert(caller);
         Ok(())
     }

@@ -3,7 +3,7 @@
 use crate::{
     error::{StoreError, StoreErrorKind},
     respond::Denial,
-    store::Change,
+    store::{Change, KeyUsage},
 };
 
 /// A row under this lookup prefix could not be decoded; the error says which, where the store knows.
@@ -39,6 +39,45 @@ pub(crate) fn denied(denial: &Denial) {
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn upgrade_failed(error: &StoreError) {
     tracing::warn!(error = %error, "the fast hash of an API key could not be stored");
+}
+
+/// Usage could not be written now; it is kept.
+pub(crate) fn usage_not_written(error: &StoreError, waiting: usize) {
+    count("api_key_usage_failures_total");
+    tracing::warn!(error = %error, waiting, "the usage of API keys could not be written yet");
+}
+
+/// The store has no place for usage.
+pub(crate) fn usage_unsupported() {
+    tracing::debug!("the key store does not record usage: none is counted any more");
+}
+
+/// The store was away for so long that there is no room for the usage of more keys.
+pub(crate) fn usage_dropped(usage: &KeyUsage) {
+    count("api_key_usage_dropped_total");
+    let KeyUsage { key, requests, tokens, cost_micro_cents, .. } = usage;
+    tracing::error!(%key, requests, tokens, cost_micro_cents, "usage of an API key is lost");
+}
+
+/// The store did not take the last usage before the end.
+pub(crate) fn usage_lost(keys: usize) {
+    count("api_key_usage_dropped_total");
+    tracing::error!(keys, "the last usage of API keys could not be written before the end");
+}
+
+/// Usage of keys that are no longer there counts for nothing.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub(crate) fn usage_of_deleted_keys(keys: usize) {
+    count("api_key_usage_of_deleted_keys_total");
+    tracing::info!(keys, "usage of API keys that are no longer there is not counted");
+}
+
+/// The usage of one key can't be written, and is given up.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub(crate) fn usage_of_bad_row(key: &serde_json::Value, error: &StoreError) {
+    count("api_key_usage_dropped_total");
+    let cause = std::error::Error::source(error).map(ToString::to_string);
+    tracing::error!(%key, error = %error, cause, "the usage of an API key can't be written: it is lost");
 }
 
 /// The store said that something has changed.

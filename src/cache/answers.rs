@@ -16,7 +16,7 @@ use chrono::{DateTime, Utc};
 use tokio::runtime::Handle;
 
 use super::{
-    Background, CacheSettings, Moment, View,
+    Background, Moment, Settings, View,
     feed::follow,
     flight::{Boarding, Flights, Outcome},
     floors::{Seen, Standing, Subject},
@@ -32,18 +32,20 @@ use crate::{
     respond::{Denial, InvalidKey},
     store::{self, Answer, DynKeyStore, KeyStore, Lookup, Proof, Source},
     telemetry,
+    usage::Recorder,
 };
 
 /// The tiers of one node, from the local cache down.
 pub(crate) struct Answers {
     pub(crate) store: DynKeyStore,
     pub(crate) scheme: KeyScheme,
-    pub(crate) settings: CacheSettings,
+    pub(crate) settings: Settings,
     pub(crate) origin: Origin,
     view: Arc<View>,
     cache: LocalCache,
     flights: Arc<Flights>,
     feed: Background,
+    usage: Arc<Recorder>,
     /// Whether the store failed when it was last asked.
     is_store_failing: AtomicBool,
 }
@@ -73,8 +75,9 @@ const RETRIES: [Duration; 4] = [
 ];
 
 impl Answers {
-    pub(crate) fn new(store: DynKeyStore, scheme: KeyScheme, settings: CacheSettings) -> Arc<Self> {
+    pub(crate) fn new(store: DynKeyStore, scheme: KeyScheme, settings: Settings) -> Arc<Self> {
         Arc::new(Self {
+            usage: Recorder::new(store.clone(), scheme.clone(), settings.usage_interval),
             store,
             scheme,
             settings,
@@ -144,9 +147,10 @@ impl Answers {
         self.view.distrust(prefix, self.now());
     }
 
-    /// Stops listening, for good.
-    pub(crate) fn stop(&self) {
+    /// Stops listening, for good, and writes what was used.
+    pub(crate) async fn stop(&self) {
         self.feed.stop();
+        self.usage.stop().await;
     }
 
     pub(crate) fn health(&self) -> Health {
@@ -169,8 +173,9 @@ impl Answers {
         provenance.map_or(Age::Expired, |it| it.stamp.age(&self.view, self.now()))
     }
 
-    /// Sees to it that somebody listens to the store.
+    /// Sees to it that somebody listens to the store, and tells it what was used.
     fn listen(&self) {
+        self.usage.ensure_work();
         self.feed.ensure(|| {
             let scheme = self.scheme.clone();
             let now = move || Moment::now(scheme.clock());
@@ -302,8 +307,12 @@ impl Answers {
                 }
                 verdict.map(|()| {
                     stamp.expires_at = expiry.map_or(u64::MAX, wall_nanos);
-                    let origin = self.origin.clone();
-                    let provenance = Provenance { origin, stamp, proof: found.fingerprint };
+                    let provenance = Provenance {
+                        origin: self.origin.clone(),
+                        stamp,
+                        proof: found.fingerprint,
+                        tally: self.usage.tally(&found.record.id),
+                    };
                     AuthContext::new(found.record, provenance)
                 })
             }

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::{CacheSettings, Moment};
+use super::{Moment, Settings};
 
 /// When this node last knew that it had heard of every change, and how long an answer may be served
 /// after that.
@@ -51,7 +51,7 @@ const MAX_DELAY: Duration = Duration::from_secs(5);
 const WINDOW_NANOS: u64 = 60_000_000_000;
 
 impl Freshness {
-    pub(super) fn new(settings: &CacheSettings) -> Self {
+    pub(super) fn new(settings: &Settings) -> Self {
         Self {
             max_staleness: settings.max_staleness,
             max_staleness_on_error: settings.max_staleness.saturating_add(settings.stale_if_error),

@@ -4,7 +4,7 @@ use std::fmt;
 
 use quick_cache::sync::Cache;
 
-use super::{Age, CacheSettings, Moment, View, floors::Generation};
+use super::{Age, Moment, Settings, View, floors::Generation};
 use crate::{
     context::AuthContext,
     key::{HashFingerprint, KeyDigest},
@@ -65,7 +65,7 @@ impl Refused {
 }
 
 impl LocalCache {
-    pub(crate) fn new(settings: &CacheSettings) -> Self {
+    pub(crate) fn new(settings: &Settings) -> Self {
         let refused = settings.capacity.min(MAX_REFUSED);
         Self { known: Cache::new(settings.capacity), refused: Cache::new(refused) }
     }

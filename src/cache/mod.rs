@@ -34,21 +34,24 @@ pub(crate) use self::{
 use self::{floors::Floors, freshness::Freshness};
 use crate::{record::Revision, store::Change};
 
-/// How much a node remembers, and for how long.
+/// How much a node remembers and for how long, and how often it writes what was used.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct CacheSettings {
+pub(crate) struct Settings {
     /// So many keys.
     pub(crate) capacity: usize,
     pub(crate) max_staleness: Duration,
     pub(crate) stale_if_error: Duration,
+    /// `None` records no usage.
+    pub(crate) usage_interval: Option<Duration>,
 }
 
-impl Default for CacheSettings {
+impl Default for Settings {
     fn default() -> Self {
         Self {
             capacity: 100_000,
             max_staleness: Duration::from_secs(30),
             stale_if_error: Duration::from_secs(60),
+            usage_interval: Some(Duration::from_secs(1)),
         }
     }
 }
@@ -61,7 +64,7 @@ pub(crate) struct View {
 }
 
 impl View {
-    pub(crate) fn new(settings: &CacheSettings) -> Arc<Self> {
+    pub(crate) fn new(settings: &Settings) -> Arc<Self> {
         Arc::new(Self { floors: Floors::new(), freshness: Freshness::new(settings) })
     }
 

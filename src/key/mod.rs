@@ -14,7 +14,6 @@ pub(crate) use digest::KeyDigest;
 pub(crate) use format::hmac_sha256;
 pub use format::{FormatError, KeyFormat};
 pub(crate) use hash::HashFingerprint;
-#[cfg(feature = "redis")]
 pub(crate) use hash::hex;
 #[cfg(any(feature = "postgres", feature = "redis", feature = "sqlite"))]
 pub(crate) use hash::unhex;

@@ -2,6 +2,8 @@
 
 use std::{fmt, time::SystemTime};
 
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+use chrono::{DateTime, Utc};
 use zeroize::Zeroizing;
 
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
@@ -19,6 +21,8 @@ pub struct UsageBatch {
     pub writer: String,
     /// Rises by one with each batch of that writer; a store that has seen it ignores the batch.
     pub sequence: u64,
+    /// When the usage was gathered, by the clock of the writer. It stays the same when the batch is sent again.
+    pub gathered_at: SystemTime,
     /// At most one entry a key.
     pub entries: Vec<KeyUsage>,
 }
@@ -26,7 +30,38 @@ pub struct UsageBatch {
 impl UsageBatch {
     /// An empty batch.
     pub fn new(writer: impl Into<String>, sequence: u64) -> Self {
-        Self { writer: writer.into(), sequence, entries: Vec::new() }
+        let gathered_at = SystemTime::now();
+        Self { writer: writer.into(), sequence, gathered_at, entries: Vec::new() }
+    }
+
+    /// The entries of keys with an integer for an id, in the order of their ids, as the SQL stores read them.
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    pub(super) fn encoded(&self) -> Vec<serde_json::Value> {
+        let fits = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        let mut entries: Vec<_> =
+            self.entries.iter().filter_map(|usage| Some((usage.key.as_i64()?, usage))).collect();
+        entries.sort_by_key(|(id, _)| *id);
+        let encode = |(id, usage): (i64, &KeyUsage)| {
+            serde_json::json!({
+                "id": id,
+                "requests": fits(usage.requests),
+                "tokens": fits(usage.tokens),
+                "cost": usage.cost_micro_cents.max(0),
+                "is_last_used": usage.last_used_at.is_some(),
+            })
+        };
+        entries.into_iter().map(encode).collect()
+    }
+
+    /// In UTC; with a zone or without one, columns take it for the same.
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    pub(super) fn time(&self) -> String {
+        DateTime::<Utc>::from(self.gathered_at).format("%Y-%m-%d %H:%M:%S%.3f").to_string()
+    }
+
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    pub(super) fn day(&self) -> String {
+        DateTime::<Utc>::from(self.gathered_at).format("%Y-%m-%d").to_string()
     }
 }
 

@@ -5,6 +5,7 @@ mod connect;
 mod feed;
 mod repository;
 mod tls;
+mod usage;
 
 use std::{
     fmt,
@@ -30,7 +31,7 @@ use diesel_async::{
 use self::connect::Target;
 pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use super::{
-    Answer, CacheSecret, ChangeStream, KeyStore, Lookup, MigrateError,
+    Answer, CacheSecret, ChangeStream, KeyStore, Lookup, MigrateError, UsageBatch,
     fault::store_error,
     lookup::MAX_CANDIDATES,
     row,
@@ -235,6 +236,10 @@ impl KeyStore for PostgresStore {
 
     fn changes(&self, since: SystemTime) -> ChangeStream {
         feed::changes(self, since)
+    }
+
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.count_usage(batch).await
     }
 
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {

@@ -5,6 +5,7 @@ mod feed;
 mod repository;
 mod select;
 mod threads;
+mod usage;
 
 use std::{
     fmt,
@@ -20,7 +21,7 @@ use tokio::sync::watch;
 
 use self::{select::keys_where, threads::Threads};
 use super::{
-    Answer, CacheSecret, ChangeStream, KeyStore, Lookup, MigrateError,
+    Answer, CacheSecret, ChangeStream, KeyStore, Lookup, MigrateError, UsageBatch,
     fault::{Failure, store_error},
     lookup::MAX_CANDIDATES,
     row,
@@ -240,6 +241,10 @@ impl KeyStore for SqliteStore {
 
     fn changes(&self, since: SystemTime) -> ChangeStream {
         feed::changes(self, since)
+    }
+
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.count_usage(batch).await
     }
 
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {

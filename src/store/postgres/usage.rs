@@ -1,0 +1,169 @@
+//! Usage, written behind.
+
+use diesel_async::{AsyncConnection, AsyncPgConnection, RunQueryDsl};
+use serde_json::Value;
+
+use super::{Checkout, PostgresStore};
+use crate::{
+    deadline::within,
+    error::{StoreError, StoreErrorKind},
+    store::{
+        UsageBatch,
+        fault::{Failure, store_error},
+        statement::{Bind, Statement, TextRow},
+    },
+    telemetry,
+};
+
+/// `$1` is the batch in JSON, `$2` and `$3` its writer and number, `$4` and `$5` the time and the day. Counts the
+/// batch unless it was counted before, and returns whether it did and for how many keys.
+///
+/// The rows of keys are locked in the order of their ids before any is written; an `UPDATE` alone locks them in
+/// the order in which it finds them, and two of them would wait for each other. Rows of days are written by
+/// whoever holds the lock of their key. Sums stay at the largest number that their column holds.
+fn count(is_gated: bool) -> String {
+    let total = |column: &str, added: &str| {
+        format!(
+            "{column} = least(coalesce(k.{column}, 0)::numeric + b.{added},
+                CASE pg_typeof(k.{column})::text
+                    WHEN 'integer' THEN 2147483647 WHEN 'smallint' THEN 32767
+                    ELSE 9223372036854775807 END)"
+        )
+    };
+    let writer = if is_gated { WRITER } else { "SELECT 1" };
+    let day = |column: &str| {
+        format!("{column} = least(u.{column}::numeric + excluded.{column}, 9223372036854775807)")
+    };
+    format!(
+        "WITH batch AS (
+            SELECT * FROM jsonb_to_recordset($1::jsonb)
+                AS b (id BIGINT, requests BIGINT, tokens BIGINT, cost BIGINT, is_last_used BOOLEAN)
+        ), writer AS ({writer}), time AS (
+            SELECT jsonb_populate_record(NULL::api_keys, jsonb_build_object('last_used_at', $4::text)) AS row
+        ), locked AS (
+            SELECT k.id FROM api_keys k JOIN batch b ON b.id = k.id WHERE EXISTS (SELECT FROM writer)
+            ORDER BY k.id FOR NO KEY UPDATE OF k
+        ), counted AS (
+            UPDATE api_keys k SET {}, {},
+                total_cost = coalesce(k.total_cost, 0)::numeric + b.cost::numeric / 1000000,
+                last_used_at = CASE
+                    WHEN b.is_last_used AND (
+                        k.last_used_at IS NULL OR k.last_used_at <= (time.row).last_used_at - INTERVAL '60 s'
+                    ) THEN (time.row).last_used_at ELSE k.last_used_at END
+            FROM locked l JOIN batch b ON b.id = l.id, time WHERE k.id = l.id RETURNING k.id
+        ), days AS (
+            INSERT INTO api_key_usage AS u (api_key_id, day, requests, tokens, cost_micro_cents)
+            SELECT b.id, $5::date, b.requests, b.tokens, b.cost FROM locked l JOIN batch b ON b.id = l.id
+            ORDER BY b.id
+            ON CONFLICT (api_key_id, day) DO UPDATE SET {}, {}, {}
+        )
+        SELECT json_build_array((SELECT count(*) FROM writer), (SELECT count(*) FROM counted))::text AS row",
+        total("total_requests", "requests"),
+        total("total_tokens", "tokens"),
+        day("requests"),
+        day("tokens"),
+        day("cost_micro_cents"),
+    )
+}
+
+/// Returns a row if the batch was not counted before. While another attempt to send it is under way, this waits
+/// for its end.
+const WRITER: &str = "
+    INSERT INTO api_key_usage_writers AS w (writer, sequence, seen_at)
+    VALUES ($2, $3::bigint, clock_timestamp())
+    ON CONFLICT (writer) DO UPDATE SET sequence = excluded.sequence, seen_at = excluded.seen_at
+        WHERE w.sequence < excluded.sequence
+    RETURNING 1";
+
+/// Writers that are gone. None that is there sends a batch again after so long.
+const FORGET_WRITERS: &str = "
+    WITH gone AS (DELETE FROM api_key_usage_writers WHERE seen_at < now() - INTERVAL '30 days' RETURNING 1)
+    SELECT count(*)::text AS row FROM gone";
+
+impl PostgresStore {
+    pub(super) async fn count_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        let entries = batch.encoded();
+        let all = Value::from(entries.clone()).to_string();
+        let statement = Statement::new(count(true), binds(batch, all));
+        match self.load::<TextRow>(&statement).await {
+            Ok(rows) => report(batch, &rows),
+            // Something in one of the rows: a check, a trigger, a column that is too narrow.
+            Err(error) if error.kind() == StoreErrorKind::Rejected => {
+                self.count_one_by_one(batch, &entries).await?;
+            }
+            Err(error) => return Err(error),
+        }
+        if batch.sequence == 1 {
+            self.load::<TextRow>(&Statement::new(FORGET_WRITERS, [])).await?;
+        }
+        Ok(())
+    }
+
+    /// In one transaction with a savepoint for each key, so that a row which can't be written keeps no other one
+    /// from being counted.
+    async fn count_one_by_one(
+        &self,
+        batch: &UsageBatch,
+        entries: &[Value],
+    ) -> Result<(), StoreError> {
+        let connection = self.0.pool.get().await.map_err(StoreError::unavailable)?;
+        let mut checkout = Checkout(Some(connection));
+        let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
+        let gate = format!("WITH w AS ({WRITER}) SELECT count(*)::text AS row FROM w");
+        let gate = Statement::new(gate, binds(batch, String::new()));
+        let work = connection.transaction(async |connection| {
+            if load(&gate, connection).await?.iter().any(|row| row.row == "0") {
+                return Ok(());
+            }
+            for entry in entries {
+                let one = Value::from(vec![entry.clone()]).to_string();
+                let statement = Statement::new(count(false), binds(batch, one));
+                let counted =
+                    connection.transaction(async |connection| load(&statement, connection).await);
+                match counted.await {
+                    Err(Failure(error)) if error.kind() == StoreErrorKind::Rejected => {
+                        telemetry::usage_of_bad_row(&entry["id"], &error);
+                    }
+                    outcome => drop(outcome?),
+                }
+            }
+            Ok(())
+        });
+        let deadline = self.0.deadline * 10;
+        match within(deadline, work).await {
+            Some(outcome) => {
+                checkout.put_back();
+                outcome.map_err(|Failure::<StoreError>(error)| error)
+            }
+            None => Err(StoreError::timeout(deadline)),
+        }
+    }
+}
+
+async fn load(
+    statement: &Statement,
+    connection: &mut AsyncPgConnection,
+) -> Result<Vec<TextRow>, Failure<StoreError>> {
+    RunQueryDsl::load(statement, connection).await.map_err(|error| Failure(store_error(error)))
+}
+
+fn binds(batch: &UsageBatch, entries: String) -> [Bind; 5] {
+    let sequence = i64::try_from(batch.sequence).unwrap_or(i64::MAX);
+    [
+        Bind::Text(entries),
+        Bind::Text(batch.writer.clone()),
+        Bind::Integer(sequence),
+        Bind::Text(batch.time()),
+        Bind::Text(batch.day()),
+    ]
+}
+
+fn report(batch: &UsageBatch, rows: &[TextRow]) {
+    let counts =
+        rows.iter().next().and_then(|row| serde_json::from_str::<(u64, usize)>(&row.row).ok());
+    if let Some((1, counted)) = counts
+        && counted < batch.entries.len()
+    {
+        telemetry::usage_of_deleted_keys(batch.entries.len() - counted);
+    }
+}

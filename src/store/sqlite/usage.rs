@@ -1,0 +1,109 @@
+//! Usage, written behind.
+
+use diesel::{Connection, SqliteConnection};
+use serde_json::Value;
+
+use super::{SqliteStore, load};
+use crate::{
+    error::{StoreError, StoreErrorKind},
+    store::{
+        UsageBatch,
+        fault::Failure,
+        statement::{Bind, Statement},
+    },
+    telemetry,
+};
+
+/// Returns a row if the batch was not counted before.
+const WRITER: &str = "
+    INSERT INTO api_key_usage_writers (writer, sequence, seen_at) VALUES ($1, $2, $3)
+    ON CONFLICT (writer) DO UPDATE SET sequence = excluded.sequence, seen_at = excluded.seen_at
+        WHERE sequence < excluded.sequence
+    RETURNING writer AS row";
+
+/// `$1` is the entry in JSON, `$2` the time. An overflow would make a float of an integer. The cost is rounded to
+/// the millionth of a cent each time, so that the sum of floats is exact up to 2^53 of them.
+const TOTALS: &str = "
+    UPDATE api_keys SET
+        total_requests = CASE WHEN total_requests > 9223372036854775807 - n.requests
+            THEN 9223372036854775807 ELSE coalesce(total_requests, 0) + n.requests END,
+        total_tokens = CASE WHEN total_tokens > 9223372036854775807 - n.tokens
+            THEN 9223372036854775807 ELSE coalesce(total_tokens, 0) + n.tokens END,
+        total_cost = round(coalesce(total_cost, 0) * 1000000.0 + n.cost) / 1000000.0,
+        last_used_at = CASE
+            WHEN n.is_last_used AND (last_used_at IS NULL
+                OR unixepoch(last_used_at, 'subsec') <= unixepoch($2, 'subsec') - 60)
+            THEN $2 ELSE last_used_at END
+    FROM (SELECT $1 ->> 'id' AS id, $1 ->> 'requests' AS requests, $1 ->> 'tokens' AS tokens,
+        $1 ->> 'cost' AS cost, $1 ->> 'is_last_used' AS is_last_used) AS n
+    WHERE api_keys.id = n.id RETURNING CAST(api_keys.id AS TEXT) AS row";
+
+/// `$1` is the entry in JSON, `$2` the day.
+const DAYS: &str = "
+    INSERT INTO api_key_usage (api_key_id, day, requests, tokens, cost_micro_cents)
+    VALUES ($1 ->> 'id', $2, $1 ->> 'requests', $1 ->> 'tokens', $1 ->> 'cost')
+    ON CONFLICT (api_key_id, day) DO UPDATE SET
+        requests = CASE WHEN requests > 9223372036854775807 - excluded.requests
+            THEN 9223372036854775807 ELSE requests + excluded.requests END,
+        tokens = CASE WHEN tokens > 9223372036854775807 - excluded.tokens
+            THEN 9223372036854775807 ELSE tokens + excluded.tokens END,
+        cost_micro_cents = CASE WHEN cost_micro_cents > 9223372036854775807 - excluded.cost_micro_cents
+            THEN 9223372036854775807 ELSE cost_micro_cents + excluded.cost_micro_cents END
+    RETURNING day AS row";
+
+/// Writers that are gone. None that is there sends a batch again after so long.
+const FORGET_WRITERS: &str = "
+    DELETE FROM api_key_usage_writers WHERE seen_at < strftime('%Y-%m-%d %H:%M:%f', $1, '-30 days')
+    RETURNING writer AS row";
+
+impl SqliteStore {
+    pub(super) async fn count_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        let batch = batch.clone();
+        self.in_transaction(move |connection| count(connection, &batch)).await
+    }
+}
+
+fn count(connection: &mut SqliteConnection, batch: &UsageBatch) -> Result<(), StoreError> {
+    let sequence = i64::try_from(batch.sequence).unwrap_or(i64::MAX);
+    let writer =
+        [Bind::Text(batch.writer.clone()), Bind::Integer(sequence), Bind::Text(batch.time())];
+    if load(connection, &Statement::new(WRITER, writer))?.is_empty() {
+        return Ok(());
+    }
+    let entries = batch.encoded();
+    let mut missing = batch.entries.len() - entries.len();
+    for entry in entries {
+        // A row that can't be written keeps no other one from being counted.
+        let counted = connection.transaction(|c| count_key(c, batch, &entry).map_err(Failure));
+        match counted {
+            Ok(true) => {}
+            Ok(false) => missing += 1,
+            Err(Failure(error)) if error.kind() == StoreErrorKind::Rejected => {
+                telemetry::usage_of_bad_row(&entry["id"], &error);
+            }
+            Err(Failure(error)) => return Err(error),
+        }
+    }
+    if missing > 0 {
+        telemetry::usage_of_deleted_keys(missing);
+    }
+    if sequence == 1 {
+        load(connection, &Statement::new(FORGET_WRITERS, [Bind::Text(batch.time())]))?;
+    }
+    Ok(())
+}
+
+/// Whether there is such a key.
+fn count_key(
+    connection: &mut SqliteConnection,
+    batch: &UsageBatch,
+    entry: &Value,
+) -> Result<bool, StoreError> {
+    let text = entry.to_string();
+    let totals = [Bind::Text(text.clone()), Bind::Text(batch.time())];
+    if load(connection, &Statement::new(TOTALS, totals))?.is_empty() {
+        return Ok(false);
+    }
+    load(connection, &Statement::new(DAYS, [Bind::Text(text), Bind::Text(batch.day())]))?;
+    Ok(true)
+}

@@ -1,0 +1,228 @@
+//! From counters to the store: [`Recorder`].
+
+use std::{
+    collections::HashMap,
+    fmt,
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use tokio::runtime::Handle;
+
+use super::Tally;
+use crate::{
+    cache::Background,
+    deadline::within,
+    error::{StoreError, StoreErrorKind},
+    key::{KeyScheme, hex},
+    record::KeyId,
+    store::{DynKeyStore, KeyStore, KeyUsage, UsageBatch},
+    telemetry,
+};
+
+/// Hears of counters that have moved, and writes what they say behind.
+pub(crate) struct Recorder {
+    /// Those that have moved since they were last taken.
+    moved: [Mutex<Vec<Arc<Tally>>>; SHARDS],
+    next_shard: AtomicUsize,
+    /// Off if nobody wants to know, or the store has no place for it.
+    is_on: AtomicBool,
+    interval: Duration,
+    store: DynKeyStore,
+    scheme: KeyScheme,
+    writer: tokio::sync::Mutex<Writer>,
+    work: Background,
+}
+
+/// What is still to be written.
+struct Writer {
+    /// Names this process to the store, for as long as it lives.
+    name: String,
+    sequence: u64,
+    /// The batch that was sent and may or may not have arrived. It never changes.
+    sent: Option<UsageBatch>,
+    gathered: HashMap<KeyId, KeyUsage>,
+    /// When the last use of a key was last written.
+    last_used: HashMap<KeyId, SystemTime>,
+}
+
+/// So that cores seldom meet.
+const SHARDS: usize = 16;
+/// So many keys go into one batch: few enough for the deadline that a store has for a statement.
+const MAX_BATCH: usize = 1_000;
+/// While the store fails, what was used is kept for so many keys; that of others is dropped, and counted.
+const MAX_GATHERED: usize = 200_000;
+/// The last use of a key is written no more often.
+const LAST_USED_EVERY: Duration = Duration::from_secs(60);
+/// A store that takes longer has failed; the batch is sent again.
+const DEADLINE: Duration = Duration::from_secs(30);
+/// [`Recorder::flush`] at the end gives up after this.
+const LAST_FLUSH: Duration = Duration::from_secs(10);
+
+impl Recorder {
+    /// `None` for `interval` records nothing.
+    pub(crate) fn new(
+        store: DynKeyStore,
+        scheme: KeyScheme,
+        interval: Option<Duration>,
+    ) -> Arc<Self> {
+        let mut name = [0; 16];
+        // Nothing is counted twice under a name that others have as well.
+        let is_on = interval.is_some() && getrandom::fill(&mut name).is_ok();
+        Arc::new(Self {
+            moved: std::array::from_fn(|_| Mutex::default()),
+            next_shard: AtomicUsize::new(0),
+            is_on: AtomicBool::new(is_on),
+            interval: interval.unwrap_or(Duration::from_secs(1)),
+            store,
+            scheme,
+            writer: tokio::sync::Mutex::new(Writer {
+                name: hex(&name),
+                sequence: 0,
+                sent: None,
+                gathered: HashMap::new(),
+                last_used: HashMap::new(),
+            }),
+            work: Background::default(),
+        })
+    }
+
+    /// Counters for a key; `None` if nothing is recorded.
+    pub(crate) fn tally(self: &Arc<Self>, key: &KeyId) -> Option<Arc<Tally>> {
+        let is_on = self.is_on.load(Ordering::Relaxed);
+        is_on.then(|| Tally::new(key.clone(), Arc::downgrade(self)))
+    }
+
+    /// A counter has moved that was still.
+    pub(super) fn hear(self: &Arc<Self>, tally: Arc<Tally>) {
+        if !self.is_on.load(Ordering::Relaxed) {
+            return;
+        }
+        let at = self.next_shard.fetch_add(1, Ordering::Relaxed) % SHARDS;
+        let mut moved = self.moved[at].lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = moved.is_empty();
+        moved.push(tally);
+        drop(moved);
+        if is_first {
+            self.ensure_work();
+        }
+    }
+
+    /// Sees to it that somebody writes, where there is a runtime.
+    pub(crate) fn ensure_work(self: &Arc<Self>) {
+        if self.is_on.load(Ordering::Relaxed) && Handle::try_current().is_ok() {
+            self.work.ensure(|| work(Arc::downgrade(self), self.interval));
+        }
+    }
+
+    /// Writes what has come together. What the store does not take now is kept for the next time.
+    async fn flush(&self) -> Result<(), StoreError> {
+        let mut writer = self.writer.lock().await;
+        let now = self.scheme.clock().now();
+        for shard in &self.moved {
+            let moved = std::mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
+            for tally in moved {
+                writer.gather(tally.take());
+            }
+        }
+        while let Some(batch) = writer.next_batch(now) {
+            let outcome = within(DEADLINE, self.store.record_usage(batch)).await;
+            match outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE))) {
+                Ok(()) => writer.sent = None,
+                Err(error) if error.kind() == StoreErrorKind::Unsupported => {
+                    self.is_on.store(false, Ordering::Relaxed);
+                    writer.gathered.clear();
+                    writer.sent = None;
+                    telemetry::usage_unsupported();
+                    return Ok(());
+                }
+                Err(error) => {
+                    telemetry::usage_not_written(&error, writer.gathered.len());
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the work, and writes what is left, within 10 s.
+    pub(crate) async fn stop(&self) {
+        self.work.stop();
+        if self.is_on.swap(false, Ordering::Relaxed)
+            && within(LAST_FLUSH, self.flush()).await.is_none_or(|outcome| outcome.is_err())
+        {
+            telemetry::usage_lost(self.writer.lock().await.gathered.len());
+        }
+    }
+}
+
+impl Writer {
+    fn gather(&mut self, usage: KeyUsage) {
+        if self.gathered.len() >= MAX_GATHERED && !self.gathered.contains_key(&usage.key) {
+            telemetry::usage_dropped(&usage);
+            return;
+        }
+        let sum =
+            self.gathered.entry(usage.key.clone()).or_insert_with(|| KeyUsage::new(usage.key));
+        sum.requests = sum.requests.saturating_add(usage.requests);
+        sum.tokens = sum.tokens.saturating_add(usage.tokens);
+        sum.cost_micro_cents = sum.cost_micro_cents.saturating_add(usage.cost_micro_cents);
+    }
+
+    /// The batch that was sent already, or a new one of what is there; `None` if there is nothing.
+    fn next_batch(&mut self, now: SystemTime) -> Option<&UsageBatch> {
+        if self.sent.is_none() && !self.gathered.is_empty() {
+            let keys: Vec<_> = self.gathered.keys().take(MAX_BATCH).cloned().collect();
+            let mut entries: Vec<_> =
+                keys.iter().filter_map(|key| self.gathered.remove(key)).collect();
+            for usage in &mut entries {
+                usage.last_used_at = self.is_due(&usage.key, now).then_some(now);
+            }
+            self.sequence += 1;
+            let batch = UsageBatch {
+                gathered_at: now,
+                entries,
+                ..UsageBatch::new(&*self.name, self.sequence)
+            };
+            self.sent = Some(batch);
+        }
+        self.sent.as_ref()
+    }
+
+    /// Whether it is time to write the last use of a key again.
+    fn is_due(&mut self, key: &KeyId, now: SystemTime) -> bool {
+        let is_recent = |written: &SystemTime| {
+            // A clock that was set back makes it due.
+            now.duration_since(*written).is_ok_and(|age| age < LAST_USED_EVERY)
+        };
+        if self.last_used.get(key).is_some_and(is_recent) {
+            return false;
+        }
+        if self.last_used.len() >= MAX_GATHERED {
+            self.last_used.retain(|_, written| is_recent(written));
+        }
+        if self.last_used.len() < MAX_GATHERED {
+            self.last_used.insert(key.clone(), now);
+        }
+        true
+    }
+}
+
+/// Writes every `interval`, until nobody wants it any more.
+async fn work(recorder: Weak<Recorder>, interval: Duration) {
+    loop {
+        tokio::time::sleep(interval).await;
+        let Some(recorder) = recorder.upgrade() else { return };
+        // What failed was logged, and is tried again.
+        let _ = recorder.flush().await;
+    }
+}
+
+impl fmt::Debug for Recorder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Recorder").field("interval", &self.interval).finish_non_exhaustive()
+    }
+}
