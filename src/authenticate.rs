@@ -222,7 +222,16 @@ impl AuthenticatorBuilder {
         self
     }
 
-    /// Records no usage: neither requests, tokens and cost, nor when a key was last used.
+    /// For how long this node may spend a slice of a budget without a word of the store: 30 s by default. So long
+    /// holds go on while the store is away, and so long what a killed node had leased is lost to the others.
+    #[must_use]
+    pub fn lease_lifetime(mut self, lifetime: Duration) -> Self {
+        self.settings.lease_lifetime = lifetime;
+        self
+    }
+
+    /// Records no usage: neither requests, tokens and cost, nor when a key was last used. Keys with a budget can't
+    /// reserve anything then.
     #[must_use]
     pub fn without_usage(mut self) -> Self {
         self.settings.usage_interval = None;

@@ -7,7 +7,9 @@ use http::{Extensions, Method};
 use serde_json::Value;
 
 use crate::{
+    budget::Reservation,
     cache::Stamp,
+    error::StoreError,
     key::HashFingerprint,
     policy::{self, AllowedNetwork, EndpointRule},
     record::{KeyRecord, RateLimits, User},
@@ -173,6 +175,47 @@ impl AuthContext {
         if let Some(tally) = self.tally() {
             tally.add(usage);
         }
+    }
+
+    /// Holds `estimate` micro-cents of the key's budget for work to come, before it begins; settle what comes back
+    /// with what the work has cost. With a lease in hand this waits for nothing; otherwise for the store. A key
+    /// without a budget holds nothing, and what is settled is counted.
+    ///
+    /// ```
+    /// use tower_api_key::{AuthContext, Denial};
+    ///
+    /// async fn complete(caller: AuthContext, prompt: String) -> Result<String, Denial> {
+    ///     let reservation = caller.reserve(2_000_000).await?;
+    ///     let (answer, cost) = ask_the_model(prompt).await;
+    ///     reservation.settle(cost);
+    ///     Ok(answer)
+    /// }
+    /// # async fn ask_the_model(prompt: String) -> (String, u64) { (prompt, 1) }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// 429 if less is left in the period, with the time at which it ends; 503 if there is no lease in hand and
+    /// the store can't be asked.
+    pub async fn reserve(&self, estimate: u64) -> Result<Reservation, Denial> {
+        if let Some(reservation) = self.reserve_now(estimate) {
+            return Ok(reservation);
+        }
+        let Some((tally, recorder)) = self.tally().and_then(|it| Some((it, it.recorder()?))) else {
+            let nobody = "nobody records the usage that budgets are charged with";
+            return Err(StoreError::unavailable(nobody).into());
+        };
+        recorder.accounts.reserve(&self.key().id, estimate, tally).await
+    }
+
+    /// The same from a lease in hand, without waiting.
+    pub(crate) fn reserve_now(&self, estimate: u64) -> Option<Reservation> {
+        // Nobody has a budget of a test's own.
+        if self.key().budget.is_none() || self.provenance().is_none() {
+            return Some(Reservation::free(estimate, self.tally().cloned()));
+        }
+        let tally = self.tally()?;
+        tally.recorder()?.accounts.reserve_now(&self.key().id, estimate, tally)
     }
 
     /// Counts a request that was let in.

@@ -14,8 +14,8 @@ use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::{
-    body::ResponseBody, context::AuthContext, credential::RequestHead, limit::Quota,
-    respond::Denial, telemetry,
+    body::ResponseBody, budget::Reservation, context::AuthContext, credential::RequestHead,
+    limit::Quota, respond::Denial, telemetry,
 };
 
 /// The service of a [`RequireLayer`](crate::RequireLayer), a [`RateLimitLayer`](crate::RateLimitLayer) or a
@@ -47,6 +47,8 @@ pub(crate) enum Pass {
     Nothing,
     /// Its fields say how much is left.
     Limited(Quota),
+    /// It is charged when the response is there, or the request is given up.
+    Reserved(Reservation),
 }
 
 impl Pass {
@@ -54,6 +56,7 @@ impl Pass {
         match self {
             Self::Nothing => {}
             Self::Limited(quota) => quota.write(headers),
+            Self::Reserved(reservation) => drop(reservation),
         }
     }
 }

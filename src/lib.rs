@@ -7,6 +7,7 @@
 
 mod authenticate;
 mod body;
+mod budget;
 mod cache;
 mod client;
 mod clock;
@@ -35,6 +36,7 @@ mod usage;
 
 pub use authenticate::{Authenticator, AuthenticatorBuilder};
 pub use body::ResponseBody;
+pub use budget::{BudgetLayer, Reservation};
 pub use cache::Health;
 pub use client::{ClientAddr, TrustedProxies};
 pub use clock::{Clock, ManualClock, SystemClock};
@@ -58,7 +60,7 @@ pub use record::{
 #[cfg(feature = "redis")]
 pub use redis::{RedisServers, RedisState, RedisUrlError};
 pub use require::RequireLayer;
-pub use respond::{Denial, Forbidden, InvalidKey, Refusal, openai_error};
+pub use respond::{BudgetExceeded, Denial, Forbidden, InvalidKey, Refusal, openai_error};
 pub use service::ApiKeyAuth;
 pub use store::*;
 pub use usage::Usage;

@@ -77,7 +77,12 @@ const RETRIES: [Duration; 4] = [
 impl Answers {
     pub(crate) fn new(store: DynKeyStore, scheme: KeyScheme, settings: Settings) -> Arc<Self> {
         Arc::new(Self {
-            usage: Recorder::new(store.clone(), scheme.clone(), settings.usage_interval),
+            usage: Recorder::new(
+                store.clone(),
+                scheme.clone(),
+                settings.usage_interval,
+                settings.lease_lifetime,
+            ),
             store,
             scheme,
             settings,

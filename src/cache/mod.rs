@@ -43,6 +43,7 @@ pub(crate) struct Settings {
     pub(crate) stale_if_error: Duration,
     /// `None` records no usage.
     pub(crate) usage_interval: Option<Duration>,
+    pub(crate) lease_lifetime: Duration,
 }
 
 impl Default for Settings {
@@ -52,6 +53,7 @@ impl Default for Settings {
             max_staleness: Duration::from_secs(30),
             stale_if_error: Duration::from_secs(60),
             usage_interval: Some(Duration::from_secs(1)),
+            lease_lifetime: Duration::from_secs(30),
         }
     }
 }

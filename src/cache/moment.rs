@@ -39,7 +39,7 @@ impl Moment {
     }
 
     /// The later one, by the monotonic clock.
-    pub(super) fn later(self, other: Self) -> Self {
+    pub(crate) fn later(self, other: Self) -> Self {
         if self.monotonic >= other.monotonic { self } else { other }
     }
 

@@ -1,7 +1,11 @@
 //! Why a request is refused: [`Denial`].
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
+use chrono::{DateTime, Utc};
 use http::StatusCode;
 
 use crate::{
@@ -28,6 +32,9 @@ pub enum Denial {
     Forbidden(Forbidden),
     /// A rate limit is used up: 429, with what is left of each in the fields of the response.
     RateLimited(Box<Quota>),
+    /// The budget of the period is used up, or has less left than was to be reserved: 429, with the time at which
+    /// the period ends.
+    BudgetExceeded(BudgetExceeded),
     /// The store is out of reach or overloaded: 503.
     Unavailable(StoreError),
     /// The key's row can't be decoded: 500.
@@ -52,6 +59,16 @@ pub enum InvalidKey {
     Expired,
     /// Its owner is not active.
     OwnerInactive,
+}
+
+/// Until when a budget is used up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BudgetExceeded {
+    /// When the period ends; `None` if it never does.
+    pub resets_at: Option<SystemTime>,
+    /// How long that is from when the request was refused.
+    pub wait: Option<Duration>,
 }
 
 /// What a valid key was refused for.
@@ -79,7 +96,7 @@ impl Denial {
             Self::MalformedCredential(_) => StatusCode::BAD_REQUEST,
             Self::MissingCredential | Self::InvalidKey(_) => StatusCode::UNAUTHORIZED,
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
-            Self::RateLimited(_) => StatusCode::TOO_MANY_REQUESTS,
+            Self::RateLimited(_) | Self::BudgetExceeded(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::BadRow(_) | Self::LayerMissing => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -99,6 +116,7 @@ impl Denial {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::RateLimited(quota) => Some(quota.retry_after()),
+            Self::BudgetExceeded(budget) => budget.wait,
             Self::Unavailable(error) => Some(error.retry_after()),
             _ => None,
         }
@@ -163,6 +181,11 @@ impl fmt::Display for Denial {
             Self::InvalidKey(reason) => reason.fmt(f),
             Self::Forbidden(reason) => reason.fmt(f),
             Self::RateLimited(_) => f.write_str("too many requests with this API key"),
+            Self::BudgetExceeded(budget) => {
+                f.write_str("the budget of the API key is used up")?;
+                let end = budget.resets_at.map(DateTime::<Utc>::from);
+                end.map_or(Ok(()), |end| write!(f, " until {}", end.format("%Y-%m-%dT%H:%M:%SZ")))
+            }
             Self::Unavailable(error) | Self::BadRow(error) => error.fmt(f),
             Self::LayerMissing => f.write_str("no ApiKeyAuthLayer is around the handler"),
         }

@@ -82,7 +82,7 @@ fn code(denial: &Denial) -> u16 {
         Denial::MalformedCredential(_) => INVALID_ARGUMENT,
         Denial::MissingCredential | Denial::InvalidKey(_) => UNAUTHENTICATED,
         Denial::Forbidden(_) => PERMISSION_DENIED,
-        Denial::RateLimited(_) => RESOURCE_EXHAUSTED,
+        Denial::RateLimited(_) | Denial::BudgetExceeded(_) => RESOURCE_EXHAUSTED,
         Denial::Unavailable(_) => UNAVAILABLE,
         Denial::BadRow(_) | Denial::LayerMissing => INTERNAL,
     }

@@ -7,7 +7,7 @@ mod presentation;
 mod problem;
 mod refusal;
 
-pub use denial::{Denial, Forbidden, InvalidKey};
+pub use denial::{BudgetExceeded, Denial, Forbidden, InvalidKey};
 pub use problem::openai_error;
 pub use refusal::Refusal;
 pub(crate) use {

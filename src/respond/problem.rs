@@ -59,6 +59,7 @@ pub fn openai_error(refusal: &Refusal<'_>) -> Response<Bytes> {
             ("invalid_request_error", Some("model_not_allowed"))
         }
         Denial::Forbidden(_) => ("permission_error", Some("insufficient_permissions")),
+        Denial::BudgetExceeded(_) => ("insufficient_quota", Some("insufficient_quota")),
         Denial::RateLimited(_) => ("requests", Some("rate_limit_exceeded")),
         Denial::Unavailable(_) => ("server_error", Some("service_unavailable")),
         Denial::BadRow(_) | Denial::LayerMissing => ("server_error", None),

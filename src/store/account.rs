@@ -1,6 +1,9 @@
 //! What passes between a node and its store beside questions: usage, budget leases, the cache secret.
 
-use std::{fmt, time::SystemTime};
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 use chrono::{DateTime, Utc};
@@ -47,6 +50,7 @@ impl UsageBatch {
                 "requests": fits(usage.requests),
                 "tokens": fits(usage.tokens),
                 "cost": usage.cost_micro_cents.max(0),
+                "settled": usage.settled_micro_cents.max(0),
                 "is_last_used": usage.last_used_at.is_some(),
             })
         };
@@ -77,6 +81,8 @@ pub struct KeyUsage {
     pub tokens: u64,
     /// Cost in micro-cents.
     pub cost_micro_cents: i64,
+    /// How much of the cost was settled from the writer's lease, which shrinks by it.
+    pub settled_micro_cents: i64,
     /// The last use, where it is due to be written.
     pub last_used_at: Option<SystemTime>,
 }
@@ -84,7 +90,14 @@ pub struct KeyUsage {
 impl KeyUsage {
     /// No usage of `key` yet.
     pub fn new(key: KeyId) -> Self {
-        Self { key, requests: 0, tokens: 0, cost_micro_cents: 0, last_used_at: None }
+        Self {
+            key,
+            requests: 0,
+            tokens: 0,
+            cost_micro_cents: 0,
+            settled_micro_cents: 0,
+            last_used_at: None,
+        }
     }
 }
 
@@ -94,16 +107,22 @@ impl KeyUsage {
 pub struct LeaseAsk {
     /// The key.
     pub key: KeyId,
-    /// Names the node that asks.
+    /// Names the node that asks, as [`UsageBatch::writer`] does.
     pub holder: String,
-    /// How much the node wants to hold from now on, in micro-cents; 0 hands the slice back.
+    /// How much the node wants to hold from now on, in micro-cents, in place of what it holds; 0 hands the slice
+    /// back.
     pub amount_micro_cents: i64,
+    /// With less than this it can't do anything: if there is less left, it keeps what it holds.
+    pub needed_micro_cents: i64,
+    /// After this, by the store's clock, the slice goes back by itself: 30 s by default.
+    pub lifetime: Duration,
 }
 
 impl LeaseAsk {
     /// Asks for `amount_micro_cents` of the budget of `key`, for `holder`.
     pub fn new(key: KeyId, holder: impl Into<String>, amount_micro_cents: i64) -> Self {
-        Self { key, holder: holder.into(), amount_micro_cents }
+        let (holder, lifetime) = (holder.into(), Duration::from_secs(30));
+        Self { key, holder, amount_micro_cents, needed_micro_cents: 0, lifetime }
     }
 }
 
@@ -115,12 +134,31 @@ pub struct Lease {
     pub amount_micro_cents: i64,
     /// The database's time at which what was not settled goes back.
     pub expires_at: SystemTime,
+    /// When the period of the budget ends; `None` for one that never does.
+    pub resets_at: Option<SystemTime>,
 }
 
 impl Lease {
     /// A lease of `amount_micro_cents` until `expires_at`.
     pub fn new(amount_micro_cents: i64, expires_at: SystemTime) -> Self {
-        Self { amount_micro_cents, expires_at }
+        Self { amount_micro_cents, expires_at, resets_at: None }
+    }
+}
+
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+impl Lease {
+    /// Of a key that is not there.
+    pub(super) fn none(now: SystemTime) -> Self {
+        Self::new(0, now)
+    }
+
+    /// Reads an array of the amount, and of two times in milliseconds.
+    pub(super) fn from_row(row: Option<&str>) -> Result<Self, StoreError> {
+        let bad = || StoreError::bad_row("a lease can't be read");
+        let (amount, expires, resets): (i64, u64, Option<u64>) =
+            row.and_then(|row| serde_json::from_str(row).ok()).ok_or_else(bad)?;
+        let time = |millis| SystemTime::UNIX_EPOCH + Duration::from_millis(millis);
+        Ok(Self { resets_at: resets.map(time), ..Self::new(amount, time(expires)) })
     }
 }
 

@@ -1,15 +1,21 @@
 //! Keys in memory: [`MemoryStore`].
 
+mod ledger;
+
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::{Duration, SystemTime},
 };
 
-use chrono::{DateTime, TimeDelta, Utc};
+use chrono::Utc;
 use tokio::{sync::watch, time::timeout};
 
-use super::{Answer, Change, ChangeStream, KeyRepository, KeyStore, ListKeys, Lookup, UsageBatch};
+use self::ledger::Books;
+use super::{
+    Answer, Change, ChangeStream, KeyRepository, KeyStore, Lease, LeaseAsk, ListKeys, Lookup,
+    UsageBatch,
+};
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, Revision, Revisions, StoredKey, UsageTotals, User, UserId},
@@ -36,8 +42,7 @@ struct Tables {
     revision: u64,
     /// The last changes, each with its revision.
     changes: VecDeque<(u64, Change)>,
-    /// The last batch of each writer that was counted.
-    writers: HashMap<String, u64>,
+    books: Books,
     last_id: i64,
 }
 
@@ -200,28 +205,12 @@ impl KeyStore for MemoryStore {
     }
 
     async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
-        let mut tables = self.write();
-        let last = tables.writers.entry(batch.writer.clone()).or_default();
-        if *last >= batch.sequence {
-            return Ok(());
-        }
-        *last = batch.sequence;
-        for used in &batch.entries {
-            // Of a key that is gone, nobody asks.
-            let Some(row) = tables.keys.get_mut(&used.key) else { continue };
-            let record = &mut row.value.record;
-            let UsageTotals { requests, tokens, cost_micro_cents } = &mut record.usage;
-            *requests = requests.saturating_add(used.requests);
-            *tokens = tokens.saturating_add(used.tokens);
-            *cost_micro_cents = cost_micro_cents.saturating_add(used.cost_micro_cents.max(0));
-            if let Some(last_used) = used.last_used_at.map(DateTime::<Utc>::from) {
-                let is_due = |written| last_used - written >= TimeDelta::seconds(60);
-                if record.last_used_at.is_none_or(is_due) {
-                    record.last_used_at = Some(last_used);
-                }
-            }
-        }
+        self.write().count(batch);
         Ok(())
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        Ok(self.write().lease(ask, SystemTime::now()))
     }
 
     fn changes(&self, _since: SystemTime) -> ChangeStream {

@@ -31,7 +31,7 @@ use diesel_async::{
 use self::connect::Target;
 pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use super::{
-    Answer, CacheSecret, ChangeStream, KeyStore, Lookup, MigrateError, UsageBatch,
+    Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, MigrateError, UsageBatch,
     fault::store_error,
     lookup::MAX_CANDIDATES,
     row,
@@ -240,6 +240,24 @@ impl KeyStore for PostgresStore {
 
     async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
         self.count_usage(batch).await
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        let Some(key) = ask.key.as_i64() else { return Ok(Lease::none(SystemTime::now())) };
+        let select =
+            "SELECT json_build_array(granted, (extract(epoch FROM expires) * 1000)::bigint,
+                (extract(epoch FROM resets) * 1000)::bigint)::text AS row
+            FROM api_key_lease($1, $2, $3, $4, $5)";
+        let life = i64::try_from(ask.lifetime.as_millis()).unwrap_or(i64::MAX);
+        let binds = [
+            Bind::Integer(key),
+            Bind::Text(ask.holder.clone()),
+            Bind::Integer(ask.amount_micro_cents.max(0)),
+            Bind::Integer(ask.needed_micro_cents.max(0)),
+            Bind::Integer(life),
+        ];
+        let rows = self.load::<TextRow>(&Statement::new(select, binds)).await?;
+        Lease::from_row(rows.as_slice().first().map(|row| row.row.as_str()))
     }
 
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {

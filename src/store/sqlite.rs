@@ -2,6 +2,7 @@
 
 mod adopt;
 mod feed;
+mod ledger;
 mod repository;
 mod select;
 mod threads;
@@ -21,7 +22,7 @@ use tokio::sync::watch;
 
 use self::{select::keys_where, threads::Threads};
 use super::{
-    Answer, CacheSecret, ChangeStream, KeyStore, Lookup, MigrateError, UsageBatch,
+    Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, MigrateError, UsageBatch,
     fault::{Failure, store_error},
     lookup::MAX_CANDIDATES,
     row,
@@ -245,6 +246,10 @@ impl KeyStore for SqliteStore {
 
     async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
         self.count_usage(batch).await
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        self.grant_lease(ask).await
     }
 
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {

@@ -18,6 +18,8 @@ pub(crate) struct Tally {
     requests: AtomicU64,
     tokens: AtomicU64,
     cost: AtomicU64,
+    /// As much of the cost as was settled from a lease.
+    settled: AtomicU64,
     /// Whether the recorder has been told.
     is_told: AtomicBool,
     recorder: Weak<Recorder>,
@@ -30,6 +32,7 @@ impl Tally {
             requests: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
             cost: AtomicU64::new(0),
+            settled: AtomicU64::new(0),
             is_told: AtomicBool::new(false),
             recorder,
         })
@@ -48,6 +51,18 @@ impl Tally {
         self.tell();
     }
 
+    /// Adds a cost that was held before: first as a cost, so that it is charged before it shrinks a lease.
+    pub(crate) fn settle(self: &Arc<Self>, cost: u64) {
+        add(&self.cost, cost);
+        add(&self.settled, cost);
+        self.tell();
+    }
+
+    /// `None` if it has gone.
+    pub(crate) fn recorder(&self) -> Option<Arc<Recorder>> {
+        self.recorder.upgrade()
+    }
+
     /// After the counters: whoever finds the recorder told has added before it takes them, which is after it
     /// clears the mark.
     #[inline]
@@ -63,11 +78,14 @@ impl Tally {
     /// Takes what has come together.
     pub(super) fn take(&self) -> KeyUsage {
         self.is_told.store(false, SeqCst);
-        let cost = self.cost.swap(0, SeqCst);
+        let amount =
+            |counter: &AtomicU64| i64::try_from(counter.swap(0, SeqCst)).unwrap_or(i64::MAX);
         KeyUsage {
             requests: self.requests.swap(0, SeqCst),
             tokens: self.tokens.swap(0, SeqCst),
-            cost_micro_cents: i64::try_from(cost).unwrap_or(i64::MAX),
+            // In this order, for the same reason.
+            settled_micro_cents: amount(&self.settled),
+            cost_micro_cents: amount(&self.cost),
             ..KeyUsage::new(self.key.clone())
         }
     }

@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 
 use super::Tally;
 use crate::{
+    budget::Accounts,
     cache::Background,
     deadline::within,
     error::{StoreError, StoreErrorKind},
@@ -34,6 +35,8 @@ pub(crate) struct Recorder {
     store: DynKeyStore,
     scheme: KeyScheme,
     writer: tokio::sync::Mutex<Writer>,
+    /// The budgets that what is settled is charged to.
+    pub(crate) accounts: Accounts,
     work: Background,
 }
 
@@ -68,10 +71,13 @@ impl Recorder {
         store: DynKeyStore,
         scheme: KeyScheme,
         interval: Option<Duration>,
+        lease_lifetime: Duration,
     ) -> Arc<Self> {
         let mut name = [0; 16];
         // Nothing is counted twice under a name that others have as well.
         let is_on = interval.is_some() && getrandom::fill(&mut name).is_ok();
+        let name = hex(&name);
+        let accounts = Accounts::new(store.clone(), scheme.clone(), name.clone(), lease_lifetime);
         Arc::new(Self {
             moved: std::array::from_fn(|_| Mutex::default()),
             next_shard: AtomicUsize::new(0),
@@ -80,12 +86,13 @@ impl Recorder {
             store,
             scheme,
             writer: tokio::sync::Mutex::new(Writer {
-                name: hex(&name),
+                name,
                 sequence: 0,
                 sent: None,
                 gathered: HashMap::new(),
                 last_used: HashMap::new(),
             }),
+            accounts,
             work: Background::default(),
         })
     }
@@ -131,7 +138,13 @@ impl Recorder {
         while let Some(batch) = writer.next_batch(now) {
             let outcome = within(DEADLINE, self.store.record_usage(batch)).await;
             match outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE))) {
-                Ok(()) => writer.sent = None,
+                Ok(()) => {
+                    for usage in writer.sent.take().into_iter().flat_map(|batch| batch.entries) {
+                        if usage.settled_micro_cents > 0 {
+                            self.accounts.written(&usage.key, usage.settled_micro_cents);
+                        }
+                    }
+                }
                 Err(error) if error.kind() == StoreErrorKind::Unsupported => {
                     self.is_on.store(false, Ordering::Relaxed);
                     writer.gathered.clear();
@@ -156,6 +169,8 @@ impl Recorder {
         {
             telemetry::usage_lost(self.writer.lock().await.gathered.len());
         }
+        // What is not handed back expires.
+        let _ = within(LAST_FLUSH, self.accounts.close()).await;
     }
 }
 
@@ -170,6 +185,7 @@ impl Writer {
         sum.requests = sum.requests.saturating_add(usage.requests);
         sum.tokens = sum.tokens.saturating_add(usage.tokens);
         sum.cost_micro_cents = sum.cost_micro_cents.saturating_add(usage.cost_micro_cents);
+        sum.settled_micro_cents = sum.settled_micro_cents.saturating_add(usage.settled_micro_cents);
     }
 
     /// The batch that was sent already, or a new one of what is there; `None` if there is nothing.
@@ -218,6 +234,7 @@ async fn work(recorder: Weak<Recorder>, interval: Duration) {
         let Some(recorder) = recorder.upgrade() else { return };
         // What failed was logged, and is tried again.
         let _ = recorder.flush().await;
+        let _ = recorder.accounts.tend().await;
     }
 }
 

@@ -19,8 +19,8 @@ use crate::{
 /// batch unless it was counted before, and returns whether it did and for how many keys.
 ///
 /// The rows of keys are locked in the order of their ids before any is written; an `UPDATE` alone locks them in
-/// the order in which it finds them, and two of them would wait for each other. Rows of days are written by
-/// whoever holds the lock of their key. Sums stay at the largest number that their column holds.
+/// the order in which it finds them, and two of them would wait for each other. Rows of days and leases
+/// are written by whoever holds the lock of their key. Sums stay at the largest number that their column holds.
 fn count(is_gated: bool) -> String {
     let total = |column: &str, added: &str| {
         format!(
@@ -37,7 +37,8 @@ fn count(is_gated: bool) -> String {
     format!(
         "WITH batch AS (
             SELECT * FROM jsonb_to_recordset($1::jsonb)
-                AS b (id BIGINT, requests BIGINT, tokens BIGINT, cost BIGINT, is_last_used BOOLEAN)
+                AS b (id BIGINT, requests BIGINT, tokens BIGINT, cost BIGINT, settled BIGINT,
+                    is_last_used BOOLEAN)
         ), writer AS ({writer}), time AS (
             SELECT jsonb_populate_record(NULL::api_keys, jsonb_build_object('last_used_at', $4::text)) AS row
         ), locked AS (
@@ -56,6 +57,10 @@ fn count(is_gated: bool) -> String {
             SELECT b.id, $5::date, b.requests, b.tokens, b.cost FROM locked l JOIN batch b ON b.id = l.id
             ORDER BY b.id
             ON CONFLICT (api_key_id, day) DO UPDATE SET {}, {}, {}
+        ), leases AS (
+            UPDATE api_key_leases s SET amount_micro_cents = greatest(s.amount_micro_cents - b.settled, 0)
+            FROM locked l JOIN batch b ON b.id = l.id
+            WHERE s.api_key_id = l.id AND s.holder = $2 AND b.settled > 0
         )
         SELECT json_build_array((SELECT count(*) FROM writer), (SELECT count(*) FROM counted))::text AS row",
         total("total_requests", "requests"),
@@ -159,8 +164,7 @@ fn binds(batch: &UsageBatch, entries: String) -> [Bind; 5] {
 }
 
 fn report(batch: &UsageBatch, rows: &[TextRow]) {
-    let counts =
-        rows.iter().next().and_then(|row| serde_json::from_str::<(u64, usize)>(&row.row).ok());
+    let counts = rows.first().and_then(|row| serde_json::from_str::<(u64, usize)>(&row.row).ok());
     if let Some((1, counted)) = counts
         && counted < batch.entries.len()
     {

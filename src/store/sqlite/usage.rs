@@ -51,6 +51,11 @@ const DAYS: &str = "
             THEN 9223372036854775807 ELSE cost_micro_cents + excluded.cost_micro_cents END
     RETURNING day AS row";
 
+/// `$1` is the entry in JSON, `$2` the writer.
+const LEASES: &str = "
+    UPDATE api_key_leases SET amount_micro_cents = max(amount_micro_cents - ($1 ->> 'settled'), 0)
+    WHERE api_key_id = $1 ->> 'id' AND holder = $2 RETURNING holder AS row";
+
 /// Writers that are gone. None that is there sends a batch again after so long.
 const FORGET_WRITERS: &str = "
     DELETE FROM api_key_usage_writers WHERE seen_at < strftime('%Y-%m-%d %H:%M:%f', $1, '-30 days')
@@ -104,6 +109,8 @@ fn count_key(
     if load(connection, &Statement::new(TOTALS, totals))?.is_empty() {
         return Ok(false);
     }
-    load(connection, &Statement::new(DAYS, [Bind::Text(text), Bind::Text(batch.day())]))?;
+    let text = || Bind::Text(text.clone());
+    load(connection, &Statement::new(DAYS, [text(), Bind::Text(batch.day())]))?;
+    load(connection, &Statement::new(LEASES, [text(), Bind::Text(batch.writer.clone())]))?;
     Ok(true)
 }

@@ -1,0 +1,2 @@
+DROP FUNCTION api_key_lease;
+DROP TABLE api_key_leases;

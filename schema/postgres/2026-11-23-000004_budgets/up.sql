@@ -1,0 +1,74 @@
+-- Slices of budgets that nodes may spend without asking. One counts until it expires.
+CREATE TABLE api_key_leases (
+    api_key_id         BIGINT      NOT NULL,
+    holder             TEXT        NOT NULL,
+    amount_micro_cents BIGINT      NOT NULL CHECK (amount_micro_cents >= 0),
+    expires_at         TIMESTAMPTZ NOT NULL,
+    PRIMARY KEY (api_key_id, holder)
+);
+
+-- Grants a holder a slice of what is left of a key's budget in the period that is under way (UTC), in place of
+-- the one that it has: `asked`, but no more than a quarter of what is left or `needed`, whichever is more. If
+-- there is less left than `needed`, it keeps what it has. A function, so that what is read after the lock is as
+-- of the lock: everything that spends or grants holds it.
+CREATE FUNCTION api_key_lease(
+    of_key BIGINT, by_holder TEXT, asked BIGINT, needed BIGINT, life_ms BIGINT,
+    OUT granted BIGINT, OUT expires TIMESTAMPTZ, OUT resets TIMESTAMPTZ
+) LANGUAGE plpgsql AS $$
+DECLARE
+    budget  RECORD;
+    present TIMESTAMPTZ;
+    today   DATE;
+    first   DATE;
+    after   DATE;
+    spent   NUMERIC;
+    others  NUMERIC;
+    room    NUMERIC;
+BEGIN
+    SELECT k.budget_limit_cents::numeric * 1000000 AS total, lower(k.budget_type::text) AS period,
+            coalesce(k.total_cost, 0)::numeric * 1000000 AS total_cost
+        INTO budget FROM api_keys k WHERE k.id = of_key FOR NO KEY UPDATE;
+    present := clock_timestamp();
+    today := (present AT TIME ZONE 'UTC')::date;
+    expires := present + life_ms * INTERVAL '1 ms';
+    IF NOT FOUND THEN
+        granted := 0;
+        RETURN;
+    END IF;
+    CASE coalesce(budget.period, 'total')
+        WHEN 'total' THEN NULL;
+        WHEN 'daily' THEN first := today; after := today + 1;
+        WHEN 'weekly' THEN first := date_trunc('week', today)::date; after := first + 7;
+        WHEN 'monthly' THEN first := date_trunc('month', today)::date;
+            after := (first + INTERVAL '1 month')::date;
+    END CASE;
+    resets := after::timestamp AT TIME ZONE 'UTC';
+    IF first IS NULL THEN
+        spent := budget.total_cost;
+    ELSE
+        SELECT coalesce(sum(cost_micro_cents), 0) INTO spent FROM api_key_usage
+            WHERE api_key_id = of_key AND day >= first AND day < after;
+    END IF;
+    DELETE FROM api_key_leases WHERE api_key_id = of_key AND expires_at <= present;
+    SELECT coalesce(sum(amount_micro_cents), 0) INTO others FROM api_key_leases
+        WHERE api_key_id = of_key AND holder <> by_holder;
+    -- Without a limit, whatever is asked for.
+    room := CASE WHEN budget.total IS NULL THEN 9223372036854775807
+        ELSE least(greatest(budget.total - spent - others, 0), 9223372036854775807) END;
+    IF needed > room THEN
+        SELECT coalesce(sum(amount_micro_cents), 0) INTO granted FROM api_key_leases
+            WHERE api_key_id = of_key AND holder = by_holder;
+        granted := least(granted, room);
+    ELSE
+        granted := least(asked, greatest(needed, trunc(room / 4)));
+    END IF;
+    IF granted = 0 THEN
+        DELETE FROM api_key_leases WHERE api_key_id = of_key AND holder = by_holder;
+    ELSE
+        INSERT INTO api_key_leases (api_key_id, holder, amount_micro_cents, expires_at)
+            VALUES (of_key, by_holder, granted, expires)
+            ON CONFLICT (api_key_id, holder)
+            DO UPDATE SET amount_micro_cents = excluded.amount_micro_cents, expires_at = excluded.expires_at;
+    END IF;
+END
+$$;

@@ -1,0 +1,9 @@
+-- Slices of budgets that nodes may spend without asking. One counts until it expires.
+CREATE TABLE api_key_leases (
+    api_key_id         INTEGER NOT NULL,
+    holder             TEXT    NOT NULL,
+    amount_micro_cents INTEGER NOT NULL CHECK (amount_micro_cents >= 0),
+    -- Milliseconds since the Unix epoch.
+    expires_at         INTEGER NOT NULL,
+    PRIMARY KEY (api_key_id, holder)
+) WITHOUT ROWID;

@@ -1,0 +1,298 @@
+//! The budgets of keys as one node sees them: [`Accounts`].
+
+use std::{
+    collections::{HashMap, hash_map::RandomState},
+    hash::BuildHasher,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use super::reservation::{Reservation, amount};
+use crate::{
+    cache::Moment,
+    deadline::within,
+    error::StoreError,
+    key::KeyScheme,
+    record::KeyId,
+    respond::{BudgetExceeded, Denial},
+    store::{DynKeyStore, KeyStore, Lease, LeaseAsk},
+    usage::Tally,
+};
+
+/// The accounts of the keys that have a budget and were used of late.
+pub(crate) struct Accounts {
+    shards: [Mutex<HashMap<KeyId, Arc<Account>>>; SHARDS],
+    hasher: RandomState,
+    store: DynKeyStore,
+    scheme: KeyScheme,
+    /// Names this node, as it does in usage.
+    holder: String,
+    lifetime: Duration,
+}
+
+/// A slice of a key's budget, and what was done with it. Amounts are in micro-cents.
+pub(crate) struct Account {
+    key: KeyId,
+    state: Mutex<State>,
+    /// Held while the store is asked: the others wait for the answer.
+    asking: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct State {
+    leased: i64,
+    /// By this moment the lease may have expired. It was asked for a lifetime before: the store counts from later.
+    asked_at: Option<Moment>,
+    /// By reservations that live.
+    held: i64,
+    /// Charged here, but not in the store yet.
+    settled: i64,
+    /// All that was ever written to the store.
+    written: i64,
+    /// How much was last asked for beside what was needed.
+    slice: i64,
+    resets_at: Option<SystemTime>,
+    used_at: Option<Moment>,
+    /// The store had less than this left.
+    refused: Option<(Moment, i64)>,
+    /// It could not be asked.
+    failed: Option<(Moment, StoreError)>,
+}
+
+/// So that cores seldom meet.
+const SHARDS: usize = 16;
+/// The longest that a reservation waits for the store.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// What was refused is refused for so long without asking.
+const REFUSED_FOR: Duration = Duration::from_millis(250);
+/// A slice is for about so many reservations at first.
+const RESERVATIONS: i64 = 16;
+
+impl Accounts {
+    pub(crate) fn new(
+        store: DynKeyStore,
+        scheme: KeyScheme,
+        holder: String,
+        lifetime: Duration,
+    ) -> Self {
+        let shards = std::array::from_fn(|_| Mutex::default());
+        Self { shards, hasher: RandomState::new(), store, scheme, holder, lifetime }
+    }
+
+    /// Holds `estimate` from the lease in hand, with no I/O.
+    pub(crate) fn reserve_now(
+        &self,
+        key: &KeyId,
+        estimate: u64,
+        tally: &Arc<Tally>,
+    ) -> Option<Reservation> {
+        let account = self.account(key);
+        account
+            .hold(amount(estimate), self.now(), self.lifetime)
+            .then(|| Reservation::held(estimate, account, Arc::clone(tally)))
+    }
+
+    /// Holds `estimate`, asking the store for a lease if need be.
+    pub(crate) async fn reserve(
+        &self,
+        key: &KeyId,
+        estimate: u64,
+        tally: &Arc<Tally>,
+    ) -> Result<Reservation, Denial> {
+        let account = self.account(key);
+        let came = self.now();
+        let wanted = amount(estimate);
+        if !account.hold(wanted, came, self.lifetime) {
+            let _asking = account.asking.lock().await;
+            let now = self.now();
+            // The one before may have asked for more than it needed, or in vain.
+            if !account.hold(wanted, now, self.lifetime) {
+                account.was_in_vain(wanted, came, now)?;
+                self.ask(&account, |state| state.wish(wanted)).await?;
+                if !account.hold(wanted, self.now(), self.lifetime) {
+                    return Err(account.refuse(wanted, self.now()));
+                }
+            }
+        }
+        Ok(Reservation::held(estimate, account, Arc::clone(tally)))
+    }
+
+    /// Settled costs have been written to the store, which has taken them from the lease.
+    pub(crate) fn written(&self, key: &KeyId, settled: i64) {
+        let account = lock(self.shard(key)).get(key).cloned();
+        let Some(account) = account else { return };
+        let mut state = account.state();
+        state.settled = state.settled.saturating_sub(settled);
+        state.leased = state.leased.saturating_sub(settled).max(0);
+        state.written = state.written.saturating_add(settled);
+    }
+
+    /// Renews the leases that are in use, and hands back those that are not.
+    pub(crate) async fn tend(&self) -> Result<(), StoreError> {
+        for account in self.all() {
+            let Ok(_asking) = account.asking.try_lock() else { continue };
+            let now = self.now();
+            let (is_used, is_idle, is_old) = {
+                let state = account.state();
+                let since = |moment: Option<Moment>| moment.map(|moment| now.since(moment));
+                let is_used = state.due() != 0;
+                let is_idle = since(state.used_at).is_none_or(|idle| idle > self.lifetime / 3);
+                (is_used, is_idle, since(state.asked_at).is_none_or(|age| age > self.lifetime / 3))
+            };
+            if is_used && is_old {
+                self.ask(&account, |state| (state.leased.max(state.due()), state.due())).await?;
+            } else if !is_used && is_idle {
+                self.ask(&account, |_| (0, 0)).await?;
+                self.forget(&account);
+            }
+        }
+        Ok(())
+    }
+
+    /// Hands back everything that is not held.
+    pub(crate) async fn close(&self) -> Result<(), StoreError> {
+        for account in self.all() {
+            let _asking = account.asking.lock().await;
+            self.ask(&account, |state| (state.due(), state.due())).await?;
+        }
+        Ok(())
+    }
+
+    /// Asks the store for as much, and says how much is needed at least.
+    async fn ask(
+        &self,
+        account: &Account,
+        wish: impl FnOnce(&mut State) -> (i64, i64),
+    ) -> Result<(), StoreError> {
+        let asked_at = self.now();
+        let (ask, written) = {
+            let mut state = account.state();
+            let (asked, needed) = wish(&mut state);
+            let ask = LeaseAsk::new(account.key.clone(), &*self.holder, asked);
+            let ask = LeaseAsk { needed_micro_cents: needed, lifetime: self.lifetime, ..ask };
+            (ask, state.written)
+        };
+        let outcome = within(DEADLINE, self.store.lease(&ask)).await;
+        let outcome = outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE)));
+        let mut state = account.state();
+        match &outcome {
+            Ok(lease) => state.take(lease, asked_at, written),
+            Err(error) => state.failed = Some((self.now(), error.clone())),
+        }
+        outcome.map(drop)
+    }
+
+    fn all(&self) -> Vec<Arc<Account>> {
+        self.shards.iter().flat_map(|it| lock(it).values().cloned().collect::<Vec<_>>()).collect()
+    }
+
+    fn account(&self, key: &KeyId) -> Arc<Account> {
+        let mut shard = lock(self.shard(key));
+        if let Some(account) = shard.get(key) {
+            return Arc::clone(account);
+        }
+        let account = Arc::new(Account {
+            key: key.clone(),
+            state: Mutex::default(),
+            asking: tokio::sync::Mutex::default(),
+        });
+        shard.insert(key.clone(), Arc::clone(&account));
+        account
+    }
+
+    /// Unless somebody has come in between.
+    fn forget(&self, account: &Arc<Account>) {
+        let mut shard = lock(self.shard(&account.key));
+        let state = account.state();
+        // The shard, `tend` and nobody else has it.
+        if state.due() == 0 && Arc::strong_count(account) <= 2 {
+            shard.remove(&account.key);
+        }
+    }
+
+    fn shard(&self, key: &KeyId) -> &Mutex<HashMap<KeyId, Arc<Account>>> {
+        &self.shards[self.hasher.hash_one(key) as usize % SHARDS]
+    }
+
+    fn now(&self) -> Moment {
+        Moment::now(self.scheme.clock())
+    }
+}
+
+impl Account {
+    fn hold(&self, wanted: i64, now: Moment, lifetime: Duration) -> bool {
+        let mut state = self.state();
+        let is_good = state.asked_at.is_some_and(|asked| now.since(asked) < lifetime);
+        let free = state.leased.saturating_sub(state.due());
+        let fits = is_good && wanted <= free;
+        if fits {
+            state.held += wanted;
+            state.used_at = Some(now);
+        }
+        fits
+    }
+
+    pub(super) fn settle(&self, estimate: i64, cost: i64) {
+        let mut state = self.state();
+        state.held = state.held.saturating_sub(estimate);
+        state.settled = state.settled.saturating_add(cost);
+    }
+
+    /// Whether somebody who asked after `came` has found out that there is no use in asking.
+    fn was_in_vain(&self, wanted: i64, came: Moment, now: Moment) -> Result<(), Denial> {
+        let state = self.state();
+        if let Some((at, error)) = &state.failed
+            && at.later(came) == *at
+        {
+            return Err(error.clone().into());
+        }
+        match state.refused {
+            Some((at, least)) if wanted >= least && now.since(at) < REFUSED_FOR => {
+                Err(state.exceeded(now))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn refuse(&self, wanted: i64, now: Moment) -> Denial {
+        let mut state = self.state();
+        state.refused = Some((now, wanted));
+        state.exceeded(now)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
+    }
+}
+
+impl State {
+    /// For a reservation, and some more: the more often it is asked, the larger.
+    fn wish(&mut self, wanted: i64) -> (i64, i64) {
+        let needed = self.due().saturating_add(wanted);
+        self.slice = self.slice.saturating_mul(2).max(wanted.saturating_mul(RESERVATIONS));
+        (needed.saturating_add(self.slice), needed)
+    }
+
+    /// What the lease has to be good for.
+    fn due(&self) -> i64 {
+        self.held.saturating_add(self.settled)
+    }
+
+    fn take(&mut self, lease: &Lease, asked_at: Moment, written: i64) {
+        // What was written meanwhile has shrunk the lease before or after it was granted. It was after.
+        let meanwhile = self.written.saturating_sub(written);
+        self.leased = lease.amount_micro_cents.saturating_sub(meanwhile).max(0);
+        self.asked_at = Some(asked_at);
+        self.resets_at = lease.resets_at;
+        (self.refused, self.failed) = (None, None);
+    }
+
+    fn exceeded(&self, now: Moment) -> Denial {
+        let wait = self.resets_at.map(|end| end.duration_since(now.wall()).unwrap_or_default());
+        Denial::BudgetExceeded(BudgetExceeded { resets_at: self.resets_at, wait })
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

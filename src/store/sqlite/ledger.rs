@@ -1,0 +1,100 @@
+//! Leases of budgets.
+
+use std::time::{Duration, SystemTime};
+
+use diesel::SqliteConnection;
+
+use super::{SqliteStore, load};
+use crate::{
+    budget::ledger::{Books, grant},
+    error::StoreError,
+    record::{Budget, BudgetPeriod},
+    store::{
+        Lease, LeaseAsk,
+        statement::{Bind, Statement, TextRow},
+    },
+};
+
+const BUDGET: &str = "
+    SELECT json_array(budget_limit_cents, CAST(budget_type AS TEXT),
+        CAST(round(coalesce(total_cost, 0) * 1000000.0) AS INTEGER)) AS row
+    FROM api_keys WHERE id = $1";
+
+/// What was spent from one day to before another one.
+const SPENT: &str = "
+    SELECT CAST(coalesce(sum(cost_micro_cents), 0) AS TEXT) AS row FROM api_key_usage
+    WHERE api_key_id = $1 AND day >= $2 AND day < $3";
+
+const EXPIRE: &str =
+    "DELETE FROM api_key_leases WHERE api_key_id = $1 AND expires_at <= $2 RETURNING holder AS row";
+
+/// The lease of a holder, and those of all others.
+const LEASES: &str = "
+    SELECT json_array(
+        coalesce(sum(CASE WHEN holder = $2 THEN amount_micro_cents END), 0),
+        coalesce(sum(CASE WHEN holder <> $2 THEN amount_micro_cents END), 0)) AS row
+    FROM api_key_leases WHERE api_key_id = $1";
+
+const WRITE: &str = "
+    INSERT INTO api_key_leases (api_key_id, holder, amount_micro_cents, expires_at) VALUES ($1, $2, $3, $4)
+    ON CONFLICT (api_key_id, holder)
+    DO UPDATE SET amount_micro_cents = excluded.amount_micro_cents, expires_at = excluded.expires_at
+    RETURNING holder AS row";
+
+impl SqliteStore {
+    pub(super) async fn grant_lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        let now = SystemTime::now();
+        let Some(key) = ask.key.as_i64() else { return Ok(Lease::none(now)) };
+        let ask = ask.clone();
+        self.in_transaction(move |connection| lease(connection, key, &ask, now)).await
+    }
+}
+
+/// SQLite has one writer, so that nobody spends or grants meanwhile.
+fn lease(
+    connection: &mut SqliteConnection,
+    key: i64,
+    ask: &LeaseAsk,
+    now: SystemTime,
+) -> Result<Lease, StoreError> {
+    let by_key = || Bind::Integer(key);
+    let holder = || Bind::Text(ask.holder.clone());
+    let rows = load(connection, &Statement::new(BUDGET, [by_key()]))?;
+    let Some(row) = rows.as_slice().first() else { return Ok(Lease::none(now)) };
+    let (limit_cents, period, total_cost): (Option<u64>, Option<String>, i64) = read(row)?;
+    let period = match &period {
+        None => Some(BudgetPeriod::Total),
+        Some(name) => BudgetPeriod::from_name(name),
+    };
+    let bad = || StoreError::bad_row("budget_type is not total, daily, weekly or monthly");
+    let period = period.ok_or_else(bad)?;
+    let spent = match period.days(now) {
+        None => total_cost,
+        Some((first, after)) => {
+            let days = [first, after].map(|day| Bind::Text(day.to_string()));
+            let binds = [by_key()].into_iter().chain(days);
+            let rows = load(connection, &Statement::new(SPENT, binds))?;
+            rows.iter().find_map(TextRow::id).unwrap_or(0)
+        }
+    };
+    load(connection, &Statement::new(EXPIRE, [by_key(), millis(now)]))?;
+    let rows = load(connection, &Statement::new(LEASES, [by_key(), holder()]))?;
+    let (own, others) = rows.as_slice().first().map_or(Ok((0, 0)), read)?;
+    let budget = limit_cents.map(|limit_cents| Budget { limit_cents, period });
+    let lease = grant(budget, &Books { spent, others, own }, ask, now);
+    // One of nothing expires like others.
+    let amount = Bind::Integer(lease.amount_micro_cents);
+    let binds = [by_key(), holder(), amount, millis(lease.expires_at)];
+    load(connection, &Statement::new(WRITE, binds))?;
+    Ok(lease)
+}
+
+fn read<T: serde::de::DeserializeOwned>(row: &TextRow) -> Result<T, StoreError> {
+    let bad = |error| StoreError::bad_row("a budget or a lease can't be read").caused_by(error);
+    serde_json::from_str(&row.row).map_err(bad)
+}
+
+fn millis(time: SystemTime) -> Bind {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    Bind::Integer(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
