@@ -201,3 +201,23 @@ fn the_postgres_example_starts_twice_on_one_database() {
     let refused = shell(&format!("curl -i {}", first.url()));
     assert!(refused.contains("www-authenticate: bearer realm=\"acme\""), "{refused}");
 }
+
+#[test]
+fn the_stock_openai_client_talks_to_the_gateway() {
+    let python = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/python/bin/python");
+    if !python.exists() {
+        println!(
+            "SKIPPED: the openai client is not there; tests/run installs it where there is Python 3"
+        );
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let example = Example::run("llm_gateway", folder.path(), &[]);
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/openai_client.py");
+    let keys = example.keys();
+    assert_eq!(keys.len(), 5);
+    let output = Command::new(python).arg(script).arg(example.url()).args(keys).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "all is well");
+}

@@ -1,0 +1,232 @@
+//! An OpenAI-compatible gateway in front of a model that only echoes: keys, allowed models, rate limits and
+//! budgets, as the `openai` client libraries expect them.
+//!
+//! `cargo run --example llm_gateway`; `ADDR` (default `127.0.0.1:3000`) and `DATABASE_URL` (a file, default
+//! `llm_gateway.db`) are read from the environment. On the first start it prints keys, each for another plan.
+
+use std::{collections::VecDeque, convert::Infallible, env, error::Error};
+
+use axum::{
+    Json, Router,
+    extract::rejection::JsonRejection,
+    http::StatusCode,
+    response::{IntoResponse, Response, Sse, sse::Event},
+    routing::{get, post},
+};
+use futures_util::stream;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tower::ServiceBuilder;
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, Authenticator, Budget, BudgetPeriod, Denial, KeyManager,
+    KeyRepository, ListKeys, LocalRateLimiter, NewKey, RateLimitLayer, RateLimits, RequireLayer,
+    Reservation, SqliteStore, Usage, openai_error,
+};
+
+/// Names, and micro-cents a token.
+const MODELS: [(&str, u64); 2] = [("echo-small", 50), ("echo-large", 500)];
+const DEFAULT_MAX_TOKENS: usize = 256;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    tracing_subscriber::fmt().init();
+    let address = env::var("ADDR").unwrap_or_else(|_| "127.0.0.1:3000".to_owned());
+    let file = env::var("DATABASE_URL").unwrap_or_else(|_| "llm_gateway.db".to_owned());
+
+    let store = SqliteStore::open(&file)?;
+    store.migrate().await?;
+    if store.list_keys(&ListKeys::default()).await?.is_empty() {
+        make_keys(store.clone()).await?;
+    }
+
+    let authenticator = Authenticator::new(store);
+    let guards = ServiceBuilder::new()
+        .layer(ApiKeyAuthLayer::from(authenticator.clone()).on_denial(openai_error))
+        .layer(RateLimitLayer::new(LocalRateLimiter::new()));
+    let app = Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/chat/completions", post(complete).layer(RequireLayer::scope("chat:write")))
+        .layer(guards);
+    let listener = tokio::net::TcpListener::bind(&address).await?;
+    println!("Listening on http://{}", listener.local_addr()?);
+    axum::serve(listener, app).with_graceful_shutdown(stopped()).await?;
+    // What was used in the last second.
+    authenticator.shutdown().await;
+    Ok(())
+}
+
+/// A key for each plan, printed this once.
+async fn make_keys(store: SqliteStore) -> Result<(), Box<dyn Error>> {
+    let manager = KeyManager::new(store);
+    let user = manager.create_user("ada@example.com", "user").await?;
+    let key = |name: &str| NewKey::new(user.id.clone(), name).scopes(["chat:*"]);
+    let mut two_a_minute = RateLimits::default();
+    two_a_minute.per_minute = Some(2);
+    let plans = [
+        ("everything", key("everything")),
+        ("echo-small alone", key("small").allowed_models(["echo-small"])),
+        ("two requests a minute", key("trial").rate_limits(two_a_minute)),
+        ("a cent a day", {
+            key("capped").budget(Budget { limit_cents: 1, period: BudgetPeriod::Daily })
+        }),
+        ("no chat", NewKey::new(user.id.clone(), "reader").scopes(["models:read"])),
+    ];
+    for (plan, new) in plans {
+        println!("{plan}:\n  {}", manager.issue(new).await?.expose_secret());
+    }
+    Ok(())
+}
+
+async fn models(caller: AuthContext) -> Json<Value> {
+    let models = MODELS.iter().filter(|(name, _)| caller.can_access_model(name));
+    let model = |(name, _): &(&str, u64)| json!({ "id": name, "object": "model", "created": 0, "owned_by": "echo" });
+    Json(json!({ "object": "list", "data": models.map(model).collect::<Vec<_>>() }))
+}
+
+#[derive(Deserialize)]
+struct Ask {
+    model: String,
+    messages: Vec<Message>,
+    max_tokens: Option<usize>,
+    #[serde(default)]
+    stream: bool,
+}
+
+#[derive(Deserialize)]
+struct Message {
+    content: String,
+}
+
+async fn complete(
+    caller: AuthContext,
+    ask: Result<Json<Ask>, JsonRejection>,
+) -> Result<Response, GatewayError> {
+    let Json(ask) = ask.map_err(|rejection| GatewayError::Request(rejection.body_text()))?;
+    caller.require_model(&ask.model)?;
+    let Some((_, price)) = MODELS.iter().find(|(name, _)| *name == ask.model) else {
+        return Err(GatewayError::NoSuchModel(ask.model));
+    };
+    let prompt = ask.messages.last().map(|message| message.content.clone()).unwrap_or_default();
+    let prompt_tokens: usize =
+        ask.messages.iter().map(|message| message.content.split_whitespace().count()).sum();
+    let max_tokens = ask.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+
+    // Held before the model runs, by the most that it can cost.
+    let most = (prompt_tokens + max_tokens) as u64 * price;
+    let reservation = caller.reserve(most).await?;
+    let answer = Answer {
+        words: prompt.split_inclusive(' ').take(max_tokens).map(str::to_owned).collect(),
+        model: ask.model,
+        prompt_tokens,
+        completion_tokens: 0,
+        price: *price,
+        caller,
+        reservation: Some(reservation),
+    };
+    Ok(if ask.stream { answer.streamed().into_response() } else { answer.whole().into_response() })
+}
+
+/// An answer on its way. If it is dropped before its end, because the client has gone, the reservation charges
+/// what was held.
+struct Answer {
+    words: VecDeque<String>,
+    model: String,
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    price: u64,
+    caller: AuthContext,
+    reservation: Option<Reservation>,
+}
+
+impl Answer {
+    fn whole(mut self) -> Json<Value> {
+        let text: String = std::iter::from_fn(|| self.next_word()).collect();
+        self.settle();
+        let (prompt, completion) = (self.prompt_tokens, self.completion_tokens);
+        Json(json!({
+            "id": "chatcmpl-echo", "object": "chat.completion", "created": 0, "model": self.model,
+            "choices": [{
+                "index": 0,
+                "message": { "role": "assistant", "content": text },
+                "finish_reason": "stop",
+            }],
+            "usage": {
+                "prompt_tokens": prompt,
+                "completion_tokens": completion,
+                "total_tokens": prompt + completion,
+            },
+        }))
+    }
+
+    fn streamed(self) -> impl IntoResponse {
+        let chunks = stream::unfold(Some(self), |answer| async move {
+            let mut answer = answer?;
+            let Some(word) = answer.next_word() else {
+                answer.settle();
+                return Some((Event::default().data("[DONE]"), None));
+            };
+            let is_last = answer.words.is_empty();
+            let chunk = json!({
+                "id": "chatcmpl-echo", "object": "chat.completion.chunk", "created": 0,
+                "model": answer.model,
+                "choices": [{
+                    "index": 0,
+                    "delta": { "role": "assistant", "content": word },
+                    "finish_reason": is_last.then_some("stop"),
+                }],
+            });
+            Some((Event::default().data(chunk.to_string()), Some(answer)))
+        });
+        Sse::new(futures_util::StreamExt::map(chunks, Ok::<_, Infallible>))
+    }
+
+    fn next_word(&mut self) -> Option<String> {
+        let word = self.words.pop_front()?;
+        self.completion_tokens += 1;
+        Some(word)
+    }
+
+    /// What was held becomes what it has cost.
+    fn settle(&mut self) {
+        let tokens = (self.prompt_tokens + self.completion_tokens) as u64;
+        if let Some(reservation) = self.reservation.take() {
+            reservation.settle(tokens * self.price);
+        }
+        self.caller.record_usage(Usage::tokens(tokens));
+    }
+}
+
+enum GatewayError {
+    /// The layer gives it the shape of the others.
+    Denied(Denial),
+    Request(String),
+    NoSuchModel(String),
+}
+
+impl From<Denial> for GatewayError {
+    fn from(denial: Denial) -> Self {
+        Self::Denied(denial)
+    }
+}
+
+impl IntoResponse for GatewayError {
+    fn into_response(self) -> Response {
+        let (status, message, code) = match self {
+            Self::Denied(denial) => return denial.into_response(),
+            Self::Request(message) => (StatusCode::BAD_REQUEST, message, "invalid_request"),
+            Self::NoSuchModel(model) => {
+                let message = format!("the model {model:?} does not exist");
+                (StatusCode::NOT_FOUND, message, "model_not_found")
+            }
+        };
+        let error = json!({
+            "message": message, "type": "invalid_request_error", "param": null, "code": code,
+        });
+        (status, Json(json!({ "error": error }))).into_response()
+    }
+}
+
+async fn stopped() {
+    // Without a signal handler, the process simply ends.
+    let _ = tokio::signal::ctrl_c().await;
+}
