@@ -89,7 +89,7 @@ impl Service<Call> for Inner {
 async fn keys_of(manager: &KeyManager<impl KeyRepository>, keys: usize) -> Vec<IssuedKey> {
     let user = manager.create_user("ada@example.com", "user").await.unwrap();
     let mut limits = RateLimits::default();
-    (limits.per_minute, limits.per_day) = (Some(1 << 40), Some(1 << 50));
+    (limits.per_minute, limits.per_day) = (Some(1_000_000), Some(100_000_000));
     let budget = Budget { limit_cents: 1 << 40, period: BudgetPeriod::Monthly };
     let mut issued = Vec::new();
     for _ in 0..keys {
@@ -153,7 +153,7 @@ fn time<S: Service<Call>>(mut service: S, fields: &[HeaderValue]) -> f64 {
 async fn limits(redis: &Redis) -> (f64, f64, f64) {
     let limiter = RedisRateLimiter::builder(redis.url()).nodes(1).build().unwrap();
     let mut limits = RateLimits::default();
-    (limits.per_minute, limits.per_day) = (Some(1 << 40), Some(1 << 50));
+    (limits.per_minute, limits.per_day) = (Some(1_000_000), Some(100_000_000));
     let key = KeyId::from(7);
     while limiter.state() != RedisState::Up {
         limiter.count(&key, limits).await.unwrap();

@@ -27,7 +27,7 @@ impl Quota {
         let policy = text.split().freeze();
         for (at, window) in self.windows().enumerate() {
             // Whole seconds, and never too early.
-            let resets_in = window.resets_in.as_millis().div_ceil(1_000) as u64;
+            let resets_in = (window.resets_in.as_millis() as u64).div_ceil(1_000);
             let end = [("\";r=", window.remaining), (";t=", resets_in)];
             member(&mut text, at, window.period.name(), end);
         }
@@ -41,25 +41,12 @@ fn member(text: &mut BytesMut, at: usize, name: &str, parameters: [(&str, u64); 
     text.put_slice(name.as_bytes());
     for (parameter, value) in parameters {
         text.put_slice(parameter.as_bytes());
-        digits(text, value);
+        text.put_slice(itoa::Buffer::new().format(value.min(LARGEST)).as_bytes());
     }
 }
 
-/// Structured fields have integers of at most 15 digits (RFC 9651 §3.3.1).
-fn digits(text: &mut BytesMut, value: u64) {
-    let mut value = value.min(999_999_999_999_999);
-    let mut digits = [0; 15];
-    let mut start = digits.len();
-    loop {
-        start -= 1;
-        digits[start] = b'0' + (value % 10) as u8;
-        value /= 10;
-        if value == 0 {
-            break;
-        }
-    }
-    text.put_slice(&digits[start..]);
-}
+/// The largest integer of a structured field (RFC 9651 §3.3.1).
+const LARGEST: u64 = 999_999_999_999_999;
 
 fn insert(headers: &mut HeaderMap, name: HeaderName, value: Bytes) {
     // It is ASCII.

@@ -1,14 +1,15 @@
 //! Rate limits of one process: [`LocalRateLimiter`].
 
 use std::{
-    collections::{HashMap, hash_map::RandomState},
+    collections::HashMap,
     fmt,
     hash::BuildHasher,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
 };
 
-use super::{Quota, RateLimiter, RatePeriod, RateWindow};
+use foldhash::fast::RandomState;
+
+use super::{Quota, RateLimiter, RatePeriod};
 use crate::{
     clock::{Clock, SystemClock},
     error::StoreError,
@@ -33,7 +34,7 @@ struct Inner {
 
 #[derive(Default)]
 struct Shard {
-    counters: HashMap<KeyId, Counters>,
+    counters: HashMap<KeyId, Counters, RandomState>,
     /// At so many, those whose windows are over are looked for.
     sweep_at: usize,
 }
@@ -63,7 +64,7 @@ impl LocalRateLimiter {
         let (wall, monotonic) = clock.nanos();
         Self(Arc::new(Inner {
             shards: std::array::from_fn(|_| Mutex::default()),
-            hasher: RandomState::new(),
+            hasher: RandomState::default(),
             clock,
             epoch: wall.saturating_sub(monotonic),
         }))
@@ -71,16 +72,11 @@ impl LocalRateLimiter {
 
     /// Counts a request that somebody else has allowed, whether there is room or not.
     pub(super) fn note(&self, key: &KeyId, limits: RateLimits) {
-        self.take(key, limits, |_| true);
+        self.take(key, limits, true);
     }
 
-    /// Counts a request if `may_count` allows it, by what was counted before.
-    fn take(
-        &self,
-        key: &KeyId,
-        limits: RateLimits,
-        may_count: impl FnOnce(&Quota) -> bool,
-    ) -> Quota {
+    /// Counts a request if there is room for it, or if it `is_allowed` already.
+    fn take(&self, key: &KeyId, limits: RateLimits, is_allowed: bool) -> Quota {
         let now = self.now();
         let mut shard = self.shard(key);
         shard.sweep(now);
@@ -88,28 +84,28 @@ impl LocalRateLimiter {
             Some(counters) => counters,
             None => shard.counters.entry(key.clone()).or_default(),
         };
-        let mut has_room = true;
-        let windows = RatePeriod::ALL.map(|period| {
-            let limit = period.limit(&limits)?;
+        let mut quota = Quota::empty(true);
+        for period in RatePeriod::ALL {
+            let Some(limit) = period.limit(&limits) else { continue };
+            let (window, left) = window_at(period, now);
             let counter = &mut counters[period as usize];
-            counter.turn_to(window_at(period, now));
-            has_room &= counter.count < limit;
-            let remaining = limit.saturating_sub(counter.count);
-            Some(RateWindow { period, limit, remaining, resets_in: until_next(period, now) })
-        });
-        let before = Quota::new(has_room, windows.into_iter().flatten());
-        if !may_count(&before) {
-            return before;
+            counter.turn_to(window);
+            if counter.count >= limit {
+                quota.refuse();
+            }
+            quota.put(period, limit, limit.saturating_sub(counter.count), left);
         }
-        for window in before.windows() {
-            let counter = &mut counters[window.period as usize];
-            counter.count = counter.count.saturating_add(1);
+        if !quota.is_allowed() && !is_allowed {
+            return quota;
         }
-        let after = windows.into_iter().flatten();
-        Quota::new(
-            has_room,
-            after.map(|it| RateWindow { remaining: it.remaining.saturating_sub(1), ..it }),
-        )
+        for period in RatePeriod::ALL {
+            if period.limit(&limits).is_some() {
+                let counter = &mut counters[period as usize];
+                counter.count = counter.count.saturating_add(1);
+            }
+        }
+        quota.take_one();
+        quota
     }
 
     fn shard(&self, key: &KeyId) -> MutexGuard<'_, Shard> {
@@ -129,7 +125,7 @@ impl Shard {
             self.counters.retain(|_, counters| {
                 RatePeriod::ALL.iter().any(|&period| {
                     let counter = &counters[period as usize];
-                    counter.count > 0 && counter.window >= window_at(period, now)
+                    counter.count > 0 && counter.window >= window_at(period, now).0
                 })
             });
             self.sweep_at = FEW.max(2 * self.counters.len());
@@ -145,25 +141,26 @@ impl Counter {
     }
 }
 
-fn nanos(period: RatePeriod) -> u64 {
-    period.seconds() * 1_000_000_000
-}
-
-fn window_at(period: RatePeriod, now: u64) -> u64 {
-    now / nanos(period)
-}
-
-fn until_next(period: RatePeriod, now: u64) -> Duration {
-    Duration::from_nanos(nanos(period) - now % nanos(period))
+/// Which window it is since the Unix epoch, and the milliseconds to the next one. By constants, so that nothing is
+/// divided.
+#[inline]
+fn window_at(period: RatePeriod, now: u64) -> (u64, u32) {
+    const SECOND: u64 = 1_000_000_000;
+    let (window, since, length) = match period {
+        RatePeriod::Minute => (now / (60 * SECOND), now % (60 * SECOND), 60 * SECOND),
+        RatePeriod::Hour => (now / (3_600 * SECOND), now % (3_600 * SECOND), 3_600 * SECOND),
+        RatePeriod::Day => (now / (86_400 * SECOND), now % (86_400 * SECOND), 86_400 * SECOND),
+    };
+    (window, (length - since).div_ceil(1_000_000) as u32)
 }
 
 impl RateLimiter for LocalRateLimiter {
     async fn count(&self, key: &KeyId, limits: RateLimits) -> Result<Quota, StoreError> {
-        Ok(self.take(key, limits, Quota::is_allowed))
+        Ok(self.take(key, limits, false))
     }
 
     fn count_now(&self, key: &KeyId, limits: RateLimits) -> Option<Quota> {
-        Some(self.take(key, limits, Quota::is_allowed))
+        Some(self.take(key, limits, false))
     }
 }
 

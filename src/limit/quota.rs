@@ -5,10 +5,15 @@ use std::time::Duration;
 use crate::record::RateLimits;
 
 /// What a [`RateLimiter`](super::RateLimiter) says of a request.
+///
+/// Kept small, because it goes with the request: by period, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quota {
     is_allowed: bool,
-    windows: [Option<RateWindow>; 3],
+    has_window: [bool; 3],
+    limits: [u64; 3],
+    remaining: [u64; 3],
+    resets_in: [u32; 3],
 }
 
 /// The window of a rate limit that a request came in.
@@ -20,7 +25,7 @@ pub struct RateWindow {
     pub limit: u64,
     /// So many more do.
     pub remaining: u64,
-    /// How long until the next one begins.
+    /// How long until the next one begins, to the millisecond.
     pub resets_in: Duration,
 }
 
@@ -71,11 +76,29 @@ impl Quota {
     /// Whether the request may go on, and the windows that it came in: one of a period at most; of more, the
     /// last counts.
     pub fn new(is_allowed: bool, windows: impl IntoIterator<Item = RateWindow>) -> Self {
-        let mut by_period = [None; 3];
+        let mut quota = Self::empty(is_allowed);
         for window in windows {
-            by_period[window.period as usize] = Some(window);
+            let millis = window.resets_in.as_nanos().div_ceil(1_000_000);
+            let millis = u32::try_from(millis).unwrap_or(u32::MAX);
+            quota.put(window.period, window.limit, window.remaining, millis);
         }
-        Self { is_allowed, windows: by_period }
+        quota
+    }
+
+    pub(super) fn empty(is_allowed: bool) -> Self {
+        let (limits, remaining, resets_in) = ([0; 3], [0; 3], [0; 3]);
+        Self { is_allowed, has_window: [false; 3], limits, remaining, resets_in }
+    }
+
+    #[inline]
+    pub(super) fn put(&mut self, period: RatePeriod, limit: u64, remaining: u64, millis: u32) {
+        let at = period as usize;
+        self.has_window[at] = true;
+        (self.limits[at], self.remaining[at], self.resets_in[at]) = (limit, remaining, millis);
+    }
+
+    pub(super) fn take_one(&mut self) {
+        self.remaining = self.remaining.map(|remaining| remaining.saturating_sub(1));
     }
 
     /// Whether the request may go on.
@@ -83,9 +106,20 @@ impl Quota {
         self.is_allowed
     }
 
+    pub(super) fn refuse(&mut self) {
+        self.is_allowed = false;
+    }
+
     /// The windows that have a limit, the shortest first.
-    pub fn windows(&self) -> impl Iterator<Item = &RateWindow> {
-        self.windows.iter().flatten()
+    #[inline]
+    pub fn windows(&self) -> impl Iterator<Item = RateWindow> {
+        let with_limit = RatePeriod::ALL.into_iter().filter(|&it| self.has_window[it as usize]);
+        with_limit.map(|period| RateWindow {
+            period,
+            limit: self.limits[period as usize],
+            remaining: self.remaining[period as usize],
+            resets_in: Duration::from_millis(self.resets_in[period as usize].into()),
+        })
     }
 
     /// How long until there is room in every window that is full now.
