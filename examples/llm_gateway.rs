@@ -26,6 +26,7 @@ use tower_api_key::{
 /// Names, and micro-cents a token.
 const MODELS: [(&str, u64); 2] = [("echo-small", 50), ("echo-large", 500)];
 const DEFAULT_MAX_TOKENS: usize = 256;
+const MOST_TOKENS: usize = 100_000;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -88,6 +89,7 @@ struct Ask {
     model: String,
     messages: Vec<Message>,
     max_tokens: Option<usize>,
+    max_completion_tokens: Option<usize>,
     #[serde(default)]
     stream: bool,
 }
@@ -109,10 +111,13 @@ async fn complete(
     let prompt = ask.messages.last().map(|message| message.content.clone()).unwrap_or_default();
     let prompt_tokens: usize =
         ask.messages.iter().map(|message| message.content.split_whitespace().count()).sum();
-    let max_tokens = ask.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+    let max_tokens = ask.max_completion_tokens.or(ask.max_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
+    if max_tokens > MOST_TOKENS {
+        return Err(GatewayError::Request(format!("max_tokens is {MOST_TOKENS} at most")));
+    }
 
     // Held before the model runs, by the most that it can cost.
-    let most = (prompt_tokens + max_tokens) as u64 * price;
+    let most = (prompt_tokens.saturating_add(max_tokens) as u64).saturating_mul(*price);
     let reservation = caller.reserve(most).await?;
     let answer = Answer {
         words: prompt.split_inclusive(' ').take(max_tokens).map(str::to_owned).collect(),

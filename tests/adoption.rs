@@ -319,12 +319,14 @@ async fn ten_nodes_that_start_at_once_migrate_once() {
     }
     let orm = server.client().await;
     let count = "SELECT count(*)::text FROM __diesel_schema_migrations";
-    assert_eq!(text(&orm, count).await, "2");
+    assert_eq!(text(&orm, count).await, "4");
     assert_eq!(text(&orm, "SELECT count(*)::text FROM api_key_cache_secrets").await, "1");
 }
 
 /// From the newest migration to the oldest.
-const DOWN: [&str; 2] = [
+const DOWN: [&str; 4] = [
+    include_str!("../schema/postgres/2026-11-23-000004_budgets/down.sql"),
+    include_str!("../schema/postgres/2026-11-23-000003_usage/down.sql"),
     include_str!("../schema/postgres/2026-11-22-000002_revisions/down.sql"),
     include_str!("../schema/postgres/2026-11-22-000001_users_and_keys/down.sql"),
 ];

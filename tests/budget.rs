@@ -63,8 +63,8 @@ fn charge(writer: &str, sequence: u64, key: &KeyId, cost: i64, settled: i64) -> 
 
 async fn leases_and_costs_never_pass_the_limit<R: KeyRepository + Clone>(store: R) {
     let key = new_key(&store, cents(10, BudgetPeriod::Total)).await.record().id.clone();
-    // A quarter of what is left at most, unless more is needed.
-    assert_eq!(lease(&store, &key, "a", 100 * CENT, CENT).await, 10 * CENT / 4);
+    // What is needed, and a quarter of what is left then at most.
+    assert_eq!(lease(&store, &key, "a", 100 * CENT, 2 * CENT).await, 4 * CENT);
     assert_eq!(lease(&store, &key, "b", 5 * CENT, 5 * CENT).await, 5 * CENT);
     // In place of what it has.
     assert_eq!(lease(&store, &key, "a", 3 * CENT, 3 * CENT).await, 3 * CENT);

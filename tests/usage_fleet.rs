@@ -64,12 +64,11 @@ async fn a_million_events_are_counted_exactly_through_restarts_and_lost_answers(
     }
     let mut work = JoinSet::new();
     for (_, node) in &nodes {
-        let (node, keys) = (node.clone(), Arc::clone(&keys));
+        let mut callers = Vec::new();
+        for key in keys.iter() {
+            callers.push(node.authenticate(key).await.unwrap());
+        }
         work.spawn(async move {
-            let mut callers = Vec::new();
-            for key in keys.iter() {
-                callers.push(node.authenticate(key).await.unwrap());
-            }
             let events = EVENTS.div_ceil(NODES);
             for event in 0..events {
                 let at = event as usize * 7 % callers.len();

@@ -3,9 +3,14 @@
 use std::{
     collections::{HashMap, hash_map::RandomState},
     hash::BuildHasher,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
+
+use tokio::task::JoinSet;
 
 use super::reservation::{Reservation, amount};
 use crate::{
@@ -28,6 +33,7 @@ pub(crate) struct Accounts {
     /// Names this node, as it does in usage.
     holder: String,
     lifetime: Duration,
+    is_closed: AtomicBool,
 }
 
 /// A slice of a key's budget, and what was done with it. Amounts are in micro-cents.
@@ -63,6 +69,12 @@ struct State {
 const SHARDS: usize = 16;
 /// The longest that a reservation waits for the store.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// So many leases are renewed at once.
+const AT_ONCE: usize = 16;
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// A lease that others have used up is asked for again so often.
+const ATTEMPTS: usize = 5;
+const PAUSE: Duration = Duration::from_millis(20);
 /// What was refused is refused for so long without asking.
 const REFUSED_FOR: Duration = Duration::from_millis(250);
 /// A slice is for about so many reservations at first.
@@ -76,7 +88,8 @@ impl Accounts {
         lifetime: Duration,
     ) -> Self {
         let shards = std::array::from_fn(|_| Mutex::default());
-        Self { shards, hasher: RandomState::new(), store, scheme, holder, lifetime }
+        let is_closed = AtomicBool::new(false);
+        Self { shards, hasher: RandomState::new(), store, scheme, holder, lifetime, is_closed }
     }
 
     /// Holds `estimate` from the lease in hand, with no I/O.
@@ -87,8 +100,7 @@ impl Accounts {
         tally: &Arc<Tally>,
     ) -> Option<Reservation> {
         let account = self.account(key);
-        account
-            .hold(amount(estimate), self.now(), self.lifetime)
+        (!self.is_closed() && account.hold(amount(estimate), self.now(), self.lifetime))
             .then(|| Reservation::held(estimate, account, Arc::clone(tally)))
     }
 
@@ -100,24 +112,38 @@ impl Accounts {
         tally: &Arc<Tally>,
     ) -> Result<Reservation, Denial> {
         let account = self.account(key);
-        let came = self.now();
-        let wanted = amount(estimate);
-        if !account.hold(wanted, came, self.lifetime) {
-            let _asking = account.asking.lock().await;
-            let now = self.now();
-            // The one before may have asked for more than it needed, or in vain.
-            if !account.hold(wanted, now, self.lifetime) {
-                account.was_in_vain(wanted, came, now)?;
-                self.ask(&account, |state| state.wish(wanted)).await?;
-                if !account.hold(wanted, self.now(), self.lifetime) {
-                    return Err(account.refuse(wanted, self.now()));
-                }
-            }
-        }
+        let held = within(DEADLINE, self.hold(&account, amount(estimate))).await;
+        held.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE).into()))?;
         Ok(Reservation::held(estimate, account, Arc::clone(tally)))
     }
 
-    /// Settled costs have been written to the store, which has taken them from the lease.
+    async fn hold(&self, account: &Account, wanted: i64) -> Result<(), Denial> {
+        let came = self.now();
+        if self.is_closed() {
+            return Err(StoreError::unavailable("this node is shutting down").into());
+        }
+        let _asking = account.asking.lock().await;
+        for attempt in 0..ATTEMPTS {
+            let now = self.now();
+            // The one before may have asked for more than it needed, or in vain.
+            if account.hold(wanted, now, self.lifetime) {
+                return Ok(());
+            }
+            account.was_in_vain(wanted, came, now)?;
+            let has_room = self.ask(account, |state| state.wish(wanted)).await?;
+            if !has_room {
+                // What was settled may have been charged already without our knowing it yet.
+                if attempt > 0 || account.state().settled == 0 {
+                    return Err(account.refuse(wanted, self.now()));
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+        // Others were quicker each time.
+        Err(StoreError::overloaded("too many reservations at once", Duration::from_secs(1)).into())
+    }
+
+    /// Settled costs have been written to the store, which has taken them from the lease, or are given up.
     pub(crate) fn written(&self, key: &KeyId, settled: i64) {
         let account = lock(self.shard(key)).get(key).cloned();
         let Some(account) = account else { return };
@@ -127,43 +153,64 @@ impl Accounts {
         state.written = state.written.saturating_add(settled);
     }
 
-    /// Renews the leases that are in use, and hands back those that are not.
-    pub(crate) async fn tend(&self) -> Result<(), StoreError> {
-        for account in self.all() {
-            let Ok(_asking) = account.asking.try_lock() else { continue };
-            let now = self.now();
-            let (is_used, is_idle, is_old) = {
-                let state = account.state();
-                let since = |moment: Option<Moment>| moment.map(|moment| now.since(moment));
-                let is_used = state.due() != 0;
-                let is_idle = since(state.used_at).is_none_or(|idle| idle > self.lifetime / 3);
-                (is_used, is_idle, since(state.asked_at).is_none_or(|age| age > self.lifetime / 3))
-            };
-            if is_used && is_old {
-                self.ask(&account, |state| (state.leased.max(state.due()), state.due())).await?;
-            } else if !is_used && is_idle {
-                self.ask(&account, |_| (0, 0)).await?;
-                self.forget(&account);
+    /// Renews the leases that are in use, and hands back those that are not, until nobody wants it any more.
+    pub(crate) async fn tend(accounts: Weak<Self>) {
+        loop {
+            let Some(all) = accounts.upgrade() else { return };
+            let mut asked = JoinSet::new();
+            for account in all.all() {
+                if asked.len() == AT_ONCE {
+                    asked.join_next().await;
+                }
+                let all = Arc::clone(&all);
+                // What can't be asked for now is asked for again; the others do not wait for it.
+                asked.spawn(async move { all.tend_to(&account).await });
             }
+            while asked.join_next().await.is_some() {}
+            let pause = all.lifetime / 6;
+            drop(all);
+            tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
         }
-        Ok(())
     }
 
-    /// Hands back everything that is not held.
-    pub(crate) async fn close(&self) -> Result<(), StoreError> {
+    async fn tend_to(&self, account: &Arc<Account>) {
+        let Ok(_asking) = account.asking.try_lock() else { return };
+        let now = self.now();
+        let (is_idle, is_old) = {
+            let state = account.state();
+            let passed = |moment: Option<Moment>| {
+                moment.is_none_or(|moment| now.since(moment) > self.lifetime / 3)
+            };
+            (state.due() == 0 && passed(state.used_at), passed(state.asked_at))
+        };
+        if is_idle && self.ask(account, State::give_up).await.is_ok() {
+            self.forget(account);
+        } else if !is_idle && is_old {
+            // Logged with the usage, if it goes on.
+            let _ = self.ask(account, State::renew).await;
+        }
+    }
+
+    /// Hands back everything that is not held, and holds nothing any more.
+    pub(crate) async fn close(&self) {
+        self.is_closed.store(true, Ordering::SeqCst);
         for account in self.all() {
             let _asking = account.asking.lock().await;
-            self.ask(&account, |state| (state.due(), state.due())).await?;
+            // What is not handed back expires.
+            let _ = self.ask(&account, State::give_up).await;
         }
-        Ok(())
     }
 
-    /// Asks the store for as much, and says how much is needed at least.
+    fn is_closed(&self) -> bool {
+        self.is_closed.load(Ordering::SeqCst)
+    }
+
+    /// Asks the store for as much as `wish` says, and needs; returns whether that much was left.
     async fn ask(
         &self,
         account: &Account,
         wish: impl FnOnce(&mut State) -> (i64, i64),
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let asked_at = self.now();
         let (ask, written) = {
             let mut state = account.state();
@@ -176,10 +223,10 @@ impl Accounts {
         let outcome = outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE)));
         let mut state = account.state();
         match &outcome {
-            Ok(lease) => state.take(lease, asked_at, written),
+            Ok(lease) => state.take(lease, &ask, asked_at, written),
             Err(error) => state.failed = Some((self.now(), error.clone())),
         }
-        outcome.map(drop)
+        Ok(outcome?.amount_micro_cents >= ask.needed_micro_cents)
     }
 
     fn all(&self) -> Vec<Arc<Account>> {
@@ -269,8 +316,28 @@ impl State {
     /// For a reservation, and some more: the more often it is asked, the larger.
     fn wish(&mut self, wanted: i64) -> (i64, i64) {
         let needed = self.due().saturating_add(wanted);
-        self.slice = self.slice.saturating_mul(2).max(wanted.saturating_mul(RESERVATIONS));
-        (needed.saturating_add(self.slice), needed)
+        let slice = self.slice.saturating_mul(2).max(wanted.saturating_mul(RESERVATIONS));
+        (needed.saturating_add(slice), needed)
+    }
+
+    /// For what is held and, if anybody has held something since it was last asked, for the rest; else for half of
+    /// it. Lowered before the store does it, so that nobody holds meanwhile what is handed back.
+    fn renew(&mut self) -> (i64, i64) {
+        let is_wanted =
+            self.used_at.zip(self.asked_at).is_some_and(|(used, asked)| used.later(asked) == used);
+        let free = self.leased.saturating_sub(self.due()).max(0);
+        if !is_wanted {
+            self.leased = self.due().saturating_add(free / 2);
+            self.slice = 0;
+        }
+        let kept = self.leased.max(self.due());
+        (kept, kept)
+    }
+
+    /// For nothing but what is held.
+    fn give_up(&mut self) -> (i64, i64) {
+        (self.leased, self.slice) = (self.leased.min(self.due()), 0);
+        (self.due(), self.due())
     }
 
     /// What the lease has to be good for.
@@ -278,13 +345,17 @@ impl State {
         self.held.saturating_add(self.settled)
     }
 
-    fn take(&mut self, lease: &Lease, asked_at: Moment, written: i64) {
-        // What was written meanwhile has shrunk the lease before or after it was granted. It was after.
+    fn take(&mut self, lease: &Lease, ask: &LeaseAsk, asked_at: Moment, written: i64) {
+        // What was written meanwhile has shrunk the lease before or after it was granted: it was after.
         let meanwhile = self.written.saturating_sub(written);
         self.leased = lease.amount_micro_cents.saturating_sub(meanwhile).max(0);
+        if lease.amount_micro_cents >= ask.needed_micro_cents {
+            self.slice = ask.amount_micro_cents.saturating_sub(ask.needed_micro_cents);
+            self.refused = None;
+        }
         self.asked_at = Some(asked_at);
         self.resets_at = lease.resets_at;
-        (self.refused, self.failed) = (None, None);
+        self.failed = None;
     }
 
     fn exceeded(&self, now: Moment) -> Denial {

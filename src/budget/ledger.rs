@@ -19,8 +19,8 @@ pub(crate) struct Books {
     pub(crate) own: i64,
 }
 
-/// A slice for the one who asks, in place of the one that it has: what it asks for, but no more than a quarter of
-/// what is left or what it needs, whichever is more. If there is less left than it needs, it keeps what it has.
+/// A slice for the one who asks, in place of the one that it has: what it asks for, but no more than it needs and a
+/// quarter of what is left then. If there is less left than it needs, it keeps what it has.
 pub(crate) fn grant(
     budget: Option<Budget>,
     books: &Books,
@@ -30,7 +30,8 @@ pub(crate) fn grant(
     let limit = budget.map_or(i64::MAX, Budget::micro_cents);
     let room = limit.saturating_sub(books.spent).saturating_sub(books.others).max(0);
     let (asked, needed) = (ask.amount_micro_cents.max(0), ask.needed_micro_cents.max(0));
-    let granted = if needed > room { books.own.min(room) } else { asked.min(needed.max(room / 4)) };
+    let granted =
+        if needed > room { books.own.min(room) } else { asked.min(needed + (room - needed) / 4) };
     let resets_at = budget.and_then(|budget| budget.period.end(now));
     Lease { resets_at, ..Lease::new(granted, now + ask.lifetime) }
 }
@@ -90,9 +91,9 @@ mod tests {
     #[test]
     fn a_grant_is_never_more_than_what_is_left() {
         assert_eq!(granted(1, 0, 0, 0, &ask(100, 10)), 100);
-        // A quarter of what is left, or what is needed.
-        assert_eq!(granted(1, 0, 0, 0, &ask(900_000, 10)), 250_000);
-        assert_eq!(granted(1, 0, 0, 0, &ask(900_000, 600_000)), 600_000);
+        // What is needed, and a quarter of what is left.
+        assert_eq!(granted(1, 0, 0, 0, &ask(900_000, 20)), 250_015);
+        assert_eq!(granted(1, 0, 0, 0, &ask(900_000, 600_000)), 700_000);
         assert_eq!(granted(1, 400_000, 600_000, 0, &ask(10, 1)), 0);
         // What it has, as far as there is room for it.
         assert_eq!(granted(1, 400_000, 500_000, 90_000, &ask(300_000, 200_000)), 90_000);
@@ -100,7 +101,7 @@ mod tests {
         assert_eq!(granted(0, 0, 0, 0, &ask(10, 1)), 0);
         assert_eq!(granted(1, 5_000_000, 0, 0, &ask(10, 1)), 0);
         assert_eq!(granted(1, 0, 0, 70, &ask(0, 0)), 0);
-        assert_eq!(granted(u64::MAX, i64::MAX - 5, 0, 0, &ask(10, 1)), 1);
+        assert_eq!(granted(u64::MAX, i64::MAX - 5, 0, 0, &ask(10, 1)), 2);
         let books = Books { spent: i64::MAX, others: 0, own: 0 };
         assert_eq!(grant(None, &books, &ask(10, 0), SystemTime::UNIX_EPOCH).amount_micro_cents, 0);
     }

@@ -26,8 +26,9 @@ use crate::{
 ///
 /// When Redis does not answer, [`WhenRedisIsAway`] says what happens: by default each node keeps its share of the
 /// limits by itself. It counts what it lets through all the time, so that a node which has had its share of a
-/// window lets nothing more through when Redis goes away in the middle of it: the fleet as a whole lets through
-/// less than twice the limit in that window. A Redis that has lost its memory counts anew from the window that
+/// window lets nothing more through when Redis goes away in the middle of it: a fleet of N lets through at most
+/// twice the limit and N more in that window. Nodes that start while Redis is away do not know of each other and
+/// think that they are alone, unless [`nodes`](RedisRateLimiterBuilder::nodes) says how many they are. A Redis that has lost its memory counts anew from the window that
 /// is under way.
 ///
 /// ```
@@ -217,7 +218,9 @@ async fn beat(link: Arc<Link>, nodes: Weak<Nodes>) {
         // What was heard last goes on counting while Redis is away.
         if let Ok(Value::Int(count)) = HEARTBEAT_SCRIPT.run(&link, arguments).await {
             let count = u64::try_from(count).unwrap_or(1).max(1);
-            nodes.count.store(count, Ordering::Relaxed);
+            // A Redis that has lost its memory hears of the others again one by one.
+            let before = nodes.count.load(Ordering::Relaxed);
+            nodes.count.store(count.max(before.saturating_sub(1)), Ordering::Relaxed);
         }
         drop(nodes);
         tokio::time::sleep(HEARTBEAT_EVERY).await;

@@ -13,6 +13,9 @@ impl<E: From<StoreError>> From<Error> for Failure<E> {
     }
 }
 
+/// PostgreSQL's 57014, 55P03 and 40P01, and SQLITE_BUSY.
+const TRANSIENT: [&str; 4] = ["statement timeout", "lock timeout", "deadlock detected", "locked"];
+
 pub(super) fn store_error(error: Error) -> StoreError {
     use DatabaseErrorKind::{
         ClosedConnection, ForeignKeyViolation, ReadOnlyTransaction, SerializationFailure,
@@ -26,10 +29,8 @@ pub(super) fn store_error(error: Error) -> StoreError {
             ClosedConnection | UnableToSendCommand | SerializationFailure | ReadOnlyTransaction,
             _,
         ) => StoreError::unavailable(error),
-        // diesel passes these on as text alone: PostgreSQL's 57014, and SQLITE_BUSY.
-        Error::DatabaseError(_, info)
-            if ["statement timeout", "locked"].iter().any(|it| info.message().contains(it)) =>
-        {
+        // diesel passes these on as text alone.
+        Error::DatabaseError(_, info) if TRANSIENT.iter().any(|it| info.message().contains(it)) => {
             StoreError::unavailable(error)
         }
         Error::DeserializationError(_) => {

@@ -116,11 +116,19 @@ impl SqliteStore {
         &self,
         work: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
+        self.changed(self.in_silent_transaction(work)).await
+    }
+
+    /// The same for what changes no decision, so that the feed need not know.
+    async fn in_silent_transaction<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
         let transaction = |connection: &mut SqliteConnection| {
             let outcome = connection.immediate_transaction(|c| work(c).map_err(Failure));
             outcome.map_err(|Failure(error)| error)
         };
-        self.changed(self.0.writer.run(self.0.deadline, transaction)).await
+        self.0.writer.run(self.0.deadline, transaction).await
     }
 
     /// Runs a statement that may write.

@@ -36,8 +36,9 @@ pub(crate) struct Recorder {
     scheme: KeyScheme,
     writer: tokio::sync::Mutex<Writer>,
     /// The budgets that what is settled is charged to.
-    pub(crate) accounts: Accounts,
+    pub(crate) accounts: Arc<Accounts>,
     work: Background,
+    tending: Background,
 }
 
 /// What is still to be written.
@@ -78,6 +79,7 @@ impl Recorder {
         let is_on = interval.is_some() && getrandom::fill(&mut name).is_ok();
         let name = hex(&name);
         let accounts = Accounts::new(store.clone(), scheme.clone(), name.clone(), lease_lifetime);
+        let accounts = Arc::new(accounts);
         Arc::new(Self {
             moved: std::array::from_fn(|_| Mutex::default()),
             next_shard: AtomicUsize::new(0),
@@ -94,6 +96,7 @@ impl Recorder {
             }),
             accounts,
             work: Background::default(),
+            tending: Background::default(),
         })
     }
 
@@ -122,6 +125,7 @@ impl Recorder {
     pub(crate) fn ensure_work(self: &Arc<Self>) {
         if self.is_on.load(Ordering::Relaxed) && Handle::try_current().is_ok() {
             self.work.ensure(|| work(Arc::downgrade(self), self.interval));
+            self.tending.ensure(|| Accounts::tend(Arc::downgrade(&self.accounts)));
         }
     }
 
@@ -132,18 +136,17 @@ impl Recorder {
         for shard in &self.moved {
             let moved = std::mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
             for tally in moved {
-                writer.gather(tally.take());
+                if let Some(dropped) = writer.gather(tally.take()) {
+                    self.settled(&dropped);
+                }
             }
         }
         while let Some(batch) = writer.next_batch(now) {
             let outcome = within(DEADLINE, self.store.record_usage(batch)).await;
             match outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE))) {
                 Ok(()) => {
-                    for usage in writer.sent.take().into_iter().flat_map(|batch| batch.entries) {
-                        if usage.settled_micro_cents > 0 {
-                            self.accounts.written(&usage.key, usage.settled_micro_cents);
-                        }
-                    }
+                    let batch = writer.sent.take();
+                    batch.iter().flat_map(|batch| &batch.entries).for_each(|it| self.settled(it));
                 }
                 Err(error) if error.kind() == StoreErrorKind::Unsupported => {
                     self.is_on.store(false, Ordering::Relaxed);
@@ -161,24 +164,32 @@ impl Recorder {
         Ok(())
     }
 
+    /// What was settled from a lease is charged, or given up.
+    fn settled(&self, usage: &KeyUsage) {
+        if usage.settled_micro_cents > 0 {
+            self.accounts.written(&usage.key, usage.settled_micro_cents);
+        }
+    }
+
     /// Ends the work, and writes what is left, within 10 s.
     pub(crate) async fn stop(&self) {
         self.work.stop();
+        self.tending.stop();
         if self.is_on.swap(false, Ordering::Relaxed)
             && within(LAST_FLUSH, self.flush()).await.is_none_or(|outcome| outcome.is_err())
         {
             telemetry::usage_lost(self.writer.lock().await.gathered.len());
         }
-        // What is not handed back expires.
         let _ = within(LAST_FLUSH, self.accounts.close()).await;
     }
 }
 
 impl Writer {
-    fn gather(&mut self, usage: KeyUsage) {
+    /// Gives back what there is no room for.
+    fn gather(&mut self, usage: KeyUsage) -> Option<KeyUsage> {
         if self.gathered.len() >= MAX_GATHERED && !self.gathered.contains_key(&usage.key) {
             telemetry::usage_dropped(&usage);
-            return;
+            return Some(usage);
         }
         let sum =
             self.gathered.entry(usage.key.clone()).or_insert_with(|| KeyUsage::new(usage.key));
@@ -186,6 +197,7 @@ impl Writer {
         sum.tokens = sum.tokens.saturating_add(usage.tokens);
         sum.cost_micro_cents = sum.cost_micro_cents.saturating_add(usage.cost_micro_cents);
         sum.settled_micro_cents = sum.settled_micro_cents.saturating_add(usage.settled_micro_cents);
+        None
     }
 
     /// The batch that was sent already, or a new one of what is there; `None` if there is nothing.
@@ -234,7 +246,6 @@ async fn work(recorder: Weak<Recorder>, interval: Duration) {
         let Some(recorder) = recorder.upgrade() else { return };
         // What failed was logged, and is tried again.
         let _ = recorder.flush().await;
-        let _ = recorder.accounts.tend().await;
     }
 }
 

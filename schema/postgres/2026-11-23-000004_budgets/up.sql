@@ -8,8 +8,8 @@ CREATE TABLE api_key_leases (
 );
 
 -- Grants a holder a slice of what is left of a key's budget in the period that is under way (UTC), in place of
--- the one that it has: `asked`, but no more than a quarter of what is left or `needed`, whichever is more. If
--- there is less left than `needed`, it keeps what it has. A function, so that what is read after the lock is as
+-- the one that it has: `asked`, but no more than `needed` and a quarter of what is left then. If there is less left
+-- than `needed`, it keeps what it has. A function, so that what is read after the lock is as
 -- of the lock: everything that spends or grants holds it.
 CREATE FUNCTION api_key_lease(
     of_key BIGINT, by_holder TEXT, asked BIGINT, needed BIGINT, life_ms BIGINT,
@@ -43,11 +43,11 @@ BEGIN
             after := (first + INTERVAL '1 month')::date;
     END CASE;
     resets := after::timestamp AT TIME ZONE 'UTC';
+    SELECT coalesce(sum(cost_micro_cents), 0) INTO spent FROM api_key_usage
+        WHERE api_key_id = of_key AND (first IS NULL OR day >= first AND day < after);
     IF first IS NULL THEN
-        spent := budget.total_cost;
-    ELSE
-        SELECT coalesce(sum(cost_micro_cents), 0) INTO spent FROM api_key_usage
-            WHERE api_key_id = of_key AND day >= first AND day < after;
+        -- The column of an adopted table may be too coarse for single requests, but know of what was before.
+        spent := greatest(spent, budget.total_cost);
     END IF;
     DELETE FROM api_key_leases WHERE api_key_id = of_key AND expires_at <= present;
     SELECT coalesce(sum(amount_micro_cents), 0) INTO others FROM api_key_leases
@@ -60,7 +60,7 @@ BEGIN
             WHERE api_key_id = of_key AND holder = by_holder;
         granted := least(granted, room);
     ELSE
-        granted := least(asked, greatest(needed, trunc(room / 4)));
+        granted := least(asked, needed + trunc((room - needed) / 4));
     END IF;
     IF granted = 0 THEN
         DELETE FROM api_key_leases WHERE api_key_id = of_key AND holder = by_holder;

@@ -1,5 +1,7 @@
 //! Usage, written behind.
 
+use std::time::Duration;
+
 use diesel_async::{AsyncConnection, AsyncPgConnection, RunQueryDsl};
 use serde_json::Value;
 
@@ -21,7 +23,7 @@ use crate::{
 /// The rows of keys are locked in the order of their ids before any is written; an `UPDATE` alone locks them in
 /// the order in which it finds them, and two of them would wait for each other. Rows of days and leases
 /// are written by whoever holds the lock of their key. Sums stay at the largest number that their column holds.
-fn count(is_gated: bool) -> String {
+fn count(is_gated: bool, has_totals: bool) -> String {
     let total = |column: &str, added: &str| {
         format!(
             "{column} = least(coalesce(k.{column}, 0)::numeric + b.{added},
@@ -31,6 +33,7 @@ fn count(is_gated: bool) -> String {
         )
     };
     let writer = if is_gated { WRITER } else { "SELECT 1" };
+    let counted = if has_totals { "TRUE" } else { "FALSE" };
     let day = |column: &str| {
         format!("{column} = least(u.{column}::numeric + excluded.{column}, 9223372036854775807)")
     };
@@ -51,10 +54,13 @@ fn count(is_gated: bool) -> String {
                     WHEN b.is_last_used AND (
                         k.last_used_at IS NULL OR k.last_used_at <= (time.row).last_used_at - INTERVAL '60 s'
                     ) THEN (time.row).last_used_at ELSE k.last_used_at END
-            FROM locked l JOIN batch b ON b.id = l.id, time WHERE k.id = l.id RETURNING k.id
+            FROM locked l JOIN batch b ON b.id = l.id, time WHERE k.id = l.id AND {counted} RETURNING k.id
         ), days AS (
             INSERT INTO api_key_usage AS u (api_key_id, day, requests, tokens, cost_micro_cents)
-            SELECT b.id, $5::date, b.requests, b.tokens, b.cost FROM locked l JOIN batch b ON b.id = l.id
+            -- A batch may have waited for long, but none is from tomorrow.
+            SELECT b.id, least($5::date, today.day), b.requests, b.tokens, b.cost
+            FROM locked l JOIN batch b ON b.id = l.id,
+                (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date AS day) AS today
             ORDER BY b.id
             ON CONFLICT (api_key_id, day) DO UPDATE SET {}, {}, {}
         ), leases AS (
@@ -62,7 +68,7 @@ fn count(is_gated: bool) -> String {
             FROM locked l JOIN batch b ON b.id = l.id
             WHERE s.api_key_id = l.id AND s.holder = $2 AND b.settled > 0
         )
-        SELECT json_build_array((SELECT count(*) FROM writer), (SELECT count(*) FROM counted))::text AS row",
+        SELECT json_build_array((SELECT count(*) FROM writer), (SELECT count(*) FROM locked))::text AS row",
         total("total_requests", "requests"),
         total("total_tokens", "tokens"),
         day("requests"),
@@ -89,24 +95,23 @@ impl PostgresStore {
     pub(super) async fn count_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
         let entries = batch.encoded();
         let all = Value::from(entries.clone()).to_string();
-        let statement = Statement::new(count(true), binds(batch, all));
+        let statement = Statement::new(count(true, true), binds(batch, all));
         match self.load::<TextRow>(&statement).await {
             Ok(rows) => report(batch, &rows),
-            // Something in one of the rows: a check, a trigger, a column that is too narrow.
-            Err(error) if error.kind() == StoreErrorKind::Rejected => {
-                self.count_one_by_one(batch, &entries).await?;
-            }
+            Err(error) if is_of_a_row(&error) => self.count_in_parts(batch, &entries).await?,
             Err(error) => return Err(error),
         }
-        if batch.sequence == 1 {
-            self.load::<TextRow>(&Statement::new(FORGET_WRITERS, [])).await?;
+        if batch.sequence == 1
+            && let Err(error) = self.load::<TextRow>(&Statement::new(FORGET_WRITERS, [])).await
+        {
+            telemetry::not_pruned(&error);
         }
         Ok(())
     }
 
-    /// In one transaction with a savepoint for each key, so that a row which can't be written keeps no other one
-    /// from being counted.
-    async fn count_one_by_one(
+    /// In one transaction with savepoints, by halves, so that a row which can't be written keeps no other one from
+    /// being counted.
+    async fn count_in_parts(
         &self,
         batch: &UsageBatch,
         entries: &[Value],
@@ -120,29 +125,54 @@ impl PostgresStore {
             if load(&gate, connection).await?.iter().any(|row| row.row == "0") {
                 return Ok(());
             }
-            for entry in entries {
-                let one = Value::from(vec![entry.clone()]).to_string();
-                let statement = Statement::new(count(false), binds(batch, one));
-                let counted =
-                    connection.transaction(async |connection| load(&statement, connection).await);
-                match counted.await {
-                    Err(Failure(error)) if error.kind() == StoreErrorKind::Rejected => {
-                        telemetry::usage_of_bad_row(&entry["id"], &error);
-                    }
-                    outcome => drop(outcome?),
+            let mut parts = vec![entries];
+            while let Some(part) = parts.pop() {
+                let Err(Failure(error)) = count_part(connection, batch, part, true).await else {
+                    continue;
+                };
+                if !is_of_a_row(&error) {
+                    return Err(Failure(error));
                 }
+                let (first, rest) = part.split_at(part.len() / 2);
+                if !first.is_empty() {
+                    parts.extend([rest, first]);
+                    continue;
+                }
+                for entry in rest {
+                    telemetry::usage_of_bad_row(&entry["id"], &error);
+                }
+                // The totals are what checks and triggers are on; what it has cost is charged all the same.
+                count_part(connection, batch, rest, false).await?;
             }
             Ok(())
         });
-        let deadline = self.0.deadline * 10;
-        match within(deadline, work).await {
+        match within(PARTS_DEADLINE, work).await {
             Some(outcome) => {
                 checkout.put_back();
                 outcome.map_err(|Failure::<StoreError>(error)| error)
             }
-            None => Err(StoreError::timeout(deadline)),
+            None => Err(StoreError::timeout(PARTS_DEADLINE)),
         }
     }
+}
+
+/// Below the one that the recorder has for a batch.
+const PARTS_DEADLINE: Duration = Duration::from_secs(25);
+
+/// Something in one of the rows: a check, a trigger, a column that is too narrow.
+fn is_of_a_row(error: &StoreError) -> bool {
+    matches!(error.kind(), StoreErrorKind::Rejected | StoreErrorKind::Conflict)
+}
+
+async fn count_part(
+    connection: &mut AsyncPgConnection,
+    batch: &UsageBatch,
+    entries: &[Value],
+    has_totals: bool,
+) -> Result<(), Failure<StoreError>> {
+    let part = Value::from(entries.to_vec()).to_string();
+    let statement = Statement::new(count(false, has_totals), binds(batch, part));
+    connection.transaction(async |connection| load(&statement, connection).await.map(drop)).await
 }
 
 async fn load(

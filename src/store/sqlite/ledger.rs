@@ -46,7 +46,7 @@ impl SqliteStore {
         let now = SystemTime::now();
         let Some(key) = ask.key.as_i64() else { return Ok(Lease::none(now)) };
         let ask = ask.clone();
-        self.in_transaction(move |connection| lease(connection, key, &ask, now)).await
+        self.in_silent_transaction(move |connection| lease(connection, key, &ask, now)).await
     }
 }
 

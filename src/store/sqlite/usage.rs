@@ -64,7 +64,7 @@ const FORGET_WRITERS: &str = "
 impl SqliteStore {
     pub(super) async fn count_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
         let batch = batch.clone();
-        self.in_transaction(move |connection| count(connection, &batch)).await
+        self.in_silent_transaction(move |connection| count(connection, &batch)).await
     }
 }
 
@@ -78,12 +78,12 @@ fn count(connection: &mut SqliteConnection, batch: &UsageBatch) -> Result<(), St
     let entries = batch.encoded();
     let mut missing = batch.entries.len() - entries.len();
     for entry in entries {
-        // A row that can't be written keeps no other one from being counted.
-        let counted = connection.transaction(|c| count_key(c, batch, &entry).map_err(Failure));
-        match counted {
-            Ok(true) => {}
+        // A row that can't be written keeps no other one from being counted, nor itself from being charged.
+        match connection.transaction(|c| count_key(c, batch, &entry).map_err(Failure)) {
+            Ok(true) => charge_key(connection, batch, &entry)?,
             Ok(false) => missing += 1,
-            Err(Failure(error)) if error.kind() == StoreErrorKind::Rejected => {
+            Err(Failure(error)) if is_of_a_row(&error) => {
+                charge_key(connection, batch, &entry)?;
                 telemetry::usage_of_bad_row(&entry["id"], &error);
             }
             Err(Failure(error)) => return Err(error),
@@ -104,13 +104,22 @@ fn count_key(
     batch: &UsageBatch,
     entry: &Value,
 ) -> Result<bool, StoreError> {
-    let text = entry.to_string();
-    let totals = [Bind::Text(text.clone()), Bind::Text(batch.time())];
-    if load(connection, &Statement::new(TOTALS, totals))?.is_empty() {
-        return Ok(false);
-    }
-    let text = || Bind::Text(text.clone());
+    let totals = [Bind::Text(entry.to_string()), Bind::Text(batch.time())];
+    Ok(!load(connection, &Statement::new(TOTALS, totals))?.is_empty())
+}
+
+/// The day, and the lease.
+fn charge_key(
+    connection: &mut SqliteConnection,
+    batch: &UsageBatch,
+    entry: &Value,
+) -> Result<(), StoreError> {
+    let text = || Bind::Text(entry.to_string());
     load(connection, &Statement::new(DAYS, [text(), Bind::Text(batch.day())]))?;
     load(connection, &Statement::new(LEASES, [text(), Bind::Text(batch.writer.clone())]))?;
-    Ok(true)
+    Ok(())
+}
+
+fn is_of_a_row(error: &StoreError) -> bool {
+    matches!(error.kind(), StoreErrorKind::Rejected | StoreErrorKind::Conflict)
 }
