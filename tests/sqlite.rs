@@ -112,7 +112,7 @@ async fn tables_of_an_orm_are_adopted_and_its_statements_go_on_working() {
     assert!(matches!(denial, Denial::InvalidKey(InvalidKey::OwnerInactive)), "{denial}");
 
     let [later @ .., first] = DOWN;
-    later.map(|down| orm.run(down));
+    later.iter().for_each(|down| orm.run(down));
     let error = orm.0.transaction(|connection| connection.batch_execute(first)).unwrap_err();
     assert!(error.to_string().contains("adopted_tables_are_not_dropped"), "{error}");
     assert_eq!(orm.text("SELECT count(*) FROM api_keys"), "3");
