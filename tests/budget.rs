@@ -1,23 +1,19 @@
-//! Budgets: the ledger that every store keeps, and reservations on one node.
+//! Budgets: the ledger that every store keeps.
 
 mod support;
 
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU64, Ordering::SeqCst},
     },
     time::{Duration, SystemTime},
 };
 
-use support::{
-    Answer as Told, bearer, eventually::eventually, probe::probe, read, servers::Postgres,
-};
-use tower::{ServiceBuilder, ServiceExt};
+use support::{eventually::eventually, every_store::on_every_store};
 use tower_api_key::*;
 
 const CENT: i64 = 1_000_000;
-const SOON: Duration = Duration::from_millis(5);
 
 fn cents(limit_cents: u64, period: BudgetPeriod) -> Option<Budget> {
     Some(Budget { limit_cents, period })
@@ -48,7 +44,8 @@ async fn lease_for(
     needed: i64,
     lifetime: Duration,
 ) -> Lease {
-    let mut ask = LeaseAsk::new(key.clone(), by, asked);
+    static ASKS: AtomicU64 = AtomicU64::new(1);
+    let mut ask = LeaseAsk::new(key.clone(), by, ASKS.fetch_add(1, SeqCst), asked);
     (ask.needed_micro_cents, ask.lifetime) = (needed, lifetime);
     store.lease(&ask).await.unwrap()
 }
@@ -127,27 +124,47 @@ async fn no_limit_a_limit_of_nothing_and_no_key<R: KeyRepository + Clone>(store:
     assert!(granted >= i64::MAX / 4, "{granted}");
 }
 
-macro_rules! on_every_store {
-    ($($behaviour:ident)*) => {
-        mod memory {
-            $(#[tokio::test] async fn $behaviour() { super::$behaviour(super::MemoryStore::new()).await; })*
-        }
-        mod sqlite {
-            $(#[tokio::test] async fn $behaviour() {
-                let store = super::SqliteStore::in_memory().unwrap();
-                store.migrate().await.unwrap();
-                super::$behaviour(store).await;
-            })*
-        }
-        mod postgres {
-            $(#[tokio::test] async fn $behaviour() {
-                let server = super::Postgres::start();
-                let store = super::PostgresStore::new(&server.url()).unwrap();
-                store.migrate().await.unwrap();
-                super::$behaviour(store).await;
-            })*
-        }
+async fn an_ask_that_comes_late_changes_nothing<R: KeyRepository + Clone>(store: R) {
+    let key = new_key(&store, cents(10, BudgetPeriod::Daily)).await.record().id.clone();
+    let ask = async |by: &str, sequence, amount| {
+        let mut ask = LeaseAsk::new(key.clone(), by, sequence, amount);
+        ask.needed_micro_cents = amount;
+        store.lease(&ask).await.unwrap()
     };
+    let granted = ask("a", 2, 6 * CENT).await;
+    // The one before it, which was on its way for long, and the same again.
+    for (sequence, amount) in [(1, 0), (1, 9 * CENT), (2, CENT)] {
+        let told = ask("a", sequence, amount).await;
+        assert_eq!(told.amount_micro_cents, 6 * CENT);
+        let differs = told.expires_at.duration_since(granted.expires_at).unwrap_or_default();
+        assert!(differs <= Duration::from_millis(1), "it has been renewed by {differs:?}");
+    }
+    assert_eq!(ask("b", 1, 5 * CENT).await.amount_micro_cents, 0);
+    assert_eq!(ask("b", 1, 4 * CENT).await.amount_micro_cents, 0);
+    assert_eq!(ask("b", 2, 4 * CENT).await.amount_micro_cents, 4 * CENT);
+    // What was handed back stays handed back.
+    assert_eq!(ask("a", 4, 0).await.amount_micro_cents, 0);
+    assert_eq!(ask("a", 3, 6 * CENT).await.amount_micro_cents, 0);
+    assert_eq!(ask("c", 1, 6 * CENT).await.amount_micro_cents, 6 * CENT);
+}
+
+async fn what_a_node_with_a_wrong_clock_spends_is_charged_to_the_stores_day<R>(store: R)
+where
+    R: KeyRepository + Clone,
+{
+    let issued = new_key(&store, cents(1, BudgetPeriod::Daily)).await;
+    let day = Duration::from_secs(86_400);
+    for wrong in [SystemTime::now() - 3 * day, SystemTime::now() + 3 * day] {
+        let clock = Arc::new(ManualClock::at(wrong));
+        let scheme = KeyScheme::builder().clock(clock).build().unwrap();
+        let node = Authenticator::builder(store.clone()).scheme(scheme).build();
+        let caller = node.authenticate(issued.expose_secret()).await.unwrap();
+        caller.reserve(400_000).await.unwrap().settle(400_000);
+        node.shutdown().await;
+    }
+    let id = &issued.record().id;
+    assert_eq!(lease(&store, id, "other", 200_001, 200_001).await, 0);
+    assert_eq!(lease(&store, id, "other", 200_000, 200_000).await, 200_000);
 }
 
 on_every_store! {
@@ -155,152 +172,6 @@ on_every_store! {
     a_lease_expires_by_the_time_of_the_store
     a_period_is_charged_by_its_days
     no_limit_a_limit_of_nothing_and_no_key
-}
-
-/// A store whose ledger can be away, and that counts how often it is asked for a lease.
-#[derive(Clone)]
-struct Ledger {
-    store: MemoryStore,
-    asked: Arc<AtomicUsize>,
-    is_away: Arc<AtomicBool>,
-}
-
-impl KeyStore for Ledger {
-    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        self.store.resolve(lookup).await
-    }
-
-    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
-        self.is_there()?;
-        self.store.record_usage(batch).await
-    }
-
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
-        self.asked.fetch_add(1, SeqCst);
-        self.is_there()?;
-        self.store.lease(ask).await
-    }
-}
-
-impl Ledger {
-    fn is_there(&self) -> Result<(), StoreError> {
-        let is_away = self.is_away.load(SeqCst);
-        if is_away { Err(StoreError::unavailable("it is away")) } else { Ok(()) }
-    }
-}
-
-struct Node {
-    ledger: Ledger,
-    authenticator: Authenticator,
-    caller: AuthContext,
-    key: String,
-}
-
-impl Node {
-    async fn new(budget: Option<Budget>) -> Self {
-        let store = MemoryStore::new();
-        let issued = new_key(&store, budget).await;
-        let ledger = Ledger { store, asked: Arc::default(), is_away: Arc::default() };
-        let authenticator = Authenticator::builder(ledger.clone()).usage_interval(SOON).build();
-        let key = issued.expose_secret().to_owned();
-        let caller = authenticator.authenticate(&key).await.unwrap();
-        Self { ledger, authenticator, caller, key }
-    }
-
-    async fn spent(&self) -> i64 {
-        let id = &self.caller.key().id;
-        self.ledger.store.find_key(id).await.unwrap().unwrap().usage.cost_micro_cents
-    }
-
-    async fn refused(&self, estimate: u64) -> BudgetExceeded {
-        match self.caller.reserve(estimate).await {
-            Err(Denial::BudgetExceeded(exceeded)) => exceeded,
-            other => panic!("{other:?}"),
-        }
-    }
-}
-
-#[tokio::test]
-async fn a_reservation_is_settled_or_dropped_once() {
-    let node = Node::new(cents(1, BudgetPeriod::Total)).await;
-    node.caller.reserve(400_000).await.unwrap().settle(100_000);
-    drop(node.caller.reserve(200_000).await.unwrap());
-    eventually("both are charged", async || node.spent().await == 300_000).await;
-    let held = node.caller.reserve(600_000).await.unwrap();
-    assert_eq!(node.refused(100_001).await.resets_at, None);
-    // Past the estimate: it was used, so it is charged.
-    held.settle(650_000);
-    eventually("it is charged", async || node.spent().await == 950_000).await;
-    node.caller.reserve(50_000).await.unwrap().settle(0);
-    assert!(matches!(node.caller.reserve(u64::MAX).await, Err(Denial::BudgetExceeded(_))));
-    node.caller.reserve(0).await.unwrap().settle(0);
-    node.authenticator.shutdown().await;
-    assert_eq!(node.spent().await, 950_000);
-}
-
-#[tokio::test]
-async fn a_lease_in_hand_serves_without_asking_and_outlives_the_store() {
-    let node = Node::new(cents(1_000, BudgetPeriod::Monthly)).await;
-    node.caller.reserve(1_000).await.unwrap().settle(1_000);
-    let asked = node.ledger.asked.load(SeqCst);
-    for _ in 0..10 {
-        node.caller.reserve(1_000).await.unwrap().settle(1_000);
-    }
-    assert_eq!(node.ledger.asked.load(SeqCst), asked);
-    node.ledger.is_away.store(true, SeqCst);
-    node.caller.reserve(1_000).await.unwrap().settle(1_000);
-    // More than what is in hand.
-    let denial = node.caller.reserve(900 * CENT as u64).await.unwrap_err();
-    assert!(matches!(denial, Denial::Unavailable(_)), "{denial:?}");
-    assert_eq!(denial.status(), 503);
-    node.ledger.is_away.store(false, SeqCst);
-    eventually("all of it is charged", async || node.spent().await == 12_000).await;
-}
-
-#[tokio::test]
-async fn the_shutdown_hands_back_what_is_not_used() {
-    let node = Node::new(cents(4, BudgetPeriod::Total)).await;
-    node.caller.reserve(CENT as u64).await.unwrap().settle(CENT as u64);
-    node.authenticator.shutdown().await;
-    let id = &node.caller.key().id;
-    assert_eq!(lease(&node.ledger.store, id, "other", 3 * CENT, 3 * CENT).await, 3 * CENT);
-}
-
-#[tokio::test]
-async fn a_key_without_a_budget_reserves_what_it_likes() {
-    let node = Node::new(None).await;
-    node.caller.reserve(u64::MAX).await.unwrap().settle(5);
-    eventually("it is counted", async || node.spent().await == 5).await;
-    assert_eq!(node.ledger.asked.load(SeqCst), 0);
-    AuthContext::unverified(node.caller.key().clone()).reserve(7).await.unwrap().settle(7);
-    let nobody = Authenticator::builder(node.ledger.store.clone()).without_usage().build();
-    nobody.authenticate(&node.key).await.unwrap().reserve(7).await.unwrap().settle(7);
-    node.authenticator.shutdown().await;
-    assert_eq!(node.spent().await, 5);
-}
-
-#[tokio::test]
-async fn a_fixed_cost_is_charged_for_each_request() {
-    let node = Node::new(cents(1, BudgetPeriod::Daily)).await;
-    let service = ServiceBuilder::new()
-        .layer(ApiKeyAuthLayer::from(node.authenticator.clone()))
-        .layer(BudgetLayer::new(300_000))
-        .service(probe().0);
-    let ask = async |grpc: bool| -> Told {
-        let mut request = bearer(&node.key);
-        if grpc {
-            request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
-        }
-        read(service.clone().oneshot(request).await.unwrap()).await
-    };
-    for _ in 0..3 {
-        assert_eq!(ask(false).await.status(), 200);
-    }
-    let refused = ask(false).await;
-    assert_eq!(refused.status(), 429);
-    let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
-    assert!((1..=86_400).contains(&wait), "{wait}");
-    assert!(refused.body.contains("is used up until 20"), "{}", refused.body);
-    assert_eq!(ask(true).await.header("grpc-status"), Some("8"));
-    eventually("three are charged", async || node.spent().await == 900_000).await;
+    an_ask_that_comes_late_changes_nothing
+    what_a_node_with_a_wrong_clock_spends_is_charged_to_the_stores_day
 }

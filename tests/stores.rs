@@ -13,55 +13,11 @@ use std::{
 use chrono::{TimeZone, Utc};
 use futures_util::StreamExt;
 use serde_json::json;
-use support::{eventually::eventually, servers::Postgres, some_user, stores::question};
+use support::{
+    eventually::eventually, every_store::on_every_store, servers::Postgres, some_user,
+    stores::question,
+};
 use tower_api_key::*;
-
-/// Runs each behaviour on each store.
-macro_rules! on_every_store {
-    ($($behaviour:ident)*) => {
-        mod memory {
-            $(#[tokio::test] async fn $behaviour() { super::$behaviour(super::MemoryStore::new()).await; })*
-        }
-        mod sqlite_in_memory {
-            $(#[tokio::test] async fn $behaviour() {
-                let store = super::SqliteStore::in_memory().unwrap();
-                store.migrate().await.unwrap();
-                super::$behaviour(store).await;
-            })*
-        }
-        mod sqlite_file {
-            $(#[tokio::test(flavor = "multi_thread")] async fn $behaviour() {
-                let folder = tempfile::tempdir().unwrap();
-                let store = super::SqliteStore::open(folder.path().join("keys.db")).unwrap();
-                store.migrate().await.unwrap();
-                super::$behaviour(store).await;
-            })*
-        }
-        mod postgres {
-            $(#[tokio::test] async fn $behaviour() {
-                let server = super::Postgres::start();
-                let store = super::PostgresStore::builder(&server.url()).max_connections(2).build();
-                let store = store.unwrap();
-                store.migrate().await.unwrap();
-                super::$behaviour(store).await;
-            })*
-        }
-        mod postgres_on_many_threads {
-            #[tokio::test(flavor = "multi_thread")] async fn all() {
-                let server = super::Postgres::start();
-                let admin = server.client().await;
-                $({
-                    let database = stringify!($behaviour);
-                    admin.batch_execute(&format!("CREATE DATABASE {database}")).await.unwrap();
-                    let url = server.database_url(database);
-                    let store = super::PostgresStore::new(&url).unwrap();
-                    store.migrate().await.unwrap();
-                    super::$behaviour(store).await;
-                })*
-            }
-        }
-    };
-}
 
 on_every_store! {
     an_issued_key_comes_back_with_all_that_was_set
@@ -457,7 +413,7 @@ async fn an_arc_and_a_dyn_store_answer_like_the_store(
     assert_eq!(format!("{:?}", by_name.cache_secret().await.unwrap()), format!("{secret:?}"));
     let batch = UsageBatch::new("writer", 1);
     by_name.record_usage(&batch).await.unwrap();
-    let ask = LeaseAsk::new(issued.record().id.clone(), "node", 1);
+    let ask = LeaseAsk::new(issued.record().id.clone(), "node", 1, 1);
     assert_eq!(by_name.lease(&ask).await.unwrap().amount_micro_cents, 1);
 }
 

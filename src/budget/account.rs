@@ -5,7 +5,7 @@ use std::{
     hash::BuildHasher,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -32,6 +32,8 @@ pub(crate) struct Accounts {
     scheme: KeyScheme,
     /// Names this node, as it does in usage.
     holder: String,
+    /// Of the last ask for a lease: one that the store comes to late is then known to be old.
+    sequence: AtomicU64,
     lifetime: Duration,
     is_closed: AtomicBool,
 }
@@ -88,8 +90,16 @@ impl Accounts {
         lifetime: Duration,
     ) -> Self {
         let shards = std::array::from_fn(|_| Mutex::default());
-        let is_closed = AtomicBool::new(false);
-        Self { shards, hasher: RandomState::new(), store, scheme, holder, lifetime, is_closed }
+        Self {
+            shards,
+            hasher: RandomState::new(),
+            store,
+            scheme,
+            holder,
+            sequence: AtomicU64::new(0),
+            lifetime,
+            is_closed: AtomicBool::new(false),
+        }
     }
 
     /// Holds `estimate` from the lease in hand, with no I/O.
@@ -212,10 +222,11 @@ impl Accounts {
         wish: impl FnOnce(&mut State) -> (i64, i64),
     ) -> Result<bool, StoreError> {
         let asked_at = self.now();
+        let sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
         let (ask, written) = {
             let mut state = account.state();
             let (asked, needed) = wish(&mut state);
-            let ask = LeaseAsk::new(account.key.clone(), &*self.holder, asked);
+            let ask = LeaseAsk::new(account.key.clone(), &*self.holder, sequence, asked);
             let ask = LeaseAsk { needed_micro_cents: needed, lifetime: self.lifetime, ..ask };
             (ask, state.written)
         };

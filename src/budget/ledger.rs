@@ -15,25 +15,53 @@ pub(crate) struct Books {
     pub(crate) spent: i64,
     /// The leases of others that have not expired.
     pub(crate) others: i64,
-    /// The lease of the one who asks, 0 if it has expired.
-    pub(crate) own: i64,
+    /// What the one who asks has.
+    pub(crate) own: Slice,
+}
+
+/// What stands in the ledger of a lease: until it expires, also when it was handed back, so that an ask that was on
+/// its way for long is known to be old.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Slice {
+    pub(crate) amount: i64,
+    /// Of the ask that it was granted for.
+    pub(crate) sequence: u64,
+    pub(crate) expires_at: SystemTime,
+}
+
+impl Slice {
+    /// Of a holder that has none, or one that has expired.
+    pub(crate) const NONE: Self =
+        Self { amount: 0, sequence: 0, expires_at: SystemTime::UNIX_EPOCH };
+
+    /// As its holder sees it.
+    pub(crate) fn lease(self, budget: Option<Budget>, now: SystemTime) -> Lease {
+        let resets_at = budget.and_then(|budget| budget.period.end(now));
+        Lease { resets_at, ..Lease::new(self.amount, self.expires_at) }
+    }
 }
 
 /// A slice for the one who asks, in place of the one that it has: what it asks for, but no more than it needs and a
-/// quarter of what is left then. If there is less left than it needs, it keeps what it has.
+/// quarter of what is left then. If there is less left than it needs, it keeps what it has. An ask that is not newer
+/// than the last one changes nothing.
 pub(crate) fn grant(
     budget: Option<Budget>,
     books: &Books,
     ask: &LeaseAsk,
     now: SystemTime,
-) -> Lease {
+) -> Slice {
+    if ask.sequence <= books.own.sequence {
+        return books.own;
+    }
     let limit = budget.map_or(i64::MAX, Budget::micro_cents);
     let room = limit.saturating_sub(books.spent).saturating_sub(books.others).max(0);
     let (asked, needed) = (ask.amount_micro_cents.max(0), ask.needed_micro_cents.max(0));
-    let granted =
-        if needed > room { books.own.min(room) } else { asked.min(needed + (room - needed) / 4) };
-    let resets_at = budget.and_then(|budget| budget.period.end(now));
-    Lease { resets_at, ..Lease::new(granted, now + ask.lifetime) }
+    let amount = if needed > room {
+        books.own.amount.min(room)
+    } else {
+        asked.min(needed + (room - needed) / 4)
+    };
+    Slice { amount, sequence: ask.sequence, expires_at: now + ask.lifetime }
 }
 
 impl Budget {
@@ -77,15 +105,16 @@ mod tests {
     use super::*;
 
     fn ask(asked: i64, needed: i64) -> LeaseAsk {
-        let mut ask = LeaseAsk::new(1.into(), "node", asked);
+        let mut ask = LeaseAsk::new(1.into(), "node", 2, asked);
         ask.needed_micro_cents = needed;
         ask
     }
 
     fn granted(limit_cents: u64, spent: i64, others: i64, own: i64, ask: &LeaseAsk) -> i64 {
         let budget = Budget { limit_cents, period: BudgetPeriod::Total };
+        let own = Slice { amount: own, sequence: 1, ..Slice::NONE };
         let books = Books { spent, others, own };
-        grant(Some(budget), &books, ask, SystemTime::UNIX_EPOCH).amount_micro_cents
+        grant(Some(budget), &books, ask, SystemTime::UNIX_EPOCH).amount
     }
 
     #[test]
@@ -102,8 +131,8 @@ mod tests {
         assert_eq!(granted(1, 5_000_000, 0, 0, &ask(10, 1)), 0);
         assert_eq!(granted(1, 0, 0, 70, &ask(0, 0)), 0);
         assert_eq!(granted(u64::MAX, i64::MAX - 5, 0, 0, &ask(10, 1)), 2);
-        let books = Books { spent: i64::MAX, others: 0, own: 0 };
-        assert_eq!(grant(None, &books, &ask(10, 0), SystemTime::UNIX_EPOCH).amount_micro_cents, 0);
+        let books = Books { spent: i64::MAX, others: 0, own: Slice::NONE };
+        assert_eq!(grant(None, &books, &ask(10, 0), SystemTime::UNIX_EPOCH).amount, 0);
     }
 
     #[test]

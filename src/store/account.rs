@@ -5,8 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, NaiveDate, Utc};
 use zeroize::Zeroizing;
 
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
@@ -24,8 +23,11 @@ pub struct UsageBatch {
     pub writer: String,
     /// Rises by one with each batch of that writer; a store that has seen it ignores the batch.
     pub sequence: u64,
-    /// When the usage was gathered, by the clock of the writer. It stays the same when the batch is sent again.
+    /// When the usage was gathered, by the clock of the writer.
     pub gathered_at: SystemTime,
+    /// When the batch was sent, the last time that it was, by the same clock. How long that was after it was
+    /// gathered says to which day of its own a store has to charge it.
+    pub sent_at: SystemTime,
     /// At most one entry a key.
     pub entries: Vec<KeyUsage>,
 }
@@ -33,8 +35,9 @@ pub struct UsageBatch {
 impl UsageBatch {
     /// An empty batch.
     pub fn new(writer: impl Into<String>, sequence: u64) -> Self {
-        let gathered_at = SystemTime::now();
-        Self { writer: writer.into(), sequence, gathered_at, entries: Vec::new() }
+        let now = SystemTime::now();
+        let writer = writer.into();
+        Self { writer, sequence, gathered_at: now, sent_at: now, entries: Vec::new() }
     }
 
     /// The entries of keys with an integer for an id, in the order of their ids, as the SQL stores read them.
@@ -63,9 +66,14 @@ impl UsageBatch {
         DateTime::<Utc>::from(self.gathered_at).format("%Y-%m-%d %H:%M:%S%.3f").to_string()
     }
 
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
-    pub(super) fn day(&self) -> String {
-        DateTime::<Utc>::from(self.gathered_at).format("%Y-%m-%d").to_string()
+    /// The day on which it was gathered, by the clock of a store for which it is `now`.
+    pub(super) fn day(&self, now: SystemTime) -> NaiveDate {
+        DateTime::<Utc>::from(now.checked_sub(self.age()).unwrap_or(now)).date_naive()
+    }
+
+    /// How long ago it was gathered.
+    pub(super) fn age(&self) -> Duration {
+        self.sent_at.duration_since(self.gathered_at).unwrap_or_default()
     }
 }
 
@@ -109,6 +117,9 @@ pub struct LeaseAsk {
     pub key: KeyId,
     /// Names the node that asks, as [`UsageBatch::writer`] does.
     pub holder: String,
+    /// Rises with each ask of that holder, from 1. One that a store comes to late, after a newer one for the same
+    /// key, changes nothing.
+    pub sequence: u64,
     /// How much the node wants to hold from now on, in micro-cents, in place of what it holds; 0 hands the slice
     /// back.
     pub amount_micro_cents: i64,
@@ -120,9 +131,14 @@ pub struct LeaseAsk {
 
 impl LeaseAsk {
     /// Asks for `amount_micro_cents` of the budget of `key`, for `holder`.
-    pub fn new(key: KeyId, holder: impl Into<String>, amount_micro_cents: i64) -> Self {
+    pub fn new(
+        key: KeyId,
+        holder: impl Into<String>,
+        sequence: u64,
+        amount_micro_cents: i64,
+    ) -> Self {
         let (holder, lifetime) = (holder.into(), Duration::from_secs(30));
-        Self { key, holder, amount_micro_cents, needed_micro_cents: 0, lifetime }
+        Self { key, holder, sequence, amount_micro_cents, needed_micro_cents: 0, lifetime }
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use tokio::{sync::watch, time::timeout};
 
 use self::ledger::Books;
@@ -17,6 +17,7 @@ use super::{
     UsageBatch,
 };
 use crate::{
+    clock::{Clock, SystemClock},
     error::StoreError,
     record::{KeyId, KeyRecord, Revision, Revisions, StoredKey, UsageTotals, User, UserId},
 };
@@ -24,11 +25,12 @@ use crate::{
 /// Keys in the memory of this process, for tests and for services that read their keys from a file.
 ///
 /// Clones share the keys. Everything is gone when the last one is dropped.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct MemoryStore(Arc<Inner>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
+    clock: Arc<dyn Clock>,
     tables: RwLock<Tables>,
     /// The last revision, to wake those who listen.
     changed: watch::Sender<u64>,
@@ -62,7 +64,18 @@ struct Row<T> {
 impl MemoryStore {
     /// An empty store.
     pub fn new() -> Self {
-        Self::default()
+        Self::with_clock(Arc::new(SystemClock))
+    }
+
+    /// An empty store with a clock of your own: leases expire and the periods of budgets end by it. Give the same
+    /// one to the [`KeyScheme`](crate::KeyScheme).
+    pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
+        let (tables, changed) = (RwLock::default(), watch::Sender::default());
+        Self(Arc::new(Inner { clock, tables, changed }))
+    }
+
+    fn now(&self) -> SystemTime {
+        self.0.clock.now()
     }
 
     fn read(&self) -> RwLockReadGuard<'_, Tables> {
@@ -90,7 +103,7 @@ impl MemoryStore {
         let revision = tables.next_revision();
         let row = tables.keys.get_mut(id)?;
         change(&mut row.value);
-        row.value.record.updated_at = Utc::now();
+        row.value.record.updated_at = self.now().into();
         row.revision = revision;
         let change = Change::Prefix(row.value.record.prefix.clone(), revision);
         self.tell(&mut tables, &change);
@@ -105,7 +118,7 @@ impl MemoryStore {
         }
         let tables = self.read();
         let heard = heard.unwrap_or(0);
-        let (now, revision) = (SystemTime::now(), tables.revision);
+        let (now, revision) = (self.now(), tables.revision);
         let oldest = tables.changes.front().map_or(revision, |(revision, _)| *revision);
         let mut changes = Vec::new();
         if tables.changes.len() == MAX_CHANGES && oldest > heard + 1 {
@@ -147,7 +160,7 @@ impl Tables {
         Revision(self.revision)
     }
 
-    fn insert_key(&mut self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
+    fn insert_key(&mut self, key: &StoredKey, now: DateTime<Utc>) -> Result<KeyRecord, StoreError> {
         let prefix = &key.record.prefix;
         let same = |id: &KeyId| self.keys.get(id).is_some_and(|row| row.value.hash == key.hash);
         if self.by_prefix.get(prefix).is_some_and(|ids| ids.iter().any(same)) {
@@ -156,7 +169,7 @@ impl Tables {
         let Some(owner) = self.users.get(&key.record.user.id) else {
             return Err(StoreError::conflict("the key's user does not exist"));
         };
-        let (user, now) = (owner.value.clone(), Utc::now());
+        let user = owner.value.clone();
         let record = KeyRecord {
             id: self.next_id().into(),
             usage: UsageTotals::default(),
@@ -205,12 +218,14 @@ impl KeyStore for MemoryStore {
     }
 
     async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
-        self.write().count(batch);
+        let now = self.now();
+        self.write().count(batch, now);
         Ok(())
     }
 
     async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
-        Ok(self.write().lease(ask, SystemTime::now()))
+        let now = self.now();
+        Ok(self.write().lease(ask, now))
     }
 
     fn changes(&self, _since: SystemTime) -> ChangeStream {
@@ -245,7 +260,7 @@ impl KeyRepository for MemoryStore {
 
     async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
         let mut tables = self.write();
-        let record = tables.insert_key(key)?;
+        let record = tables.insert_key(key, self.now().into())?;
         let change = Change::Prefix(record.prefix.clone(), tables.revision());
         self.tell(&mut tables, &change);
         Ok(record)
@@ -282,5 +297,11 @@ impl KeyRepository for MemoryStore {
 
     async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
         Ok(self.change_key(id, |key| key.record.is_active = false))
+    }
+}
+
+impl Default for MemoryStore {
+    fn default() -> Self {
+        Self::new()
     }
 }

@@ -247,14 +247,15 @@ impl KeyStore for PostgresStore {
         let select =
             "SELECT json_build_array(granted, (extract(epoch FROM expires) * 1000)::bigint,
                 (extract(epoch FROM resets) * 1000)::bigint)::text AS row
-            FROM api_key_lease($1, $2, $3, $4, $5)";
-        let life = i64::try_from(ask.lifetime.as_millis()).unwrap_or(i64::MAX);
+            FROM api_key_lease($1, $2, $3, $4, $5, $6)";
+        let life = u64::try_from(ask.lifetime.as_millis()).unwrap_or(u64::MAX);
         let binds = [
             Bind::Integer(key),
             Bind::Text(ask.holder.clone()),
+            Bind::number(ask.sequence),
             Bind::Integer(ask.amount_micro_cents.max(0)),
             Bind::Integer(ask.needed_micro_cents.max(0)),
-            Bind::Integer(life),
+            Bind::number(life),
         ];
         let rows = self.load::<TextRow>(&Statement::new(select, binds)).await?;
         Lease::from_row(rows.as_slice().first().map(|row| row.row.as_str()))

@@ -58,6 +58,13 @@ pub(super) enum Bind {
     Integer(i64),
 }
 
+impl Bind {
+    /// At most the largest integer that there is in SQL.
+    pub(super) fn number(number: u64) -> Self {
+        Self::Integer(i64::try_from(number).unwrap_or(i64::MAX))
+    }
+}
+
 /// What most statements of the stores return: a key's row in JSON, or an id.
 #[derive(Debug, QueryableByName)]
 pub(super) struct TextRow {

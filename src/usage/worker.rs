@@ -46,7 +46,7 @@ struct Writer {
     /// Names this process to the store, for as long as it lives.
     name: String,
     sequence: u64,
-    /// The batch that was sent and may or may not have arrived. It never changes.
+    /// The batch that was sent and may or may not have arrived. What it says never changes.
     sent: Option<UsageBatch>,
     gathered: HashMap<KeyId, KeyUsage>,
     /// When the last use of a key was last written.
@@ -132,7 +132,7 @@ impl Recorder {
     /// Writes what has come together. What the store does not take now is kept for the next time.
     async fn flush(&self) -> Result<(), StoreError> {
         let mut writer = self.writer.lock().await;
-        let now = self.scheme.clock().now();
+        let clock = self.scheme.clock();
         for shard in &self.moved {
             let moved = std::mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
             for tally in moved {
@@ -141,7 +141,7 @@ impl Recorder {
                 }
             }
         }
-        while let Some(batch) = writer.next_batch(now) {
+        while let Some(batch) = writer.next_batch(clock.now()) {
             let outcome = within(DEADLINE, self.store.record_usage(batch)).await;
             match outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE))) {
                 Ok(()) => {
@@ -217,7 +217,9 @@ impl Writer {
             };
             self.sent = Some(batch);
         }
-        self.sent.as_ref()
+        let batch = self.sent.as_mut()?;
+        batch.sent_at = now;
+        Some(batch)
     }
 
     /// Whether it is time to write the last use of a key again.

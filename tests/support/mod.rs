@@ -1,9 +1,10 @@
 //! What several test files use. Each uses a part of it.
-#![allow(dead_code, unused_imports, unreachable_pub, missing_docs)]
+#![allow(dead_code, unused_imports, unused_macros, unreachable_pub, missing_docs)]
 
 pub mod counted;
 pub mod door;
 pub mod eventually;
+pub mod every_store;
 pub mod feed;
 pub mod fleet;
 pub mod history;

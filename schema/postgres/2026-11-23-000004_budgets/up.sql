@@ -1,7 +1,9 @@
--- Slices of budgets that nodes may spend without asking. One counts until it expires.
+-- Slices of budgets that nodes may spend without asking. One counts until it expires, and its row stays until then:
+-- an ask with a sequence that is not higher is old, and changes nothing.
 CREATE TABLE api_key_leases (
     api_key_id         BIGINT      NOT NULL,
     holder             TEXT        NOT NULL,
+    sequence           BIGINT      NOT NULL,
     amount_micro_cents BIGINT      NOT NULL CHECK (amount_micro_cents >= 0),
     expires_at         TIMESTAMPTZ NOT NULL,
     PRIMARY KEY (api_key_id, holder)
@@ -12,7 +14,7 @@ CREATE TABLE api_key_leases (
 -- than `needed`, it keeps what it has. A function, so that what is read after the lock is as
 -- of the lock: everything that spends or grants holds it.
 CREATE FUNCTION api_key_lease(
-    of_key BIGINT, by_holder TEXT, asked BIGINT, needed BIGINT, life_ms BIGINT,
+    of_key BIGINT, by_holder TEXT, at_sequence BIGINT, asked BIGINT, needed BIGINT, life_ms BIGINT,
     OUT granted BIGINT, OUT expires TIMESTAMPTZ, OUT resets TIMESTAMPTZ
 ) LANGUAGE plpgsql AS $$
 DECLARE
@@ -23,6 +25,7 @@ DECLARE
     after   DATE;
     spent   NUMERIC;
     others  NUMERIC;
+    own     api_key_leases;
     room    NUMERIC;
 BEGIN
     SELECT k.budget_limit_cents::numeric * 1000000 AS total, lower(k.budget_type::text) AS period,
@@ -50,25 +53,25 @@ BEGIN
         spent := greatest(spent, budget.total_cost);
     END IF;
     DELETE FROM api_key_leases WHERE api_key_id = of_key AND expires_at <= present;
+    SELECT * INTO own FROM api_key_leases WHERE api_key_id = of_key AND holder = by_holder;
+    IF own.sequence >= at_sequence THEN
+        granted := own.amount_micro_cents;
+        expires := own.expires_at;
+        RETURN;
+    END IF;
     SELECT coalesce(sum(amount_micro_cents), 0) INTO others FROM api_key_leases
         WHERE api_key_id = of_key AND holder <> by_holder;
     -- Without a limit, whatever is asked for.
     room := CASE WHEN budget.total IS NULL THEN 9223372036854775807
         ELSE least(greatest(budget.total - spent - others, 0), 9223372036854775807) END;
     IF needed > room THEN
-        SELECT coalesce(sum(amount_micro_cents), 0) INTO granted FROM api_key_leases
-            WHERE api_key_id = of_key AND holder = by_holder;
-        granted := least(granted, room);
+        granted := least(coalesce(own.amount_micro_cents, 0), room);
     ELSE
         granted := least(asked, needed + trunc((room - needed) / 4));
     END IF;
-    IF granted = 0 THEN
-        DELETE FROM api_key_leases WHERE api_key_id = of_key AND holder = by_holder;
-    ELSE
-        INSERT INTO api_key_leases (api_key_id, holder, amount_micro_cents, expires_at)
-            VALUES (of_key, by_holder, granted, expires)
-            ON CONFLICT (api_key_id, holder)
-            DO UPDATE SET amount_micro_cents = excluded.amount_micro_cents, expires_at = excluded.expires_at;
-    END IF;
+    INSERT INTO api_key_leases (api_key_id, holder, sequence, amount_micro_cents, expires_at)
+        VALUES (of_key, by_holder, at_sequence, granted, expires)
+        ON CONFLICT (api_key_id, holder) DO UPDATE SET sequence = excluded.sequence,
+            amount_micro_cents = excluded.amount_micro_cents, expires_at = excluded.expires_at;
 END
 $$;

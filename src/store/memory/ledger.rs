@@ -9,7 +9,7 @@ use chrono::{DateTime, NaiveDate, TimeDelta, Utc};
 
 use super::Tables;
 use crate::{
-    budget::ledger,
+    budget::ledger::{self, Slice},
     record::{KeyId, UsageTotals},
     store::{Lease, LeaseAsk, UsageBatch},
 };
@@ -22,18 +22,18 @@ pub(super) struct Books {
     /// What each key has cost on each day, in micro-cents.
     costs: HashMap<KeyId, BTreeMap<NaiveDate, i64>>,
     /// By key and holder.
-    leases: HashMap<KeyId, HashMap<String, Lease>>,
+    leases: HashMap<KeyId, HashMap<String, Slice>>,
 }
 
 impl Tables {
     /// Counts a batch, unless it was counted before.
-    pub(super) fn count(&mut self, batch: &UsageBatch) {
+    pub(super) fn count(&mut self, batch: &UsageBatch, now: SystemTime) {
         let last = self.books.writers.entry(batch.writer.clone()).or_default();
         if *last >= batch.sequence {
             return;
         }
         *last = batch.sequence;
-        let day = DateTime::<Utc>::from(batch.gathered_at).date_naive();
+        let day = batch.day(now);
         for used in &batch.entries {
             // Of a key that is gone, nobody asks.
             let Some(row) = self.keys.get_mut(&used.key) else { continue };
@@ -53,9 +53,9 @@ impl Tables {
             let of_day = of_day.or_default();
             *of_day = of_day.saturating_add(cost);
             let leases = self.books.leases.get_mut(&used.key);
-            if let Some(lease) = leases.and_then(|leases| leases.get_mut(&batch.writer)) {
-                let left = lease.amount_micro_cents.saturating_sub(used.settled_micro_cents.max(0));
-                lease.amount_micro_cents = left.max(0);
+            if let Some(slice) = leases.and_then(|leases| leases.get_mut(&batch.writer)) {
+                let left = slice.amount.saturating_sub(used.settled_micro_cents.max(0));
+                slice.amount = left.max(0);
             }
         }
     }
@@ -73,15 +73,12 @@ impl Tables {
             }
         };
         let leases = self.books.leases.entry(ask.key.clone()).or_default();
-        leases.retain(|_, lease| lease.expires_at > now);
-        let own = leases.remove(&ask.holder).map_or(0, |lease| lease.amount_micro_cents);
-        let others =
-            leases.values().fold(0, |sum: i64, it| sum.saturating_add(it.amount_micro_cents));
+        leases.retain(|_, slice| slice.expires_at > now);
+        let own = leases.remove(&ask.holder).unwrap_or(Slice::NONE);
+        let others = leases.values().fold(0, |sum: i64, it| sum.saturating_add(it.amount));
         let books = ledger::Books { spent, others, own };
-        let lease = ledger::grant(record.budget, &books, ask, now);
-        if lease.amount_micro_cents > 0 {
-            leases.insert(ask.holder.clone(), lease);
-        }
-        lease
+        let slice = ledger::grant(record.budget, &books, ask, now);
+        leases.insert(ask.holder.clone(), slice);
+        slice.lease(record.budget, now)
     }
 }

@@ -17,8 +17,11 @@ use crate::{
     telemetry,
 };
 
-/// `$1` is the batch in JSON, `$2` and `$3` its writer and number, `$4` and `$5` the time and the day. Counts the
-/// batch unless it was counted before, and returns whether it did and for how many keys.
+/// `$1` is the batch in JSON, `$2` and `$3` its writer and number, `$4` when it was gathered and `$5` how many
+/// seconds ago. Counts the batch unless it was counted before, and returns whether it did and for how many keys.
+///
+/// The day is the database's, as it is for leases: by the clock of a node that is wrong, what was spent today could
+/// be charged to another day.
 ///
 /// The rows of keys are locked in the order of their ids before any is written; an `UPDATE` alone locks them in
 /// the order in which it finds them, and two of them would wait for each other. Rows of days and leases
@@ -57,10 +60,9 @@ fn count(is_gated: bool, has_totals: bool) -> String {
             FROM locked l JOIN batch b ON b.id = l.id, time WHERE k.id = l.id AND {counted} RETURNING k.id
         ), days AS (
             INSERT INTO api_key_usage AS u (api_key_id, day, requests, tokens, cost_micro_cents)
-            -- A batch may have waited for long, but none is from tomorrow.
-            SELECT b.id, least($5::date, today.day), b.requests, b.tokens, b.cost
+            SELECT b.id, gathered.day, b.requests, b.tokens, b.cost
             FROM locked l JOIN batch b ON b.id = l.id,
-                (SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date AS day) AS today
+                (SELECT ((clock_timestamp() - $5 * INTERVAL '1 s') AT TIME ZONE 'UTC')::date AS day) AS gathered
             ORDER BY b.id
             ON CONFLICT (api_key_id, day) DO UPDATE SET {}, {}, {}
         ), leases AS (
@@ -183,13 +185,12 @@ async fn load(
 }
 
 fn binds(batch: &UsageBatch, entries: String) -> [Bind; 5] {
-    let sequence = i64::try_from(batch.sequence).unwrap_or(i64::MAX);
     [
         Bind::Text(entries),
         Bind::Text(batch.writer.clone()),
-        Bind::Integer(sequence),
+        Bind::number(batch.sequence),
         Bind::Text(batch.time()),
-        Bind::Text(batch.day()),
+        Bind::number(batch.age().as_secs()),
     ]
 }
 

@@ -6,7 +6,7 @@ use diesel::SqliteConnection;
 
 use super::{SqliteStore, load};
 use crate::{
-    budget::ledger::{Books, grant},
+    budget::ledger::{Books, Slice, grant},
     error::StoreError,
     record::{Budget, BudgetPeriod},
     store::{
@@ -28,17 +28,19 @@ const SPENT: &str = "
 const EXPIRE: &str =
     "DELETE FROM api_key_leases WHERE api_key_id = $1 AND expires_at <= $2 RETURNING holder AS row";
 
-/// The lease of a holder, and those of all others.
-const LEASES: &str = "
-    SELECT json_array(
-        coalesce(sum(CASE WHEN holder = $2 THEN amount_micro_cents END), 0),
-        coalesce(sum(CASE WHEN holder <> $2 THEN amount_micro_cents END), 0)) AS row
-    FROM api_key_leases WHERE api_key_id = $1";
+const OTHERS: &str = "
+    SELECT CAST(coalesce(sum(amount_micro_cents), 0) AS TEXT) AS row FROM api_key_leases
+    WHERE api_key_id = $1 AND holder <> $2";
+
+const OWN: &str = "
+    SELECT json_array(amount_micro_cents, sequence, expires_at) AS row FROM api_key_leases
+    WHERE api_key_id = $1 AND holder = $2";
 
 const WRITE: &str = "
-    INSERT INTO api_key_leases (api_key_id, holder, amount_micro_cents, expires_at) VALUES ($1, $2, $3, $4)
-    ON CONFLICT (api_key_id, holder)
-    DO UPDATE SET amount_micro_cents = excluded.amount_micro_cents, expires_at = excluded.expires_at
+    INSERT INTO api_key_leases (api_key_id, holder, sequence, amount_micro_cents, expires_at)
+    VALUES ($1, $2, $3, $4, $5)
+    ON CONFLICT (api_key_id, holder) DO UPDATE SET sequence = excluded.sequence,
+        amount_micro_cents = excluded.amount_micro_cents, expires_at = excluded.expires_at
     RETURNING holder AS row";
 
 impl SqliteStore {
@@ -78,15 +80,22 @@ fn lease(
         }
     };
     load(connection, &Statement::new(EXPIRE, [by_key(), millis(now)]))?;
-    let rows = load(connection, &Statement::new(LEASES, [by_key(), holder()]))?;
-    let (own, others) = rows.as_slice().first().map_or(Ok((0, 0)), read)?;
+    let rows = load(connection, &Statement::new(OTHERS, [by_key(), holder()]))?;
+    let others = rows.iter().find_map(TextRow::id).unwrap_or(0);
+    let rows = load(connection, &Statement::new(OWN, [by_key(), holder()]))?;
+    let own = rows.as_slice().first().map_or(Ok(Slice::NONE), own)?;
     let budget = limit_cents.map(|limit_cents| Budget { limit_cents, period });
-    let lease = grant(budget, &Books { spent, others, own }, ask, now);
-    // One of nothing expires like others.
-    let amount = Bind::Integer(lease.amount_micro_cents);
-    let binds = [by_key(), holder(), amount, millis(lease.expires_at)];
+    let slice = grant(budget, &Books { spent, others, own }, ask, now);
+    let (sequence, amount) = (Bind::number(slice.sequence), Bind::Integer(slice.amount));
+    let binds = [by_key(), holder(), sequence, amount, millis(slice.expires_at)];
     load(connection, &Statement::new(WRITE, binds))?;
-    Ok(lease)
+    Ok(slice.lease(budget, now))
+}
+
+fn own(row: &TextRow) -> Result<Slice, StoreError> {
+    let (amount, sequence, expires_at) = read(row)?;
+    let expires_at = SystemTime::UNIX_EPOCH + Duration::from_millis(expires_at);
+    Ok(Slice { amount, sequence, expires_at })
 }
 
 fn read<T: serde::de::DeserializeOwned>(row: &TextRow) -> Result<T, StoreError> {
@@ -96,5 +105,5 @@ fn read<T: serde::de::DeserializeOwned>(row: &TextRow) -> Result<T, StoreError> 
 
 fn millis(time: SystemTime) -> Bind {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    Bind::Integer(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+    Bind::number(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

@@ -1,5 +1,7 @@
 //! Usage, written behind.
 
+use std::time::SystemTime;
+
 use diesel::{Connection, SqliteConnection};
 use serde_json::Value;
 
@@ -63,15 +65,18 @@ const FORGET_WRITERS: &str = "
 
 impl SqliteStore {
     pub(super) async fn count_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
-        let batch = batch.clone();
-        self.in_silent_transaction(move |connection| count(connection, &batch)).await
+        let (batch, now) = (batch.clone(), SystemTime::now());
+        self.in_silent_transaction(move |connection| count(connection, &batch, now)).await
     }
 }
 
-fn count(connection: &mut SqliteConnection, batch: &UsageBatch) -> Result<(), StoreError> {
-    let sequence = i64::try_from(batch.sequence).unwrap_or(i64::MAX);
-    let writer =
-        [Bind::Text(batch.writer.clone()), Bind::Integer(sequence), Bind::Text(batch.time())];
+fn count(
+    connection: &mut SqliteConnection,
+    batch: &UsageBatch,
+    now: SystemTime,
+) -> Result<(), StoreError> {
+    let sequence = Bind::number(batch.sequence);
+    let writer = [Bind::Text(batch.writer.clone()), sequence, Bind::Text(batch.time())];
     if load(connection, &Statement::new(WRITER, writer))?.is_empty() {
         return Ok(());
     }
@@ -80,10 +85,10 @@ fn count(connection: &mut SqliteConnection, batch: &UsageBatch) -> Result<(), St
     for entry in entries {
         // A row that can't be written keeps no other one from being counted, nor itself from being charged.
         match connection.transaction(|c| count_key(c, batch, &entry).map_err(Failure)) {
-            Ok(true) => charge_key(connection, batch, &entry)?,
+            Ok(true) => charge_key(connection, batch, now, &entry)?,
             Ok(false) => missing += 1,
             Err(Failure(error)) if is_of_a_row(&error) => {
-                charge_key(connection, batch, &entry)?;
+                charge_key(connection, batch, now, &entry)?;
                 telemetry::usage_of_bad_row(&entry["id"], &error);
             }
             Err(Failure(error)) => return Err(error),
@@ -92,7 +97,7 @@ fn count(connection: &mut SqliteConnection, batch: &UsageBatch) -> Result<(), St
     if missing > 0 {
         telemetry::usage_of_deleted_keys(missing);
     }
-    if sequence == 1 {
+    if batch.sequence == 1 {
         load(connection, &Statement::new(FORGET_WRITERS, [Bind::Text(batch.time())]))?;
     }
     Ok(())
@@ -112,10 +117,12 @@ fn count_key(
 fn charge_key(
     connection: &mut SqliteConnection,
     batch: &UsageBatch,
+    now: SystemTime,
     entry: &Value,
 ) -> Result<(), StoreError> {
+    let day = Bind::Text(batch.day(now).to_string());
     let text = || Bind::Text(entry.to_string());
-    load(connection, &Statement::new(DAYS, [text(), Bind::Text(batch.day())]))?;
+    load(connection, &Statement::new(DAYS, [text(), day]))?;
     load(connection, &Statement::new(LEASES, [text(), Bind::Text(batch.writer.clone())]))?;
     Ok(())
 }
