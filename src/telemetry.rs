@@ -117,11 +117,11 @@ pub(crate) fn feed_hears(hears: bool) {
     }
 }
 
-/// Old rows of the table of changes could not be taken away.
+/// Rows that nobody needs any more could not be taken away.
 #[cfg(feature = "postgres")]
 pub(crate) fn not_pruned(error: &StoreError) {
     let cause = std::error::Error::source(error).map(ToString::to_string);
-    tracing::debug!(error = %error, cause, "old rows of api_key_changes can't be deleted");
+    tracing::debug!(error = %error, cause, "old rows of changes, writers or leases can't be deleted");
 }
 
 /// Redis answered, or not, in place of the store.

@@ -145,6 +145,31 @@ async fn a_row_that_cannot_be_written_keeps_no_other_one_from_being_counted() {
 }
 
 #[tokio::test]
+async fn what_nobody_needs_any_more_is_taken_away() {
+    let server = Postgres::start();
+    let store = PostgresStore::new(&server.url()).unwrap();
+    store.migrate().await.unwrap();
+    let key = new_key(&store).await;
+    let old_and_new = format!(
+        "INSERT INTO api_key_usage_writers VALUES
+            ('gone', 5, now() - INTERVAL '31 days'), ('there', 5, now() - INTERVAL '29 days');
+        INSERT INTO api_key_leases VALUES
+            ({key}, 'gone', 3, 0, now() - INTERVAL '2 days'), ({key}, 'there', 3, 9, now())"
+    );
+    let client = server.client().await;
+    client.batch_execute(&old_and_new).await.unwrap();
+    // The first batch of a writer.
+    store.record_usage(&batch("w", 1, [used(&key, 1, 0, 0)])).await.unwrap();
+    for (names, left) in [
+        ("SELECT writer FROM api_key_usage_writers ORDER BY 1", &["there", "w"][..]),
+        ("SELECT holder FROM api_key_leases", &["there"]),
+    ] {
+        let rows = client.query(names, &[]).await.unwrap();
+        assert_eq!(rows.iter().map(|row| row.get(0)).collect::<Vec<&str>>(), left);
+    }
+}
+
+#[tokio::test]
 async fn days_are_kept_apart() {
     let server = Postgres::start();
     let store = PostgresStore::new(&server.url()).unwrap();
@@ -152,7 +177,7 @@ async fn days_are_kept_apart() {
     let key = new_key(&store).await;
     let midnight = SystemTime::UNIX_EPOCH + Duration::from_secs(20_000 * 86_400);
     for (sequence, at) in [
-        (1, midnight - Duration::from_secs(1)),
+        (1, midnight - Duration::from_secs(5)),
         (2, midnight),
         (3, midnight + Duration::from_secs(5)),
     ] {

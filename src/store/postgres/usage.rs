@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// `$1` is the batch in JSON, `$2` and `$3` its writer and number, `$4` when it was gathered and `$5` how many
-/// seconds ago. Counts the batch unless it was counted before, and returns whether it did and for how many keys.
+/// milliseconds ago. Counts the batch unless it was counted before, and returns whether it did and for how many keys.
 ///
 /// The day is the database's, as it is for leases: by the clock of a node that is wrong, what was spent today could
 /// be charged to another day.
@@ -62,7 +62,7 @@ fn count(is_gated: bool, has_totals: bool) -> String {
             INSERT INTO api_key_usage AS u (api_key_id, day, requests, tokens, cost_micro_cents)
             SELECT b.id, gathered.day, b.requests, b.tokens, b.cost
             FROM locked l JOIN batch b ON b.id = l.id,
-                (SELECT ((clock_timestamp() - $5 * INTERVAL '1 s') AT TIME ZONE 'UTC')::date AS day) AS gathered
+                (SELECT ((clock_timestamp() - $5 * INTERVAL '1 ms') AT TIME ZONE 'UTC')::date AS day) AS gathered
             ORDER BY b.id
             ON CONFLICT (api_key_id, day) DO UPDATE SET {}, {}, {}
         ), leases AS (
@@ -88,10 +88,18 @@ const WRITER: &str = "
         WHERE w.sequence < excluded.sequence
     RETURNING 1";
 
-/// Writers that are gone. None that is there sends a batch again after so long.
-const FORGET_WRITERS: &str = "
-    WITH gone AS (DELETE FROM api_key_usage_writers WHERE seen_at < now() - INTERVAL '30 days' RETURNING 1)
-    SELECT count(*)::text AS row FROM gone";
+/// Writers that are gone, none of which sends a batch again after so long, and leases that have expired on keys that
+/// nobody asks for any more. It waits for no lock.
+const FORGET_THE_GONE: &str = "
+    WITH writers AS (
+        DELETE FROM api_key_usage_writers WHERE seen_at < now() - INTERVAL '30 days' RETURNING 1
+    ), leases AS (
+        DELETE FROM api_key_leases WHERE (api_key_id, holder) IN (
+            SELECT api_key_id, holder FROM api_key_leases WHERE expires_at < now() - INTERVAL '1 day'
+            FOR UPDATE SKIP LOCKED
+        ) RETURNING 1
+    )
+    SELECT ((SELECT count(*) FROM writers) + (SELECT count(*) FROM leases))::text AS row";
 
 impl PostgresStore {
     pub(super) async fn count_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
@@ -104,7 +112,7 @@ impl PostgresStore {
             Err(error) => return Err(error),
         }
         if batch.sequence == 1
-            && let Err(error) = self.load::<TextRow>(&Statement::new(FORGET_WRITERS, [])).await
+            && let Err(error) = self.load::<TextRow>(&Statement::new(FORGET_THE_GONE, [])).await
         {
             telemetry::not_pruned(&error);
         }
@@ -190,7 +198,7 @@ fn binds(batch: &UsageBatch, entries: String) -> [Bind; 5] {
         Bind::Text(batch.writer.clone()),
         Bind::number(batch.sequence),
         Bind::Text(batch.time()),
-        Bind::number(batch.age().as_secs()),
+        Bind::number(u64::try_from(batch.age().as_millis()).unwrap_or(u64::MAX)),
     ]
 }
 

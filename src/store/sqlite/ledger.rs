@@ -103,7 +103,8 @@ fn read<T: serde::de::DeserializeOwned>(row: &TextRow) -> Result<T, StoreError> 
     serde_json::from_str(&row.row).map_err(bad)
 }
 
-fn millis(time: SystemTime) -> Bind {
+/// As the column of leases has it.
+pub(super) fn millis(time: SystemTime) -> Bind {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
     Bind::number(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use diesel::{Connection, SqliteConnection};
 use serde_json::Value;
 
-use super::{SqliteStore, load};
+use super::{SqliteStore, ledger::millis, load};
 use crate::{
     error::{StoreError, StoreErrorKind},
     store::{
@@ -63,6 +63,10 @@ const FORGET_WRITERS: &str = "
     DELETE FROM api_key_usage_writers WHERE seen_at < strftime('%Y-%m-%d %H:%M:%f', $1, '-30 days')
     RETURNING writer AS row";
 
+/// Leases that have expired on keys that nobody asks for any more.
+const FORGET_LEASES: &str =
+    "DELETE FROM api_key_leases WHERE expires_at < $1 RETURNING holder AS row";
+
 impl SqliteStore {
     pub(super) async fn count_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
         let (batch, now) = (batch.clone(), SystemTime::now());
@@ -99,6 +103,7 @@ fn count(
     }
     if batch.sequence == 1 {
         load(connection, &Statement::new(FORGET_WRITERS, [Bind::Text(batch.time())]))?;
+        load(connection, &Statement::new(FORGET_LEASES, [millis(now)]))?;
     }
     Ok(())
 }
