@@ -4,7 +4,10 @@ mod support;
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
@@ -94,6 +97,87 @@ async fn three_nodes_let_exactly_the_limit_through_and_the_fields_add_up() {
     left.sort_unstable();
     // Each number of requests that are left was said once.
     assert_eq!(left, (0..1_000).collect::<Vec<_>>());
+}
+
+/// So many get through a limit of 1,000 an hour, of 200 callers on each of 3 nodes who go on asking while Redis is
+/// disturbed, until it counts again and refuses them.
+async fn through_a_disturbance(
+    when_away: WhenRedisIsAway,
+    disturb: impl AsyncFnOnce(&mut Redis, &[RedisRateLimiter]),
+) -> u64 {
+    let mut redis = Redis::start();
+    let nodes = [(); 3].map(|()| {
+        let builder = RedisRateLimiter::builder(redis.url());
+        builder.timeout(Duration::from_millis(500)).nodes(3).when_away(when_away).build().unwrap()
+    });
+    for node in &nodes {
+        is_up(node).await;
+    }
+    far_from_a_boundary(&nodes[0], per_hour(1_000_000), Duration::from_secs(60)).await;
+    let (through, is_over) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let mut crowd = JoinSet::new();
+    for node in nodes.iter().cycle().take(600) {
+        let (node, through, is_over) = (node.clone(), Arc::clone(&through), Arc::clone(&is_over));
+        crowd.spawn(async move {
+            loop {
+                let quota = node.count(&KeyId::from(7), per_hour(1_000)).await;
+                let is_refused = quota.as_ref().is_ok_and(|quota| !quota.is_allowed());
+                if is_refused && node.state() == RedisState::Up && is_over.load(SeqCst) {
+                    return;
+                }
+                through.fetch_add(u64::from(quota.is_ok_and(|it| it.is_allowed())), SeqCst);
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        });
+    }
+    eventually("the crowd gets through", async || through.load(SeqCst) > 200).await;
+    disturb(&mut redis, &nodes).await;
+    for node in &nodes {
+        eventually("Redis counts again", async || node.state() == RedisState::Up).await;
+    }
+    is_over.store(true, SeqCst);
+    crowd.join_all().await;
+    through.load(SeqCst)
+}
+
+async fn freeze(redis: &mut Redis, nodes: &[RedisRateLimiter]) {
+    redis.freeze();
+    for node in nodes {
+        eventually("it is down", async || node.state() == RedisState::Down).await;
+    }
+    // The crowd asks ten times a second.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    redis.thaw();
+}
+
+/// It comes back with nothing.
+async fn restart(redis: &mut Redis, nodes: &[RedisRateLimiter]) {
+    redis.stop();
+    for node in nodes {
+        eventually("it is down", async || node.state() == RedisState::Down).await;
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    redis.start_again();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_shares_a_crowd_gets_through_up_to_twice_while_redis_is_frozen() {
+    let through = through_a_disturbance(WhenRedisIsAway::Share, freeze).await;
+    assert!((999..=2_003).contains(&through), "{through}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restarted_redis_that_lost_its_memory_counts_the_crowd_once_more() {
+    let through = through_a_disturbance(WhenRedisIsAway::Share, restart).await;
+    assert!((1_000..=3_003).contains(&through), "{through}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_refusals_a_crowd_never_gets_more_through_than_redis_remembers() {
+    let through = through_a_disturbance(WhenRedisIsAway::Refuse, freeze).await;
+    assert!((200..=1_000).contains(&through), "{through}");
+    let through = through_a_disturbance(WhenRedisIsAway::Refuse, restart).await;
+    assert!((1_000..=2_000).contains(&through), "{through}");
 }
 
 #[tokio::test]
