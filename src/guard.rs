@@ -15,7 +15,7 @@ use tower_service::Service;
 
 use crate::{
     body::ResponseBody, budget::Reservation, context::AuthContext, credential::RequestHead,
-    limit::Quota, respond::Denial, telemetry,
+    limit::RateFields, respond::Denial, telemetry,
 };
 
 /// The service of a [`RequireLayer`](crate::RequireLayer), a [`RateLimitLayer`](crate::RateLimitLayer) or a
@@ -46,7 +46,7 @@ pub(crate) type Judging = Pin<Box<dyn Future<Output = Result<Pass, Denial>> + Se
 pub(crate) enum Pass {
     Nothing,
     /// Its fields say how much is left.
-    Limited(Quota),
+    Limited(RateFields),
     /// It is charged when the response is there, or the request is given up.
     Reserved(Reservation),
 }
@@ -55,7 +55,7 @@ impl Pass {
     fn finish(self, headers: &mut HeaderMap) {
         match self {
             Self::Nothing => {}
-            Self::Limited(quota) => quota.write(headers),
+            Self::Limited(fields) => fields.write(headers),
             Self::Reserved(reservation) => drop(reservation),
         }
     }

@@ -186,6 +186,20 @@ impl RateLimiter for Slow {
 }
 
 #[tokio::test]
+async fn the_largest_numbers_fit_into_the_fields() {
+    let limited = Limited::new().await;
+    let key = limited.key(limits(Some(u64::MAX), Some(100), Some(u64::MAX))).await;
+    let answer = limited.ask(&key).await;
+    // As large as an integer of a structured field may be.
+    let policy = "\"minute\";q=999999999999999;w=60, \"hour\";q=100;w=3600, \
+        \"day\";q=999999999999999;w=86400";
+    assert_eq!(answer.header("ratelimit-policy"), Some(policy));
+    let left = answer.header("ratelimit").unwrap();
+    assert!(left.starts_with(r#""minute";r=999999999999999;t="#), "{left}");
+    assert!(left.contains(r#", "hour";r=99;t="#), "{left}");
+}
+
+#[tokio::test]
 async fn a_limiter_may_wait_and_may_fail() {
     let store = MemoryStore::new();
     let user = some_user(store.clone()).await;

@@ -13,10 +13,7 @@ use std::{
 use chrono::{TimeZone, Utc};
 use futures_util::StreamExt;
 use serde_json::json;
-use support::{
-    eventually::eventually, every_store::on_every_store, servers::Postgres, some_user,
-    stores::question,
-};
+use support::{eventually::eventually, every_store::on_every_store, some_user, stores::question};
 use tower_api_key::*;
 
 on_every_store! {

@@ -3,54 +3,128 @@
 //! `RateLimit-Policy: "minute";q=1000;w=60` and `RateLimit: "minute";r=999;t=42`: the limit of a window and its
 //! seconds, how many requests are left and the seconds until the next window.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use std::mem;
+
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::Quota;
+use super::{Quota, RatePeriod, RateWindow};
+use crate::context::AuthContext;
 
 const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
-/// As much as three windows take.
-const LONGEST: usize = 3 * 40;
+
+/// The fields of a response.
+pub(crate) struct RateFields {
+    policy: HeaderValue,
+    left: HeaderValue,
+}
+
+impl RateFields {
+    /// Adds the fields, in place of those that are there.
+    pub(crate) fn write(self, headers: &mut HeaderMap) {
+        headers.insert(RATE_LIMIT_POLICY, self.policy);
+        headers.insert(RATE_LIMIT, self.left);
+    }
+}
 
 impl Quota {
-    /// Writes the fields, in place of those that are there.
-    pub(crate) fn write(&self, headers: &mut HeaderMap) {
-        if self.windows().next().is_none() {
-            return;
+    /// The fields for a caller, whose policy is written once; `None` if there is no window.
+    pub(super) fn fields_for(&self, caller: &AuthContext) -> Option<RateFields> {
+        // A share of the limits is a policy of its own.
+        if !self.is_of(&caller.rate_limits()) {
+            return self.fields();
         }
-        let mut text = BytesMut::with_capacity(2 * LONGEST);
-        for (at, window) in self.windows().enumerate() {
-            let end = [("\";q=", window.limit), (";w=", window.period.seconds())];
-            member(&mut text, at, window.period.name(), end);
-        }
-        let policy = text.split().freeze();
-        for (at, window) in self.windows().enumerate() {
+        let policy = caller.rate_policy(|| self.policy())?.clone();
+        Some(RateFields { policy, left: self.left()? })
+    }
+
+    /// The fields; `None` if there is no window.
+    pub(crate) fn fields(&self) -> Option<RateFields> {
+        Some(RateFields { policy: self.policy()?, left: self.left()? })
+    }
+
+    fn policy(&self) -> Option<HeaderValue> {
+        self.field(|text, window| {
+            text.member(window, [b";w=", b";q="], window.period.seconds(), window.limit)
+        })
+    }
+
+    fn left(&self) -> Option<HeaderValue> {
+        self.field(|text, window| {
             // Whole seconds, and never too early.
-            let resets_in = (window.resets_in.as_millis() as u64).div_ceil(1_000);
-            let end = [("\";r=", window.remaining), (";t=", resets_in)];
-            member(&mut text, at, window.period.name(), end);
+            let resets_in = window.resets_in;
+            let resets_in = resets_in.as_secs() + u64::from(resets_in.subsec_nanos() > 0);
+            text.member(window, [b";t=", b";r="], resets_in, window.remaining);
+        })
+    }
+
+    fn field(&self, member: impl Fn(&mut Text<'_>, &RateWindow)) -> Option<HeaderValue> {
+        let mut buffer = [0; LONGEST];
+        let mut text = Text { room: &mut buffer };
+        for window in self.windows().rev() {
+            if text.room.len() < LONGEST {
+                text.push(b", ");
+            }
+            member(&mut text, &window);
         }
-        insert(headers, RATE_LIMIT_POLICY, policy);
-        insert(headers, RATE_LIMIT, text.freeze());
+        let start = text.room.len();
+        let text = buffer.get(start..).filter(|text| !text.is_empty())?;
+        // It is ASCII.
+        HeaderValue::from_bytes(text).ok()
     }
 }
 
-fn member(text: &mut BytesMut, at: usize, name: &str, parameters: [(&str, u64); 2]) {
-    text.put_slice(if at == 0 { b"\"" } else { b", \"" });
-    text.put_slice(name.as_bytes());
-    for (parameter, value) in parameters {
-        text.put_slice(parameter.as_bytes());
-        text.put_slice(itoa::Buffer::new().format(value.min(LARGEST)).as_bytes());
-    }
-}
-
+/// As much as three windows take.
+const LONGEST: usize = 3 * 48;
 /// The largest integer of a structured field (RFC 9651 §3.3.1).
 const LARGEST: u64 = 999_999_999_999_999;
 
-fn insert(headers: &mut HeaderMap, name: HeaderName, value: Bytes) {
-    // It is ASCII.
-    if let Ok(value) = HeaderValue::from_maybe_shared(value) {
-        headers.insert(name, value);
+/// A text that is written from its end, because a number gives its last digits first.
+struct Text<'a> {
+    /// What is still free in front of it.
+    room: &'a mut [u8],
+}
+
+impl Text<'_> {
+    /// A window's name and its two parameters, the last one first.
+    #[inline]
+    fn member(&mut self, window: &RateWindow, names: [&[u8; 3]; 2], last: u64, first: u64) {
+        self.number(last);
+        self.push(names[0]);
+        self.number(first);
+        self.push(names[1]);
+        match window.period {
+            RatePeriod::Minute => self.push(b"\"minute\""),
+            RatePeriod::Hour => self.push(b"\"hour\""),
+            RatePeriod::Day => self.push(b"\"day\""),
+        }
+    }
+
+    #[inline]
+    fn number(&mut self, number: u64) {
+        let mut left = number.min(LARGEST);
+        while left >= 100 {
+            self.digits((left % 100) as u8);
+            left /= 100;
+        }
+        if left >= 10 {
+            self.digits(left as u8);
+        } else {
+            self.push(&[b'0' + left as u8]);
+        }
+    }
+
+    #[inline]
+    fn digits(&mut self, two: u8) {
+        self.push(&[b'0' + two / 10, b'0' + two % 10]);
+    }
+
+    #[inline]
+    fn push<const N: usize>(&mut self, piece: &[u8; N]) {
+        // There is always room for it.
+        if let Some((room, place)) = mem::take(&mut self.room).split_last_chunk_mut() {
+            *place = *piece;
+            self.room = room;
+        }
     }
 }

@@ -14,6 +14,7 @@ mod redis;
 
 use std::future::Future;
 
+pub(crate) use self::fields::RateFields;
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisRateLimiter, RedisRateLimiterBuilder, WhenRedisIsAway};
 pub use self::{

@@ -112,13 +112,22 @@ impl Quota {
 
     /// The windows that have a limit, the shortest first.
     #[inline]
-    pub fn windows(&self) -> impl Iterator<Item = RateWindow> {
+    pub fn windows(&self) -> impl DoubleEndedIterator<Item = RateWindow> {
         let with_limit = RatePeriod::ALL.into_iter().filter(|&it| self.has_window[it as usize]);
         with_limit.map(|period| RateWindow {
             period,
             limit: self.limits[period as usize],
             remaining: self.remaining[period as usize],
             resets_in: Duration::from_millis(self.resets_in[period as usize].into()),
+        })
+    }
+
+    /// Whether its windows are those of these limits.
+    #[inline]
+    pub(super) fn is_of(&self, limits: &RateLimits) -> bool {
+        RatePeriod::ALL.into_iter().all(|period| {
+            let at = period as usize;
+            self.has_window[at].then_some(self.limits[at]) == period.limit(limits)
         })
     }
 

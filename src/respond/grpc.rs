@@ -64,8 +64,10 @@ pub(super) fn trailers_only(refusal: &Refusal<'_>, content_type: &ContentType) -
     if let Some(seconds) = refusal.retry_after_seconds() {
         headers.insert(header::RETRY_AFTER, seconds.into());
     }
-    if let Denial::RateLimited(quota) = refusal.denial() {
-        quota.write(headers);
+    if let Denial::RateLimited(quota) = refusal.denial()
+        && let Some(fields) = quota.fields()
+    {
+        fields.write(headers);
     }
     response
 }

@@ -87,8 +87,10 @@ impl<'a> Refusal<'a> {
         if let Some(seconds) = self.retry_after_seconds() {
             headers.insert(header::RETRY_AFTER, seconds.into());
         }
-        if let Denial::RateLimited(quota) = self.denial {
-            quota.write(headers);
+        if let Denial::RateLimited(quota) = self.denial
+            && let Some(fields) = quota.fields()
+        {
+            fields.write(headers);
         }
         response
     }
