@@ -8,8 +8,8 @@ use std::{
 };
 
 use support::{
-    bearer, eventually::eventually, every_store::on_every_store, fixture, probe::probe, rule,
-    servers::Postgres,
+    bearer, eventually::eventually, every_store::on_every_store, feed::Heard, fixture,
+    probe::probe, rule, servers::Postgres,
 };
 use tower::{ServiceBuilder, ServiceExt};
 use tower_api_key::*;
@@ -103,13 +103,17 @@ async fn usage_is_no_change<R: KeyRepository + Clone>(store: R) {
         change => panic!("{change:?}"),
     };
     let before = revoke(&other).await;
+    let heard = Heard::listen(store.changes(SystemTime::now() + Duration::from_secs(60)));
+    heard.all().await;
     let record = store.find_key(&key).await.unwrap().unwrap();
     let mut usage = used(&key, 1, 1, 1);
     usage.last_used_at = Some(SystemTime::now());
     store.record_usage(&batch("w", 1, [usage])).await.unwrap();
     assert_eq!(store.find_key(&key).await.unwrap().unwrap().updated_at, record.updated_at);
+    assert!(heard.all().await.is_empty());
     // Nothing has taken a number in between.
     assert_eq!(revoke(&key).await, before + 1);
+    assert_eq!(heard.take().await.len(), 1);
 }
 
 on_every_store! {
