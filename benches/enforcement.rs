@@ -7,14 +7,14 @@
 //! take turns in each round; the figures are medians of the rounds, the ratios medians of the rounds' ratios. The
 //! last line is JSON.
 
+mod call;
 mod figures;
 #[path = "../tests/support/servers/mod.rs"]
 #[allow(dead_code, unused_imports, unreachable_pub)]
 mod servers;
 
 use std::{
-    convert::Infallible,
-    future::{Future, Ready, ready},
+    future::Future,
     hint::black_box,
     pin::pin,
     sync::Barrier,
@@ -22,16 +22,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use call::{Call, Inner, request};
 use figures::{median, median_ratio, take_turns};
-use http::{HeaderValue, Request, Response, header};
-use http_body_util::Empty;
+use http::HeaderValue;
 use servers::{Postgres, Redis};
 use tokio::runtime;
 use tower::{Service, ServiceBuilder};
 use tower_api_key::*;
-
-type Call = Request<()>;
-type Body = Empty<bytes::Bytes>;
 
 const ROUNDS: usize = 15;
 const KEYS: usize = 1_000;
@@ -64,25 +61,6 @@ fn main() {
          \"record_ns\":{record_ns:.1},\"record_scaling\":{record_scaling:.3},\
          \"flush_10k_ms\":{flush_10k_ms:.1},\"reserve_ns\":{reserve_ns:.1}}}"
     );
-}
-
-/// The service that is called in the end. It looks at nothing.
-#[derive(Clone)]
-struct Inner;
-
-impl Service<Call> for Inner {
-    type Response = Response<Body>;
-    type Error = Infallible;
-    type Future = Ready<Result<Response<Body>, Infallible>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: Call) -> Self::Future {
-        black_box(&request);
-        ready(Ok(Response::new(Empty::new())))
-    }
 }
 
 /// A store with a key for each of `keys`, which all have the same limits and budget.
@@ -138,12 +116,7 @@ fn time<S: Service<Call>>(mut service: S, fields: &[HeaderValue]) -> f64 {
     let mut cx = Context::from_waker(Waker::noop());
     let begin = Instant::now();
     for field in fields.iter().cycle().take(CALLS) {
-        let mut request = Request::new(());
-        let headers = request.headers_mut();
-        headers.insert(header::HOST, HeaderValue::from_static("api.example.com"));
-        headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
-        headers.insert(header::AUTHORIZATION, field.clone());
-        let future = pin!(service.call(request));
+        let future = pin!(service.call(request(field.clone())));
         let Poll::Ready(response) = future.poll(&mut cx) else { panic!("a hit waits for nothing") };
         assert!(response.is_ok());
     }

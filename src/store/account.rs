@@ -169,6 +169,7 @@ impl Lease {
     }
 
     /// Reads an array of the amount, and of two times in milliseconds.
+    #[cfg(feature = "postgres")]
     pub(super) fn from_row(row: Option<&str>) -> Result<Self, StoreError> {
         let bad = || StoreError::bad_row("a lease can't be read");
         let (amount, expires, resets): (i64, u64, Option<u64>) =
