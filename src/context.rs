@@ -1,13 +1,9 @@
 //! What a handler sees of who calls: [`AuthContext`].
 
-use std::{
-    fmt,
-    net::IpAddr,
-    sync::{Arc, OnceLock},
-};
+use std::{fmt, net::IpAddr, sync::Arc};
 
 use chrono::{DateTime, Utc};
-use http::{Extensions, HeaderValue, Method};
+use http::{Extensions, Method};
 use serde_json::Value;
 
 use crate::{
@@ -47,8 +43,6 @@ struct Inner {
     /// `None` for a context that no authenticator made.
     provenance: Option<Provenance>,
     record: KeyRecord,
-    /// How responses say the rate limits.
-    rate_policy: OnceLock<Option<HeaderValue>>,
 }
 
 /// Where a context comes from, and what a cache has to know to serve it again.
@@ -83,8 +77,7 @@ impl AuthContext {
 
     fn make(record: KeyRecord, provenance: Option<Provenance>) -> Self {
         let is_restricted = !(record.allowed_ips.is_empty() && record.allowed_endpoints.is_empty());
-        let rate_policy = OnceLock::new();
-        Self(Arc::new(Inner { is_restricted, provenance, record, rate_policy }))
+        Self(Arc::new(Inner { is_restricted, provenance, record }))
     }
 
     /// Whether it depends on the request whether the key may be used.
@@ -223,14 +216,6 @@ impl AuthContext {
         }
         let tally = self.tally()?;
         tally.recorder()?.accounts.reserve_now(&self.key().id, estimate, tally)
-    }
-
-    /// The field of responses that says the rate limits, which `make` has made once.
-    pub(crate) fn rate_policy(
-        &self,
-        make: impl FnOnce() -> Option<HeaderValue>,
-    ) -> Option<&HeaderValue> {
-        self.0.rate_policy.get_or_init(make).as_ref()
     }
 
     /// Counts a request that was let in.

@@ -3,12 +3,11 @@
 //! `RateLimit-Policy: "minute";q=1000;w=60` and `RateLimit: "minute";r=999;t=42`: the limit of a window and its
 //! seconds, how many requests are left and the seconds until the next window.
 
-use std::mem;
+use std::{cell::RefCell, mem};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{Quota, RatePeriod, RateWindow};
-use crate::context::AuthContext;
 
 const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
@@ -28,22 +27,26 @@ impl RateFields {
 }
 
 impl Quota {
-    /// The fields for a caller, whose policy is written once; `None` if there is no window.
-    pub(super) fn fields_for(&self, caller: &AuthContext) -> Option<RateFields> {
-        // A share of the limits is a policy of its own.
-        if !self.is_of(&caller.rate_limits()) {
-            return self.fields();
-        }
-        let policy = caller.rate_policy(|| self.policy())?.clone();
-        Some(RateFields { policy, left: self.left()? })
-    }
-
     /// The fields; `None` if there is no window.
     pub(crate) fn fields(&self) -> Option<RateFields> {
         Some(RateFields { policy: self.policy()?, left: self.left()? })
     }
 
     fn policy(&self) -> Option<HeaderValue> {
+        let limits = self.limits();
+        let known = POLICIES.try_with(|policies| {
+            let mut policies = policies.borrow_mut();
+            let slot = &mut policies[slot(&limits)];
+            if slot.as_ref().is_none_or(|(known, _)| *known != limits) {
+                *slot = Some((limits, self.written_policy()?));
+            }
+            slot.as_ref().map(|(_, policy)| policy.clone())
+        });
+        // A thread that ends knows none any more.
+        known.unwrap_or_else(|_| self.written_policy())
+    }
+
+    fn written_policy(&self) -> Option<HeaderValue> {
         self.field(|text, window| {
             text.member(window, [b";w=", b";q="], window.period.seconds(), window.limit)
         })
@@ -72,6 +75,26 @@ impl Quota {
         // It is ASCII.
         HeaderValue::from_bytes(text).ok()
     }
+}
+
+/// A policy, and the limits that it is of.
+type Policy = ([Option<u64>; 3], HeaderValue);
+
+thread_local! {
+    /// What this thread has written last. Keys have few policies among them, so that most are there; by thread, because
+    /// all who clone a value count in one place.
+    static POLICIES: RefCell<[Option<Policy>; SLOTS]> = const { RefCell::new([const { None }; SLOTS]) };
+}
+
+const SLOTS: usize = 16;
+
+fn slot(limits: &[Option<u64>; 3]) -> usize {
+    // Multiplicative hashing: the upper bits depend on all of them.
+    const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
+    let add = |hash: u64, limit: &Option<u64>| {
+        (hash ^ limit.map_or(u64::MAX, |limit| limit)).wrapping_mul(ODD)
+    };
+    (limits.iter().fold(0, add) >> 60) as usize % SLOTS
 }
 
 /// As much as three windows take.

@@ -48,19 +48,18 @@ impl<L: RateLimiter> Rule for Limit<L> {
         if caller.key().is_unlimited || limits == RateLimits::default() {
             return Verdict::Known(Ok(Pass::Nothing));
         }
-        if let Some(quota) = self.0.count_now(&caller.key().id, limits) {
-            return Verdict::Known(outcome(&quota, caller));
+        let key = &caller.key().id;
+        if let Some(quota) = self.0.count_now(key, limits) {
+            return Verdict::Known(outcome(&quota));
         }
-        let (limiter, caller) = (Arc::clone(&self.0), caller.clone());
-        Verdict::Later(Box::pin(async move {
-            outcome(&limiter.count(&caller.key().id, limits).await?, &caller)
-        }))
+        let (limiter, key) = (Arc::clone(&self.0), key.clone());
+        Verdict::Later(Box::pin(async move { outcome(&limiter.count(&key, limits).await?) }))
     }
 }
 
-fn outcome(quota: &Quota, caller: &AuthContext) -> Result<Pass, Denial> {
+fn outcome(quota: &Quota) -> Result<Pass, Denial> {
     if quota.is_allowed() {
-        Ok(quota.fields_for(caller).map_or(Pass::Nothing, Pass::Limited))
+        Ok(quota.fields().map_or(Pass::Nothing, Pass::Limited))
     } else {
         Err(Denial::RateLimited((*quota).into()))
     }

@@ -122,12 +122,12 @@ impl Quota {
         })
     }
 
-    /// Whether its windows are those of these limits.
+    /// By period.
     #[inline]
-    pub(super) fn is_of(&self, limits: &RateLimits) -> bool {
-        RatePeriod::ALL.into_iter().all(|period| {
+    pub(super) fn limits(&self) -> [Option<u64>; 3] {
+        RatePeriod::ALL.map(|period| {
             let at = period as usize;
-            self.has_window[at].then_some(self.limits[at]) == period.limit(limits)
+            self.has_window[at].then_some(self.limits[at])
         })
     }
 
