@@ -186,6 +186,21 @@ impl RateLimiter for Slow {
 }
 
 #[tokio::test]
+async fn each_key_is_told_its_own_policy() {
+    let limited = Limited::new().await;
+    let mut keys = Vec::new();
+    for limit in 10..110 {
+        keys.push((limit, limited.key(limits(Some(limit), None, Some(100))).await));
+    }
+    for _ in 0..2 {
+        for (limit, key) in &keys {
+            let policy = format!(r#""minute";q={limit};w=60, "day";q=100;w=86400"#);
+            assert_eq!(limited.ask(key).await.header("ratelimit-policy"), Some(&*policy));
+        }
+    }
+}
+
+#[tokio::test]
 async fn the_largest_numbers_fit_into_the_fields() {
     let limited = Limited::new().await;
     let key = limited.key(limits(Some(u64::MAX), Some(100), Some(u64::MAX))).await;

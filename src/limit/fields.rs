@@ -91,9 +91,7 @@ const SLOTS: usize = 16;
 fn slot(limits: &[Option<u64>; 3]) -> usize {
     // Multiplicative hashing: the upper bits depend on all of them.
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
-    let add = |hash: u64, limit: &Option<u64>| {
-        (hash ^ limit.map_or(u64::MAX, |limit| limit)).wrapping_mul(ODD)
-    };
+    let add = |hash: u64, limit: &Option<u64>| (hash ^ limit.unwrap_or(u64::MAX)).wrapping_mul(ODD);
     (limits.iter().fold(0, add) >> 60) as usize % SLOTS
 }
 
