@@ -92,11 +92,43 @@ struct Ask {
     max_completion_tokens: Option<usize>,
     #[serde(default)]
     stream: bool,
+    #[serde(default)]
+    stream_options: StreamOptions,
+}
+
+#[derive(Deserialize, Default)]
+struct StreamOptions {
+    #[serde(default)]
+    include_usage: bool,
 }
 
 #[derive(Deserialize)]
 struct Message {
-    content: String,
+    #[serde(default)]
+    content: Option<Content>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+}
+
+#[derive(Deserialize)]
+struct Part {
+    #[serde(default)]
+    text: String,
+}
+
+impl Message {
+    fn text(&self) -> String {
+        match &self.content {
+            None => String::new(),
+            Some(Content::Text(text)) => text.clone(),
+            Some(Content::Parts(parts)) => parts.iter().map(|part| part.text.as_str()).collect(),
+        }
+    }
 }
 
 async fn complete(
@@ -108,20 +140,25 @@ async fn complete(
     let Some((_, price)) = MODELS.iter().find(|(name, _)| *name == ask.model) else {
         return Err(GatewayError::NoSuchModel(ask.model));
     };
-    let prompt = ask.messages.last().map(|message| message.content.clone()).unwrap_or_default();
-    let prompt_tokens: usize =
-        ask.messages.iter().map(|message| message.content.split_whitespace().count()).sum();
+    let messages: Vec<_> = ask.messages.iter().map(Message::text).collect();
+    let prompt_tokens = messages.iter().map(|text| text.split_whitespace().count()).sum();
+    let prompt = messages.last().map_or("", String::as_str);
     let max_tokens = ask.max_completion_tokens.or(ask.max_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
     if max_tokens > MOST_TOKENS {
         return Err(GatewayError::Request(format!("max_tokens is {MOST_TOKENS} at most")));
     }
 
     // Held before the model runs, by the most that it can cost.
-    let most = (prompt_tokens.saturating_add(max_tokens) as u64).saturating_mul(*price);
+    let most = (max_tokens.saturating_add(prompt_tokens) as u64).saturating_mul(*price);
     let reservation = caller.reserve(most).await?;
+    let mut words: VecDeque<_> = prompt.split_inclusive(' ').map(str::to_owned).collect();
+    let finish_reason = if words.len() > max_tokens { "length" } else { "stop" };
+    words.truncate(max_tokens);
     let answer = Answer {
-        words: prompt.split_inclusive(' ').take(max_tokens).map(str::to_owned).collect(),
+        words,
+        finish_reason,
         model: ask.model,
+        includes_usage: ask.stream_options.include_usage,
         prompt_tokens,
         completion_tokens: 0,
         price: *price,
@@ -131,11 +168,13 @@ async fn complete(
     Ok(if ask.stream { answer.streamed().into_response() } else { answer.whole().into_response() })
 }
 
-/// An answer on its way. If it is dropped before its end, because the client has gone, the reservation charges
-/// what was held.
+/// An answer on its way. If it is dropped before its last word, because the client has gone, the reservation
+/// charges what was held.
 struct Answer {
     words: VecDeque<String>,
+    finish_reason: &'static str,
     model: String,
+    includes_usage: bool,
     prompt_tokens: usize,
     completion_tokens: usize,
     price: u64,
@@ -147,39 +186,40 @@ impl Answer {
     fn whole(mut self) -> Json<Value> {
         let text: String = std::iter::from_fn(|| self.next_word()).collect();
         self.settle();
-        let (prompt, completion) = (self.prompt_tokens, self.completion_tokens);
         Json(json!({
             "id": "chatcmpl-echo", "object": "chat.completion", "created": 0, "model": self.model,
             "choices": [{
                 "index": 0,
                 "message": { "role": "assistant", "content": text },
-                "finish_reason": "stop",
+                "finish_reason": self.finish_reason,
             }],
-            "usage": {
-                "prompt_tokens": prompt,
-                "completion_tokens": completion,
-                "total_tokens": prompt + completion,
-            },
+            "usage": self.usage(),
         }))
     }
 
     fn streamed(self) -> impl IntoResponse {
         let chunks = stream::unfold(Some(self), |answer| async move {
             let mut answer = answer?;
-            let Some(word) = answer.next_word() else {
-                answer.settle();
-                return Some((Event::default().data("[DONE]"), None));
-            };
-            let is_last = answer.words.is_empty();
-            let chunk = json!({
+            let mut chunk = json!({
                 "id": "chatcmpl-echo", "object": "chat.completion.chunk", "created": 0,
-                "model": answer.model,
-                "choices": [{
+                "model": answer.model, "choices": [],
+            });
+            let word = answer.next_word();
+            let is_last = answer.words.is_empty();
+            if is_last {
+                answer.settle();
+            }
+            if let Some(word) = word {
+                chunk["choices"] = json!([{
                     "index": 0,
                     "delta": { "role": "assistant", "content": word },
-                    "finish_reason": is_last.then_some("stop"),
-                }],
-            });
+                    "finish_reason": is_last.then_some(answer.finish_reason),
+                }]);
+            } else if std::mem::take(&mut answer.includes_usage) {
+                chunk["usage"] = answer.usage();
+            } else {
+                return Some((Event::default().data("[DONE]"), None));
+            }
             Some((Event::default().data(chunk.to_string()), Some(answer)))
         });
         Sse::new(futures_util::StreamExt::map(chunks, Ok::<_, Infallible>))
@@ -191,13 +231,21 @@ impl Answer {
         Some(word)
     }
 
-    /// What was held becomes what it has cost.
+    /// What was held becomes what it has cost, once.
     fn settle(&mut self) {
         let tokens = (self.prompt_tokens + self.completion_tokens) as u64;
         if let Some(reservation) = self.reservation.take() {
             reservation.settle(tokens * self.price);
+            self.caller.record_usage(Usage::tokens(tokens));
         }
-        self.caller.record_usage(Usage::tokens(tokens));
+    }
+
+    fn usage(&self) -> Value {
+        json!({
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        })
     }
 }
 

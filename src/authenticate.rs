@@ -104,10 +104,11 @@ impl Authenticator {
         self.0.health()
     }
 
-    /// Ends the work in the background: writes the usage that is not written yet, within 10 s, and stops
-    /// listening to the store. Requests are still answered, from then on like those of a node that is cut off
-    /// from changes, and no longer counted. Without this, the work ends with the last clone, and the usage of the
-    /// last interval is lost.
+    /// Ends the work in the background: writes the usage that is not written yet and hands back the leases of
+    /// budgets, within 10 s (what the store does not take until then is lost, and the log says of how many keys),
+    /// and stops listening to the store. Requests are still answered, from then on like those of a node that is cut
+    /// off from changes, and no longer counted; nothing can be reserved. Without this, the work ends with the last
+    /// clone, and the usage of the last interval is lost.
     ///
     /// ```
     /// # async fn run(app: axum::Router, authenticator: tower_api_key::Authenticator) -> std::io::Result<()> {
@@ -215,7 +216,7 @@ impl AuthenticatorBuilder {
     }
 
     /// How often usage is written to the store: every second by default. When the process is killed, what was
-    /// used since the last write is lost: one interval at most.
+    /// used since the last write is lost: one interval at most, or all since the store went away.
     #[must_use]
     pub fn usage_interval(mut self, interval: Duration) -> Self {
         self.settings.usage_interval = Some(interval);
@@ -223,10 +224,12 @@ impl AuthenticatorBuilder {
     }
 
     /// For how long this node may spend a slice of a budget without a word of the store: 30 s by default. So long
-    /// holds go on while the store is away, and so long what a killed node had leased is lost to the others.
+    /// holds go on while the store is away, and so long what a killed node had leased is lost to the others. Between
+    /// a second and a day.
     #[must_use]
     pub fn lease_lifetime(mut self, lifetime: Duration) -> Self {
-        self.settings.lease_lifetime = lifetime;
+        const DAY: Duration = Duration::from_secs(86_400);
+        self.settings.lease_lifetime = lifetime.clamp(Duration::from_secs(1), DAY);
         self
     }
 

@@ -12,7 +12,7 @@ use std::{
 
 use tokio::task::JoinSet;
 
-use super::reservation::{Reservation, amount};
+use super::reservation::{Reservation, held_for};
 use crate::{
     cache::Moment,
     deadline::within,
@@ -110,7 +110,7 @@ impl Accounts {
         tally: &Arc<Tally>,
     ) -> Option<Reservation> {
         let account = self.account(key);
-        (!self.is_closed() && account.hold(amount(estimate), self.now(), self.lifetime))
+        (!self.is_closed() && account.hold(held_for(estimate), self.now(), self.lifetime))
             .then(|| Reservation::held(estimate, account, Arc::clone(tally)))
     }
 
@@ -122,17 +122,18 @@ impl Accounts {
         tally: &Arc<Tally>,
     ) -> Result<Reservation, Denial> {
         let account = self.account(key);
-        let held = within(DEADLINE, self.hold(&account, amount(estimate))).await;
+        let held = within(DEADLINE, self.hold(&account, held_for(estimate))).await;
         held.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE).into()))?;
         Ok(Reservation::held(estimate, account, Arc::clone(tally)))
     }
 
     async fn hold(&self, account: &Account, wanted: i64) -> Result<(), Denial> {
         let came = self.now();
+        let _asking = account.asking.lock().await;
+        // Under the lock: what is granted after the leases were handed back, nobody would hand back.
         if self.is_closed() {
             return Err(StoreError::unavailable("this node is shutting down").into());
         }
-        let _asking = account.asking.lock().await;
         for attempt in 0..ATTEMPTS {
             let now = self.now();
             // The one before may have asked for more than it needed, or in vain.
@@ -158,7 +159,8 @@ impl Accounts {
         let account = lock(self.shard(key)).get(key).cloned();
         let Some(account) = account else { return };
         let mut state = account.state();
-        state.settled = state.settled.saturating_sub(settled);
+        // Two of the largest number that there is are one, but are written one by one.
+        state.settled = state.settled.saturating_sub(settled).max(0);
         state.leased = state.leased.saturating_sub(settled).max(0);
         state.written = state.written.saturating_add(settled);
     }
@@ -201,9 +203,13 @@ impl Accounts {
         }
     }
 
-    /// Hands back everything that is not held, and holds nothing any more.
-    pub(crate) async fn close(&self) {
+    /// Holds nothing any more.
+    pub(crate) fn close(&self) {
         self.is_closed.store(true, Ordering::SeqCst);
+    }
+
+    /// Hands back everything that is not held.
+    pub(crate) async fn hand_back(&self) {
         for account in self.all() {
             let _asking = account.asking.lock().await;
             // What is not handed back expires.

@@ -61,7 +61,8 @@ pub(crate) fn grant(
     } else {
         asked.min(needed + (room - needed) / 4)
     };
-    Slice { amount, sequence: ask.sequence, expires_at: now + ask.lifetime }
+    let expires_at = now.checked_add(ask.lifetime).unwrap_or(now);
+    Slice { amount, sequence: ask.sequence, expires_at }
 }
 
 impl Budget {

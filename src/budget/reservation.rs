@@ -48,7 +48,7 @@ impl Reservation {
         match (&self.account, &self.tally) {
             (Some(account), Some(tally)) => {
                 // Before the tally: what is taken from there has been settled here.
-                account.settle(amount(self.estimate), amount(cost));
+                account.settle(held_for(self.estimate), amount(cost));
                 tally.settle(cost);
             }
             (_, Some(tally)) => tally.add(Usage::cost(cost)),
@@ -57,8 +57,13 @@ impl Reservation {
     }
 }
 
+/// What is taken from a lease: for nothing as well, so that there is none where nothing is left.
+pub(super) fn held_for(estimate: u64) -> i64 {
+    amount(estimate).max(1)
+}
+
 /// No budget is larger.
-pub(super) fn amount(micro_cents: u64) -> i64 {
+fn amount(micro_cents: u64) -> i64 {
     i64::try_from(micro_cents).unwrap_or(i64::MAX)
 }
 

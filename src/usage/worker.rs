@@ -1,15 +1,16 @@
 //! From counters to the store: [`Recorder`].
 
 use std::{
-    collections::HashMap,
-    fmt,
+    collections::{HashMap, VecDeque},
+    fmt, mem,
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
+use chrono::{DateTime, Utc};
 use tokio::runtime::Handle;
 
 use super::Tally;
@@ -48,9 +49,21 @@ struct Writer {
     sequence: u64,
     /// The batch that was sent and may or may not have arrived. What it says never changes.
     sent: Option<UsageBatch>,
-    gathered: HashMap<KeyId, KeyUsage>,
+    gathered: Gathered,
+    /// Of the days before, the oldest first; there is something only while the store is away.
+    earlier: VecDeque<Gathered>,
     /// When the last use of a key was last written.
     last_used: HashMap<KeyId, SystemTime>,
+    /// When `last_used` was last looked through for what is old.
+    swept_at: SystemTime,
+}
+
+/// What was used on one day (UTC).
+#[derive(Default)]
+struct Gathered {
+    /// The last time that something was added.
+    at: Option<SystemTime>,
+    usage: HashMap<KeyId, KeyUsage>,
 }
 
 /// So that cores seldom meet.
@@ -91,8 +104,10 @@ impl Recorder {
                 name,
                 sequence: 0,
                 sent: None,
-                gathered: HashMap::new(),
+                gathered: Gathered::default(),
+                earlier: VecDeque::new(),
                 last_used: HashMap::new(),
+                swept_at: SystemTime::UNIX_EPOCH,
             }),
             accounts,
             work: Background::default(),
@@ -133,10 +148,11 @@ impl Recorder {
     async fn flush(&self) -> Result<(), StoreError> {
         let mut writer = self.writer.lock().await;
         let clock = self.scheme.clock();
+        let now = clock.now();
         for shard in &self.moved {
-            let moved = std::mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
+            let moved = mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
             for tally in moved {
-                if let Some(dropped) = writer.gather(tally.take()) {
+                if let Some(dropped) = writer.gather(tally.take(), now) {
                     self.settled(&dropped);
                 }
             }
@@ -150,13 +166,14 @@ impl Recorder {
                 }
                 Err(error) if error.kind() == StoreErrorKind::Unsupported => {
                     self.is_on.store(false, Ordering::Relaxed);
-                    writer.gathered.clear();
+                    writer.gathered.usage.clear();
+                    writer.earlier.clear();
                     writer.sent = None;
                     telemetry::usage_unsupported();
                     return Ok(());
                 }
                 Err(error) => {
-                    telemetry::usage_not_written(&error, writer.gathered.len());
+                    telemetry::usage_not_written(&error, writer.waiting());
                     return Err(error);
                 }
             }
@@ -171,28 +188,37 @@ impl Recorder {
         }
     }
 
-    /// Ends the work, and writes what is left, within 10 s.
+    /// Ends the work, writes what is left and hands back the leases, within 10 s.
     pub(crate) async fn stop(&self) {
+        // First, so that nothing is granted that would not be charged.
+        self.accounts.close();
         self.work.stop();
         self.tending.stop();
-        if self.is_on.swap(false, Ordering::Relaxed)
-            && within(LAST_FLUSH, self.flush()).await.is_none_or(|outcome| outcome.is_err())
-        {
-            telemetry::usage_lost(self.writer.lock().await.gathered.len());
+        if !self.is_on.swap(false, Ordering::Relaxed) {
+            return;
         }
-        let _ = within(LAST_FLUSH, self.accounts.close()).await;
+        let began = Instant::now();
+        if let Some(Ok(())) = within(LAST_FLUSH, self.flush()).await {
+            let left = LAST_FLUSH.saturating_sub(began.elapsed());
+            let _ = within(left, self.accounts.hand_back()).await;
+        } else {
+            telemetry::usage_lost(self.writer.lock().await.waiting());
+        }
     }
 }
 
 impl Writer {
     /// Gives back what there is no room for.
-    fn gather(&mut self, usage: KeyUsage) -> Option<KeyUsage> {
-        if self.gathered.len() >= MAX_GATHERED && !self.gathered.contains_key(&usage.key) {
+    fn gather(&mut self, usage: KeyUsage, now: SystemTime) -> Option<KeyUsage> {
+        self.turn_to(now);
+        let is_full = self.waiting() >= MAX_GATHERED;
+        if is_full && !self.gathered.usage.contains_key(&usage.key) {
             telemetry::usage_dropped(&usage);
             return Some(usage);
         }
+        let key = usage.key.clone();
         let sum =
-            self.gathered.entry(usage.key.clone()).or_insert_with(|| KeyUsage::new(usage.key));
+            self.gathered.usage.entry(key).or_insert_with_key(|key| KeyUsage::new(key.clone()));
         sum.requests = sum.requests.saturating_add(usage.requests);
         sum.tokens = sum.tokens.saturating_add(usage.tokens);
         sum.cost_micro_cents = sum.cost_micro_cents.saturating_add(usage.cost_micro_cents);
@@ -200,22 +226,42 @@ impl Writer {
         None
     }
 
+    /// Keeps what was used on another day apart.
+    fn turn_to(&mut self, now: SystemTime) {
+        let day = |time: SystemTime| DateTime::<Utc>::from(time).date_naive();
+        let is_today = self.gathered.at.is_none_or(|at| day(at) == day(now));
+        if !is_today && !self.gathered.usage.is_empty() {
+            self.earlier.push_back(mem::take(&mut self.gathered));
+        }
+        self.gathered.at = Some(now);
+    }
+
+    /// How many keys there is something to write of, by the day.
+    fn waiting(&self) -> usize {
+        let sent = self.sent.as_ref().map_or(0, |batch| batch.entries.len());
+        let earlier: usize = self.earlier.iter().map(|day| day.usage.len()).sum();
+        sent + earlier + self.gathered.usage.len()
+    }
+
     /// The batch that was sent already, or a new one of what is there; `None` if there is nothing.
     fn next_batch(&mut self, now: SystemTime) -> Option<&UsageBatch> {
-        if self.sent.is_none() && !self.gathered.is_empty() {
-            let keys: Vec<_> = self.gathered.keys().take(MAX_BATCH).cloned().collect();
-            let mut entries: Vec<_> =
-                keys.iter().filter_map(|key| self.gathered.remove(key)).collect();
+        if self.sent.is_none() {
+            let day = self.earlier.front_mut().unwrap_or(&mut self.gathered);
+            let gathered_at = day.at.unwrap_or(now);
+            let keys: Vec<_> = day.usage.keys().take(MAX_BATCH).cloned().collect();
+            let mut entries: Vec<_> = keys.iter().filter_map(|key| day.usage.remove(key)).collect();
+            if self.earlier.front().is_some_and(|day| day.usage.is_empty()) {
+                self.earlier.pop_front();
+            }
+            if entries.is_empty() {
+                return None;
+            }
             for usage in &mut entries {
-                usage.last_used_at = self.is_due(&usage.key, now).then_some(now);
+                usage.last_used_at = self.is_due(&usage.key, gathered_at).then_some(gathered_at);
             }
             self.sequence += 1;
-            let batch = UsageBatch {
-                gathered_at: now,
-                entries,
-                ..UsageBatch::new(&*self.name, self.sequence)
-            };
-            self.sent = Some(batch);
+            let batch = UsageBatch::new(&*self.name, self.sequence);
+            self.sent = Some(UsageBatch { gathered_at, entries, ..batch });
         }
         let batch = self.sent.as_mut()?;
         batch.sent_at = now;
@@ -231,8 +277,9 @@ impl Writer {
         if self.last_used.get(key).is_some_and(is_recent) {
             return false;
         }
-        if self.last_used.len() >= MAX_GATHERED {
+        if self.last_used.len() >= MAX_GATHERED && !is_recent(&self.swept_at) {
             self.last_used.retain(|_, written| is_recent(written));
+            self.swept_at = now;
         }
         if self.last_used.len() < MAX_GATHERED {
             self.last_used.insert(key.clone(), now);

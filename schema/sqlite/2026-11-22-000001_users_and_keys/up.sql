@@ -16,7 +16,8 @@ CREATE TABLE IF NOT EXISTS users (
 );
 
 CREATE TABLE IF NOT EXISTS api_keys (
-    id                    INTEGER PRIMARY KEY,
+    -- Never given again: usage and budgets go by it, and outlive the key.
+    id                    INTEGER PRIMARY KEY AUTOINCREMENT,
     user_id               INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
     name                  TEXT    NOT NULL DEFAULT '',
     key_prefix            TEXT    NOT NULL,

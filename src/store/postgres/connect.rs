@@ -179,7 +179,10 @@ impl Target {
         // Not as a start-up option, which PgBouncer refuses.
         // What is not 0 must not become it, and the server counts in 31 bits.
         let millis = statement_timeout.as_micros().div_ceil(1000).min(i32::MAX as u128);
-        let settings = format!("SET statement_timeout = {millis}");
+        // Functions read what was committed while they waited for a lock, whatever the database's default is.
+        let settings = format!(
+            "SET statement_timeout = {millis}; SET default_transaction_isolation = 'read committed'"
+        );
         connection
             .batch_execute(&settings)
             .await

@@ -46,13 +46,15 @@ fn count(is_gated: bool, has_totals: bool) -> String {
                 AS b (id BIGINT, requests BIGINT, tokens BIGINT, cost BIGINT, settled BIGINT,
                     is_last_used BOOLEAN)
         ), writer AS ({writer}), time AS (
-            SELECT jsonb_populate_record(NULL::api_keys, jsonb_build_object('last_used_at', $4::text)) AS row
+            -- As the column has it. From a row, because in one of nothing a column may not be NULL.
+            SELECT jsonb_populate_record(k, jsonb_build_object('last_used_at', $4::text)) AS row
+            FROM api_keys k LIMIT 1
         ), locked AS (
             SELECT k.id FROM api_keys k JOIN batch b ON b.id = k.id WHERE EXISTS (SELECT FROM writer)
             ORDER BY k.id FOR NO KEY UPDATE OF k
         ), counted AS (
             UPDATE api_keys k SET {}, {},
-                total_cost = coalesce(k.total_cost, 0)::numeric + b.cost::numeric / 1000000,
+                total_cost = least(coalesce(k.total_cost, 0)::numeric + b.cost::numeric / 1000000, ({MOST})),
                 last_used_at = CASE
                     WHEN b.is_last_used AND (
                         k.last_used_at IS NULL OR k.last_used_at <= (time.row).last_used_at - INTERVAL '60 s'
@@ -78,6 +80,18 @@ fn count(is_gated: bool, has_totals: bool) -> String {
         day("cost_micro_cents"),
     )
 }
+
+/// The largest number that fits into the column `total_cost`, which may be narrow where it was adopted; NULL if every
+/// one does. A NUMERIC's modifier has its digits in the upper half, and how many are behind the point in the lower.
+const MOST: &str = "
+    SELECT CASE a.atttypid
+        WHEN 'smallint'::regtype THEN 32767
+        WHEN 'integer'::regtype THEN 2147483647
+        WHEN 'bigint'::regtype THEN 9223372036854775807
+        WHEN 'numeric'::regtype THEN CASE WHEN a.atttypmod >= 4 THEN
+            10::numeric ^ (((a.atttypmod - 4) >> 16) - ((a.atttypmod - 4) & 2047))
+                - 10::numeric ^ (- ((a.atttypmod - 4) & 2047)) END
+    END FROM pg_attribute a WHERE a.attrelid = 'api_keys'::regclass AND a.attname = 'total_cost'";
 
 /// Returns a row if the batch was not counted before. While another attempt to send it is under way, this waits
 /// for its end.

@@ -20,16 +20,17 @@ const BUDGET: &str = "
         CAST(round(coalesce(total_cost, 0) * 1000000.0) AS INTEGER)) AS row
     FROM api_keys WHERE id = $1";
 
-/// What was spent from one day to before another one.
+/// What was spent from one day to before another one. A sum of integers may overflow, which is an error; that of
+/// floats is exact up to 2^53.
 const SPENT: &str = "
-    SELECT CAST(coalesce(sum(cost_micro_cents), 0) AS TEXT) AS row FROM api_key_usage
+    SELECT CAST(CAST(total(cost_micro_cents) AS INTEGER) AS TEXT) AS row FROM api_key_usage
     WHERE api_key_id = $1 AND day >= $2 AND day < $3";
 
 const EXPIRE: &str =
     "DELETE FROM api_key_leases WHERE api_key_id = $1 AND expires_at <= $2 RETURNING holder AS row";
 
 const OTHERS: &str = "
-    SELECT CAST(coalesce(sum(amount_micro_cents), 0) AS TEXT) AS row FROM api_key_leases
+    SELECT CAST(CAST(total(amount_micro_cents) AS INTEGER) AS TEXT) AS row FROM api_key_leases
     WHERE api_key_id = $1 AND holder <> $2";
 
 const OWN: &str = "
@@ -70,15 +71,15 @@ fn lease(
     };
     let bad = || StoreError::bad_row("budget_type is not total, daily, weekly or monthly");
     let period = period.ok_or_else(bad)?;
-    let spent = match period.days(now) {
-        None => total_cost,
-        Some((first, after)) => {
-            let days = [first, after].map(|day| Bind::Text(day.to_string()));
-            let binds = [by_key()].into_iter().chain(days);
-            let rows = load(connection, &Statement::new(SPENT, binds))?;
-            rows.iter().find_map(TextRow::id).unwrap_or(0)
-        }
-    };
+    let days = period.days(now).map(|(first, after)| [first.to_string(), after.to_string()]);
+    // As texts, all days are between these.
+    let days = days.unwrap_or_else(|| [String::new(), "~".to_owned()]).map(Bind::Text);
+    let rows = load(connection, &Statement::new(SPENT, [by_key()].into_iter().chain(days)))?;
+    let mut spent = rows.iter().find_map(TextRow::id).unwrap_or(0);
+    if period == BudgetPeriod::Total {
+        // What was before the days were kept, or what a row's fault kept from the totals.
+        spent = spent.max(total_cost);
+    }
     load(connection, &Statement::new(EXPIRE, [by_key(), millis(now)]))?;
     let rows = load(connection, &Statement::new(OTHERS, [by_key(), holder()]))?;
     let others = rows.iter().find_map(TextRow::id).unwrap_or(0);
