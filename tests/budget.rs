@@ -10,7 +10,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use support::{eventually::eventually, every_store::on_every_store};
+use support::{eventually::eventually, every_store::on_every_store, servers::Postgres};
 use tower_api_key::*;
 
 const CENT: i64 = 1_000_000;
@@ -81,7 +81,7 @@ async fn leases_and_costs_never_pass_the_limit<R: KeyRepository + Clone>(store: 
 
 async fn a_lease_expires_by_the_time_of_the_store<R: KeyRepository + Clone>(store: R) {
     let key = new_key(&store, cents(1, BudgetPeriod::Total)).await.record().id.clone();
-    let life = Duration::from_millis(300);
+    let life = Duration::from_secs(2);
     assert_eq!(lease_for(&store, &key, "a", CENT, CENT, life).await.amount_micro_cents, CENT);
     assert_eq!(lease(&store, &key, "b", CENT, CENT).await, 0);
     eventually("it has expired", async || lease(&store, &key, "b", CENT, CENT).await == CENT).await;
@@ -148,6 +148,14 @@ async fn an_ask_that_comes_late_changes_nothing<R: KeyRepository + Clone>(store:
     assert_eq!(ask("c", 1, 6 * CENT).await.amount_micro_cents, 6 * CENT);
 }
 
+async fn nothing_is_reserved_for_nothing_where_nothing_is_left<R: KeyRepository + Clone>(store: R) {
+    let nothing = new_key(&store, cents(0, BudgetPeriod::Daily)).await;
+    let node = Authenticator::new(store);
+    let caller = node.authenticate(nothing.expose_secret()).await.unwrap();
+    let denial = caller.reserve(0).await.unwrap_err();
+    assert!(matches!(denial, Denial::BudgetExceeded(_)), "{denial:?}");
+}
+
 async fn what_a_node_with_a_wrong_clock_spends_is_charged_to_the_stores_day<R>(store: R)
 where
     R: KeyRepository + Clone,
@@ -173,5 +181,36 @@ on_every_store! {
     a_period_is_charged_by_its_days
     no_limit_a_limit_of_nothing_and_no_key
     an_ask_that_comes_late_changes_nothing
+    nothing_is_reserved_for_nothing_where_nothing_is_left
     what_a_node_with_a_wrong_clock_spends_is_charged_to_the_stores_day
+}
+
+#[tokio::test]
+async fn two_who_wait_for_one_lock_are_not_granted_the_same() {
+    let server = Postgres::start();
+    let mut admin = server.client().await;
+    // The default of a database that is shared with others.
+    let default = "ALTER DATABASE postgres SET default_transaction_isolation = 'repeatable read'";
+    admin.batch_execute(default).await.unwrap();
+    let store = PostgresStore::new(&server.url()).unwrap();
+    store.migrate().await.unwrap();
+    let key = new_key(&store, cents(1, BudgetPeriod::Total)).await.record().id.clone();
+    let transaction = admin.transaction().await.unwrap();
+    transaction.batch_execute("SELECT FROM api_keys FOR UPDATE").await.unwrap();
+    let asks = ["a", "b"].map(|by| {
+        let (store, key) = (store.clone(), key.clone());
+        tokio::spawn(async move { lease(&store, &key, by, CENT, CENT).await })
+    });
+    let watch = server.client().await;
+    eventually("both wait", async || {
+        let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+        watch.query_one(waiting, &[]).await.unwrap().get::<_, i64>(0) == 2
+    })
+    .await;
+    transaction.rollback().await.unwrap();
+    let mut granted = 0;
+    for ask in asks {
+        granted += ask.await.unwrap();
+    }
+    assert_eq!(granted, CENT);
 }

@@ -24,11 +24,12 @@ fn cents(limit_cents: u64, period: BudgetPeriod) -> Option<Budget> {
     Some(Budget { limit_cents, period })
 }
 
-/// A store whose ledger can be away, and that counts how often it is asked for a lease.
+/// A store whose ledger can be away, and that counts how often it is asked for a lease and told of usage.
 #[derive(Clone)]
 struct Ledger {
     store: MemoryStore,
     asked: Arc<AtomicUsize>,
+    recorded: Arc<AtomicUsize>,
     is_away: Arc<AtomicBool>,
 }
 
@@ -38,6 +39,7 @@ impl KeyStore for Ledger {
     }
 
     async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.recorded.fetch_add(1, SeqCst);
         self.is_there()?;
         self.store.record_usage(batch).await
     }
@@ -77,7 +79,8 @@ impl Node {
             None => new,
         };
         let key = manager.issue(new).await.unwrap().expose_secret().to_owned();
-        let ledger = Ledger { store, asked: Arc::default(), is_away: Arc::default() };
+        let (asked, recorded, is_away) = Default::default();
+        let ledger = Ledger { store, asked, recorded, is_away };
         let authenticator = Authenticator::builder(ledger.clone())
             .scheme(KeyScheme::builder().clock(clock.clone()).build().unwrap())
             .usage_interval(SOON)
@@ -247,4 +250,35 @@ async fn a_hold_over_the_end_of_a_period_counts_for_the_new_one() {
     assert_eq!(node.refused(250_001).await.resets_at, Some(tomorrow));
     node.caller.reserve(250_000).await.unwrap().settle(250_000);
     assert_eq!(node.refused(1).await.resets_at, Some(tomorrow));
+}
+
+#[tokio::test]
+async fn costs_of_the_largest_number_leave_nothing_to_spend() {
+    let node = Node::new(cents(1_000, BudgetPeriod::Total)).await;
+    let (first, second) =
+        (node.caller.reserve(1).await.unwrap(), node.caller.reserve(1).await.unwrap());
+    node.ledger.is_away.store(true, SeqCst);
+    // Each is in a batch of its own.
+    first.settle(u64::MAX);
+    let tried = node.ledger.recorded.load(SeqCst);
+    eventually("it is sent", async || node.ledger.recorded.load(SeqCst) > tried + 1).await;
+    second.settle(u64::MAX);
+    let tried = node.ledger.recorded.load(SeqCst);
+    eventually("it waits", async || node.ledger.recorded.load(SeqCst) > tried + 1).await;
+    node.ledger.is_away.store(false, SeqCst);
+    let tried = node.ledger.recorded.load(SeqCst);
+    eventually("both are written", async || node.ledger.recorded.load(SeqCst) > tried + 1).await;
+    assert_eq!(node.spent().await, i64::MAX);
+    node.clock.advance(Duration::from_secs(1));
+    node.refused(1).await;
+}
+
+#[tokio::test]
+async fn nothing_is_reserved_after_the_shutdown() {
+    let node = Node::new(cents(1_000, BudgetPeriod::Total)).await;
+    node.caller.reserve(CENT).await.unwrap().settle(CENT);
+    node.authenticator.shutdown().await;
+    let denial = node.caller.reserve(1).await.unwrap_err();
+    assert!(matches!(denial, Denial::Unavailable(_)), "{denial:?}");
+    assert_eq!(node.leased_elsewhere(1, 999 * CENT).await, 999 * CENT as i64);
 }

@@ -3,7 +3,10 @@
 mod support;
 
 use std::{
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -149,6 +152,37 @@ async fn a_row_that_cannot_be_written_keeps_no_other_one_from_being_counted() {
 }
 
 #[tokio::test]
+async fn narrow_columns_of_other_peoples_tables_stay_at_their_largest_number() {
+    let server = Postgres::start();
+    let store = PostgresStore::new(&server.url()).unwrap();
+    store.migrate().await.unwrap();
+    let key = new_key(&store).await;
+    let client = server.client().await;
+    // A domain that nobody may leave out, as well.
+    let narrow = "CREATE DOMAIN department AS TEXT NOT NULL;
+        ALTER TABLE api_keys ADD department department DEFAULT 'sales'";
+    client.batch_execute(narrow).await.unwrap();
+    let columns = [
+        ("NUMERIC(10, 4)", "999999.9999"),
+        ("NUMERIC(4)", "9999"),
+        ("SMALLINT", "32767"),
+        ("INTEGER", "2147483647"),
+    ];
+    for (sequence, (column, largest)) in (1..).zip(columns) {
+        let change = format!("ALTER TABLE api_keys ALTER total_cost TYPE {column} USING 9998");
+        client.batch_execute(&change).await.unwrap();
+        let cost = 3_000_000_000 * 1_000_000;
+        let mut usage = used(&key, 1, 10, cost);
+        usage.last_used_at = Some(SystemTime::now());
+        store.record_usage(&batch("w", sequence, [usage])).await.unwrap();
+        let row = "SELECT total_cost::text, total_requests::bigint, last_used_at IS NOT NULL FROM api_keys";
+        let row = client.query_one(row, &[]).await.unwrap();
+        assert_eq!(row.get::<_, &str>(0), largest, "{column}");
+        assert_eq!((row.get(1), row.get(2)), (sequence as i64, true), "{column}");
+    }
+}
+
+#[tokio::test]
 async fn what_nobody_needs_any_more_is_taken_away() {
     let server = Postgres::start();
     let store = PostgresStore::new(&server.url()).unwrap();
@@ -246,6 +280,8 @@ struct Flaky {
     store: MemoryStore,
     told: Arc<Mutex<Vec<UsageBatch>>>,
     failures: usize,
+    /// It fails no more.
+    works: Arc<AtomicBool>,
 }
 
 impl KeyStore for Flaky {
@@ -259,7 +295,7 @@ impl KeyStore for Flaky {
             told.push(batch.clone());
             told.len()
         };
-        if told <= self.failures {
+        if told <= self.failures && !self.works.load(SeqCst) {
             // It has arrived all the same.
             self.store.record_usage(batch).await?;
             return Err(StoreError::unavailable("the answer was lost"));
@@ -269,9 +305,52 @@ impl KeyStore for Flaky {
 }
 
 #[tokio::test]
+async fn what_waits_over_midnight_is_of_the_day_on_which_it_was_used() {
+    let fixture = fixture().await;
+    let store = Flaky {
+        store: fixture.store.clone(),
+        told: Arc::default(),
+        failures: usize::MAX,
+        works: Arc::default(),
+    };
+    let midnight = SystemTime::UNIX_EPOCH + Duration::from_secs(20_000 * 86_400);
+    let clock = Arc::new(ManualClock::at(midnight - Duration::from_secs(60)));
+    let scheme = KeyScheme::builder().clock(clock.clone()).build().unwrap();
+    let node = Authenticator::builder(store.clone()).scheme(scheme).usage_interval(SOON).build();
+    let caller = node.authenticate(&fixture.key).await.unwrap();
+    let told = || store.told.lock().unwrap().clone();
+    let is_taken = async || {
+        let before = told().len();
+        eventually("what was used is taken", async || told().len() > before + 1).await;
+    };
+    // The first batch is sent again and again; what comes after it waits.
+    is_taken().await;
+    caller.record_usage(Usage::tokens(1));
+    is_taken().await;
+    clock.advance(Duration::from_secs(120));
+    caller.record_usage(Usage::tokens(2));
+    is_taken().await;
+    store.told.lock().unwrap().clear();
+    store.works.store(true, SeqCst);
+    eventually("all is written", async || told().len() >= 3).await;
+    let told = told();
+    let days: Vec<_> = told[..3]
+        .iter()
+        .map(|batch| (batch.entries[0].tokens, batch.gathered_at < midnight))
+        .collect();
+    assert_eq!(days, [(0, true), (1, true), (2, false)]);
+    assert!(told[1].sent_at > midnight);
+}
+
+#[tokio::test]
 async fn a_batch_that_was_sent_is_sent_again_as_it_is() {
     let fixture = fixture().await;
-    let store = Flaky { store: fixture.store.clone(), told: Arc::default(), failures: 3 };
+    let store = Flaky {
+        store: fixture.store.clone(),
+        told: Arc::default(),
+        failures: 3,
+        works: Arc::default(),
+    };
     let authenticator = Authenticator::builder(store.clone()).usage_interval(SOON).build();
     let caller = authenticator.authenticate(&fixture.key).await.unwrap();
     let id = caller.key().id.clone();
