@@ -251,3 +251,47 @@ async fn look_ups_go_on_while_another_process_writes_and_a_blocked_write_ends_in
     // The write that was given up may run now or have failed; a new one works.
     assert!(manager.revoke(&issued.record().id).await.unwrap());
 }
+
+#[tokio::test]
+async fn a_row_whose_totals_cannot_be_written_is_charged_all_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("app.db");
+    let store = SqliteStore::open(&file).unwrap();
+    store.migrate().await.unwrap();
+    let manager = KeyManager::new(store.clone());
+    let user = manager.create_user("ada@example.com", "user").await.unwrap();
+    let budget = Budget { limit_cents: 1, period: BudgetPeriod::Total };
+    let key = manager.issue(NewKey::new(user.id, "k").budget(budget)).await.unwrap();
+    Other::at(&file).run(
+        "CREATE TRIGGER no_totals BEFORE UPDATE OF total_tokens ON api_keys
+        BEGIN SELECT RAISE(ABORT, 'not these'); END",
+    );
+    let id = key.record().id.clone();
+    let lease = async |sequence, amount| {
+        let mut ask = LeaseAsk::new(id.clone(), "node", sequence, amount);
+        ask.needed_micro_cents = amount;
+        store.lease(&ask).await.unwrap().amount_micro_cents
+    };
+    assert_eq!(lease(1, 600_000).await, 600_000);
+    let mut usage = KeyUsage::new(id.clone());
+    (usage.cost_micro_cents, usage.settled_micro_cents) = (600_000, 600_000);
+    let mut batch = UsageBatch::new("node", 1);
+    batch.entries.push(usage);
+    store.record_usage(&batch).await.unwrap();
+    assert_eq!(lease(2, 400_001).await, 0);
+    assert_eq!(lease(3, 400_000).await, 400_000);
+}
+
+#[tokio::test]
+async fn the_id_of_a_key_that_is_gone_is_not_given_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("app.db");
+    let store = SqliteStore::open(&file).unwrap();
+    store.migrate().await.unwrap();
+    let manager = KeyManager::new(store.clone());
+    let user = manager.create_user("ada@example.com", "user").await.unwrap();
+    let gone = manager.issue(NewKey::new(user.id.clone(), "k")).await.unwrap();
+    Other::at(&file).run("DELETE FROM api_keys");
+    let new = manager.issue(NewKey::new(user.id, "k")).await.unwrap();
+    assert_ne!(new.record().id, gone.record().id);
+}

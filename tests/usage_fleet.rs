@@ -5,7 +5,10 @@ mod support;
 use std::{
     io::{BufRead, BufReader},
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
     time::{Duration, Instant},
 };
 
@@ -63,7 +66,10 @@ async fn a_million_events_are_counted_exactly_through_restarts_and_lost_answers(
         nodes.push((proxy, authenticator));
     }
     let mut work = JoinSet::new();
+    // A third of the events comes before the first restart, another one before the second.
+    let restarts = Arc::new(AtomicU64::new(0));
     for (_, node) in &nodes {
+        let restarts = Arc::clone(&restarts);
         let mut callers = Vec::new();
         for key in keys.iter() {
             callers.push(node.authenticate(key).await.unwrap());
@@ -76,6 +82,9 @@ async fn a_million_events_are_counted_exactly_through_restarts_and_lost_answers(
                 // Over many intervals.
                 if event % 2_000 == 0 {
                     tokio::time::sleep(Duration::from_millis(30)).await;
+                    while event > (1 + restarts.load(SeqCst)) * events / 3 {
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                    }
                 }
             }
             events
@@ -97,6 +106,7 @@ async fn a_million_events_are_counted_exactly_through_restarts_and_lost_answers(
         } else {
             server.stop()
         }
+        restarts.fetch_add(1, SeqCst);
         tokio::time::sleep(Duration::from_millis(300)).await;
         server.start_again();
         let now = sums(&server).await[0].1;
@@ -156,7 +166,7 @@ async fn a_node_that_is_killed_loses_its_last_interval_at_most() {
     });
     let id = keys[0].record().id.clone();
     let tokens = async || store.find_key(&id).await.unwrap().unwrap().usage.tokens;
-    eventually("three intervals are written", async || tokens().await > 500).await;
+    eventually("many intervals are written", async || tokens().await > 4_000).await;
     node.kill().unwrap();
     node.wait().unwrap();
     let killed = Instant::now();
@@ -165,9 +175,8 @@ async fn a_node_that_is_killed_loses_its_last_interval_at_most() {
     let last = recorded.last().unwrap().0;
     assert!(written <= last + 1, "{written} of {last}: something counted twice");
     // The interval, and what a flush takes on a busy machine.
-    let old =
-        recorded.iter().filter(|(_, at)| killed - *at > INTERVAL + Duration::from_millis(800));
-    let old = old.max_by_key(|(event, _)| *event).map_or(0, |(event, _)| *event);
+    let old = recorded.iter().filter(|(_, at)| killed - *at > INTERVAL + Duration::from_secs(3));
+    let old = old.map(|(event, _)| *event).max().expect("it ran for longer than that");
     assert!(written >= old, "{written} of {last} are written, {old} of them long ago");
 }
 
