@@ -27,9 +27,9 @@ use crate::{
 /// When Redis does not answer, [`WhenRedisIsAway`] says what happens: by default each node keeps its share of the
 /// limits by itself. It counts what it lets through all the time, so that a node which has had its share of a
 /// window lets nothing more through when Redis goes away in the middle of it: a fleet of N lets through at most
-/// twice the limit and N more in that window. Nodes that start while Redis is away do not know of each other and
-/// think that they are alone, unless [`nodes`](RedisRateLimiterBuilder::nodes) says how many they are. A Redis that has lost its memory counts anew from the window that
-/// is under way.
+/// twice the limit and N more in that window. A Redis that has lost its memory when it comes back counts the window
+/// that is under way anew: once more the limit. Nodes that start while Redis is away do not know of each other and
+/// think that they are alone, unless [`nodes`](RedisRateLimiterBuilder::nodes) says how many they are.
 ///
 /// ```
 /// use tower_api_key::{RateLimitLayer, RedisRateLimiter};
