@@ -5,6 +5,7 @@
 //! store. A batch that was sent is sent again as it is until the store has it, and stores count it once. When a
 //! process is killed, what came in since its last write is lost: one interval at most while the store takes it.
 
+mod backlog;
 mod tally;
 mod worker;
 

@@ -1,19 +1,17 @@
 //! From counters to the store: [`Recorder`].
 
 use std::{
-    collections::{HashMap, VecDeque},
     fmt, mem,
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
-use chrono::{DateTime, Utc};
 use tokio::runtime::Handle;
 
-use super::Tally;
+use super::{Tally, backlog::Backlog};
 use crate::{
     budget::Accounts,
     cache::Background,
@@ -21,7 +19,7 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     key::{KeyScheme, hex},
     record::KeyId,
-    store::{DynKeyStore, KeyStore, KeyUsage, UsageBatch},
+    store::{DynKeyStore, KeyStore, KeyUsage},
     telemetry,
 };
 
@@ -35,45 +33,15 @@ pub(crate) struct Recorder {
     interval: Duration,
     store: DynKeyStore,
     scheme: KeyScheme,
-    writer: tokio::sync::Mutex<Writer>,
+    backlog: tokio::sync::Mutex<Backlog>,
     /// The budgets that what is settled is charged to.
     pub(crate) accounts: Arc<Accounts>,
     work: Background,
     tending: Background,
 }
 
-/// What is still to be written.
-struct Writer {
-    /// Names this process to the store, for as long as it lives.
-    name: String,
-    sequence: u64,
-    /// The batch that was sent and may or may not have arrived. What it says never changes.
-    sent: Option<UsageBatch>,
-    gathered: Gathered,
-    /// Of the days before, the oldest first; there is something only while the store is away.
-    earlier: VecDeque<Gathered>,
-    /// When the last use of a key was last written.
-    last_used: HashMap<KeyId, SystemTime>,
-    /// When `last_used` was last looked through for what is old.
-    swept_at: SystemTime,
-}
-
-/// What was used on one day (UTC).
-#[derive(Default)]
-struct Gathered {
-    /// The last time that something was added.
-    at: Option<SystemTime>,
-    usage: HashMap<KeyId, KeyUsage>,
-}
-
 /// So that cores seldom meet.
 const SHARDS: usize = 16;
-/// So many keys go into one batch: few enough for the deadline that a store has for a statement.
-const MAX_BATCH: usize = 1_000;
-/// While the store fails, what was used is kept for so many keys; that of others is dropped, and counted.
-const MAX_GATHERED: usize = 200_000;
-/// The last use of a key is written no more often.
-const LAST_USED_EVERY: Duration = Duration::from_secs(60);
 /// A store that takes longer has failed; the batch is sent again.
 const DEADLINE: Duration = Duration::from_secs(30);
 /// [`Recorder::flush`] at the end gives up after this.
@@ -100,15 +68,7 @@ impl Recorder {
             interval: interval.unwrap_or(Duration::from_secs(1)),
             store,
             scheme,
-            writer: tokio::sync::Mutex::new(Writer {
-                name,
-                sequence: 0,
-                sent: None,
-                gathered: Gathered::default(),
-                earlier: VecDeque::new(),
-                last_used: HashMap::new(),
-                swept_at: SystemTime::UNIX_EPOCH,
-            }),
+            backlog: tokio::sync::Mutex::new(Backlog::new(name)),
             accounts,
             work: Background::default(),
             tending: Background::default(),
@@ -146,34 +106,31 @@ impl Recorder {
 
     /// Writes what has come together. What the store does not take now is kept for the next time.
     async fn flush(&self) -> Result<(), StoreError> {
-        let mut writer = self.writer.lock().await;
+        let mut backlog = self.backlog.lock().await;
         let clock = self.scheme.clock();
         let now = clock.now();
         for shard in &self.moved {
             let moved = mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
             for tally in moved {
-                if let Some(dropped) = writer.gather(tally.take(), now) {
+                if let Some(dropped) = backlog.add(tally.take(), now) {
                     self.settled(&dropped);
                 }
             }
         }
-        while let Some(batch) = writer.next_batch(clock.now()) {
+        while let Some(batch) = backlog.next_batch(clock.now()) {
             let outcome = within(DEADLINE, self.store.record_usage(batch)).await;
             match outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE))) {
                 Ok(()) => {
-                    let batch = writer.sent.take();
-                    batch.iter().flat_map(|batch| &batch.entries).for_each(|it| self.settled(it));
+                    backlog.arrived().iter().for_each(|usage| self.settled(usage));
                 }
                 Err(error) if error.kind() == StoreErrorKind::Unsupported => {
                     self.is_on.store(false, Ordering::Relaxed);
-                    writer.gathered.usage.clear();
-                    writer.earlier.clear();
-                    writer.sent = None;
+                    backlog.clear();
                     telemetry::usage_unsupported();
                     return Ok(());
                 }
                 Err(error) => {
-                    telemetry::usage_not_written(&error, writer.waiting());
+                    telemetry::usage_not_written(&error, backlog.waiting());
                     return Err(error);
                 }
             }
@@ -202,89 +159,8 @@ impl Recorder {
             let left = LAST_FLUSH.saturating_sub(began.elapsed());
             let _ = within(left, self.accounts.hand_back()).await;
         } else {
-            telemetry::usage_lost(self.writer.lock().await.waiting());
+            telemetry::usage_lost(self.backlog.lock().await.waiting());
         }
-    }
-}
-
-impl Writer {
-    /// Gives back what there is no room for.
-    fn gather(&mut self, usage: KeyUsage, now: SystemTime) -> Option<KeyUsage> {
-        self.turn_to(now);
-        let is_full = self.waiting() >= MAX_GATHERED;
-        if is_full && !self.gathered.usage.contains_key(&usage.key) {
-            telemetry::usage_dropped(&usage);
-            return Some(usage);
-        }
-        let key = usage.key.clone();
-        let sum =
-            self.gathered.usage.entry(key).or_insert_with_key(|key| KeyUsage::new(key.clone()));
-        sum.requests = sum.requests.saturating_add(usage.requests);
-        sum.tokens = sum.tokens.saturating_add(usage.tokens);
-        sum.cost_micro_cents = sum.cost_micro_cents.saturating_add(usage.cost_micro_cents);
-        sum.settled_micro_cents = sum.settled_micro_cents.saturating_add(usage.settled_micro_cents);
-        None
-    }
-
-    /// Keeps what was used on another day apart.
-    fn turn_to(&mut self, now: SystemTime) {
-        let day = |time: SystemTime| DateTime::<Utc>::from(time).date_naive();
-        let is_today = self.gathered.at.is_none_or(|at| day(at) == day(now));
-        if !is_today && !self.gathered.usage.is_empty() {
-            self.earlier.push_back(mem::take(&mut self.gathered));
-        }
-        self.gathered.at = Some(now);
-    }
-
-    /// How many keys there is something to write of, by the day.
-    fn waiting(&self) -> usize {
-        let sent = self.sent.as_ref().map_or(0, |batch| batch.entries.len());
-        let earlier: usize = self.earlier.iter().map(|day| day.usage.len()).sum();
-        sent + earlier + self.gathered.usage.len()
-    }
-
-    /// The batch that was sent already, or a new one of what is there; `None` if there is nothing.
-    fn next_batch(&mut self, now: SystemTime) -> Option<&UsageBatch> {
-        if self.sent.is_none() {
-            let day = self.earlier.front_mut().unwrap_or(&mut self.gathered);
-            let gathered_at = day.at.unwrap_or(now);
-            let keys: Vec<_> = day.usage.keys().take(MAX_BATCH).cloned().collect();
-            let mut entries: Vec<_> = keys.iter().filter_map(|key| day.usage.remove(key)).collect();
-            if self.earlier.front().is_some_and(|day| day.usage.is_empty()) {
-                self.earlier.pop_front();
-            }
-            if entries.is_empty() {
-                return None;
-            }
-            for usage in &mut entries {
-                usage.last_used_at = self.is_due(&usage.key, gathered_at).then_some(gathered_at);
-            }
-            self.sequence += 1;
-            let batch = UsageBatch::new(&*self.name, self.sequence);
-            self.sent = Some(UsageBatch { gathered_at, entries, ..batch });
-        }
-        let batch = self.sent.as_mut()?;
-        batch.sent_at = now;
-        Some(batch)
-    }
-
-    /// Whether it is time to write the last use of a key again.
-    fn is_due(&mut self, key: &KeyId, now: SystemTime) -> bool {
-        let is_recent = |written: &SystemTime| {
-            // A clock that was set back makes it due.
-            now.duration_since(*written).is_ok_and(|age| age < LAST_USED_EVERY)
-        };
-        if self.last_used.get(key).is_some_and(is_recent) {
-            return false;
-        }
-        if self.last_used.len() >= MAX_GATHERED && !is_recent(&self.swept_at) {
-            self.last_used.retain(|_, written| is_recent(written));
-            self.swept_at = now;
-        }
-        if self.last_used.len() < MAX_GATHERED {
-            self.last_used.insert(key.clone(), now);
-        }
-        true
     }
 }
 
