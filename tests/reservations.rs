@@ -5,12 +5,13 @@ mod support;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
     time::{Duration, SystemTime},
 };
 
 use support::{Answer as Told, bearer, eventually::eventually, probe::probe, read};
+use tokio::task::JoinSet;
 use tower::{ServiceBuilder, ServiceExt};
 use tower_api_key::*;
 
@@ -281,4 +282,92 @@ async fn nothing_is_reserved_after_the_shutdown() {
     let denial = node.caller.reserve(1).await.unwrap_err();
     assert!(matches!(denial, Denial::Unavailable(_)), "{denial:?}");
     assert_eq!(node.leased_elsewhere(1, 999 * CENT).await, 999 * CENT as i64);
+}
+
+/// A ledger whose answers get lost, and that carries out some asks only after it was given up on.
+#[derive(Clone)]
+struct Unreliable {
+    store: MemoryStore,
+    asked: Arc<AtomicUsize>,
+}
+
+impl KeyStore for Unreliable {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        self.store.resolve(lookup).await
+    }
+
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.store.record_usage(batch).await?;
+        self.answer(())
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        if self.asked.load(SeqCst) % 5 == 3 {
+            let (store, ask) = (self.store.clone(), ask.clone());
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                store.lease(&ask).await.unwrap();
+            });
+            self.asked.fetch_add(1, SeqCst);
+            return Err(StoreError::unavailable("it takes too long"));
+        }
+        let lease = self.store.lease(ask).await?;
+        self.answer(lease)
+    }
+}
+
+impl Unreliable {
+    fn answer<T>(&self, answer: T) -> Result<T, StoreError> {
+        let is_lost = self.asked.fetch_add(1, SeqCst) % 5 == 1;
+        if is_lost { Err(StoreError::unavailable("the answer is lost")) } else { Ok(answer) }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lost_and_late_answers_never_let_more_through_than_there_is() {
+    const LIMIT: u64 = 40 * CENT;
+    let store = MemoryStore::new();
+    let manager = KeyManager::new(store.clone());
+    let user = manager.create_user("ada@example.com", "user").await.unwrap();
+    let budget = Budget { limit_cents: LIMIT / CENT, period: BudgetPeriod::Total };
+    let key = manager.issue(NewKey::new(user.id, "k").budget(budget)).await.unwrap();
+    let ledger = Unreliable { store: store.clone(), asked: Arc::default() };
+    // What is held and what was settled.
+    let exposed = Arc::new(AtomicU64::new(0));
+    let mut spenders = JoinSet::new();
+    let mut nodes = Vec::new();
+    for _ in 0..3 {
+        let node = Authenticator::builder(ledger.clone()).usage_interval(SOON).build();
+        let caller = node.authenticate(key.expose_secret()).await.unwrap();
+        nodes.push(node);
+        for spender in 0..50_u64 {
+            let (caller, exposed) = (caller.clone(), Arc::clone(&exposed));
+            spenders.spawn(async move {
+                let mut refused = 0;
+                while refused < 50 {
+                    let estimate = 10_000 + 1_000 * spender;
+                    let Ok(reservation) = caller.reserve(estimate).await else {
+                        refused += 1;
+                        tokio::time::sleep(Duration::from_millis(10)).await;
+                        continue;
+                    };
+                    let now = exposed.fetch_add(estimate, SeqCst) + estimate;
+                    assert!(now <= LIMIT, "{now} are let through");
+                    tokio::time::sleep(Duration::from_millis(spender)).await;
+                    let cost = estimate / (1 + spender % 3);
+                    // Before it is there for others.
+                    exposed.fetch_sub(estimate - cost, SeqCst);
+                    reservation.settle(cost);
+                }
+            });
+        }
+    }
+    spenders.join_all().await;
+    for node in nodes {
+        node.shutdown().await;
+    }
+    let exposed = exposed.load(SeqCst);
+    assert!(exposed > LIMIT * 9 / 10, "{exposed}");
+    let record = store.find_key(&key.record().id).await.unwrap().unwrap();
+    assert_eq!(record.usage.cost_micro_cents as u64, exposed);
 }

@@ -44,8 +44,10 @@ pub(crate) struct Recorder {
 const SHARDS: usize = 16;
 /// A store that takes longer has failed; the batch is sent again.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// [`Recorder::flush`] at the end gives up after this.
+/// At the end, what the store does not take in this time is given up.
 const LAST_FLUSH: Duration = Duration::from_secs(10);
+/// Between two attempts then.
+const PAUSE: Duration = Duration::from_millis(100);
 
 impl Recorder {
     /// `None` for `interval` records nothing.
@@ -155,7 +157,16 @@ impl Recorder {
             return;
         }
         let began = Instant::now();
-        if let Some(Ok(())) = within(LAST_FLUSH, self.flush()).await {
+        let written = within(LAST_FLUSH, async {
+            while let Err(error) = self.flush().await {
+                if !error.is_transient() {
+                    return false;
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+            true
+        });
+        if written.await == Some(true) {
             let left = LAST_FLUSH.saturating_sub(began.elapsed());
             let _ = within(left, self.accounts.hand_back()).await;
         } else {
