@@ -298,7 +298,7 @@ impl KeyStore for Unreliable {
 
     async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
         self.store.record_usage(batch).await?;
-        self.answer(())
+        self.answer(()).await
     }
 
     async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
@@ -312,12 +312,14 @@ impl KeyStore for Unreliable {
             return Err(StoreError::unavailable("it takes too long"));
         }
         let lease = self.store.lease(ask).await?;
-        self.answer(lease)
+        self.answer(lease).await
     }
 }
 
 impl Unreliable {
-    fn answer<T>(&self, answer: T) -> Result<T, StoreError> {
+    /// Takes its time, so that usage is written while a lease is on its way.
+    async fn answer<T>(&self, answer: T) -> Result<T, StoreError> {
+        tokio::time::sleep(Duration::from_millis(10)).await;
         let is_lost = self.asked.fetch_add(1, SeqCst) % 5 == 1;
         if is_lost { Err(StoreError::unavailable("the answer is lost")) } else { Ok(answer) }
     }
