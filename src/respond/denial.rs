@@ -61,7 +61,7 @@ pub enum InvalidKey {
     OwnerInactive,
 }
 
-/// Until when a budget is used up.
+/// Until when a budget has too little left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BudgetExceeded {
@@ -182,9 +182,11 @@ impl fmt::Display for Denial {
             Self::Forbidden(reason) => reason.fmt(f),
             Self::RateLimited(_) => f.write_str("too many requests with this API key"),
             Self::BudgetExceeded(budget) => {
-                f.write_str("the budget of the API key is used up")?;
+                f.write_str("the API key's budget has too little left for this")?;
                 let end = budget.resets_at.map(DateTime::<Utc>::from);
-                end.map_or(Ok(()), |end| write!(f, " until {}", end.format("%Y-%m-%dT%H:%M:%SZ")))
+                end.map_or(Ok(()), |end| {
+                    write!(f, "; it begins anew at {}", end.format("%Y-%m-%dT%H:%M:%SZ"))
+                })
             }
             Self::Unavailable(error) | Self::BadRow(error) => error.fmt(f),
             Self::LayerMissing => f.write_str("no ApiKeyAuthLayer is around the handler"),
