@@ -142,22 +142,23 @@ async fn through_a_disturbance(
 
 async fn freeze(redis: &mut Redis, nodes: &[RedisRateLimiter]) {
     redis.freeze();
-    for node in nodes {
-        eventually("it is down", async || node.state() == RedisState::Down).await;
-    }
-    // The crowd asks ten times a second.
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    shares_are_used_up(nodes).await;
     redis.thaw();
 }
 
 /// It comes back with nothing.
 async fn restart(redis: &mut Redis, nodes: &[RedisRateLimiter]) {
     redis.stop();
+    shares_are_used_up(nodes).await;
+    redis.start_again();
+}
+
+async fn shares_are_used_up(nodes: &[RedisRateLimiter]) {
     for node in nodes {
         eventually("it is down", async || node.state() == RedisState::Down).await;
     }
+    // The crowd asks ten times a second.
     tokio::time::sleep(Duration::from_millis(500)).await;
-    redis.start_again();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

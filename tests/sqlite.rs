@@ -8,6 +8,7 @@ use diesel::{
     Connection, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
     sql_query, sql_types::Text,
 };
+use support::some_user;
 use tower_api_key::*;
 
 #[derive(QueryableByName)]
@@ -252,17 +253,22 @@ async fn look_ups_go_on_while_another_process_writes_and_a_blocked_write_ends_in
     assert!(manager.revoke(&issued.record().id).await.unwrap());
 }
 
+async fn store_and_other(folder: &std::path::Path) -> (SqliteStore, Other) {
+    let file = folder.join("app.db");
+    let store = SqliteStore::open(&file).unwrap();
+    store.migrate().await.unwrap();
+    (store, Other::at(&file))
+}
+
 #[tokio::test]
 async fn a_row_whose_totals_cannot_be_written_is_charged_all_the_same() {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("app.db");
-    let store = SqliteStore::open(&file).unwrap();
-    store.migrate().await.unwrap();
+    let (store, mut other) = store_and_other(folder.path()).await;
     let manager = KeyManager::new(store.clone());
-    let user = manager.create_user("ada@example.com", "user").await.unwrap();
+    let user = some_user(store.clone()).await;
     let budget = Budget { limit_cents: 1, period: BudgetPeriod::Total };
-    let key = manager.issue(NewKey::new(user.id, "k").budget(budget)).await.unwrap();
-    Other::at(&file).run(
+    let key = manager.issue(NewKey::new(user, "k").budget(budget)).await.unwrap();
+    other.run(
         "CREATE TRIGGER no_totals BEFORE UPDATE OF total_tokens ON api_keys
         BEGIN SELECT RAISE(ABORT, 'not these'); END",
     );
@@ -285,13 +291,11 @@ async fn a_row_whose_totals_cannot_be_written_is_charged_all_the_same() {
 #[tokio::test]
 async fn the_id_of_a_key_that_is_gone_is_not_given_again() {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("app.db");
-    let store = SqliteStore::open(&file).unwrap();
-    store.migrate().await.unwrap();
+    let (store, mut other) = store_and_other(folder.path()).await;
     let manager = KeyManager::new(store.clone());
-    let user = manager.create_user("ada@example.com", "user").await.unwrap();
-    let gone = manager.issue(NewKey::new(user.id.clone(), "k")).await.unwrap();
-    Other::at(&file).run("DELETE FROM api_keys");
-    let new = manager.issue(NewKey::new(user.id, "k")).await.unwrap();
+    let user = some_user(store.clone()).await;
+    let gone = manager.issue(NewKey::new(user.clone(), "k")).await.unwrap();
+    other.run("DELETE FROM api_keys");
+    let new = manager.issue(NewKey::new(user, "k")).await.unwrap();
     assert_ne!(new.record().id, gone.record().id);
 }
