@@ -103,7 +103,7 @@ async fn three_nodes_let_exactly_the_limit_through_and_the_fields_add_up() {
 /// disturbed, until it counts again and refuses them.
 async fn through_a_disturbance(
     when_away: WhenRedisIsAway,
-    disturb: impl AsyncFnOnce(&mut Redis, &[RedisRateLimiter]),
+    disturb: impl AsyncFnOnce(&mut Redis, &[RedisRateLimiter], &AtomicU64),
 ) -> u64 {
     let mut redis = Redis::start();
     let nodes = [(); 3].map(|()| {
@@ -131,7 +131,7 @@ async fn through_a_disturbance(
         });
     }
     eventually("the crowd gets through", async || through.load(SeqCst) > 200).await;
-    disturb(&mut redis, &nodes).await;
+    disturb(&mut redis, &nodes, &through).await;
     for node in &nodes {
         eventually("Redis counts again", async || node.state() == RedisState::Up).await;
     }
@@ -140,25 +140,31 @@ async fn through_a_disturbance(
     through.load(SeqCst)
 }
 
-async fn freeze(redis: &mut Redis, nodes: &[RedisRateLimiter]) {
+async fn freeze(redis: &mut Redis, nodes: &[RedisRateLimiter], through: &AtomicU64) {
     redis.freeze();
-    shares_are_used_up(nodes).await;
+    nobody_gets_through(nodes, through).await;
     redis.thaw();
 }
 
 /// It comes back with nothing.
-async fn restart(redis: &mut Redis, nodes: &[RedisRateLimiter]) {
+async fn restart(redis: &mut Redis, nodes: &[RedisRateLimiter], through: &AtomicU64) {
     redis.stop();
-    shares_are_used_up(nodes).await;
+    nobody_gets_through(nodes, through).await;
     redis.start_again();
 }
 
-async fn shares_are_used_up(nodes: &[RedisRateLimiter]) {
+/// The nodes have found out that Redis is away, and their shares are used up.
+async fn nobody_gets_through(nodes: &[RedisRateLimiter], through: &AtomicU64) {
     for node in nodes {
         eventually("it is down", async || node.state() == RedisState::Down).await;
     }
-    // The crowd asks ten times a second.
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    eventually("nobody gets through any more", async || {
+        let before = through.load(SeqCst);
+        // The crowd asks ten times a second.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        through.load(SeqCst) == before
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
