@@ -3,7 +3,7 @@
 use crate::{
     error::{StoreError, StoreErrorKind},
     respond::Denial,
-    store::{Change, KeyUsage},
+    store::{Change, FeedFault, FeedStatus, KeyUsage},
 };
 
 /// A row under this lookup prefix could not be decoded; the error says which, where the store knows.
@@ -80,9 +80,11 @@ pub(crate) fn usage_of_bad_row(key: &serde_json::Value, error: &StoreError) {
     tracing::error!(%key, error = %error, cause, "the usage of an API key can't be written: it is lost");
 }
 
-/// The store said that something has changed.
+/// The store reports a change.
 pub(crate) fn change(change: &Change) {
-    count("api_key_changes_total");
+    if !matches!(change, Change::Synced(_) | Change::Status(_)) {
+        count("api_key_changes_total");
+    }
     match change {
         Change::Prefix(prefix, revision) => {
             tracing::debug!(key_prefix = prefix, revision = revision.0, "an API key has changed");
@@ -90,7 +92,7 @@ pub(crate) fn change(change: &Change) {
         Change::Owner(owner, revision) => {
             tracing::debug!(%owner, revision = revision.0, "an owner of API keys has changed");
         }
-        Change::Synced(_) => {}
+        Change::Synced(_) | Change::Status(_) => {}
         Change::Reset => tracing::info!("changes may have been missed: API keys are read anew"),
     }
 }
@@ -104,24 +106,51 @@ pub(crate) fn feed_ended() {
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn feed_broken(error: &StoreError) {
     let cause = std::error::Error::source(error).map(ToString::to_string);
-    tracing::warn!(error = %error, cause, "changes of API keys can't be heard; connecting again");
+    tracing::warn!(error = %error, cause, "the feed of API key changes is disconnected; reconnecting");
 }
 
-/// Whether notifications come in.
+/// Whether notifications arrive.
 #[cfg(feature = "postgres")]
-pub(crate) fn feed_hears(hears: bool) {
-    if hears {
-        tracing::info!("notifications of API key changes come in again");
+pub(crate) fn feed_notified(is_notified: bool) {
+    if is_notified {
+        tracing::info!("notifications of API key changes arrive again");
     } else {
-        tracing::warn!("notifications of API key changes don't come in (a pooler?): polling alone");
+        tracing::warn!("notifications of API key changes don't arrive (a pooler?): polling alone");
     }
 }
 
-/// Rows that nobody needs any more could not be taken away.
+/// The status of a change feed differs from the last one.
+pub(crate) fn feed_status(before: &FeedStatus, status: &FeedStatus) {
+    gauge("api_key_feed_complete", if status.fault.is_none() { 1.0 } else { 0.0 });
+    if let Some(rows) = status.rows {
+        gauge("api_key_feed_rows", rows as f64);
+    }
+    if before.fault == status.fault {
+        return;
+    }
+    match &status.fault {
+        Some(FeedFault::Incomplete(reason)) => tracing::error!(
+            reason = &**reason,
+            "changes of API keys may be missed: call migrate() of the store, which restores the triggers; \
+             until then cached keys are served no longer than max_staleness"
+        ),
+        // Logged where the connection is.
+        Some(FeedFault::Disconnected(_)) => {}
+        None => tracing::info!("the feed of API key changes is complete"),
+    }
+}
+
+/// Parts of the schema were missing, disabled or outdated, and were made.
+#[cfg(feature = "postgres")]
+pub(crate) fn schema_made(missing: &[String]) {
+    tracing::info!(made = missing.join("; "), "the schema of API keys was brought up to date");
+}
+
+/// Rows that are not needed any more could not be deleted.
 #[cfg(feature = "postgres")]
 pub(crate) fn not_pruned(error: &StoreError) {
     let cause = std::error::Error::source(error).map(ToString::to_string);
-    tracing::debug!(error = %error, cause, "old rows of changes, writers or leases can't be deleted");
+    tracing::warn!(error = %error, cause, "old rows of changes, writers or leases can't be deleted");
 }
 
 /// Redis answered, or not, in place of the store.
@@ -195,7 +224,6 @@ fn count(name: &'static str) {
     let _ = name;
 }
 
-#[cfg(feature = "redis")]
 fn gauge(name: &'static str, value: f64) {
     #[cfg(feature = "metrics")]
     metrics::gauge!(name).set(value);

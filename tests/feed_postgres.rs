@@ -240,6 +240,9 @@ async fn the_feed_says_what_a_change_is_about_and_nothing_of_usage_or_other_peop
         "UPDATE users SET email = email, role = role, is_active = is_active",
         "BEGIN; UPDATE api_keys SET is_active = FALSE; ROLLBACK",
         "UPDATE api_keys SET is_active = FALSE WHERE id = -1",
+        // The triggers alone set it.
+        "UPDATE api_keys SET api_key_revision = 0",
+        "UPDATE users SET api_key_revision = api_key_revision + 1000",
     ] {
         db.run(nothing).await;
         assert_eq!(revisions().await, before, "{nothing}");
@@ -265,7 +268,6 @@ async fn the_feed_says_what_a_change_is_about_and_nothing_of_usage_or_other_peop
         "budget_type = 'daily'",
         "expires_at = now()",
         "metadata = '{}'",
-        "api_key_revision = 0",
         "id = id + 1000000",
     ] {
         let other = db.key().await;
@@ -275,7 +277,7 @@ async fn the_feed_says_what_a_change_is_about_and_nothing_of_usage_or_other_peop
         db.run(&rule).await;
         assert_eq!(heard.subjects().await, std::slice::from_ref(&prefix), "{column}");
     }
-    for column in ["email = 'x'", "role = 'x'", "is_active = FALSE", "api_key_revision = 0"] {
+    for column in ["email = 'x'", "role = 'x'", "is_active = FALSE"] {
         db.run(&format!("UPDATE users SET {column} WHERE id = {}", key.owner)).await;
         assert_eq!(heard.subjects().await, std::slice::from_ref(&owner), "{column}");
     }
@@ -347,7 +349,7 @@ async fn a_role_that_may_do_nothing_else_can_revoke_and_others_can_not_make_chan
         )
         .await
         .unwrap();
-    for function in ["next_revision", "note_key", "note_user", "note_all"] {
+    for function in ["revise_key", "revise_user", "note_key", "note_user", "note_all"] {
         let trigger = format!(
             "CREATE TRIGGER {function} AFTER UPDATE ON mine
             FOR EACH ROW EXECUTE FUNCTION api_key_{function}()"
@@ -459,7 +461,8 @@ async fn two_keys_of_one_prefix_that_are_changed_in_transactions_that_overlap() 
     // An entry with the higher revision, from before the revoke.
     tokio::time::sleep(Duration::from_millis(1200)).await;
     let revision = db.number("SELECT max(revision) FROM api_key_changes").await;
-    let wanted = format!("tak1k{:020}{revision:020}", 1);
+    let secret = db.number("SELECT max(id) FROM api_key_cache_secrets").await;
+    let wanted = format!("tak1k{secret:020}{revision:020}");
     eventually("an entry", async || {
         for key in [&keys[1], &keys[0]] {
             first_node.invalidate("sk-12345");
@@ -505,7 +508,7 @@ async fn what_changed_while_the_connection_was_cut_is_made_up_for() {
 
     let key = cached().await;
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity 
-        WHERE (query LIKE '%api_key_beat%' OR query LIKE '%is_continuous%') AND pid <> pg_backend_pid()";
+        WHERE (query LIKE '%api_key_beat%' OR query LIKE '%api_key_changes c%') AND pid <> pg_backend_pid()";
     assert!(!db.admin.query(end, &[]).await.unwrap().is_empty());
     revoke(&key).await;
     is_refused(&node, &key, InvalidKey::Revoked).await;
@@ -739,8 +742,9 @@ async fn a_tombstone_from_before_a_restore_keeps_no_key_out() {
     db.run(&format!("UPDATE api_keys SET is_active = FALSE WHERE id = {}", key.id)).await;
     // Nobody asks for the key, which would put an entry in its place.
     let revision = db.number("SELECT max(revision) FROM api_key_changes").await;
+    let secret = db.number("SELECT max(id) FROM api_key_cache_secrets").await;
     eventually("the tombstone", async || {
-        let tombstone = format!("tak1t{:020}{revision:020}", 1);
+        let tombstone = format!("tak1t{secret:020}{revision:020}");
         redis.command(&["GET", &entry_of(&key)]).starts_with(&tombstone)
     })
     .await;
@@ -768,13 +772,23 @@ async fn node_with_nothing(node: Authenticator, key: &Key) -> Authenticator {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_starts_hears_of_the_last_hour_before_its_first_sync() {
+async fn a_node_that_starts_hears_of_what_became_visible_in_the_last_hour_before_its_first_sync() {
     let db = database().await;
-    let key = db.key().await;
+    let (key, old, long) = (db.key().await, db.key().await, db.key().await);
+    db.run(&format!("UPDATE api_keys SET name = 'x' WHERE id = {}", old.id)).await;
+    // Begun before the hour, and committed within it: two hours after the trigger ran.
+    let mut late = db.server.client().await;
+    let late = late.transaction().await.unwrap();
+    let revoke = format!("UPDATE api_keys SET is_active = FALSE WHERE id = {}", long.id);
+    late.batch_execute(&revoke).await.unwrap();
+    db.run(
+        "SELECT api_key_prune(); UPDATE api_key_horizons SET taken_at = now() - interval '2 hours'",
+    )
+    .await;
     db.run(&format!("UPDATE api_keys SET is_active = FALSE WHERE id = {}", key.id)).await;
     db.run(&format!("DELETE FROM users WHERE id = {}", key.owner)).await;
-    db.run("INSERT INTO api_key_changes (key_prefix, changed_at) VALUES ('old', now() - interval '2 days')")
-        .await;
+    late.commit().await.unwrap();
+
     let since = SystemTime::now() - Duration::from_secs(3600);
     let mut changes = db.store.changes(since);
     let mut said = Vec::new();
@@ -789,7 +803,8 @@ async fn a_node_that_starts_hears_of_the_last_hour_before_its_first_sync() {
     }
     assert!(said.contains(&format!("prefix {}", key.prefix)), "{said:?}");
     assert!(said.contains(&format!("owner {}", key.owner)), "{said:?}");
-    assert!(!said.contains(&"prefix old".to_owned()), "{said:?}");
+    assert!(said.contains(&format!("prefix {}", long.prefix)), "{said:?}");
+    assert!(!said.contains(&format!("prefix {}", old.prefix)), "{said:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

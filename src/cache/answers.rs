@@ -30,7 +30,7 @@ use crate::{
     key::{KeyDigest, KeyScheme, PresentedKey},
     policy,
     respond::{Denial, InvalidKey},
-    store::{self, Answer, DynKeyStore, KeyStore, Lookup, Proof, Source},
+    store::{self, Answer, DynKeyStore, FeedStatus, KeyStore, Lookup, Proof, Source},
     telemetry,
     usage::Recorder,
 };
@@ -165,6 +165,7 @@ impl Answers {
             lookups_under_way: self.flights.len(),
             is_store_failing: self.is_store_failing.load(Ordering::Relaxed),
             last_sync: self.view.freshness.last_sync().map(|sync| now.since(sync)),
+            feed: self.view.feed(),
         }
     }
 
@@ -364,6 +365,8 @@ pub struct Health {
     /// How long ago this node last knew that it had heard of every change. `None` before the first
     /// look-up, and for a store that has no feed.
     pub last_sync: Option<Duration>,
+    /// How the feed of changes stands: why changes may not arrive, and how large its table is.
+    pub feed: FeedStatus,
 }
 
 impl fmt::Debug for Answers {

@@ -18,7 +18,7 @@ mod local;
 mod moment;
 
 use std::{
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -32,7 +32,11 @@ pub(crate) use self::{
     moment::Moment,
 };
 use self::{floors::Floors, freshness::Freshness};
-use crate::{record::Revision, store::Change};
+use crate::{
+    record::Revision,
+    store::{Change, FeedStatus},
+    telemetry,
+};
 
 /// How much a node remembers and for how long, and how often it writes what was used.
 #[derive(Debug, Clone, Copy)]
@@ -63,11 +67,17 @@ impl Default for Settings {
 pub(crate) struct View {
     pub(crate) floors: Floors,
     pub(crate) freshness: Freshness,
+    /// As the store's feed has reported it last.
+    feed: Mutex<FeedStatus>,
 }
 
 impl View {
     pub(crate) fn new(settings: &Settings) -> Arc<Self> {
-        Arc::new(Self { floors: Floors::new(), freshness: Freshness::new(settings) })
+        Arc::new(Self {
+            floors: Floors::new(),
+            freshness: Freshness::new(settings),
+            feed: Mutex::default(),
+        })
     }
 
     /// Takes in what the store says, at the moment `now`.
@@ -85,7 +95,17 @@ impl View {
                 self.floors.caught_up();
             }
             Change::Reset => self.floors.reset(database_now()),
+            Change::Status(status) => {
+                let mut feed = self.feed.lock().unwrap_or_else(PoisonError::into_inner);
+                telemetry::feed_status(&feed, &status);
+                *feed = status;
+            }
         }
+    }
+
+    /// The status of the store's feed.
+    pub(crate) fn feed(&self) -> FeedStatus {
+        self.feed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Forgets what is known of keys under `prefix`, in every tier, though no change was said.

@@ -5,6 +5,7 @@ use std::{
     fmt,
     future::Future,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::SystemTime,
 };
@@ -24,8 +25,43 @@ pub enum Change {
     Owner(UserId, Revision),
     /// Every change up to this time of the database has been said.
     Synced(SystemTime),
-    /// Changes may have been missed: forget everything.
+    /// Changes may have been missed: drop everything that is cached.
     Reset,
+    /// What the feed reports about itself. While it has a fault there is no [`Change::Synced`].
+    Status(FeedStatus),
+}
+
+/// How a change feed stands, as [`Health`](crate::Health) shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct FeedStatus {
+    /// Why changes may not arrive; `None` while the feed works.
+    pub fault: Option<FeedFault>,
+    /// Number of rows in the table of changes when it was last pruned, every 10 minutes.
+    pub rows: Option<u64>,
+    /// When the oldest of these rows was written, by the clock of the database. Rows are kept for two hours.
+    pub oldest: Option<SystemTime>,
+}
+
+/// Why changes may not arrive. Cached keys are served for `max_staleness` after the last sync, as on a node that is
+/// cut off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FeedFault {
+    /// The table of changes can't be read.
+    Disconnected(Arc<str>),
+    /// It can be read, but changes of keys or users need not be in it: triggers are missing or disabled. Call
+    /// `migrate()` of the store, which restores them.
+    Incomplete(Arc<str>),
+}
+
+impl fmt::Display for FeedFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Disconnected(reason) => write!(f, "the change feed is disconnected: {reason}"),
+            Self::Incomplete(reason) => write!(f, "the change feed is incomplete: {reason}"),
+        }
+    }
 }
 
 /// A stream of [`Change`]s. It ends when its store can't go on listening.

@@ -28,7 +28,7 @@ use std::{future::Future, time::SystemTime};
 pub use account::{CacheSecret, KeyUsage, Lease, LeaseAsk, UsageBatch};
 pub use answer::{Answer, HashUpgrade};
 pub(crate) use answer::{Outcome, Source};
-pub use change::{Change, ChangeStream};
+pub use change::{Change, ChangeStream, FeedFault, FeedStatus};
 pub use erased::DynKeyStore;
 pub use lookup::Lookup;
 pub(crate) use lookup::Proof;

@@ -4,6 +4,7 @@ mod adopt;
 mod connect;
 mod feed;
 mod repository;
+mod schema;
 mod tls;
 mod usage;
 
@@ -198,7 +199,9 @@ const KEY_COLUMNS: &str = "SELECT
         k.budget_limit_cents, k.budget_type, k.expires_at,
         k.total_requests, k.total_tokens, k.total_cost::text AS total_cost,
         k.last_used_at, k.metadata, k.created_at, k.updated_at, k.api_key_revision,
-        u.api_key_revision AS user_revision, u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active";
+        greatest(u.api_key_revision, (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id))
+            AS user_revision,
+        u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active";
 
 /// Where the columns come from.
 const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.user_id";
@@ -265,7 +268,7 @@ impl KeyStore for PostgresStore {
         // Whoever polls once to hear that there is none needs no runtime for that.
         tokio::task::yield_now().await;
         let select = "SELECT json_build_array(id, encode(secret, 'hex'))::text AS row
-            FROM api_key_cache_secrets ORDER BY id DESC LIMIT 2";
+            FROM api_key_cache_secrets ORDER BY created_at DESC, id DESC LIMIT 2";
         let rows = self.load::<TextRow>(&Statement::new(select, [])).await?;
         CacheSecret::from_rows(rows.iter().map(|row| row.row.as_str()))
     }

@@ -8,12 +8,13 @@ use std::{
 
 use futures_util::Stream;
 use tokio::task::JoinHandle;
-use tower_api_key::{Authenticator, Change, ChangeStream};
+use tower_api_key::{Authenticator, Change, ChangeStream, FeedStatus};
 
 /// What a feed has said since somebody last looked.
 pub struct Heard {
     changes: Arc<Mutex<Vec<Change>>>,
     synced: Arc<Mutex<Option<SystemTime>>>,
+    status: Arc<Mutex<Option<FeedStatus>>>,
     task: JoinHandle<()>,
 }
 
@@ -21,17 +22,20 @@ impl Heard {
     pub fn listen(mut stream: ChangeStream) -> Self {
         assert!(stream.has_feed() && stream.is_complete());
         let (changes, synced) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<Mutex<_>>::default());
-        let (said, as_of) = (Arc::clone(&changes), Arc::clone(&synced));
+        let status = Arc::<Mutex<_>>::default();
+        let (said, as_of, at) = (Arc::clone(&changes), Arc::clone(&synced), Arc::clone(&status));
         let task = tokio::spawn(async move {
             loop {
                 match std::future::poll_fn(|cx| Pin::new(&mut stream).poll_next(cx)).await {
                     Some(Change::Synced(time)) => *as_of.lock().unwrap() = Some(time),
+                    // Not a change, but how the feed stands.
+                    Some(Change::Status(status)) => *at.lock().unwrap() = Some(status),
                     Some(change) => said.lock().unwrap().push(change),
                     None => return,
                 }
             }
         });
-        Self { changes, synced, task }
+        Self { changes, synced, status, task }
     }
 
     /// What was said of changes that were committed before this was called, and maybe later ones.
@@ -52,6 +56,11 @@ impl Heard {
         // What was committed together comes together, but not at one instant.
         tokio::time::sleep(Duration::from_millis(10)).await;
         in_order(&std::mem::take(&mut *self.changes.lock().unwrap()))
+    }
+
+    /// How the feed stands, as it was reported last.
+    pub fn status(&self) -> FeedStatus {
+        self.status.lock().unwrap().clone().unwrap_or_default()
     }
 
     /// What was said so far, without waiting.

@@ -1,6 +1,6 @@
 -- Slices of budgets that nodes may spend without asking. One counts until it expires, and its row stays until then:
 -- an ask with a sequence that is not higher is old, and changes nothing.
-CREATE TABLE api_key_leases (
+CREATE TABLE IF NOT EXISTS api_key_leases (
     api_key_id         BIGINT      NOT NULL,
     holder             TEXT        NOT NULL,
     sequence           BIGINT      NOT NULL,
@@ -13,7 +13,7 @@ CREATE TABLE api_key_leases (
 -- the one that it has: `asked`, but no more than `needed` and a quarter of what is left then. If there is less left
 -- than `needed`, it keeps what it has. A function, so that what is read after the lock is as
 -- of the lock: everything that spends or grants holds it.
-CREATE FUNCTION api_key_lease(
+CREATE OR REPLACE FUNCTION api_key_lease(
     of_key BIGINT, by_holder TEXT, at_sequence BIGINT, asked BIGINT, needed BIGINT, life_ms BIGINT,
     OUT granted BIGINT, OUT expires TIMESTAMPTZ, OUT resets TIMESTAMPTZ
 ) LANGUAGE plpgsql AS $$

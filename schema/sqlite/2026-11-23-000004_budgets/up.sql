@@ -1,6 +1,6 @@
 -- Slices of budgets that nodes may spend without asking. One counts until it expires, and its row stays until then:
 -- an ask with a sequence that is not higher is old, and changes nothing.
-CREATE TABLE api_key_leases (
+CREATE TABLE IF NOT EXISTS api_key_leases (
     api_key_id         INTEGER NOT NULL,
     holder             TEXT    NOT NULL,
     sequence           INTEGER NOT NULL,

@@ -1,31 +1,24 @@
-//! Migrations, and whether tables that are already there can be adopted.
+//! Connecting for migrations, and whether tables that are already there can be adopted.
 
 use std::time::Duration;
 
 use diesel::{
-    Connection, QueryableByName, RunQueryDsl,
-    connection::SimpleConnection,
-    sql_query,
+    QueryableByName, RunQueryDsl, sql_query,
     sql_types::{Bool, Text},
 };
 use diesel_async::{AsyncPgConnection, async_connection_wrapper::AsyncConnectionWrapper};
-use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
 use tokio::time::timeout;
 
-use super::connect::Target;
+use super::{connect::Target, schema};
 use crate::{
     error::StoreError,
-    store::{MigrateError, fault::Failure, migrate::ColumnFault},
+    store::{MigrateError, migrate::ColumnFault},
 };
 
-const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/postgres");
-
-/// Nodes that start at once wait for each other under this advisory lock ("tower-ap" in ASCII).
-const LOCK: i64 = 0x746f_7765_722d_6170;
 /// No statement of a migration runs longer, the wait for the other nodes included.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
-type BlockingConnection = AsyncConnectionWrapper<AsyncPgConnection>;
+pub(super) type BlockingConnection = AsyncConnectionWrapper<AsyncPgConnection>;
 
 pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<(), MigrateError> {
     // Not one of the pool's: it has another timeout, and goes away with its lock.
@@ -34,19 +27,7 @@ pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<(), M
     let connection = connection.map_err(StoreError::unavailable)?;
     // Migrations are blocking code; on a thread of their own they work on any runtime.
     let migrated = tokio::task::spawn_blocking(move || {
-        let mut connection = BlockingConnection::from(connection);
-        let outcome = connection.transaction(|connection| {
-            // Before the lock on a table, which would keep its writers waiting while this waits.
-            sql_query(format!("SELECT pg_advisory_xact_lock({LOCK})")).execute(connection)?;
-            connection.batch_execute("SET LOCAL lock_timeout = '10s'")?;
-            let faults = faults(connection)?;
-            if !faults.is_empty() {
-                return Err(Failure(MigrateError::NotAdoptable(faults)));
-            }
-            let ran = connection.run_pending_migrations(MIGRATIONS).map(drop);
-            ran.map_err(|error| Failure(StoreError::rejected(error).into()))
-        });
-        outcome.map_err(|Failure(error)| error)
+        schema::migrate(&mut BlockingConnection::from(connection))
     });
     // The server ends what takes longer; this is for one that does not answer at all.
     let limit = STATEMENT_TIMEOUT + deadline;
@@ -56,7 +37,7 @@ pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<(), M
 
 /// What a column has to be so that it can be read and written as it is.
 #[derive(Clone, Copy)]
-enum Kind {
+pub(super) enum Kind {
     Integer,
     Number,
     Flag,
@@ -72,7 +53,7 @@ enum Kind {
 }
 
 /// The columns that are read, in the order of the tables; `true` for those that nobody can make up.
-const COLUMNS: [(&str, &str, Kind, bool); 31] = [
+pub(super) const COLUMNS: [(&str, &str, Kind, bool); 31] = [
     ("users", "id", Kind::Integer, true),
     ("users", "email", Kind::Word, true),
     ("users", "role", Kind::Word, false),
@@ -145,8 +126,11 @@ impl Kind {
 struct Table {
     #[diesel(sql_type = Text)]
     name: String,
+    /// `r` for a table.
+    #[diesel(sql_type = Text)]
+    kind: String,
     #[diesel(sql_type = Bool)]
-    is_table: bool,
+    has_children: bool,
     #[diesel(sql_type = Bool)]
     has_unique_id: bool,
 }
@@ -166,7 +150,8 @@ struct Column {
 }
 
 const TABLES: &str = "
-    SELECT c.relname::text AS name, c.relkind IN ('r', 'p') AS is_table, EXISTS (
+    SELECT c.relname::text AS name, c.relkind::text AS kind,
+        EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid) AS has_children, EXISTS (
         SELECT FROM pg_index i
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
         WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = 1 AND a.attname = 'id'
@@ -183,8 +168,12 @@ const TABLE_COLUMNS: &str = "
     JOIN pg_type t ON t.oid = CASE WHEN d.typtype = 'd' THEN d.typbasetype ELSE d.oid END
     WHERE c.oid IN (to_regclass('users'), to_regclass('api_keys'))";
 
+/// `TRUNCATE` and `DETACH` of a partition fire no trigger of the whole.
+const IN_PARTS: &str = "is partitioned or has child tables: a part can be truncated or detached without a trigger, \
+    and its keys would go on working in caches. Keep keys and users in plain tables";
+
 /// Everything that stands in the way of adopting the tables that are there.
-fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult<Vec<ColumnFault>> {
+pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult<Vec<ColumnFault>> {
     let tables = sql_query(TABLES).load::<Table>(connection)?;
     let columns = sql_query(TABLE_COLUMNS).load::<Column>(connection)?;
     let mut faults = Vec::new();
@@ -193,7 +182,9 @@ fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult<Vec<Column
         faults.push(ColumnFault::new("users", "", "is missing, though there is a table api_keys"));
     }
     for table in &tables {
-        if !table.is_table {
+        if table.kind == "p" || table.has_children {
+            faults.push(ColumnFault::new(&table.name, "", IN_PARTS));
+        } else if table.kind != "r" {
             faults.push(ColumnFault::new(&table.name, "", "is not a table"));
         } else if !table.has_unique_id {
             faults.push(ColumnFault::new(

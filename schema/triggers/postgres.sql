@@ -1,0 +1,383 @@
+-- The functions and triggers that give changed rows a revision and record the change. Run by migrate() whenever
+-- one of them is missing, disabled or of an older version, with the search_path on the schema of the tables.
+--
+-- A statement by hand, a role that may do nothing but that, and replication count alike. Updates of usage,
+-- last_used_at and other services' columns are not changes. No trigger names a column of another service in its
+-- definition, which would keep that service from altering or dropping it.
+--
+-- Functions that write run with the rights of their owner and a fixed search_path.
+
+DO $make$
+DECLARE
+    home    TEXT := current_schema();
+    options TEXT := format('LANGUAGE plpgsql SECURITY DEFINER SET search_path = %s, pg_temp', (
+        SELECT string_agg(quote_ident(name), ', ' ORDER BY rank) FROM (
+            SELECT name, min(rank) AS rank FROM (
+                SELECT home AS name, 1 AS rank
+                UNION ALL SELECT relnamespace::regnamespace::name, 2 FROM pg_class WHERE oid = to_regclass('api_keys')
+                UNION ALL SELECT relnamespace::regnamespace::name, 3 FROM pg_class WHERE oid = to_regclass('users')
+            ) AS schemas GROUP BY name
+        ) AS schemas));
+BEGIN
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_next_revision() RETURNS BIGINT $sql$ || options || $sql$ AS $body$
+        BEGIN
+            RETURN nextval('api_key_revisions');
+        END
+        $body$
+    $sql$;
+    -- The revision of a row is set under its lock, so that it rises in the order of the commits. Nothing else sets
+    -- it: what a statement writes there, or logical replication brings from another database, is ignored. The
+    -- statement of every update of usage waits for these two, so that they run with the rights of the caller and
+    -- without a search_path of their own, and read the fields themselves; open sessions keep plans with the old
+    -- types of columns, which is what the fallback is for.
+    EXECUTE replace($sql$
+        CREATE OR REPLACE FUNCTION api_key_revise_key() RETURNS TRIGGER LANGUAGE plpgsql AS $body$
+        DECLARE
+            is_changed BOOLEAN;
+            o JSONB;
+            n JSONB;
+        BEGIN
+            IF TG_OP = 'INSERT' THEN
+                NEW.api_key_revision := {home}.api_key_next_revision();
+                RETURN NEW;
+            END IF;
+            is_changed := OLD.id IS DISTINCT FROM NEW.id
+                OR OLD.user_id IS DISTINCT FROM NEW.user_id
+                OR OLD.name IS DISTINCT FROM NEW.name
+                OR OLD.key_prefix IS DISTINCT FROM NEW.key_prefix
+                OR OLD.key_hash IS DISTINCT FROM NEW.key_hash
+                OR OLD.is_active IS DISTINCT FROM NEW.is_active
+                OR OLD.permissions::text IS DISTINCT FROM NEW.permissions::text
+                OR OLD.scopes::text IS DISTINCT FROM NEW.scopes::text
+                OR OLD.rate_limit_per_minute IS DISTINCT FROM NEW.rate_limit_per_minute
+                OR OLD.rate_limit_per_hour IS DISTINCT FROM NEW.rate_limit_per_hour
+                OR OLD.rate_limit_per_day IS DISTINCT FROM NEW.rate_limit_per_day
+                OR OLD.allowed_models::text IS DISTINCT FROM NEW.allowed_models::text
+                OR OLD.allowed_endpoints::text IS DISTINCT FROM NEW.allowed_endpoints::text
+                OR OLD.allowed_ips::text IS DISTINCT FROM NEW.allowed_ips::text
+                OR OLD.is_unlimited IS DISTINCT FROM NEW.is_unlimited
+                OR OLD.budget_limit_cents IS DISTINCT FROM NEW.budget_limit_cents
+                OR OLD.budget_type IS DISTINCT FROM NEW.budget_type
+                OR OLD.expires_at IS DISTINCT FROM NEW.expires_at
+                OR OLD.metadata::text IS DISTINCT FROM NEW.metadata::text;
+            IF is_changed THEN
+                NEW.api_key_revision := {home}.api_key_next_revision();
+            ELSIF NEW.api_key_revision IS DISTINCT FROM OLD.api_key_revision THEN
+                NEW.api_key_revision := OLD.api_key_revision;
+            END IF;
+            RETURN NEW;
+        -- A column was dropped, or its type altered or one without an equality.
+        EXCEPTION WHEN undefined_column OR datatype_mismatch OR undefined_function THEN
+            BEGIN
+                o := to_jsonb(OLD);
+                n := to_jsonb(NEW);
+                is_changed := o -> 'id' IS DISTINCT FROM n -> 'id'
+                OR o -> 'user_id' IS DISTINCT FROM n -> 'user_id'
+                OR o -> 'name' IS DISTINCT FROM n -> 'name'
+                OR o -> 'key_prefix' IS DISTINCT FROM n -> 'key_prefix'
+                OR o -> 'key_hash' IS DISTINCT FROM n -> 'key_hash'
+                OR o -> 'is_active' IS DISTINCT FROM n -> 'is_active'
+                OR o -> 'permissions' IS DISTINCT FROM n -> 'permissions'
+                OR o -> 'scopes' IS DISTINCT FROM n -> 'scopes'
+                OR o -> 'rate_limit_per_minute' IS DISTINCT FROM n -> 'rate_limit_per_minute'
+                OR o -> 'rate_limit_per_hour' IS DISTINCT FROM n -> 'rate_limit_per_hour'
+                OR o -> 'rate_limit_per_day' IS DISTINCT FROM n -> 'rate_limit_per_day'
+                OR o -> 'allowed_models' IS DISTINCT FROM n -> 'allowed_models'
+                OR o -> 'allowed_endpoints' IS DISTINCT FROM n -> 'allowed_endpoints'
+                OR o -> 'allowed_ips' IS DISTINCT FROM n -> 'allowed_ips'
+                OR o -> 'is_unlimited' IS DISTINCT FROM n -> 'is_unlimited'
+                OR o -> 'budget_limit_cents' IS DISTINCT FROM n -> 'budget_limit_cents'
+                OR o -> 'budget_type' IS DISTINCT FROM n -> 'budget_type'
+                OR o -> 'expires_at' IS DISTINCT FROM n -> 'expires_at'
+                OR o -> 'metadata' IS DISTINCT FROM n -> 'metadata';
+                NEW.api_key_revision := CASE
+                    WHEN is_changed THEN {home}.api_key_next_revision() ELSE (o ->> 'api_key_revision')::bigint END;
+                RETURN NEW;
+            EXCEPTION
+                -- json may hold what jsonb can't (a NUL character): every update of such a row is a change.
+                WHEN untranslatable_character THEN
+                    NEW.api_key_revision := {home}.api_key_next_revision();
+                    RETURN NEW;
+                -- Without the column of the revision the feed reports that it is incomplete.
+                WHEN undefined_column THEN
+                    RETURN NEW;
+            END;
+        END
+        $body$
+    $sql$, '{home}', quote_ident(home));
+    -- Inserted users keep the revision 0: another service's sign-ups cost nothing. The revision of a user who was
+    -- deleted and is put back is that of the last change of this user, which look-ups read too.
+    EXECUTE replace($sql$
+        CREATE OR REPLACE FUNCTION api_key_revise_user() RETURNS TRIGGER LANGUAGE plpgsql AS $body$
+        DECLARE
+            is_changed BOOLEAN;
+            o JSONB;
+            n JSONB;
+        BEGIN
+            is_changed := OLD.id IS DISTINCT FROM NEW.id
+                OR OLD.email IS DISTINCT FROM NEW.email
+                OR OLD.role IS DISTINCT FROM NEW.role
+                OR OLD.is_active IS DISTINCT FROM NEW.is_active;
+            IF is_changed THEN
+                NEW.api_key_revision := {home}.api_key_next_revision();
+            ELSIF NEW.api_key_revision IS DISTINCT FROM OLD.api_key_revision THEN
+                NEW.api_key_revision := OLD.api_key_revision;
+            END IF;
+            RETURN NEW;
+        -- A column was dropped, or its type altered or one without an equality.
+        EXCEPTION WHEN undefined_column OR datatype_mismatch OR undefined_function THEN
+            BEGIN
+                o := to_jsonb(OLD);
+                n := to_jsonb(NEW);
+                is_changed := o -> 'id' IS DISTINCT FROM n -> 'id'
+                OR o -> 'email' IS DISTINCT FROM n -> 'email'
+                OR o -> 'role' IS DISTINCT FROM n -> 'role'
+                OR o -> 'is_active' IS DISTINCT FROM n -> 'is_active';
+                NEW.api_key_revision := CASE
+                    WHEN is_changed THEN {home}.api_key_next_revision() ELSE (o ->> 'api_key_revision')::bigint END;
+                RETURN NEW;
+            EXCEPTION
+                -- json may hold what jsonb can't (a NUL character): every update of such a row is a change.
+                WHEN untranslatable_character THEN
+                    NEW.api_key_revision := {home}.api_key_next_revision();
+                    RETURN NEW;
+                -- Without the column of the revision the feed reports that it is incomplete.
+                WHEN undefined_column THEN
+                    RETURN NEW;
+            END;
+        END
+        $body$
+    $sql$, '{home}', quote_ident(home));
+    -- A key without a lookup id can't be looked up, so that nothing depends on it. Fields are read from jsonb: a plan
+    -- that names them would fail in open sessions once a column's type is altered.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_note_key() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
+        DECLARE
+            o JSONB;
+            n JSONB;
+        BEGIN
+            IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
+            IF TG_OP <> 'DELETE' THEN n := to_jsonb(NEW); END IF;
+            IF n ->> 'key_prefix' IS NOT NULL THEN
+                INSERT INTO api_key_changes (revision, key_prefix, api_key_id)
+                    VALUES ((n ->> 'api_key_revision')::bigint, n ->> 'key_prefix', (n ->> 'id')::bigint);
+            END IF;
+            IF o ->> 'key_prefix' IS NOT NULL AND o ->> 'key_prefix' IS DISTINCT FROM n ->> 'key_prefix' THEN
+                INSERT INTO api_key_changes (key_prefix, api_key_id)
+                    VALUES (o ->> 'key_prefix', (o ->> 'id')::bigint);
+            END IF;
+            PERFORM api_key_notify();
+            RETURN NULL;
+        EXCEPTION
+            -- A column is not there any more, or a row is no jsonb: nothing says whose key it was.
+            WHEN not_null_violation OR untranslatable_character THEN
+                INSERT INTO api_key_changes DEFAULT VALUES;
+                PERFORM api_key_notify();
+                RETURN NULL;
+        END
+        $body$
+    $sql$;
+    -- A change of a user without keys is recorded as well: a key may be on its way in another transaction. It is
+    -- not worth a notification.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_note_user() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
+        DECLARE
+            before BIGINT;
+            after  BIGINT;
+        BEGIN
+            IF TG_OP <> 'INSERT' THEN before := to_jsonb(OLD) ->> 'id'; END IF;
+            IF TG_OP <> 'DELETE' THEN after := to_jsonb(NEW) ->> 'id'; END IF;
+            IF TG_OP = 'INSERT' THEN
+                -- Keys that were stored before their owner were unknown until now.
+                INSERT INTO api_key_changes (key_prefix, api_key_id)
+                    SELECT key_prefix, id FROM api_keys WHERE user_id = after AND key_prefix IS NOT NULL;
+                IF NOT FOUND THEN
+                    RETURN NULL;
+                END IF;
+                INSERT INTO api_key_changes (user_id) VALUES (after);
+            ELSIF TG_OP = 'UPDATE' THEN
+                INSERT INTO api_key_changes (revision, user_id)
+                    VALUES ((to_jsonb(NEW) ->> 'api_key_revision')::bigint, after);
+            END IF;
+            IF before IS DISTINCT FROM after AND before IS NOT NULL THEN
+                INSERT INTO api_key_changes (user_id) VALUES (before);
+            END IF;
+            IF before IS DISTINCT FROM after OR EXISTS (SELECT FROM api_keys WHERE user_id = after) THEN
+                PERFORM api_key_notify();
+            END IF;
+            RETURN NULL;
+        EXCEPTION
+            WHEN not_null_violation OR untranslatable_character THEN
+                INSERT INTO api_key_changes DEFAULT VALUES;
+                PERFORM api_key_notify();
+                RETURN NULL;
+        END
+        $body$
+    $sql$;
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_note_all() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
+        BEGIN
+            INSERT INTO api_key_changes DEFAULT VALUES;
+            PERFORM api_key_notify();
+            RETURN NULL;
+        END
+        $body$
+    $sql$;
+    -- A notification is a hint: the change is in the table. PostgreSQL sends equal ones once a transaction. It
+    -- refuses PREPARE TRANSACTION after NOTIFY, so that none is sent where the server allows prepared
+    -- transactions; nodes then poll more often.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_notify() RETURNS VOID $sql$ || options || $sql$ AS $body$
+        BEGIN
+            IF current_setting('max_prepared_transactions') = '0' THEN
+                PERFORM pg_notify('api_key_changes', '');
+            END IF;
+        END
+        $body$
+    $sql$;
+    -- Rows that COPY, a restored dump or logical replication brings from another database: their numbers mean
+    -- nothing here, and the changed rows themselves fire the triggers above.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_skip_foreign() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
+        BEGIN
+            RETURN NULL;
+        END
+        $body$
+    $sql$;
+    -- Which cluster and database this is. A copy at the level of files, a standby for instance, has the same name.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_cluster() RETURNS TEXT STABLE $sql$ || options || $sql$ AS $body$
+        BEGIN
+            RETURN (SELECT system_identifier FROM pg_control_system()) || ':'
+                || (SELECT oid FROM pg_database WHERE datname = current_database());
+        END
+        $body$
+    $sql$;
+    -- From where a node that starts has to read: whatever became visible in the last `seconds`, or all there is.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_horizon(
+            seconds BIGINT, OUT next_xid XID8, OUT in_progress XID8[]
+        ) $sql$ || options || $sql$ AS $body$
+        BEGIN
+            SELECT h.next_xid, h.in_progress INTO next_xid, in_progress FROM api_key_horizons h
+                WHERE h.cluster = api_key_cluster() AND h.taken_at < clock_timestamp() - seconds * INTERVAL '1 s'
+                ORDER BY h.taken_at DESC LIMIT 1;
+            next_xid := coalesce(next_xid, '0');
+            in_progress := coalesce(in_progress, '{}');
+        END
+        $body$
+    $sql$;
+    -- Records a snapshot and deletes rows that have been visible for two hours, at most 10,000 a call. Returns how
+    -- many rows there are, the time of the oldest, and whether there is more to delete.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_prune(
+            OUT remaining BIGINT, OUT oldest TIMESTAMPTZ, OUT has_more BOOLEAN
+        ) $sql$ || options || $sql$ AS $body$
+        DECLARE
+            own     XID8;
+            here    TEXT := api_key_cluster();
+            current PG_SNAPSHOT;
+            visible XID8;
+            deleted BIGINT := 0;
+        BEGIN
+            IF pg_try_advisory_xact_lock(hashtextextended('api_key_prune ' || current_schema(), 0)) THEN
+                -- The id first: a crash forgets those of younger transactions that wrote nothing.
+                own := pg_current_xact_id();
+                current := pg_current_snapshot();
+                IF NOT EXISTS (
+                    SELECT FROM api_key_horizons
+                    WHERE cluster = here AND taken_at > clock_timestamp() - INTERVAL '5 min'
+                ) THEN
+                    INSERT INTO api_key_horizons (cluster, next_xid, in_progress) VALUES (
+                        here, least(own, pg_snapshot_xmax(current)),
+                        ARRAY(SELECT x FROM pg_snapshot_xip(current) AS x WHERE x < own));
+                END IF;
+                SELECT least(next_xid, (SELECT min(x) FROM unnest(in_progress) AS x)) INTO visible
+                    FROM api_key_horizons
+                    WHERE cluster = here AND taken_at < clock_timestamp() - INTERVAL '2 h'
+                    ORDER BY taken_at DESC LIMIT 1;
+                -- The last rows stay: nodes take it for another database if one that they have read is gone.
+                DELETE FROM api_key_changes WHERE id IN (
+                    SELECT id FROM api_key_changes WHERE xid < visible AND xid < (
+                        SELECT xid FROM api_key_changes ORDER BY xid DESC, revision DESC OFFSET 100 LIMIT 1)
+                    ORDER BY xid, revision LIMIT 10000);
+                GET DIAGNOSTICS deleted = ROW_COUNT;
+                DELETE FROM api_key_horizons WHERE taken_at < clock_timestamp() - INTERVAL '1 day';
+            END IF;
+            has_more := deleted = 10000;
+            SELECT count(*), min(changed_at) INTO remaining, oldest FROM api_key_changes;
+        END
+        $body$
+    $sql$;
+END
+$make$;
+
+-- Or a trigger on somebody's temporary table could record changes.
+REVOKE EXECUTE ON FUNCTION
+    api_key_revise_key(), api_key_revise_user(), api_key_note_key(), api_key_note_user(), api_key_note_all(),
+    api_key_skip_foreign() FROM PUBLIC;
+
+DO $make$
+DECLARE
+    wanted   RECORD;
+    is_whole BOOLEAN := TRUE;
+BEGIN
+    FOR wanted IN
+        SELECT *, (
+            SELECT count(*) = 1 FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+            WHERE t.tgrelid = to_regclass(in_table) AND t.tgname = name AND t.tgenabled = 'A' AND t.tgtype = type
+                AND p.proname = function AND p.pronamespace = current_schema()::regnamespace
+        ) AS is_there
+        FROM (VALUES
+            -- The last trigger before a row is written, by its name, so that it sees what the others made of it.
+            ('api_keys', 'zzz_api_key_revision', 23, 'BEFORE INSERT OR UPDATE', 'ROW', 'api_key_revise_key'),
+            ('api_keys', 'api_key_note_new', 13, 'AFTER INSERT OR DELETE', 'ROW', 'api_key_note_key'),
+            ('api_keys', 'api_key_note', 17, 'AFTER UPDATE', 'ROW', 'api_key_note_key'),
+            ('api_keys', 'api_key_note_all', 32, 'AFTER TRUNCATE', 'STATEMENT', 'api_key_note_all'),
+            ('users', 'zzz_api_key_revision', 19, 'BEFORE UPDATE', 'ROW', 'api_key_revise_user'),
+            ('users', 'api_key_note_gone', 9, 'AFTER DELETE', 'ROW', 'api_key_note_user'),
+            ('users', 'api_key_note', 17, 'AFTER UPDATE', 'ROW', 'api_key_note_user'),
+            ('users', 'api_key_note_all', 32, 'AFTER TRUNCATE', 'STATEMENT', 'api_key_note_all'),
+            ('api_key_changes', 'api_key_skip_foreign', 7, 'BEFORE INSERT', 'ROW', 'api_key_skip_foreign')
+        ) AS triggers (in_table, name, type, event, level, function)
+        -- No key is stored before its user where a foreign key says so.
+        UNION ALL SELECT 'users', 'api_key_note_new', 5, 'AFTER INSERT', 'ROW', 'api_key_note_user', (
+            SELECT count(*) = 1 FROM pg_trigger t
+            WHERE t.tgrelid = to_regclass('users') AND t.tgname = 'api_key_note_new' AND t.tgenabled = 'A'
+        )
+        WHERE NOT EXISTS (
+            SELECT FROM pg_constraint c
+            WHERE c.conrelid = to_regclass('api_keys') AND c.confrelid = to_regclass('users') AND c.contype = 'f'
+                AND c.convalidated AND c.confkey = ARRAY(
+                    SELECT attnum FROM pg_attribute WHERE attrelid = to_regclass('users') AND attname = 'id'))
+    LOOP
+        CONTINUE WHEN wanted.is_there;
+        EXECUTE format('DROP TRIGGER IF EXISTS %I ON %I', wanted.name, wanted.in_table);
+        EXECUTE format('CREATE TRIGGER %I %s ON %I FOR EACH %s %s EXECUTE FUNCTION %I()',
+            wanted.name, wanted.event, wanted.in_table, wanted.level,
+            CASE
+                WHEN wanted.event = 'AFTER UPDATE'
+                    THEN 'WHEN (OLD.api_key_revision IS DISTINCT FROM NEW.api_key_revision)'
+                WHEN wanted.in_table = 'api_key_changes' THEN 'WHEN (pg_trigger_depth() = 0)'
+                ELSE ''
+            END,
+            wanted.function);
+        -- Also for what replication writes, and under session_replication_role = replica.
+        EXECUTE format('ALTER TABLE %I ENABLE ALWAYS TRIGGER %I', wanted.in_table, wanted.name);
+        is_whole := FALSE;
+    END LOOP;
+    -- What happened while a trigger was missing is not known: every node reads everything anew. In a new database
+    -- the first row is of a lookup id that no key has, so that there is always a last row.
+    IF NOT is_whole OR NOT EXISTS (SELECT FROM api_key_changes) THEN
+        ALTER TABLE api_key_changes DISABLE TRIGGER api_key_skip_foreign;
+        INSERT INTO api_key_changes (key_prefix)
+            VALUES (CASE WHEN NOT EXISTS (SELECT FROM api_key_changes) THEN '' END);
+        ALTER TABLE api_key_changes ENABLE ALWAYS TRIGGER api_key_skip_foreign;
+    END IF;
+    -- Which version of this file was run last, and what it made.
+    EXECUTE format('COMMENT ON TABLE api_key_changes IS %L', 'tower-api-key 1 ' || (
+        SELECT md5(string_agg(p.prosrc, '' ORDER BY p.proname)) FROM pg_proc p
+        WHERE p.pronamespace = current_schema()::regnamespace AND p.proname LIKE 'api\_key\_%'));
+END
+$make$;

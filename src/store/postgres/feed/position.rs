@@ -1,0 +1,128 @@
+//! Up to where the table of changes was read: [`Position`].
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::{Duration, SystemTime},
+};
+
+use super::read::{Found, MAX_CHANGES, Row};
+use crate::{
+    record::{Revision, UserId},
+    store::Change,
+};
+
+/// Up to where the table was read: every row of a transaction below `next_xid` was visible, but for those that were
+/// in progress. This is bounded by the number of connections, not by what has changed meanwhile.
+pub(super) struct Position {
+    /// At most one past the last transaction that left a row: after a crash the database assigns the ids again of
+    /// those that wrote nothing.
+    pub(super) next_xid: u64,
+    pub(super) in_progress: Vec<u64>,
+    /// A row of each of the transactions that were read last. A failover may lose the last commits, also one with
+    /// a lower id than one that survived: then one of these is gone.
+    recent: VecDeque<Recent>,
+    /// The row of the highest transaction id.
+    last: Option<String>,
+    triggers: Option<String>,
+    as_of: Option<SystemTime>,
+}
+
+struct Recent {
+    id: String,
+    read_at: SystemTime,
+}
+
+/// So many transactions are checked for still being there. The last ones to commit are the first to be lost, so
+/// that a few are enough.
+const MAX_RECENT: usize = 64;
+/// Commits of longer ago are not lost by a failover. Half of the time for which rows are kept: whoever has not read
+/// for so long may have missed rows that were pruned.
+const MAX_GAP: Duration = Duration::from_secs(3600);
+
+impl Position {
+    pub(super) fn new(next_xid: u64, in_progress: Vec<u64>) -> Self {
+        let (recent, last, triggers, as_of) = (VecDeque::new(), None, None, None);
+        Self { next_xid, in_progress, recent, last, triggers, as_of }
+    }
+
+    /// Ids of rows that have to be there still.
+    pub(super) fn recent(&self) -> impl Iterator<Item = &str> {
+        self.recent.iter().map(|row| row.id.as_str()).chain(self.last.as_deref())
+    }
+
+    /// Moves on to behind what was found, and returns the changes in it.
+    pub(super) fn advance(&mut self, found: Found) -> Vec<Change> {
+        let as_of = found.as_of();
+        let is_first = self.as_of.is_none();
+        let is_late = self
+            .as_of
+            .is_some_and(|last| as_of.duration_since(last).is_ok_and(|gap| gap > MAX_GAP));
+        let is_same_database = found.is_continuous && found.next_xid >= self.next_xid;
+        let has_touched_triggers = !is_first && self.triggers != found.triggers;
+        let rows = found.changes.unwrap_or_default();
+        let mut changes = Vec::new();
+        if !is_first && (is_late || !is_same_database || has_touched_triggers)
+            || rows.len() > MAX_CHANGES
+        {
+            changes.push(Change::Reset);
+        }
+        if !is_same_database {
+            self.recent.clear();
+        }
+        self.remember(&rows, as_of);
+        if rows.len() <= MAX_CHANGES {
+            changes.extend(changes_of(rows));
+        }
+        self.next_xid = found.next_xid;
+        self.in_progress = found.in_progress;
+        self.last = found.last.map(|row| row.id);
+        self.triggers = found.triggers;
+        self.as_of = Some(as_of);
+        changes
+    }
+
+    fn remember(&mut self, rows: &[Row], read_at: SystemTime) {
+        let by_transaction: BTreeMap<_, _> = rows.iter().map(|row| (row.xid, &row.id)).collect();
+        let read = by_transaction.into_values();
+        self.recent.extend(read.map(|id| Recent { id: id.clone(), read_at }));
+        let is_old =
+            |row: &Recent| read_at.duration_since(row.read_at).is_ok_and(|age| age > MAX_GAP);
+        while self.recent.len() > MAX_RECENT || self.recent.front().is_some_and(is_old) {
+            self.recent.pop_front();
+        }
+    }
+}
+
+/// The changes in rows of one snapshot, each subject once. Revisions of one row rise in the order of its commits, so
+/// that the highest is the last. Where several keys share a lookup id, the lower one may have been committed last:
+/// both are returned, the lower one after the higher.
+fn changes_of(mut rows: Vec<Row>) -> Vec<Change> {
+    let mut changes = Vec::with_capacity(rows.len());
+    if rows.iter().any(|row| row.key_prefix.is_none() && row.user_id.is_none()) {
+        changes.push(Change::Reset);
+    }
+    rows.sort_by_key(|row| std::cmp::Reverse(row.revision));
+    let (mut keys, mut owners) = (BTreeMap::new(), BTreeMap::new());
+    for row in rows {
+        let revision = row.revision;
+        match (row.key_prefix, row.user_id) {
+            (Some(prefix), _) => {
+                let of = keys.entry(prefix).or_insert((revision, row.api_key_id, None));
+                if of.1 != row.api_key_id {
+                    of.2 = Some(revision);
+                }
+            }
+            (None, Some(user)) => {
+                owners.entry(user).or_insert(revision);
+            }
+            (None, None) => {}
+        }
+    }
+    for (prefix, (highest, _, lowest)) in keys {
+        let of_revision = |revision| Change::Prefix(prefix.clone(), Revision(revision));
+        changes.extend([Some(highest), lowest].into_iter().flatten().map(of_revision));
+    }
+    let of_owner = |(user, revision)| Change::Owner(UserId::from(user), Revision(revision));
+    changes.extend(owners.into_iter().map(of_owner));
+    changes
+}
