@@ -141,13 +141,13 @@ pub(crate) fn feed_status(before: &FeedStatus, status: &FeedStatus) {
 }
 
 /// Parts of the schema were missing, disabled or outdated, and were made.
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn schema_made(missing: &[String]) {
     tracing::info!(made = missing.join("; "), "the schema of API keys was brought up to date");
 }
 
 /// Rows that are not needed any more could not be deleted.
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn not_pruned(error: &StoreError) {
     let cause = std::error::Error::source(error).map(ToString::to_string);
     tracing::warn!(error = %error, cause, "old rows of changes, writers or leases can't be deleted");

@@ -89,7 +89,7 @@ async fn a_key_that_is_replaced_by_one_with_another_prefix_in_sqlite_is_refused(
 }
 
 #[tokio::test]
-async fn the_keys_of_a_user_who_is_deleted_and_stored_again_in_sqlite_work_again() {
+async fn the_keys_of_a_user_who_is_deleted_in_sqlite_are_not_those_of_the_next_user_with_the_id() {
     let (folder, key) = (tempfile::tempdir().unwrap(), some_key());
     let (store, mut run) = sqlite(folder.path()).await;
     run(&(USER.to_owned() + &insert_key()));
@@ -97,6 +97,12 @@ async fn the_keys_of_a_user_who_is_deleted_and_stored_again_in_sqlite_work_again
     run("DELETE FROM users");
     node.says(&key, 401).await;
     run(USER);
+    // What a user of the next one would see: nothing changes within the time that a change takes.
+    let id = node.0.health().last_sync;
+    eventually("a sync", async || node.0.health().last_sync < id || id.is_none()).await;
+    assert_eq!(status(&node.0, &key).await, 401);
+    // The same key, issued to the new user, is another row.
+    run(&insert_key());
     node.says(&key, 200).await;
 }
 

@@ -6,6 +6,7 @@ mod ledger;
 mod repository;
 mod select;
 mod threads;
+mod triggers;
 mod usage;
 
 use std::{
@@ -264,7 +265,7 @@ impl KeyStore for SqliteStore {
         // Whoever polls once to hear that there is none needs no runtime for that.
         tokio::task::yield_now().await;
         let select = "SELECT json_array(id, hex(secret)) AS row
-            FROM api_key_cache_secrets ORDER BY id DESC LIMIT 2";
+            FROM api_key_cache_secrets ORDER BY created_at DESC, id DESC LIMIT 2";
         let rows = self.read(Statement::new(select, [])).await?;
         CacheSecret::from_rows(rows.iter().map(|row| row.row.as_str()))
     }

@@ -7,7 +7,8 @@ CREATE TABLE IF NOT EXISTS api_key_adopted (
 );
 
 CREATE TABLE IF NOT EXISTS users (
-    id         INTEGER PRIMARY KEY,
+    -- Never given again: keys go by it.
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
     email      TEXT    NOT NULL UNIQUE,
     role       TEXT    NOT NULL DEFAULT 'user',
     is_active  BOOLEAN NOT NULL DEFAULT TRUE,
@@ -49,5 +50,5 @@ CREATE TABLE IF NOT EXISTS api_keys (
 );
 
 -- Look-ups are by prefix. Not unique: keys from before may share one.
-CREATE INDEX api_keys_lookup ON api_keys (key_prefix);
-CREATE INDEX api_keys_owner ON api_keys (user_id);
+CREATE INDEX IF NOT EXISTS api_keys_lookup ON api_keys (key_prefix);
+CREATE INDEX IF NOT EXISTS api_keys_owner ON api_keys (user_id);

@@ -3,14 +3,18 @@
 use diesel::{
     QueryResult, QueryableByName, RunQueryDsl, SqliteConnection,
     connection::SimpleConnection,
+    migration::{Migration, MigrationSource},
     sql_query,
     sql_types::{Bool, Text},
+    sqlite::Sqlite,
 };
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
 
+use super::triggers;
 use crate::{
     error::StoreError,
     store::{MigrateError, fault::Failure, migrate::ColumnFault},
+    telemetry,
 };
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/sqlite");
@@ -19,17 +23,30 @@ pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<(), MigrateEr
     // IMMEDIATE takes the write lock first, so that of several processes one migrates.
     let outcome = connection.immediate_transaction(|connection| {
         let tables = foreign_tables(connection)?;
-        let columns = columns(connection)?;
-        let faults = faults(&tables, &columns);
+        let faults = faults(&tables, &columns(connection)?);
         if !faults.is_empty() {
             return Err(Failure(MigrateError::NotAdoptable(faults)));
         }
-        // First, because migrations name columns that adopted tables may lack.
-        adopt(connection, &tables, &columns)?;
-        let ran = connection.run_pending_migrations(MIGRATIONS).map(drop);
-        ran.map_err(|error| Failure(StoreError::rejected(error).into()))
+        note_adopted(connection, &tables)?;
+        make(connection).map_err(|error| Failure(StoreError::rejected(error).into()))?;
+        add_columns(connection)?;
+        let made = triggers::make(connection)?;
+        if !made.is_empty() {
+            telemetry::schema_made(&made);
+        }
+        Ok(())
     });
     outcome.map_err(|Failure(error)| error)
+}
+
+/// Runs every migration, also those that were run before: they make what is not there, and nothing else.
+fn make(connection: &mut SqliteConnection) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    connection.run_pending_migrations(MIGRATIONS)?;
+    let migrations: Vec<Box<dyn Migration<Sqlite>>> = MIGRATIONS.migrations()?;
+    for migration in migrations {
+        migration.run(connection)?;
+    }
+    Ok(())
 }
 
 /// As the first migration makes it.
@@ -47,7 +64,7 @@ const REQUIRED: [(&str, &str); 6] = [
 
 /// The columns that an adopted table gets if it lacks them. All have a default or may be NULL, so that
 /// whoever else writes to it goes on as before.
-const ADDED: [(&str, &str, &str); 27] = [
+const ADDED: [(&str, &str, &str); 30] = [
     ("users", "role", "TEXT DEFAULT 'user'"),
     ("users", "is_active", "BOOLEAN NOT NULL DEFAULT TRUE"),
     ("users", "created_at", "TEXT"),
@@ -75,6 +92,10 @@ const ADDED: [(&str, &str, &str); 27] = [
     ("api_keys", "metadata", "TEXT"),
     ("api_keys", "created_at", "TEXT"),
     ("api_keys", "updated_at", "TEXT"),
+    ("users", "api_key_revision", "INTEGER NOT NULL DEFAULT 0"),
+    ("api_keys", "api_key_revision", "INTEGER NOT NULL DEFAULT 0"),
+    // The revision at which the key got its owner.
+    ("api_keys", "api_key_owned_since", "INTEGER NOT NULL DEFAULT 0"),
 ];
 
 #[derive(QueryableByName)]
@@ -159,24 +180,25 @@ fn faults(tables: &[Table], columns: &[Column]) -> Vec<ColumnFault> {
     faults
 }
 
-/// Adds the columns that adopted tables lack, and remembers that they are not ours to drop.
-fn adopt(
-    connection: &mut SqliteConnection,
-    tables: &[Table],
-    columns: &[Column],
-) -> QueryResult<()> {
+/// Notes which tables are not ours to drop.
+fn note_adopted(connection: &mut SqliteConnection, tables: &[Table]) -> QueryResult<()> {
     if !tables.is_empty() {
         connection.batch_execute(ADOPTED)?;
     }
-    for Table { name: table, .. } in tables {
-        let adopted = format!("INSERT OR IGNORE INTO api_key_adopted (name) VALUES ('{table}')");
+    for Table { name, .. } in tables {
+        let adopted = format!("INSERT OR IGNORE INTO api_key_adopted (name) VALUES ('{name}')");
         connection.batch_execute(&adopted)?;
-        let lacking = ADDED.iter().filter(|(in_table, name, _)| {
-            in_table == table && find(columns, table, name).is_none()
-        });
-        for (_, name, definition) in lacking {
-            connection
-                .batch_execute(&format!("ALTER TABLE {table} ADD COLUMN {name} {definition}"))?;
+    }
+    Ok(())
+}
+
+/// Adds the columns that the tables lack: adopted ones, and those that another service has made anew.
+fn add_columns(connection: &mut SqliteConnection) -> QueryResult<()> {
+    let columns = columns(connection)?;
+    for (table, name, definition) in ADDED {
+        if find(&columns, table, name).is_none() {
+            let add = format!("ALTER TABLE {table} ADD COLUMN {name} {definition}");
+            connection.batch_execute(&add)?;
         }
     }
     Ok(())

@@ -3,7 +3,8 @@
 use std::sync::LazyLock;
 
 /// The statement that reads the keys for which `filter` is true, each joined with its owner (`k` and
-/// `u`), as the JSON that `row` decodes.
+/// `u`), as the JSON that `row` decodes. A key that is left of an owner who was deleted has none, even if another user
+/// got the id since.
 pub(super) fn keys_where(filter: &str) -> String {
     format!("{} WHERE {filter}", *KEYS)
 }
@@ -14,10 +15,13 @@ static KEYS: LazyLock<String> = LazyLock::new(|| {
     format!(
         "SELECT json_object({}, {},
             'fast_hash', CASE WHEN k.fast_hash_of = k.key_hash THEN {} END,
-            'user_revision', u.api_key_revision,
+            'user_revision', max(u.api_key_revision, coalesce(
+                (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id), 0)),
             'total_cost', printf('%.6f', k.total_cost),
             'user_id', u.id, 'user_email', {}, 'user_role', {}, 'user_is_active', {}
-        ) AS row FROM api_keys k JOIN users u ON u.id = k.user_id",
+        ) AS row FROM api_keys k JOIN users u ON u.id = k.user_id AND NOT EXISTS (
+            SELECT 1 FROM api_key_deleted_users d
+            WHERE d.user_id = k.user_id AND d.revision > k.api_key_owned_since)",
         texts.join(", "),
         numbers.join(", "),
         text("k.fast_hash"),
