@@ -1,6 +1,11 @@
 //! The database: the truth, the revisions that order it, and the table of changes.
 
+use crate::fork::Fork;
+
 pub(crate) type Revision = u8;
+/// Number of one change. Unlike a revision it is never given again, and changes without a trigger
+/// have one too.
+pub(crate) type Identity = u8;
 pub(crate) type Tick = u8;
 
 /// The most keys and the most changes that a model has.
@@ -27,15 +32,18 @@ impl Subject {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Change {
     pub(crate) subject: Subject,
+    /// 0 for a change that was made while the triggers were missing: it has no row either.
     pub(crate) revision: Revision,
+    pub(crate) identity: Identity,
     /// When it committed.
     pub(crate) at: Tick,
     /// The time that its row bears, from which the life of its floor counts.
     pub(crate) dated: Tick,
 }
 
-/// How far something has come: a revision for each key and one for the owner. What a node has
-/// processed is one, and so are its floors.
+/// How far something has come: a number for each key and one for the owner. What a node has
+/// processed is one, and so are its floors (revisions), and the rows that its feed checks
+/// (identities).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Progress {
     keys: [Revision; KEYS],
@@ -56,6 +64,15 @@ impl Progress {
         *slot = change.revision.max(*slot);
     }
 
+    pub(crate) fn has_identity(&self, change: Change) -> bool {
+        change.identity <= *self.clone().slot(change.subject)
+    }
+
+    pub(crate) fn raise_identity(&mut self, change: Change) {
+        let slot = self.slot(change.subject);
+        *slot = change.identity.max(*slot);
+    }
+
     pub(crate) fn raise_to(&mut self, key: usize, revisions: Revisions) {
         self.keys[key] = self.keys[key].max(revisions.key);
         self.owner = self.owner.max(revisions.owner);
@@ -67,6 +84,10 @@ impl Progress {
         if *slot == change.revision {
             *slot = 0;
         }
+    }
+
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = u8> {
+        self.keys.into_iter().chain([self.owner])
     }
 
     /// A number that moves with every change that is added.
@@ -84,7 +105,7 @@ impl Progress {
 
 /// The revisions that an answer, a tombstone or a floor for one key has: the key's and its
 /// owner's. They come from one sequence, but they can commit in another order than they were
-/// drawn, so one never stands for the other.
+/// drawn, so one never stands for the other. Also a pair of identities.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Revisions {
     pub(crate) key: Revision,
@@ -109,21 +130,36 @@ impl Revisions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Answer {
     pub(crate) revisions: Revisions,
+    /// Not known to those who read it: the identities of the last changes that are in it. The
+    /// properties look at it, because revisions can be given again.
+    pub(crate) content: Revisions,
     pub(crate) as_of: Tick,
 }
 
+/// Changes in the order of their commits, which is not always that of the revisions.
+pub(crate) type Log = [Option<Change>; CHANGES];
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Database {
-    /// In the order of the commits, which is not always that of the revisions.
-    committed: [Option<Change>; CHANGES],
+    pub(crate) committed: Log,
     /// A change that has its revision, and the lock on its row, but has not committed.
-    open: Option<Begun>,
+    pub(crate) open: Option<Begun>,
+    /// How many changes have begun, lost ones included.
+    pub(crate) begun: u8,
+    pub(crate) lacks_triggers: bool,
+    /// The failover that lost commits, or the moment when a clone was made.
+    pub(crate) fork: Option<Fork>,
+    /// Whether this is the clone.
+    pub(crate) is_clone: bool,
+    /// Whether commits were lost, or the triggers were missing and are back.
+    pub(crate) is_marked: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-struct Begun {
+pub(crate) struct Begun {
     subject: Subject,
     revision: Revision,
+    identity: Identity,
     at: Tick,
 }
 
@@ -139,9 +175,9 @@ impl Database {
         self.committed.iter().flatten().copied()
     }
 
-    /// How many revisions have been drawn.
-    pub(crate) fn drawn(&self) -> u8 {
-        self.changes().count() as u8 + u8::from(self.open.is_some())
+    /// What the change table holds.
+    pub(crate) fn rows(&self) -> impl Iterator<Item = Change> + '_ {
+        self.changes().filter(|change| change.revision > 0)
     }
 
     /// The subject whose row a change that has not committed holds locked.
@@ -151,19 +187,33 @@ impl Database {
 
     /// Draws a revision for a change that commits later.
     pub(crate) fn begin(&mut self, subject: Subject, now: Tick) {
-        self.open = Some(Begun { subject, revision: self.drawn() + 1, at: now });
+        let revision = self.draw();
+        self.open = Some(Begun { subject, revision, identity: self.next_identity(), at: now });
     }
 
     pub(crate) fn commit_begun(&mut self, now: Tick, time: RowTime) {
-        if let Some(Begun { subject, revision, at }) = self.open.take() {
+        if let Some(Begun { subject, revision, identity, at }) = self.open.take() {
             let dated = if time == RowTime::Commit { now } else { at };
-            self.append(Change { subject, revision, at: now, dated });
+            self.append(Change { subject, revision, identity, at: now, dated });
         }
     }
 
     /// Draws a revision and commits at once.
     pub(crate) fn commit(&mut self, subject: Subject, now: Tick) {
-        self.append(Change { subject, revision: self.drawn() + 1, at: now, dated: now });
+        let revision = if self.lacks_triggers { 0 } else { self.draw() };
+        let identity = self.next_identity();
+        self.append(Change { subject, revision, identity, at: now, dated: now });
+    }
+
+    /// After a failover the sequence goes on from what has survived: revisions are given again.
+    fn draw(&self) -> Revision {
+        let open = self.open.map(|begun| begun.revision);
+        self.changes().map(|change| change.revision).chain(open).max().unwrap_or(0) + 1
+    }
+
+    fn next_identity(&mut self) -> Identity {
+        self.begun += 1;
+        self.begun + if self.is_clone { OF_A_CLONE } else { 0 }
     }
 
     fn append(&mut self, change: Change) {
@@ -173,57 +223,58 @@ impl Database {
     }
 
     pub(crate) fn read(&self, key: usize, now: Tick) -> Answer {
-        Answer { revisions: self.truth(key), as_of: now }
+        read(&self.committed, key, now)
     }
 
-    pub(crate) fn truth(&self, key: usize) -> Revisions {
-        self.progress().of(key)
-    }
-
-    /// All that has committed.
+    /// All that has committed and has a revision.
     pub(crate) fn progress(&self) -> Progress {
         let mut progress = Progress::default();
         self.changes().for_each(|change| progress.raise(change));
         progress
     }
 
-    /// For how long an answer has been out of date: since the first commit that it lacks.
-    pub(crate) fn superseded_for(&self, key: usize, answer: Answer, now: Tick) -> Tick {
-        let lacks = |change: &Change| match change.subject {
-            Subject::Key(_) => change.revision > answer.revisions.key,
-            Subject::Owner => change.revision > answer.revisions.owner,
-        };
-        let first = self.changes().find(|change| change.subject.touches(key) && lacks(change));
-        first.map_or(0, |change| now - change.at)
+    /// All that has committed, as identities.
+    pub(crate) fn identities(&self) -> Progress {
+        let mut identities = Progress::default();
+        self.changes().for_each(|change| identities.raise_identity(change));
+        identities
     }
 
-    /// How many commits lead to these revisions of `key`: a number for each version of the truth.
-    pub(crate) fn version(&self, key: usize, revisions: Revisions) -> u8 {
+    /// How many commits lead to this content of `key`: a number for each version of the truth.
+    pub(crate) fn version(&self, key: usize, content: Revisions) -> u8 {
         let mut past = Progress::default();
         let mut older = self.changes().take_while(|change| {
-            let lacks = past.of(key) != revisions;
-            past.raise(*change);
+            let lacks = past.of(key) != content;
+            past.raise_identity(*change);
             lacks
         });
         older.by_ref().count() as u8
     }
-
-    /// Every answer for `key` that a read, at some time up to now, has been able to give.
-    pub(crate) fn history(&self, key: usize, now: Tick) -> Vec<Answer> {
-        let mut past = Progress::default();
-        let mut since = 0;
-        let mut answers = Vec::new();
-        for change in self.changes() {
-            answers.extend(reads(past.of(key), since, change.at));
-            past.raise(change);
-            since = change.at;
-        }
-        answers.extend(reads(past.of(key), since, now));
-        answers.dedup();
-        answers
-    }
 }
 
-fn reads(revisions: Revisions, from: Tick, to: Tick) -> impl Iterator<Item = Answer> {
-    (from..=to).map(move |as_of| Answer { revisions, as_of })
+/// The identities of a clone's own changes are above this one.
+pub(crate) const OF_A_CLONE: Identity = 8;
+
+fn read(log: &[Option<Change>], key: usize, now: Tick) -> Answer {
+    let (mut revisions, mut content) = (Progress::default(), Progress::default());
+    for change in log.iter().flatten() {
+        revisions.raise(*change);
+        content.raise_identity(*change);
+    }
+    Answer { revisions: revisions.of(key), content: content.of(key), as_of: now }
+}
+
+/// Every answer for `key` that a read of a database with this log, between two times, has been able
+/// to give.
+pub(crate) fn reads(log: &Log, key: usize, from: Tick, to: Tick) -> Vec<Answer> {
+    let mut answers = Vec::new();
+    let mut since = 0;
+    let times = log.iter().flatten().map(|change| change.at).chain([to]);
+    for (past, until) in times.enumerate() {
+        let seen = since.max(from)..=until.min(to);
+        answers.extend(seen.map(|as_of| read(&log[..past], key, as_of)));
+        since = until;
+    }
+    answers.dedup();
+    answers
 }

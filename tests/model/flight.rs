@@ -1,7 +1,7 @@
 //! A flight: one look-up under way, from Redis through the database to those who wait for it.
 
 use crate::database::{Answer, Database, Revisions, Tick};
-use crate::node::{LocalEntry, Moment, Node};
+use crate::node::{Generation, Known, LocalEntry, Moment, Node};
 use crate::redis::{Entry, Redis};
 use crate::setup::{Detail, Mechanism};
 
@@ -32,12 +32,12 @@ pub(crate) enum Stage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Flight {
     /// The bucket's, before anything was read.
-    pub(crate) generation: u8,
+    pub(crate) generation: Generation,
     pub(crate) began: Tick,
     pub(crate) stage: Stage,
     /// Not known to the flight: what the node had processed when the last of those who wait for
     /// it arrived. The properties look at it.
-    pub(crate) waiters_know: Revisions,
+    pub(crate) waiters_know: Known,
 }
 
 /// Which flight of a node for a key takes a step.
@@ -85,10 +85,10 @@ impl Node {
 
     /// A request that is no hit: joins the flight, or leaves it and starts another.
     pub(crate) fn ask(&mut self, key: usize, moment: Moment<'_>) {
-        let knows = self.ever_processed.of(key);
+        let knows = self.knows(key);
         if self.joins(key, moment) {
             if let Some(flight) = &mut self.flights[key] {
-                flight.waiters_know = flight.waiters_know.max(knows);
+                flight.waiters_know = knows;
             }
             return;
         }
@@ -149,12 +149,18 @@ impl Node {
     /// not have brought yet, so it raises the floor.
     fn after_redis(&mut self, key: usize, entry: Entry, moment: Moment<'_>) -> Stage {
         let answer = match entry {
-            Entry::Data(answer) if moment.entry_lives(answer.as_of) => answer,
-            Entry::Tombstone(revisions) => {
+            Entry::Data(answer)
+                if moment.entry_lives(answer.as_of) && self.is_from_after_reset(answer.as_of) =>
+            {
+                answer
+            }
+            Entry::Tombstone(revisions, at) if self.is_from_after_reset(at) => {
                 self.floor.raise_to(key, told_by_tombstone(revisions, moment));
                 return Stage::AskDatabase { older: None };
             }
-            Entry::Data(_) | Entry::Empty => return Stage::AskDatabase { older: None },
+            Entry::Data(_) | Entry::Tombstone(..) | Entry::Empty => {
+                return Stage::AskDatabase { older: None };
+            }
         };
         if !self.is_above_floor(key, answer, moment) {
             Stage::AskDatabase { older: None }

@@ -23,7 +23,9 @@
 //! as other than an answer, several rows under one prefix.
 
 mod database;
+mod feed;
 mod flight;
+mod fork;
 mod node;
 mod properties;
 mod protocol;
@@ -35,8 +37,9 @@ use std::time::Instant;
 use stateright::{Checker, Expectation, Model};
 
 use crate::properties::{
-    ANSWERED_AGAIN, BURIED, CATCHES_UP, COMPARE_REFUSES, FLOOR_DISCARDS, FLOOR_REFUSES, NOT_JOINED,
-    NOTHING_FROM_BEFORE, NOTHING_TOO_OLD, SERVED_OLDER,
+    AGES_WITHOUT_TRIGGERS, ANSWERED_AGAIN, BURIED, CATCHES_UP, COMPARE_REFUSES, FLOOR_DISCARDS,
+    FLOOR_REFUSES, GIVEN_AGAIN, NEVER_STUCK, NOT_JOINED, NOTHING_FROM_BEFORE, NOTHING_OF_CLONES,
+    NOTHING_TOO_OLD, RESET_REFUSES, SERVED_OLDER,
 };
 use crate::protocol::World;
 use crate::setup::{Detail, Mechanism, Setup};
@@ -69,6 +72,28 @@ fn changes_that_commit_out_of_order_break_no_promise() {
 fn no_answer_outlives_the_bounds_of_age() {
     let reached = [&REFUSALS[..], &[CATCHES_UP, SERVED_OLDER]].concat();
     keeps_every_promise(Setup::with_time(), 400_000, &reached);
+}
+
+#[test]
+fn missing_triggers_break_no_promise() {
+    let reached = [AGES_WITHOUT_TRIGGERS, RESET_REFUSES];
+    keeps_every_promise(Setup::triggers_missing(), 1000, &reached);
+}
+
+#[test]
+fn a_failover_that_loses_commits_breaks_no_promise() {
+    let reached = [RESET_REFUSES, GIVEN_AGAIN];
+    keeps_every_promise(Setup::commits_lost(), 1000, &reached);
+}
+
+#[test]
+fn no_lost_commit_outlives_the_bounds_of_age() {
+    keeps_every_promise(Setup::commits_lost_in_time(), 1000, &[RESET_REFUSES]);
+}
+
+#[test]
+fn a_clone_on_the_same_redis_breaks_no_promise() {
+    keeps_every_promise(Setup::cloned(), 1000, &[FLOOR_REFUSES, FLOOR_DISCARDS]);
 }
 
 #[test]
@@ -171,6 +196,50 @@ fn with_a_floor_kept_no_longer_than_a_redis_entry_a_look_up_outlives_it() {
 fn with_a_floor_that_counts_from_the_begin_of_a_transaction_a_late_commit_is_forgotten() {
     let setup = Setup { late_commits: true, faults: 0, ..Setup::with_time() };
     breaks(setup.without(Mechanism::RowTimeOfCommit), NOTHING_FROM_BEFORE);
+}
+
+#[test]
+fn with_syncs_while_triggers_are_missing_a_change_without_a_row_is_served_for_ever() {
+    breaks(Setup::triggers_missing().without(Mechanism::SyncNeedsTriggers), NOTHING_TOO_OLD);
+}
+
+#[test]
+fn without_a_reset_when_triggers_are_back_a_change_without_a_row_is_served_for_ever() {
+    breaks(Setup::triggers_missing().without(Mechanism::ResetWhenBack), NOTHING_TOO_OLD);
+}
+
+#[test]
+fn without_a_reset_when_triggers_are_back_a_node_never_learns_better() {
+    breaks(Setup::triggers_missing().without(Mechanism::ResetWhenBack), ANSWERED_AGAIN);
+}
+
+/// The lost change has a lower revision than one that survives it. Its answer stays as it was read.
+#[test]
+fn with_only_the_latest_row_checked_a_lost_change_is_served_for_ever() {
+    let setup = Setup::commits_lost_in_time().without(Mechanism::EveryRowChecked);
+    breaks(setup, NOTHING_TOO_OLD);
+}
+
+/// The floor of the lost change stays above all that the key's row holds.
+#[test]
+fn with_only_the_latest_row_checked_a_key_is_never_answered_again() {
+    breaks(Setup::commits_lost().without(Mechanism::EveryRowChecked), NEVER_STUCK);
+}
+
+#[test]
+fn without_the_name_of_the_database_an_entry_of_a_clone_is_served_for_a_revoked_key() {
+    breaks(Setup::cloned().without(Mechanism::BoundToDatabase), NOTHING_FROM_BEFORE);
+}
+
+#[test]
+fn without_the_name_of_the_database_the_answers_of_a_clone_are_served() {
+    breaks(Setup::cloned().without(Mechanism::BoundToDatabase), NOTHING_OF_CLONES);
+}
+
+/// A tombstone of the clone has a revision that this database has not given.
+#[test]
+fn without_the_name_of_the_database_a_change_in_a_clone_locks_a_key() {
+    breaks(Setup::cloned().without(Mechanism::BoundToDatabase), NEVER_STUCK);
 }
 
 /// Goes through every state. `reached` are the situations without which that would mean little.

@@ -31,11 +31,13 @@ impl Moment<'_> {
     }
 }
 
+pub(crate) type Generation = (u8, u8);
+
 /// What the local cache holds of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct LocalEntry {
     pub(crate) answer: Answer,
-    pub(crate) generation: u8,
+    pub(crate) generation: Generation,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -43,7 +45,18 @@ pub(crate) struct Node {
     /// Nothing below is served.
     pub(crate) floor: Progress,
     /// The changes of the feed that this life of the node is done with.
-    processed: Progress,
+    pub(crate) processed: Progress,
+    /// The same as identities of rows: the last one of each subject. The feed checks that they are
+    /// still there.
+    pub(crate) rows_read: Progress,
+    /// Whether the feed's last read found that triggers were missing.
+    pub(crate) saw_triggers_missing: bool,
+    /// Whether the feed has read the mark that a break of the history leaves.
+    pub(crate) saw_mark: bool,
+    /// Resets in this life, which move all generations.
+    pub(crate) resets: u8,
+    /// When the last one was: nothing that was read up to then is taken from Redis.
+    pub(crate) reset_at: Option<Tick>,
     /// A change that is half processed: the floor is up, the generation has not moved yet.
     half: Option<Change>,
     pub(crate) local: [Option<LocalEntry>; KEYS],
@@ -54,8 +67,18 @@ pub(crate) struct Node {
     pub(crate) last_sync: Tick,
     /// Whether this life has read the changes of one entry lifetime. Until then Redis is a miss.
     pub(crate) caught_up: bool,
-    /// Not known to the node: what it has processed in all its lives. The properties look at it.
+    /// Not known to the node: the identities of what it has processed in all its lives, and of what
+    /// a reset stood for. The properties look at it.
     pub(crate) ever_processed: Progress,
+    /// Whether a reset stood for commits that were lost. Only the properties look at it.
+    pub(crate) knows_of_loss: bool,
+}
+
+/// What a request may rely on: what its node had processed when it came. Only for the properties.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Known {
+    pub(crate) identities: Revisions,
+    pub(crate) of_loss: bool,
 }
 
 impl Node {
@@ -64,6 +87,11 @@ impl Node {
         Self {
             floor: Progress::default(),
             processed: Progress::default(),
+            rows_read: Progress::default(),
+            saw_triggers_missing: false,
+            saw_mark: false,
+            resets: 0,
+            reset_at: None,
             half: None,
             local: [None; KEYS],
             flights: [None; KEYS],
@@ -71,13 +99,18 @@ impl Node {
             last_sync: 0,
             caught_up: true,
             ever_processed: Progress::default(),
+            knows_of_loss: false,
         }
     }
 
+    pub(crate) fn knows(&self, key: usize) -> Known {
+        Known { identities: self.ever_processed.of(key), of_loss: self.knows_of_loss }
+    }
+
     /// All keys share a bucket. What the counter counts is of no account, only that a processed
-    /// change moves it.
-    pub(crate) fn generation(&self) -> u8 {
-        self.processed.count()
+    /// change and a reset move it.
+    pub(crate) fn generation(&self) -> Generation {
+        (self.resets, self.processed.count())
     }
 
     pub(crate) fn has_processed(&self, change: Change) -> bool {
@@ -107,36 +140,30 @@ impl Node {
         } else {
             self.raise_floor(change, moment);
         }
-        self.ever_processed.raise(change);
-    }
-
-    /// Reads the change table: processes all that it has not seen, and is in sync as of now.
-    pub(crate) fn poll(&mut self, database: &Database, moment: Moment<'_>) {
-        for change in database.changes() {
-            if !self.has_processed(change) {
-                self.begin_change(change, moment);
-                self.finish_change(moment);
-            }
-        }
-        self.last_sync = moment.now;
-        self.caught_up = true;
+        self.ever_processed.raise_identity(change);
     }
 
     /// Loses all it has in memory. A node without catch-up follows the feed from here on, and
     /// takes that for knowing all.
     pub(crate) fn crash(&mut self, database: &Database, moment: Moment<'_>) {
-        let ever_processed = self.ever_processed;
-        *self = Self { ever_processed, caught_up: false, ..Self::new() };
+        let Self { ever_processed, knows_of_loss, .. } = *self;
+        *self = Self { ever_processed, knows_of_loss, caught_up: false, ..Self::new() };
         if !moment.has(Mechanism::CatchUp) {
             self.caught_up = true;
             self.processed = database.progress();
+            self.rows_read = database.identities();
         }
     }
 
     /// Drops floors that no living entry of Redis can be below.
     pub(crate) fn forget_old_floors(&mut self, database: &Database, moment: Moment<'_>) {
-        let dead = database.changes().filter(|change| !moment.floor_lives(change.dated));
-        dead.for_each(|change| self.floor.forget(change));
+        let lives = |change: &Change| moment.floor_lives(change.dated);
+        for dead in database.rows_ever().filter(|change| !lives(change)) {
+            let again = |it: Change| (it.subject, it.revision) == (dead.subject, dead.revision);
+            if !database.rows_ever().any(|change| again(change) && lives(&change)) {
+                self.floor.forget(dead);
+            }
+        }
     }
 
     /// What a request that arrives now is answered from the local cache.
@@ -188,6 +215,7 @@ impl Node {
 
     fn move_generation(&mut self, change: Change, moment: Moment<'_>) {
         self.processed.raise(change);
+        self.rows_read.raise_identity(change);
         self.drop_dead_entries(moment);
     }
 }

@@ -7,18 +7,23 @@ use crate::flight::{Flight, FlightStep, Lane};
 use crate::node::{Moment, Node};
 use crate::properties;
 use crate::redis::{Entry, Redis, Script};
-use crate::setup::{Detail, Mechanism, Setup, Writers};
+use crate::setup::{Break, Detail, Mechanism, Setup, Writers};
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct World {
     pub(crate) now: Tick,
     pub(crate) database: Database,
+    /// A copy of the database that has parted from it. Its nodes are not modelled, only what they
+    /// may write to Redis.
+    clone: Option<Database>,
     pub(crate) redis: Redis,
     pub(crate) nodes: [Node; 2],
     /// For each key, the versions of the truth that the nodes have sent to Redis, as bits.
     sent: [u8; KEYS],
     /// How many faults there have been.
     pub(crate) faults: u8,
+    /// Whether the break of this run has been.
+    is_broken: bool,
 }
 
 /// One step of one part. Parts are independent: any order of steps is explored.
@@ -29,6 +34,14 @@ pub(crate) enum Action {
     /// Draws a revision that commits later.
     Begin(Subject),
     CommitBegun,
+    DropTriggers,
+    RestoreTriggers,
+    /// To a copy that has the first commits.
+    FailOver {
+        kept: u8,
+    },
+    MakeClone,
+    CommitInClone(Subject),
     /// A request that the local cache does not answer.
     Ask {
         node: usize,
@@ -96,8 +109,10 @@ impl Setup {
     fn fills(&self, world: &World, key: usize) -> Vec<Answer> {
         let mut fills = world.database.history(key, world.now);
         if self.writers == Writers::Nodes {
-            fills.retain(|fill| world.sent[key] & bit(world, key, fill.revisions) != 0);
+            fills.retain(|fill| world.sent[key] & bit(world, key, fill.content) != 0);
         }
+        let of_clone = self.clone_that_shares_names(world);
+        fills.extend(of_clone.into_iter().flat_map(|clone| clone.history(key, world.now)));
         fills
     }
 
@@ -105,9 +120,16 @@ impl Setup {
     fn burials<'a>(&'a self, world: &'a World) -> impl Iterator<Item = Change> + 'a {
         let sent = |change: &Change| {
             self.writers == Writers::Fleet
-                || world.nodes.iter().any(|node| node.ever_processed.has(*change))
+                || world.nodes.iter().any(|node| node.ever_processed.has_identity(*change))
         };
-        world.database.changes().filter(sent)
+        let of_clone = self.clone_that_shares_names(world);
+        let of_clone = of_clone.into_iter().flat_map(Database::rows);
+        world.database.rows_ever().filter(sent).chain(of_clone)
+    }
+
+    /// Under names of its own, what the nodes of a clone write is never found.
+    fn clone_that_shares_names<'a>(&self, world: &'a World) -> Option<&'a Database> {
+        world.clone.as_ref().filter(|_| !self.has(Mechanism::BoundToDatabase))
     }
 
     pub(crate) fn refuses_a_fill(&self, world: &World, key: usize) -> bool {
@@ -119,7 +141,12 @@ impl Setup {
         if world.database.locked().is_some() {
             actions.push(Action::CommitBegun);
         }
-        if world.database.drawn() == self.changes {
+        if let Some(clone) = world.clone
+            && clone.begun < self.changes
+        {
+            actions.push(Action::CommitInClone(Subject::Key(0)));
+        }
+        if world.database.begun == self.changes {
             return;
         }
         let keys = (0..self.keys).map(|key| Subject::Key(key as u8));
@@ -128,9 +155,36 @@ impl Setup {
             if locked != Some(subject) {
                 actions.push(Action::Commit(subject));
             }
-            if self.late_commits && locked.is_none() {
+            if self.late_commits && locked.is_none() && !world.database.lacks_triggers {
                 actions.push(Action::Begin(subject));
             }
+        }
+    }
+
+    /// What can happen to the database as a whole.
+    fn break_actions(&self, world: &World, actions: &mut Vec<Action>) {
+        let database = &world.database;
+        let nodes = &world.nodes[..self.nodes];
+        let is_seen = nodes.iter().all(|node| node.saw_triggers_missing);
+        if database.lacks_triggers && (is_seen || self.breaks_unseen) {
+            actions.push(Action::RestoreTriggers);
+        }
+        if world.is_broken {
+            return;
+        }
+        match self.breaks {
+            // The statement that drops them waits for open transactions.
+            Some(Break::TriggersMissing) if database.locked().is_none() => {
+                actions.push(Action::DropTriggers);
+            }
+            Some(Break::CommitsLost) => {
+                let kept = 0..database.changes().count() as u8;
+                let is_read = |change| nodes.iter().all(|node| node.rows_read.has_identity(change));
+                let are_read = |kept: &u8| self.breaks_unseen || database.after(*kept).all(is_read);
+                actions.extend(kept.filter(are_read).map(|kept| Action::FailOver { kept }));
+            }
+            Some(Break::Clone) => actions.push(Action::MakeClone),
+            Some(Break::TriggersMissing) | None => {}
         }
     }
 
@@ -180,7 +234,10 @@ impl Setup {
         if node.half_processed().is_some() {
             actions.push(Action::FinishChange { node: index });
         } else {
-            let news = world.database.changes().filter(|change| !node.has_processed(*change));
+            // A reset comes before the changes that were read with it.
+            let is_due = node.has_to_reset(&world.database, self.moment(world));
+            let news =
+                world.database.rows().filter(|change| !is_due && !node.has_processed(*change));
             actions.extend(news.map(|change| Action::Notice { node: index, change }));
             actions.push(Action::Poll { node: index });
         }
@@ -210,7 +267,7 @@ impl Setup {
 
     fn apply(&self, world: &mut World, action: Action) {
         let moment = self.moment(world);
-        let World { database, redis, nodes, faults, .. } = world;
+        let World { database, redis, nodes, faults, is_broken, .. } = world;
         match action {
             Action::Tick => {
                 world.now += 1;
@@ -220,11 +277,29 @@ impl Setup {
             Action::Commit(subject) => database.commit(subject, moment.now),
             Action::Begin(subject) => database.begin(subject, moment.now),
             Action::CommitBegun => database.commit_begun(moment.now, self.row_time()),
+            Action::DropTriggers => {
+                database.lacks_triggers = true;
+                *is_broken = true;
+            }
+            Action::RestoreTriggers => database.restore_triggers(),
+            Action::FailOver { kept } => {
+                database.fail_over(kept, moment.now);
+                *is_broken = true;
+            }
+            Action::MakeClone => {
+                world.clone = Some(database.make_clone(moment.now));
+                *is_broken = true;
+            }
+            Action::CommitInClone(subject) => {
+                if let Some(clone) = &mut world.clone {
+                    clone.commit(subject, moment.now);
+                }
+            }
             Action::Ask { node, key } => nodes[node].ask(key, moment),
             Action::Flight { node, key, lane, step } => {
                 let fill = nodes[node].step((key, lane), step, (database, redis), moment);
                 if let (Some(fill), Writers::Nodes) = (fill, self.writers) {
-                    world.sent[key] |= bit(world, key, fill.revisions);
+                    world.sent[key] |= bit(world, key, fill.content);
                 }
             }
             Action::Notice { node, change } => {
@@ -253,8 +328,8 @@ impl Setup {
     }
 }
 
-fn bit(world: &World, key: usize, revisions: Revisions) -> u8 {
-    1 << world.database.version(key, revisions)
+fn bit(world: &World, key: usize, content: Revisions) -> u8 {
+    1 << world.database.version(key, content)
 }
 
 impl Model for Setup {
@@ -265,10 +340,12 @@ impl Model for Setup {
         vec![World {
             now: 0,
             database: Database::default(),
+            clone: None,
             redis: Redis::default(),
             nodes: [Node::new(); 2],
             sent: [0; KEYS],
             faults: 0,
+            is_broken: false,
         }]
     }
 
@@ -277,6 +354,7 @@ impl Model for Setup {
             actions.push(Action::Tick);
         }
         self.database_actions(world, actions);
+        self.break_actions(world, actions);
         (0..self.nodes).for_each(|node| self.node_actions(world, node, actions));
         self.redis_actions(world, actions);
         self.fault_actions(world, actions);
@@ -289,6 +367,6 @@ impl Model for Setup {
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
-        properties::all()
+        properties::all(self)
     }
 }

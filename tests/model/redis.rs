@@ -1,7 +1,7 @@
 //! Redis: one entry a key, written only by a script that compares revisions, and trusted for
 //! nothing else.
 
-use crate::database::{Answer, Change, KEYS, Revisions, Subject};
+use crate::database::{Answer, Change, KEYS, Revisions, Subject, Tick};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Entry {
@@ -9,8 +9,8 @@ pub(crate) enum Entry {
     Empty,
     Data(Answer),
     /// "Nothing before these revisions": what a delete leaves for nodes that the database cannot
-    /// tell.
-    Tombstone(Revisions),
+    /// tell, and when at the earliest it was left.
+    Tombstone(Revisions, Tick),
 }
 
 impl Entry {
@@ -18,7 +18,7 @@ impl Entry {
         match self {
             Entry::Empty => Revisions::default(),
             Entry::Data(answer) => answer.revisions,
-            Entry::Tombstone(revisions) => revisions,
+            Entry::Tombstone(revisions, _) => revisions,
         }
     }
 }
@@ -68,10 +68,12 @@ impl Redis {
         self.buried[key] = self.buried[key].max(grave);
         match script {
             Script::Compares if held.covers(grave) => {}
-            Script::Compares => self.entries[key] = Entry::Tombstone(held.max(grave)),
+            Script::Compares => {
+                self.entries[key] = Entry::Tombstone(held.max(grave), change.at);
+            }
             Script::ComparesHighest if held.highest() >= grave.highest() => {}
             Script::ComparesHighest | Script::Overwrites => {
-                self.entries[key] = Entry::Tombstone(grave);
+                self.entries[key] = Entry::Tombstone(grave, change.at);
             }
         }
     }

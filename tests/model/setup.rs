@@ -32,6 +32,26 @@ pub(crate) enum Mechanism {
     /// The life of a floor counts from the commit of the change, or later. Without it from the
     /// begin of its transaction, as a row's `now()` would have it.
     RowTimeOfCommit,
+    /// A read of the feed that finds triggers missing is no sync.
+    SyncNeedsTriggers,
+    /// When the triggers are back, everything is reset before the next sync.
+    ResetWhenBack,
+    /// The feed checks that a row of each transaction that it has read is still there. Without it
+    /// only a row of the latest transaction.
+    EveryRowChecked,
+    /// Names and MACs in Redis are bound to the database.
+    BoundToDatabase,
+}
+
+/// What may happen to the database once in a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Break {
+    /// The triggers are dropped, and made anew later.
+    TriggersMissing,
+    /// A failover loses the last commits, in the order in which they committed.
+    CommitsLost,
+    /// A clone goes on by itself, with nodes of its own on the same Redis.
+    Clone,
 }
 
 /// The bounds of the rule of age, in ticks of the model's clock.
@@ -80,6 +100,13 @@ pub(crate) struct Setup {
     /// an earlier state. Lost and late messages, and servers out of reach, cost nothing: they can
     /// happen at every step.
     pub(crate) faults: u8,
+    pub(crate) breaks: Option<Break>,
+    /// Whether the triggers can be gone and back, or commits be made and lost, without a read of
+    /// each node's feed in between.
+    pub(crate) breaks_unseen: bool,
+    /// Whether a break leaves a mark that a feed finds with any later read (a row that resets, the
+    /// timeline of the server).
+    pub(crate) reads_marks: bool,
     /// The last tick of the clock; 0 stops it, and with it the rule of age.
     pub(crate) ticks: Tick,
     pub(crate) ages: Ages,
@@ -98,6 +125,9 @@ impl Setup {
             writers: Writers::Fleet,
             detail: Detail::Fine,
             faults: 2,
+            breaks: None,
+            breaks_unseen: false,
+            reads_marks: false,
             ticks: 0,
             ages: Ages {
                 max_staleness: 1,
@@ -134,6 +164,32 @@ impl Setup {
     pub(crate) fn two_keys() -> Self {
         let (writers, detail) = (Writers::Nodes, Detail::Coarse);
         Self { keys: 2, owner_changes: true, writers, detail, faults: 0, ..Self::one_key() }
+    }
+
+    /// One key whose changes leave no row while the triggers are missing.
+    pub(crate) fn triggers_missing() -> Self {
+        let detail = Detail::Coarse;
+        let breaks = Some(Break::TriggersMissing);
+        Self { breaks, detail, faults: 0, ticks: 3, ..Self::one_change() }
+    }
+
+    /// A key and its owner, whose changes may be lost in another order than they were numbered.
+    pub(crate) fn commits_lost() -> Self {
+        let detail = Detail::Coarse;
+        Self { breaks: Some(Break::CommitsLost), detail, faults: 0, ..Self::key_and_owner() }
+    }
+
+    /// The same with a clock and the least bounds of age: an answer may be served in the tick in
+    /// which it was true.
+    pub(crate) fn commits_lost_in_time() -> Self {
+        let ages =
+            Ages { max_staleness: 0, stale_if_error: 0, entry_lifetime: 1, look_up_timeout: 0 };
+        Self { ticks: 1, ages, writers: Writers::Nodes, ..Self::commits_lost() }
+    }
+
+    /// One key of a database that is cloned.
+    pub(crate) fn cloned() -> Self {
+        Self { breaks: Some(Break::Clone), faults: 0, ..Self::one_key() }
     }
 
     pub(crate) fn has(&self, mechanism: Mechanism) -> bool {
