@@ -188,6 +188,10 @@ impl Node {
             self.is_above_floor(key, *answer, moment)
                 && self.is_fresh_enough_in_outage(*answer, moment)
         };
+        let after_reset = |answer: &Answer| {
+            !moment.has(Mechanism::ResetCoversLookUps) || self.is_from_after_reset(answer.as_of)
+        };
+        let older = older.filter(after_reset);
         let answer = local.filter(allowed).or(older.filter(allowed))?;
         Some(Stage::Checked { answer, origin: Origin::Older })
     }

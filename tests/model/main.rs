@@ -220,6 +220,14 @@ fn with_only_the_latest_row_checked_a_lost_change_is_served_for_ever() {
     breaks(setup, NOTHING_TOO_OLD);
 }
 
+/// A look-up takes an entry out of Redis and has to ask the database. The feed resets and is in
+/// sync, no floor is left, and then the database fails.
+#[test]
+fn with_a_reset_that_leaves_out_look_ups_a_lost_change_outlives_it() {
+    let setup = Setup::commits_lost_in_time().without(Mechanism::ResetCoversLookUps);
+    breaks(setup, NOTHING_TOO_OLD);
+}
+
 /// The floor of the lost change stays above all that the key's row holds.
 #[test]
 fn with_only_the_latest_row_checked_a_key_is_never_answered_again() {

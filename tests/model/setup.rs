@@ -36,6 +36,8 @@ pub(crate) enum Mechanism {
     SyncNeedsTriggers,
     /// When the triggers are back, everything is reset before the next sync.
     ResetWhenBack,
+    /// A reset counts for what a look-up has taken out of Redis before it, too.
+    ResetCoversLookUps,
     /// The feed checks that a row of each transaction that it has read is still there. Without it
     /// only a row of the latest transaction.
     EveryRowChecked,
