@@ -239,17 +239,6 @@ impl Database {
         self.changes().for_each(|change| identities.raise_identity(change));
         identities
     }
-
-    /// How many commits lead to this content of `key`: a number for each version of the truth.
-    pub(crate) fn version(&self, key: usize, content: Revisions) -> u8 {
-        let mut past = Progress::default();
-        let mut older = self.changes().take_while(|change| {
-            let lacks = past.of(key) != content;
-            past.raise_identity(*change);
-            lacks
-        });
-        older.by_ref().count() as u8
-    }
 }
 
 /// The identities of a clone's own changes are above this one.

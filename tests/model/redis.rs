@@ -9,7 +9,7 @@ pub(crate) enum Entry {
     Empty,
     Data(Answer),
     /// "Nothing before these revisions": what a delete leaves for nodes that the database cannot
-    /// tell, and when at the earliest it was left.
+    /// tell. And the time of the oldest thing that its revisions are from.
     Tombstone(Revisions, Tick),
 }
 
@@ -19,6 +19,14 @@ impl Entry {
             Entry::Empty => Revisions::default(),
             Entry::Data(answer) => answer.revisions,
             Entry::Tombstone(revisions, _) => revisions,
+        }
+    }
+
+    fn time(self) -> Option<Tick> {
+        match self {
+            Entry::Empty => None,
+            Entry::Data(answer) => Some(answer.as_of),
+            Entry::Tombstone(_, since) => Some(since),
         }
     }
 }
@@ -69,7 +77,8 @@ impl Redis {
         match script {
             Script::Compares if held.covers(grave) => {}
             Script::Compares => {
-                self.entries[key] = Entry::Tombstone(held.max(grave), change.at);
+                let since = self.entries[key].time().map_or(change.at, |time| time.min(change.at));
+                self.entries[key] = Entry::Tombstone(held.max(grave), since);
             }
             Script::ComparesHighest if held.highest() >= grave.highest() => {}
             Script::ComparesHighest | Script::Overwrites => {

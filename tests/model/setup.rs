@@ -67,6 +67,12 @@ pub(crate) struct Ages {
     pub(crate) look_up_timeout: Tick,
 }
 
+impl Ages {
+    /// An answer may be served in the tick in which it was true.
+    const LEAST: Self =
+        Self { max_staleness: 0, stale_if_error: 0, entry_lifetime: 1, look_up_timeout: 0 };
+}
+
 /// Who writes to Redis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Writers {
@@ -168,30 +174,37 @@ impl Setup {
         Self { keys: 2, owner_changes: true, writers, detail, faults: 0, ..Self::one_key() }
     }
 
-    /// One key whose changes leave no row while the triggers are missing.
+    /// One key whose change leaves no row while the triggers are missing.
     pub(crate) fn triggers_missing() -> Self {
-        let detail = Detail::Coarse;
-        let breaks = Some(Break::TriggersMissing);
-        Self { breaks, detail, faults: 0, ticks: 3, ..Self::one_change() }
+        let (breaks, detail) = (Some(Break::TriggersMissing), Detail::Coarse);
+        Self { breaks, detail, ticks: 2, ages: Ages::LEAST, ..Self::one_change() }
     }
 
     /// A key and its owner, whose changes may be lost in another order than they were numbered.
     pub(crate) fn commits_lost() -> Self {
-        let detail = Detail::Coarse;
-        Self { breaks: Some(Break::CommitsLost), detail, faults: 0, ..Self::key_and_owner() }
+        let (breaks, detail) = (Some(Break::CommitsLost), Detail::Coarse);
+        Self { breaks, detail, faults: 0, ..Self::key_and_owner() }
     }
 
-    /// The same with a clock and the least bounds of age: an answer may be served in the tick in
-    /// which it was true.
+    /// The same with a clock.
     pub(crate) fn commits_lost_in_time() -> Self {
-        let ages =
-            Ages { max_staleness: 0, stale_if_error: 0, entry_lifetime: 1, look_up_timeout: 0 };
-        Self { ticks: 1, ages, writers: Writers::Nodes, ..Self::commits_lost() }
+        Self { ticks: 1, ages: Ages::LEAST, writers: Writers::Nodes, ..Self::commits_lost() }
     }
 
     /// One key of a database that is cloned.
     pub(crate) fn cloned() -> Self {
         Self { breaks: Some(Break::Clone), faults: 0, ..Self::one_key() }
+    }
+
+    /// A break that no read of a feed need come between, and a clock that stands still.
+    pub(crate) fn unseen(breaks: Break, faults: u8) -> Self {
+        let owner_changes = breaks == Break::CommitsLost;
+        let (breaks, detail) = (Some(breaks), Detail::Coarse);
+        Self { breaks, detail, faults, breaks_unseen: true, owner_changes, ..Self::one_key() }
+    }
+
+    pub(crate) fn with_marks(self) -> Self {
+        Self { reads_marks: true, ..self }
     }
 
     pub(crate) fn has(&self, mechanism: Mechanism) -> bool {
