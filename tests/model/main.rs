@@ -16,11 +16,23 @@
 //! cut off from them sees. A fault out of a small budget: Redis loses its memory, or goes back to
 //! an earlier state (a snapshot, a lagging replica); a node crashes between any two steps.
 //!
+//! **What can break the history**, once in a run. The triggers are missing: a change then has
+//! neither a revision nor a row. A failover loses the last commits, and their revisions are given
+//! again. A clone of the database is used on the same Redis. The feed reports no sync while
+//! triggers are missing and a reset when they are back; it resets if a row of any transaction that
+//! it has read is gone; names and MACs in Redis are bound to the database. A reset clears floors and
+//! generations, and no entry from before it is taken from Redis. These rules require that the feed
+//! of each node reads the table during the break: has seen the triggers missing, or has read the
+//! rows that are lost. The tests `without_a_mark_…` show the limit: a break between two reads, and a
+//! node that starts after the break. A mark that a feed finds later (a row that resets, the timeline
+//! of the server) removes it.
+//!
 //! **How it is told.** [`setup`] is what a run explores, [`database`], [`redis`] and [`node`] are
-//! the parts, [`flight`] is a look-up, [`protocol`] puts them together for the checker, and
+//! the parts, [`fork`] is what breaks the history, [`feed`] is a read of the change table, [`flight`]
+//! is a look-up, [`protocol`] puts them together for the checker, and
 //! [`properties`] says what must hold. Each mechanism can be taken out; the tests then show what
 //! goes wrong without it. Not modelled: the time between a poll and its answer, a negative answer
-//! as other than an answer, several rows under one prefix.
+//! as other than an answer, several rows under one prefix, a failover during a read of the feed.
 
 mod database;
 mod feed;
@@ -254,7 +266,8 @@ fn with_only_the_latest_row_checked_a_lost_change_is_served_for_ever() {
 /// sync, no floor is left, and then the database fails.
 #[test]
 fn with_a_reset_that_leaves_out_look_ups_a_lost_change_outlives_it() {
-    let setup = Setup { late_commits: false, ..Setup::commits_lost_in_time() };
+    let (changes, owner_changes, late_commits) = (1, false, false);
+    let setup = Setup { changes, owner_changes, late_commits, ..Setup::commits_lost_in_time() };
     breaks(setup.without(Mechanism::ResetCoversLookUps), NOTHING_TOO_OLD);
 }
 
