@@ -315,6 +315,9 @@ async fn a_node_that_starts_reads_what_a_long_transaction_has_committed_lately()
     })
     .await;
     assert_ne!(other.text(&kept), "0");
-    let status = heard.status();
-    assert!(status.rows.is_some() && status.oldest.is_some(), "{status:?}");
+    eventually("the size of the table", async || {
+        let status = heard.status();
+        status.rows.is_some() && status.oldest.is_some()
+    })
+    .await;
 }

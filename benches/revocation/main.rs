@@ -8,14 +8,17 @@
 //! blocked in the database, so that only polling (every second) tells of changes; and for a node that a
 //! black hole cuts off from both servers (`max_staleness` and `stale_if_error` of 2 s each), until it
 //! refuses or answers 503: a request that waits for the database then takes up to its timeout longer, which
-//! is 0.5 s here, and the default for a second node, which the JSON leaves out. In the end all nodes, and two that have just started, are asked for all revoked keys.
-//! The last line is JSON.
+//! is 0.5 s here, and the default for a second node, which the JSON leaves out. Then the same by API with a million
+//! rows in the table of changes, and while and after 100,000 other keys are updated in one transaction. In the end
+//! all nodes, and two that have just started, are asked for all revoked keys. The last line is JSON.
 
+#[path = "../figures/mod.rs"]
 mod figures;
-#[path = "../tests/support/proxy.rs"]
+#[path = "../../tests/support/proxy.rs"]
 #[allow(dead_code, unused_imports, unreachable_pub)]
 mod proxy;
-#[path = "../tests/support/servers/mod.rs"]
+mod scale;
+#[path = "../../tests/support/servers/mod.rs"]
 #[allow(dead_code, unused_imports, unreachable_pub)]
 mod servers;
 
@@ -163,6 +166,12 @@ async fn main() {
         revoked.extend(keys);
     }
 
+    let (million, keys) = scale::with_a_million_changes(&manager, &user, &sql, &nodes).await;
+    revoked.extend(keys);
+    let updater = postgres.client().await;
+    let (bulk, keys) = scale::during_a_bulk_update(&manager, &user, updater, &nodes).await;
+    revoked.extend(keys);
+
     let fresh: Vec<_> = (0..2)
         .map(|_| Node::start(Authenticator::new(tier(store.clone(), &redis_url)), &loaded))
         .collect();
@@ -186,7 +195,8 @@ async fn main() {
     );
     println!(
         "{{\"api_p99_ms\":{:.2},\"sql_p99_ms\":{:.2},\"polling_max_s\":{polling_max:.3},\
-         \"isolated_max_s\":{isolated_max:.3},\"resurrected\":{resurrected}}}",
+         \"isolated_max_s\":{isolated_max:.3},\"api_p99_ms_million\":{million:.2},\"bulk_p99_ms\":{bulk:.2},\
+         \"resurrected\":{resurrected}}}",
         p99s[0], p99s[1],
     );
 }
