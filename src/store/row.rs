@@ -16,10 +16,10 @@ use crate::{
     },
 };
 
-/// The columns of `api_keys` that an edit writes.
-pub(super) const EDITED: [&str; 15] = [
+/// The columns of `api_keys` that an edit writes. Not `is_active`: an edit of a record that was read before a
+/// revocation would undo it.
+pub(super) const EDITED: [&str; 14] = [
     "name",
-    "is_active",
     "permissions",
     "scopes",
     "rate_limit_per_minute",
@@ -37,8 +37,15 @@ pub(super) const EDITED: [&str; 15] = [
 
 /// The columns of `api_keys` that a new key writes beside those; the totals because an ORM keeps its
 /// defaults to itself.
-pub(super) const INSERTED: [&str; 6] =
-    ["user_id", "key_prefix", "key_hash", "total_requests", "total_tokens", "total_cost"];
+pub(super) const INSERTED: [&str; 7] = [
+    "user_id",
+    "key_prefix",
+    "key_hash",
+    "is_active",
+    "total_requests",
+    "total_tokens",
+    "total_cost",
+];
 
 /// A record as the values of [`EDITED`] and [`INSERTED`].
 pub(super) fn encode(record: &KeyRecord) -> Map<String, Value> {
@@ -130,7 +137,7 @@ impl Row {
             last_used_at: self.instant("last_used_at")?,
             created_at: self.instant("created_at")?.unwrap_or_default(),
             updated_at: self.instant("updated_at")?.unwrap_or_default(),
-            metadata: self.json("metadata")?,
+            metadata: self.metadata()?,
             user,
         };
         let hash = self.hash("key_hash")?.ok_or_else(|| fault("key_hash", "is null"))?;
@@ -145,13 +152,15 @@ impl Row {
         })
     }
 
-    fn take(&mut self, column: &'static str) -> Value {
-        self.0.get_mut(column).map(Value::take).unwrap_or_default()
+    /// A column that is absent from the result is an error: read as NULL, an allow-list would allow everything.
+    fn take(&mut self, column: &'static str) -> Result<Value, Fault> {
+        let value = self.0.get_mut(column).map(Value::take);
+        value.ok_or_else(|| fault(column, "is missing from the result"))
     }
 
     /// A JSON column, which comes as JSON or, from a text column, as a text with JSON in it.
     fn json(&mut self, column: &'static str) -> Result<Value, Fault> {
-        match self.take(column) {
+        match self.take(column)? {
             Value::String(text) => {
                 serde_json::from_str(&text).map_err(|_| fault(column, "is not JSON"))
             }
@@ -159,8 +168,15 @@ impl Row {
         }
     }
 
+    /// The column `metadata`, which both databases return as JSON text whatever its type is, so that a JSON
+    /// text in it is not parsed a second time.
+    fn metadata(&mut self) -> Result<Value, Fault> {
+        let Some(text) = self.text("metadata")? else { return Ok(Value::Null) };
+        serde_json::from_str(&text).map_err(|_| fault("metadata", "is not JSON"))
+    }
+
     fn text(&mut self, column: &'static str) -> Result<Option<String>, Fault> {
-        match self.take(column) {
+        match self.take(column)? {
             Value::Null => Ok(None),
             Value::String(text) => Ok(Some(text)),
             _ => Err(fault(column, "is not a text")),
@@ -169,7 +185,7 @@ impl Row {
 
     /// NULL is false: what is not known to be active or unlimited is not.
     fn flag(&mut self, column: &'static str) -> Result<bool, Fault> {
-        match self.take(column) {
+        match self.take(column)? {
             Value::Null => Ok(false),
             Value::Bool(flag) => Ok(flag),
             Value::Number(number) if number.as_i64() == Some(0) => Ok(false),
@@ -179,7 +195,7 @@ impl Row {
     }
 
     fn integer(&mut self, column: &'static str) -> Result<Option<i64>, Fault> {
-        match self.take(column) {
+        match self.take(column)? {
             Value::Null => Ok(None),
             value => value.as_i64().map(Some).ok_or_else(|| fault(column, "is not an integer")),
         }
@@ -281,4 +297,33 @@ impl Row {
 
 fn fault(column: &'static str, reason: impl ToString) -> Fault {
     Fault { column, reason: reason.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A row as the stores select it.
+    fn row() -> Map<String, Value> {
+        let mut row = encode(&KeyRecord::new(7, "prefix", User::new(1, "")));
+        let hash = KeyHash::sha256("secret").expose_hash();
+        let rest = json!({
+            "id": 7, "user_id": 1, "user_email": "a@b.c", "user_role": "user", "user_is_active": true,
+            "total_cost": "0", "key_hash": hash, "fast_hash": null, "metadata": null, "last_used_at": null,
+            "created_at": null, "updated_at": null, "api_key_revision": 1, "user_revision": 1,
+        });
+        row.extend(rest.as_object().cloned().unwrap());
+        row
+    }
+
+    #[test]
+    fn a_column_that_is_absent_from_a_result_is_an_error_that_names_it() {
+        assert!(decode(&Value::Object(row()).to_string()).is_ok());
+        for column in row().keys() {
+            let mut lacking = row();
+            lacking.remove(column);
+            let error = decode(&Value::Object(lacking).to_string()).unwrap_err().to_string();
+            assert!(error.contains(&format!("column {column}: ")), "{column}: {error}");
+        }
+    }
 }
