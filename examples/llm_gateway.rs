@@ -36,7 +36,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     let store = SqliteStore::open(&file)?;
     store.migrate().await?;
-    if store.list_keys(&ListKeys::default()).await?.is_empty() {
+    if store.list_keys(&ListKeys::default()).await?.keys.is_empty() {
         make_keys(store.clone()).await?;
     }
 

@@ -27,7 +27,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let listener = tokio::net::TcpListener::bind(&address).await?;
     let address = listener.local_addr()?;
 
-    if store.list_keys(&ListKeys::default()).await?.is_empty() {
+    if store.list_keys(&ListKeys::default()).await?.keys.is_empty() {
         let manager = KeyManager::new(store);
         let user = manager.create_user("ada@example.com", "admin").await?;
         let issued = manager.issue(NewKey::new(user.id, "quickstart").scopes(["demo"])).await?;

@@ -62,6 +62,9 @@ pub struct KeyRecord {
     pub created_at: DateTime<Utc>,
     /// When the row was last changed.
     pub updated_at: DateTime<Utc>,
+    /// The revision of the row that this was read from; 0 where a store keeps none. An update can require it.
+    #[serde(default)]
+    pub revision: Revision,
     /// Whatever a team needs to carry along; `null` if nothing.
     pub metadata: Value,
     /// Whose key it is.
@@ -89,6 +92,7 @@ impl KeyRecord {
             last_used_at: None,
             created_at: DateTime::UNIX_EPOCH,
             updated_at: DateTime::UNIX_EPOCH,
+            revision: Revision(0),
             metadata: Value::Null,
             user,
         }
@@ -206,9 +210,10 @@ impl StoredKey {
         Self { record, hash, upgraded: None, revisions: Revisions::default() }
     }
 
-    /// Adds the revisions of the rows that this was read from.
+    /// Adds the revisions of the rows that this was read from, that of the key to the record as well.
     #[must_use]
-    pub fn with_revisions(self, revisions: Revisions) -> Self {
+    pub fn with_revisions(mut self, revisions: Revisions) -> Self {
+        self.record.revision = revisions.key;
         Self { revisions, ..self }
     }
 
@@ -232,7 +237,9 @@ impl StoredKey {
 
 /// A number that a database gives a row whenever a column that a decision reads changes; larger is
 /// later. 0 where a store keeps none.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub struct Revision(pub u64);
 
 /// The revisions behind an answer.

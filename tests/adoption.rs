@@ -2,6 +2,7 @@
 
 mod support;
 
+use serde_json::json;
 use support::{eventually::eventually, servers::Postgres, stores::question};
 use tower_api_key::*;
 
@@ -444,4 +445,40 @@ async fn a_look_up_uses_the_index_where_the_planner_has_no_statistics() {
 /// Waits until the sessions are gone, whose number the query says.
 async fn others_end(client: &tokio_postgres::Client, sessions: &str) {
     eventually("the sessions end", async || text(client, sessions).await == "0").await;
+}
+
+#[tokio::test]
+async fn metadata_survives_in_columns_of_every_type() {
+    for column in ["json", "jsonb", "text", "varchar(40)", "note"] {
+        let server = Postgres::start();
+        let orm = server.client().await;
+        let tables = format!(
+            "CREATE DOMAIN note AS jsonb; CREATE TABLE users (id SERIAL PRIMARY KEY, email TEXT);
+            CREATE TABLE api_keys (id SERIAL PRIMARY KEY, user_id INTEGER, key_prefix VARCHAR(40),
+                key_hash VARCHAR(200), metadata {column})"
+        );
+        orm.batch_execute(&tables).await.unwrap();
+        let store = PostgresStore::new(&server.url()).unwrap();
+        store.migrate().await.unwrap();
+        let user = store.insert_user("ada@example.com", "user").await.unwrap().id;
+        let manager = KeyManager::new(store.clone());
+        for value in
+            [json!("12"), json!("a \"b\""), json!(""), json!(12), json!(true), json!({"a": [1]})]
+        {
+            let new = NewKey::new(user.clone(), "k").metadata(value.clone());
+            let mut record = manager.issue(new).await.unwrap().record().clone();
+            assert_eq!(record.metadata, value, "{column}");
+            record.name = "edited".into();
+            store.update_key(&record, None).await.unwrap().unwrap();
+            assert_eq!(
+                store.find_key(&record.id).await.unwrap().unwrap().metadata,
+                value,
+                "{column}"
+            );
+        }
+        let new = NewKey::new(user.clone(), "k");
+        let id = manager.issue(new).await.unwrap().record().id.clone();
+        let is_null = format!("SELECT metadata IS NULL FROM api_keys WHERE id = {id}");
+        assert!(orm.query_one(&is_null, &[]).await.unwrap().get::<_, bool>(0), "{column}");
+    }
 }

@@ -43,6 +43,7 @@ async fn each_column_is_named<S: KeyRepository + Clone>(
         );
         assert!(!line.contains("tak_live_") && !line.contains("hunter2"), "{line}");
         assert_eq!(store.find_key(&id).await.unwrap_err().kind(), StoreErrorKind::BadRow);
+        lists_the_others_and_gets_past(&store, &id, &whole.record().id, column).await;
         assert!(authenticator.authenticate(whole.expose_secret()).await.is_ok());
         let restore =
             format!("UPDATE api_keys SET {column} = (SELECT {column} FROM kept) WHERE id = {id}");
@@ -50,6 +51,30 @@ async fn each_column_is_named<S: KeyRepository + Clone>(
         update("DROP TABLE kept").await;
         assert!(authenticator.authenticate(broken.expose_secret()).await.is_ok(), "{column}");
     }
+}
+
+/// The page that has the broken key alone leads on to the next one.
+async fn lists_the_others_and_gets_past<S: KeyRepository>(
+    store: &S,
+    broken: &KeyId,
+    whole: &KeyId,
+    column: &str,
+) {
+    let page = store.list_keys(&ListKeys::default()).await.unwrap();
+    let [key] = page.keys.as_slice() else { panic!("{column}: {page:?}") };
+    let [unreadable] = page.unreadable.as_slice() else { panic!("{column}: {page:?}") };
+    assert_eq!((&key.id, &unreadable.id, page.next), (whole, broken, None));
+    assert_eq!(unreadable.error.kind(), StoreErrorKind::BadRow);
+    let text = unreadable.error.to_string();
+    assert!(text.contains(&format!("api_keys row {broken}")) && text.contains(column), "{text}");
+    let mut one = ListKeys::default();
+    one.limit = 1;
+    let first = store.list_keys(&one).await.unwrap();
+    assert_eq!((first.keys.len(), first.unreadable.len()), (0, 1));
+    one.after = first.next;
+    assert!(one.after.is_some());
+    let second = store.list_keys(&one).await.unwrap();
+    assert_eq!((&second.keys[0].id, second.next), (whole, None));
 }
 
 const IN_BOTH: [(&str, &str); 8] = [
@@ -75,6 +100,8 @@ async fn in_postgresql() {
     // No flag is set, but an empty allow-list would allow everything.
     columns.push(("allowed_ips", "'{\"10.0.0.1\": false}'"));
     columns.push(("allowed_models", "'{\"small\": true}'"));
+    // Beyond what a number can be in Rust.
+    columns.push(("metadata", "'1e400'"));
     each_column_is_named(store, &columns, async |sql: &str| {
         client.batch_execute(sql).await.unwrap()
     })
@@ -114,7 +141,7 @@ async fn bytes_in_sqlite_where_a_text_or_a_number_should_be_are_a_bad_row_too() 
     let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
     let mut other = SqliteConnection::establish(file.to_str().unwrap()).unwrap();
     let (log, _guard) = capture();
-    let authenticator = asking(store).build();
+    let authenticator = asking(store.clone()).build();
     for (broken, whole) in [
         ("name = x'00ff'", "name = 'k'"),
         ("rate_limit_per_day = x'01'", "rate_limit_per_day = NULL"),
@@ -124,6 +151,8 @@ async fn bytes_in_sqlite_where_a_text_or_a_number_should_be_are_a_bad_row_too() 
         let answer = authenticator.authenticate(issued.expose_secret()).await;
         assert!(matches!(answer, Err(Denial::BadRow(_))), "{broken}: {answer:?}");
         assert!(log.take().contains(&issued.record().prefix));
+        let page = store.list_keys(&ListKeys::default()).await.unwrap();
+        assert_eq!((page.keys.len(), page.unreadable[0].id.as_i64()), (0, Some(1)), "{broken}");
         other.batch_execute(&format!("UPDATE api_keys SET {whole}")).unwrap();
     }
 }

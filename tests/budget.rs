@@ -21,7 +21,7 @@ fn cents(limit_cents: u64, period: BudgetPeriod) -> Option<Budget> {
 
 async fn new_key<R: KeyRepository + Clone>(store: &R, budget: Option<Budget>) -> IssuedKey {
     let manager = KeyManager::new(store.clone());
-    let keys = store.list_keys(&ListKeys::default()).await.unwrap();
+    let keys = store.list_keys(&ListKeys::default()).await.unwrap().keys;
     let email = format!("ada{}@example.com", keys.len());
     let user = manager.create_user(&email, "user").await.unwrap();
     let new = NewKey::new(user.id, "k");

@@ -217,7 +217,7 @@ async fn a_replayed_entry_does_not_bring_back_what_a_key_could_do() {
     both.iter().for_each(|name| keep(&redis, name));
     let mut record = keys.record.clone();
     record.scopes = vec!["read".to_owned()];
-    keys.store.update_key(&record).await.unwrap();
+    keys.store.update_key(&record, None).await.unwrap();
     let scopes = async |node: &Node<SqliteStore>| {
         node.door.authenticate(&keys.key).await.unwrap().scopes().to_vec()
     };

@@ -124,9 +124,9 @@ async fn a_key_that_was_proven_before_the_attack_is_not_rationed_even_when_it_is
         assert_eq!(siege.owner(address(1)).await, 200, "from the attacker's address");
     }
     // An edit, so that the key is looked up again, but not checked.
-    let mut record = siege.store.list_keys(&ListKeys::default()).await.unwrap().remove(0);
+    let mut record = siege.store.list_keys(&ListKeys::default()).await.unwrap().keys.remove(0);
     record.name = "edited".into();
-    siege.store.update_key(&record).await.unwrap().unwrap();
+    siege.store.update_key(&record, None).await.unwrap().unwrap();
     eventually("the edit is seen", async || {
         let owner = siege.authenticator.authenticate_from("key-0001-of-mine", address(1)).await;
         owner.expect("200 all along").key().name == "edited"

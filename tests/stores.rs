@@ -23,6 +23,9 @@ on_every_store! {
     what_contradicts_the_store_is_a_conflict
     an_edit_changes_what_can_be_edited_and_nothing_else
     keys_are_listed_in_pages_and_by_owner
+    metadata_of_every_type_comes_back_as_it_was_stored
+    an_edit_of_a_record_from_before_a_revocation_does_not_undo_it
+    an_edit_that_requires_a_revision_is_a_conflict_after_another_change
     keys_that_share_a_prefix_are_each_tried_up_to_eight
     a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again
     an_answer_says_when_it_was_read
@@ -142,7 +145,7 @@ async fn what_is_not_there_can_be_neither_revoked_nor_updated_nor_found(store: i
         assert!(store.revoke_key(&id).await.unwrap().is_none());
         assert_eq!(store.find_key(&id).await.unwrap(), None);
         let record = KeyRecord::new(id, "prefix", User::new(1, ""));
-        assert!(store.update_key(&record).await.unwrap().is_none());
+        assert!(store.update_key(&record, None).await.unwrap().is_none());
     }
     assert!(store.update_user(&User::new(4711, "a@b.c")).await.unwrap().is_none());
     assert!(store.update_user(&User::new("text", "a@b.c")).await.unwrap().is_none());
@@ -180,11 +183,12 @@ async fn an_edit_changes_what_can_be_edited_and_nothing_else(store: impl KeyRepo
     edited.prefix = "somebody".into();
     edited.user.email = "eve@example.com".into();
     edited.usage.requests = 99;
-    assert!(store.update_key(&edited).await.unwrap().is_some());
+    edited.is_active = false;
+    assert!(store.update_key(&edited, None).await.unwrap().is_some());
 
     let mut found = store.find_key(&edited.id).await.unwrap().unwrap();
-    assert!(found.updated_at >= wanted.updated_at);
-    found.updated_at = wanted.updated_at;
+    assert!(found.updated_at >= wanted.updated_at && found.revision > wanted.revision);
+    (found.updated_at, found.revision) = (wanted.updated_at, wanted.revision);
     assert_eq!(found, wanted);
     let authenticator = Authenticator::new(store);
     assert!(authenticator.authenticate(issued.expose_secret()).await.unwrap().has_scope("b"));
@@ -201,7 +205,7 @@ async fn keys_are_listed_in_pages_and_by_owner(store: impl KeyRepository + Clone
         manager.issue(NewKey::new(owner.clone(), format!("key {n}"))).await.unwrap();
     }
     let names = async |page: &ListKeys| {
-        let keys = store.list_keys(page).await.unwrap();
+        let keys = store.list_keys(page).await.unwrap().keys;
         let names: Vec<_> = keys.iter().map(|key| key.name.clone()).collect();
         (names, keys.last().map(|key| key.id.clone()))
     };
@@ -216,6 +220,94 @@ async fn keys_are_listed_in_pages_and_by_owner(store: impl KeyRepository + Clone
     assert_eq!(names(&page).await.0, ["key 2", "key 4"]);
     page.owner = Some("text".into());
     assert_eq!(names(&page).await.0, [""; 0]);
+}
+
+async fn metadata_of_every_type_comes_back_as_it_was_stored(store: impl KeyRepository + Clone) {
+    let manager = KeyManager::new(store.clone());
+    let user = some_user(store.clone()).await;
+    let authenticator = asking(store.clone()).build();
+    let values = [
+        json!("12"),
+        json!("hello"),
+        json!(""),
+        json!("null"),
+        json!("{\"a\": \"b\"}"),
+        json!(12),
+        json!(-1.5),
+        json!(true),
+        json!(false),
+        json!(null),
+        json!([]),
+        json!(["12", 12, null]),
+        json!({}),
+        json!({ "a": { "b": "\"quoted\"" } }),
+    ];
+    for value in &values {
+        let new = NewKey::new(user.clone(), value.to_string()).metadata(value.clone());
+        let issued = manager.issue(new).await.unwrap();
+        let id = &issued.record().id;
+        assert_eq!(&issued.record().metadata, value);
+        let caller = authenticator.authenticate(issued.expose_secret()).await.unwrap();
+        assert_eq!(caller.metadata(), value);
+        // And by an edit.
+        let mut record = store.find_key(id).await.unwrap().unwrap();
+        assert_eq!(&record.metadata, value);
+        record.metadata = json!({ "another": 1 });
+        store.update_key(&record, None).await.unwrap().unwrap();
+        record.metadata = value.clone();
+        store.update_key(&record, None).await.unwrap().unwrap();
+        assert_eq!(&store.find_key(id).await.unwrap().unwrap().metadata, value);
+    }
+    let page = store.list_keys(&ListKeys::default()).await.unwrap();
+    let listed: Vec<_> = page.keys.iter().map(|key| key.metadata.clone()).collect();
+    assert_eq!((listed.as_slice(), page.unreadable.len(), page.next), (&values[..], 0, None));
+}
+
+async fn an_edit_of_a_record_from_before_a_revocation_does_not_undo_it(
+    store: impl KeyRepository + Clone,
+) {
+    let user = some_user(store.clone()).await;
+    let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
+    let mut found = store.find_key(&issued.record().id).await.unwrap().unwrap();
+    store.revoke_key(&found.id).await.unwrap().unwrap();
+    found.name = "another".into();
+    assert!(found.is_active);
+    store.update_key(&found, None).await.unwrap().unwrap();
+    let now = store.find_key(&found.id).await.unwrap().unwrap();
+    assert_eq!((now.name.as_str(), now.is_active), ("another", false));
+    let authenticator = asking(store).build();
+    assert_eq!(fault(&authenticator, issued.expose_secret()).await, Some(InvalidKey::Revoked));
+}
+
+async fn an_edit_that_requires_a_revision_is_a_conflict_after_another_change(
+    store: impl KeyRepository + Clone,
+) {
+    let user = some_user(store.clone()).await;
+    let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
+    let mut found = store.find_key(&issued.record().id).await.unwrap().unwrap();
+    assert_eq!(found.revision, issued.record().revision);
+    found.name = "first".into();
+    let Some(Change::Prefix(_, revision)) =
+        store.update_key(&found, Some(found.revision)).await.unwrap()
+    else {
+        panic!("the row has the revision")
+    };
+    assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().revision, revision);
+
+    found.name = "second".into();
+    let error = store.update_key(&found, Some(found.revision)).await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Conflict);
+    // A revocation counts as a change, and usage does not.
+    let mut batch = UsageBatch::new("w", 1);
+    batch.entries.push(KeyUsage::new(found.id.clone()));
+    store.record_usage(&batch).await.unwrap();
+    assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().revision, revision);
+    store.revoke_key(&found.id).await.unwrap().unwrap();
+    let error = store.update_key(&found, Some(revision)).await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Conflict);
+    assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().name, "first");
+    let nobody = KeyRecord::new(4711, "", User::new(1, ""));
+    assert!(store.update_key(&nobody, Some(Revision(1))).await.unwrap().is_none());
 }
 
 fn first_chars() -> KeySchemeBuilder {
@@ -322,7 +414,7 @@ async fn an_answer_has_the_revision_of_the_change_before_it(store: impl KeyRepos
 
     let mut record = issued.record().clone();
     record.name = "another".into();
-    let edited = of_key(store.update_key(&record).await.unwrap());
+    let edited = of_key(store.update_key(&record, None).await.unwrap());
     assert!(edited > first.key);
     assert_eq!(revisions().await, Revisions { key: edited, ..first });
 
@@ -456,7 +548,7 @@ async fn an_authenticator_that_remembers_hears_of_each_change(store: impl KeyRep
 
     let mut record = issued.record().clone();
     record.scopes = vec!["chat".into()];
-    store.update_key(&record).await.unwrap().unwrap();
+    store.update_key(&record, None).await.unwrap().unwrap();
     eventually("the new scope", async || {
         authenticator.authenticate(key).await.unwrap().has_scope("chat")
     })

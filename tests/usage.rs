@@ -33,7 +33,7 @@ fn batch(writer: &str, sequence: u64, entries: impl IntoIterator<Item = KeyUsage
 
 async fn new_key<R: KeyRepository + Clone>(store: &R) -> KeyId {
     let manager = KeyManager::new(store.clone());
-    let keys = store.list_keys(&ListKeys::default()).await.unwrap();
+    let keys = store.list_keys(&ListKeys::default()).await.unwrap().keys;
     let email = format!("ada{}@example.com", keys.len());
     let user = manager.create_user(&email, "user").await.unwrap();
     manager.issue(NewKey::new(user.id, "k")).await.unwrap().record().id.clone()

@@ -13,8 +13,8 @@ use tokio::{sync::watch, time::timeout};
 
 use self::ledger::Books;
 use super::{
-    Answer, Change, ChangeStream, KeyRepository, KeyStore, Lease, LeaseAsk, ListKeys, Lookup,
-    UsageBatch,
+    Answer, CHANGED_SINCE, Change, ChangeStream, KeyPage, KeyRepository, KeyStore, Lease, LeaseAsk,
+    ListKeys, Lookup, UsageBatch,
 };
 use crate::{
     clock::{Clock, SystemClock},
@@ -97,17 +97,25 @@ impl MemoryStore {
         self.0.changed.send_replace(revision);
     }
 
-    /// Changes a key if it is there.
-    fn change_key(&self, id: &KeyId, change: impl FnOnce(&mut StoredKey)) -> Option<Change> {
+    /// Changes a key if it is there, and has the revision that is expected.
+    fn change_key(
+        &self,
+        id: &KeyId,
+        expected: Option<Revision>,
+        change: impl FnOnce(&mut StoredKey),
+    ) -> Result<Option<Change>, StoreError> {
         let mut tables = self.write();
         let revision = tables.next_revision();
-        let row = tables.keys.get_mut(id)?;
+        let Some(row) = tables.keys.get_mut(id) else { return Ok(None) };
+        if expected.is_some_and(|expected| expected != row.revision) {
+            return Err(StoreError::conflict(CHANGED_SINCE));
+        }
         change(&mut row.value);
         row.value.record.updated_at = self.now().into();
         row.revision = revision;
         let change = Change::Prefix(row.value.record.prefix.clone(), revision);
         self.tell(&mut tables, &change);
-        Some(change)
+        Ok(Some(change))
     }
 
     /// Changes after the revision `heard`, as soon as there are any.
@@ -183,7 +191,7 @@ impl Tables {
         let value = StoredKey::new(record.clone(), key.hash.clone());
         self.keys.insert(record.id.clone(), Row { value, revision });
         self.by_prefix.entry(prefix.clone()).or_default().push(record.id.clone());
-        Ok(record)
+        Ok(KeyRecord { revision, ..record })
     }
 
     fn next_id(&mut self) -> i64 {
@@ -270,33 +278,38 @@ impl KeyRepository for MemoryStore {
         Ok(self.read().record(id))
     }
 
-    async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
+    async fn list_keys(&self, page: &ListKeys) -> Result<KeyPage, StoreError> {
         let tables = self.read();
         let is_wanted =
             |record: &KeyRecord| page.owner.as_ref().is_none_or(|o| record.user.id == *o);
         let keys =
             tables.keys.keys().filter(|id| page.after.as_ref().is_none_or(|after| *id > after));
         let records = keys.filter_map(|id| tables.record(id)).filter(is_wanted);
-        Ok(records.take(page.limit as usize).collect())
+        Ok(KeyPage::from_rows(page, records.map(|record| (record.id.clone(), Ok(record)))))
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
+    async fn update_key(
+        &self,
+        record: &KeyRecord,
+        expected: Option<Revision>,
+    ) -> Result<Option<Change>, StoreError> {
         let change = |key: &mut StoredKey| {
             let kept = key.record.clone();
             key.record = KeyRecord {
                 prefix: kept.prefix,
                 user: kept.user,
+                is_active: kept.is_active,
                 usage: kept.usage,
                 last_used_at: kept.last_used_at,
                 created_at: kept.created_at,
                 ..record.clone()
             };
         };
-        Ok(self.change_key(&record.id, change))
+        self.change_key(&record.id, expected, change)
     }
 
     async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
-        Ok(self.change_key(id, |key| key.record.is_active = false))
+        self.change_key(id, None, |key| key.record.is_active = false)
     }
 }
 

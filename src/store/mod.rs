@@ -8,6 +8,7 @@ mod erased;
 mod fault;
 mod lookup;
 mod memory;
+mod page;
 mod repository;
 
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
@@ -35,15 +36,19 @@ pub(crate) use lookup::Proof;
 pub use memory::MemoryStore;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub use migrate::{ColumnFault, MigrateError};
+pub use page::{KeyPage, ListKeys, UnreadableKey};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
 #[cfg(feature = "redis")]
 pub use redis::{RedisCache, RedisCacheBuilder, RedisCacheError};
-pub use repository::{KeyRepository, ListKeys};
+pub use repository::KeyRepository;
 #[cfg(feature = "sqlite")]
 pub use sqlite::{SqliteStore, SqliteStoreBuilder};
 
 use crate::error::StoreError;
+
+/// Why an update that requires a revision fails.
+const CHANGED_SINCE: &str = "the key was changed after it was read";
 
 /// Where keys are looked up.
 ///

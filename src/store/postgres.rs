@@ -198,7 +198,7 @@ const KEY_COLUMNS: &str = "SELECT
         k.allowed_models, k.allowed_endpoints, k.allowed_ips, k.is_unlimited,
         k.budget_limit_cents, k.budget_type, k.expires_at,
         k.total_requests, k.total_tokens, k.total_cost::text AS total_cost,
-        k.last_used_at, k.metadata, k.created_at, k.updated_at, k.api_key_revision,
+        k.last_used_at, k.metadata::text AS metadata, k.created_at, k.updated_at, k.api_key_revision,
         greatest(u.api_key_revision, (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id))
             AS user_revision,
         u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active";

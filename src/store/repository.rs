@@ -2,10 +2,10 @@
 
 use std::{future::Future, sync::Arc};
 
-use super::{Change, KeyStore};
+use super::{Change, KeyPage, KeyStore, ListKeys};
 use crate::{
     error::StoreError,
-    record::{KeyId, KeyRecord, StoredKey, User, UserId},
+    record::{KeyId, KeyRecord, Revision, StoredKey, User},
 };
 
 /// A store that keys can be written to. [`KeyManager`](crate::KeyManager) works on it.
@@ -56,25 +56,30 @@ pub trait KeyRepository: KeyStore {
         id: &KeyId,
     ) -> impl Future<Output = Result<Option<KeyRecord>, StoreError>> + Send;
 
-    /// A page of keys in the order of their ids.
-    ///
-    /// # Errors
-    ///
-    /// `BadRow` if one of them can't be decoded.
-    fn list_keys(
-        &self,
-        page: &ListKeys,
-    ) -> impl Future<Output = Result<Vec<KeyRecord>, StoreError>> + Send;
-
-    /// Writes what can be edited of a key: everything but id, prefix, owner, usage and time stamps.
-    /// Returns the change; `None` if there is no such key.
+    /// Returns a page of keys in the order of their ids. A key that can't be decoded is listed as
+    /// [`unreadable`](KeyPage::unreadable) and fails no other one.
     ///
     /// # Errors
     ///
     /// See [`KeyRepository`].
+    fn list_keys(
+        &self,
+        page: &ListKeys,
+    ) -> impl Future<Output = Result<KeyPage, StoreError>> + Send;
+
+    /// Writes what can be edited of a key: everything but id, prefix, owner, revocation, usage and time
+    /// stamps. With `expected`, usually the record's [`revision`](KeyRecord::revision), only if the row still
+    /// has that revision. Returns the change; `None` if there is no such key.
+    ///
+    /// # Errors
+    ///
+    /// `Conflict` if the row has another revision than `expected`: read the key again, and edit that. An
+    /// update with `expected` is not retried after a lost connection, so that its own first attempt is not
+    /// taken for the change of another writer.
     fn update_key(
         &self,
         record: &KeyRecord,
+        expected: Option<Revision>,
     ) -> impl Future<Output = Result<Option<Change>, StoreError>> + Send;
 
     /// Makes a key inactive. Returns the change; `None` if there is no such key. Revoking twice is fine.
@@ -86,24 +91,6 @@ pub trait KeyRepository: KeyStore {
         &self,
         id: &KeyId,
     ) -> impl Future<Output = Result<Option<Change>, StoreError>> + Send;
-}
-
-/// Which keys to list.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ListKeys {
-    /// Those of this user alone.
-    pub owner: Option<UserId>,
-    /// Those after this key.
-    pub after: Option<KeyId>,
-    /// So many at most: 100 by default.
-    pub limit: u32,
-}
-
-impl Default for ListKeys {
-    fn default() -> Self {
-        Self { owner: None, after: None, limit: 100 }
-    }
 }
 
 impl<S: KeyRepository> KeyRepository for Arc<S> {
@@ -123,12 +110,16 @@ impl<S: KeyRepository> KeyRepository for Arc<S> {
         S::find_key(self, id).await
     }
 
-    async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
+    async fn list_keys(&self, page: &ListKeys) -> Result<KeyPage, StoreError> {
         S::list_keys(self, page).await
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
-        S::update_key(self, record).await
+    async fn update_key(
+        &self,
+        record: &KeyRecord,
+        expected: Option<Revision>,
+    ) -> Result<Option<Change>, StoreError> {
+        S::update_key(self, record, expected).await
     }
 
     async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {

@@ -138,6 +138,7 @@ impl Row {
             created_at: self.instant("created_at")?.unwrap_or_default(),
             updated_at: self.instant("updated_at")?.unwrap_or_default(),
             metadata: self.metadata()?,
+            revision: Revision(0),
             user,
         };
         let hash = self.hash("key_hash")?.ok_or_else(|| fault("key_hash", "is null"))?;

@@ -18,7 +18,10 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use diesel::{Connection, RunQueryDsl, SqliteConnection, connection::SimpleConnection};
+use diesel::{
+    Connection, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
+    sqlite::Sqlite,
+};
 use tokio::sync::watch;
 
 use self::{select::keys_where, threads::Threads};
@@ -108,8 +111,17 @@ impl SqliteStore {
 
     /// Runs a statement that only reads.
     async fn read(&self, statement: Statement) -> Result<Vec<TextRow>, StoreError> {
+        self.read_rows(statement).await
+    }
+
+    /// Runs a statement that only reads, and returns other rows than texts.
+    async fn read_rows<R>(&self, statement: Statement) -> Result<Vec<R>, StoreError>
+    where
+        R: QueryableByName<Sqlite> + Send + 'static,
+    {
         let threads = self.0.readers.as_ref().unwrap_or(&self.0.writer);
-        threads.run(self.0.deadline, move |connection| load(connection, &statement)).await
+        let read = move |connection: &mut _| (&statement).load(connection).map_err(store_error);
+        threads.run(self.0.deadline, read).await
     }
 
     /// Runs several statements, all or none.

@@ -7,13 +7,13 @@ use diesel::{
     backend::Backend,
     query_builder::{AstPass, Query, QueryFragment, QueryId},
     serialize::ToSql,
-    sql_types::{BigInt, Text, Untyped},
+    sql_types::{BigInt, Binary, Text, Untyped},
 };
 
-use super::{Change, HashUpgrade, ListKeys};
+use super::{Change, HashUpgrade, ListKeys, row};
 use crate::{
     error::StoreError,
-    record::{KeyId, Revision, UserId},
+    record::{KeyId, KeyRecord, Revision, UserId},
 };
 
 /// SQL text in which `$1` and so on stand for the bound values.
@@ -42,11 +42,11 @@ impl HashUpgrade {
 
 impl ListKeys {
     /// The values for tables whose ids are integers: whether there is an owner, the owner, the key to
-    /// start after, the limit. `None` if an id is no integer, which no row can have.
+    /// start after, one row more than the limit. `None` if an id is no integer, which no row can have.
     pub(super) fn binds(&self) -> Option<[Bind; 4]> {
         let owner = self.owner.as_ref().map_or(Some(0), UserId::as_i64)?;
         let after = self.after.as_ref().map_or(Some(i64::MIN), KeyId::as_i64)?;
-        let numbers = [self.owner.is_some().into(), owner, after, self.limit.into()];
+        let numbers = [self.owner.is_some().into(), owner, after, i64::from(self.limit) + 1];
         Some(numbers.map(Bind::Integer))
     }
 }
@@ -70,6 +70,24 @@ impl Bind {
 pub(super) struct TextRow {
     #[diesel(sql_type = Text)]
     pub(super) row: String,
+}
+
+/// A key's row in JSON beside the id, which is there even if the row can't be decoded. As bytes, because
+/// diesel fails the whole result for a text that is not UTF-8.
+#[derive(Debug, QueryableByName)]
+pub(super) struct KeyRow {
+    #[diesel(sql_type = BigInt)]
+    id: i64,
+    #[diesel(sql_type = Binary)]
+    row: Vec<u8>,
+}
+
+impl KeyRow {
+    pub(super) fn record(&self) -> (KeyId, Result<KeyRecord, StoreError>) {
+        let not_utf8 = |_| StoreError::bad_row(format!("api_keys row {} is not UTF-8", self.id));
+        let text = str::from_utf8(&self.row).map_err(not_utf8);
+        (self.id.into(), text.and_then(|text| Ok(row::decode(text)?.record)))
+    }
 }
 
 impl TextRow {

@@ -266,12 +266,16 @@ impl<S: KeyRepository> KeyRepository for Counting<S> {
         self.store.find_key(id).await
     }
 
-    async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
+    async fn list_keys(&self, page: &ListKeys) -> Result<KeyPage, StoreError> {
         self.store.list_keys(page).await
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
-        self.store.update_key(record).await
+    async fn update_key(
+        &self,
+        record: &KeyRecord,
+        expected: Option<Revision>,
+    ) -> Result<Option<Change>, StoreError> {
+        self.store.update_key(record, expected).await
     }
 
     async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {

@@ -8,18 +8,26 @@ use serde_json::{Map, Value, json};
 use super::{KEY_COLUMNS, KEY_TABLES, PostgresStore};
 use crate::{
     error::StoreError,
-    record::{KeyId, KeyRecord, StoredKey, User},
+    record::{KeyId, KeyRecord, Revision, StoredKey, User},
     store::{
-        Change, KeyRepository, ListKeys, row,
-        statement::{Bind, Statement, TextRow},
+        CHANGED_SINCE, Change, KeyPage, KeyRepository, ListKeys, row,
+        statement::{Bind, KeyRow, Statement, TextRow},
     },
 };
 
 /// The object that is bound first, with the time in columns that have it; as text in UTC it fits a
-/// time stamp with a zone and one without.
-const VALUES: &str = "$1::jsonb || jsonb_build_object(
+/// time stamp with a zone and one without. Metadata for a column that is text is JSON in text, also if it is a
+/// JSON text itself.
+const VALUES: &str = "$1::jsonb || CASE WHEN $1::jsonb ? 'metadata' AND NOT (
+    SELECT coalesce(nullif(t.typbasetype, 0), t.oid) IN ('json'::regtype, 'jsonb'::regtype)
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    WHERE a.attrelid = 'api_keys'::regclass AND a.attname = 'metadata'
+) THEN jsonb_build_object('metadata', ($1::jsonb -> 'metadata')::text) ELSE '{}' END || jsonb_build_object(
     'created_at', to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
     'updated_at', to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))";
+
+/// What an update returns in place of a change if the row has another revision than the one that is expected.
+const CONFLICT: &str = "conflict";
 
 impl KeyRepository for PostgresStore {
     async fn insert_user(&self, email: &str, role: &str) -> Result<User, StoreError> {
@@ -41,7 +49,7 @@ impl KeyRepository for PostgresStore {
 
     async fn update_user(&self, user: &User) -> Result<Option<Change>, StoreError> {
         let values = json!({ "email": user.email, "role": user.role, "is_active": user.is_active });
-        self.update("users", &["email", "role", "is_active"], user.id.as_i64(), &values).await
+        self.update("users", &["email", "role", "is_active"], user.id.as_i64(), &values, None).await
     }
 
     async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
@@ -74,57 +82,82 @@ impl KeyRepository for PostgresStore {
     async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
         let Some(id) = id.as_i64() else { return Ok(None) };
         let select = format!("{KEY_COLUMNS} {KEY_TABLES} WHERE k.id = $1");
-        Ok(self.records(select, [Bind::Integer(id)]).await?.pop())
+        let found = self.records(select, [Bind::Integer(id)]).await?;
+        found.first().map(|row| row.record().1).transpose()
     }
 
-    async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
-        let Some(binds) = page.binds() else { return Ok(Vec::new()) };
+    async fn list_keys(&self, page: &ListKeys) -> Result<KeyPage, StoreError> {
+        let Some(binds) = page.binds() else { return Ok(KeyPage::default()) };
         let filter = "($1 = 0 OR k.user_id = $2) AND k.id > $3 ORDER BY k.id LIMIT $4";
-        self.records(format!("{KEY_COLUMNS} {KEY_TABLES} WHERE {filter}"), binds).await
+        let rows =
+            self.records(format!("{KEY_COLUMNS} {KEY_TABLES} WHERE {filter}"), binds).await?;
+        Ok(KeyPage::from_rows(page, rows.iter().map(KeyRow::record)))
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
+    async fn update_key(
+        &self,
+        record: &KeyRecord,
+        expected: Option<Revision>,
+    ) -> Result<Option<Change>, StoreError> {
         let values = Value::Object(without_nulls(row::encode(record)));
-        self.update("api_keys", &row::EDITED, record.id.as_i64(), &values).await
+        self.update("api_keys", &row::EDITED, record.id.as_i64(), &values, expected).await
     }
 
     async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
-        self.update("api_keys", &["is_active"], id.as_i64(), &json!({ "is_active": false })).await
+        let values = json!({ "is_active": false });
+        self.update("api_keys", &["is_active"], id.as_i64(), &values, None).await
     }
 }
 
 impl PostgresStore {
-    /// The records that `select`, [`KEY_COLUMNS`] from somewhere, finds.
+    /// The rows that `select`, [`KEY_COLUMNS`] from somewhere, finds, in the order of their ids.
     async fn records(
         &self,
         select: String,
         binds: impl IntoIterator<Item = Bind>,
-    ) -> Result<Vec<KeyRecord>, StoreError> {
-        let sql = format!("SELECT row_to_json(k)::text AS row FROM ({select}) AS k");
-        let rows = self.load::<TextRow>(&Statement::new(sql, binds)).await?;
-        rows.iter().map(|found| row::decode(&found.row).map(|key| key.record)).collect()
+    ) -> Result<Vec<KeyRow>, StoreError> {
+        let sql = format!(
+            "SELECT k.id::bigint AS id, convert_to(row_to_json(k)::text, 'UTF8') AS row
+            FROM ({select}) AS k ORDER BY k.id"
+        );
+        self.load(&Statement::new(sql, binds)).await
     }
 
-    /// Writes `columns` of the row with this id, if there is one.
+    /// Writes `columns` of the row with this id, if there is one and it has the revision that is expected.
     async fn update(
         &self,
         table: &str,
         columns: &[&str],
         id: Option<i64>,
         values: &Value,
+        expected: Option<Revision>,
     ) -> Result<Option<Change>, StoreError> {
         let Some(id) = id else { return Ok(None) };
         let set: Vec<_> = columns.iter().map(|column| format!("{column} = n.{column}")).collect();
         let update = format!(
             "UPDATE {table} AS t SET {}, updated_at = n.updated_at
-            FROM jsonb_populate_record(NULL::{table}, {VALUES}) AS n WHERE t.id = $2
+            FROM jsonb_populate_record(NULL::{table}, {VALUES}) AS n WHERE t.id = $2 {}
             RETURNING json_build_array(t.{}, t.api_key_revision)::text AS row",
             set.join(", "),
+            if expected.is_some() { "AND t.api_key_revision = $3" } else { "" },
             if table == "users" { "id" } else { "key_prefix" },
         );
         let binds = [Bind::Text(values.to_string()), Bind::Integer(id)];
-        let rows = self.load::<TextRow>(&Statement::new(update, binds)).await?;
-        rows.as_slice().first().map(TextRow::change).transpose()
+        let written = if let Some(expected) = expected {
+            let update = format!(
+                "WITH updated AS ({update}) SELECT row FROM updated
+                UNION ALL SELECT '{CONFLICT}' WHERE NOT EXISTS (SELECT FROM updated)
+                    AND EXISTS (SELECT FROM {table} WHERE id = $2)"
+            );
+            let binds = binds.into_iter().chain([Bind::number(expected.0)]);
+            self.insert(&Statement::new(update, binds)).await?
+        } else {
+            self.load(&Statement::new(update, binds)).await?.pop()
+        };
+        match written {
+            Some(TextRow { row }) if row == CONFLICT => Err(StoreError::conflict(CHANGED_SINCE)),
+            written => written.as_ref().map(TextRow::change).transpose(),
+        }
     }
 }
 

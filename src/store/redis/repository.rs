@@ -3,8 +3,8 @@
 use super::RedisCache;
 use crate::{
     error::StoreError,
-    record::{KeyId, KeyRecord, StoredKey, User},
-    store::{Change, KeyRepository, ListKeys},
+    record::{KeyId, KeyRecord, Revision, StoredKey, User},
+    store::{Change, KeyPage, KeyRepository, ListKeys},
 };
 
 impl<S: KeyRepository> RedisCache<S> {
@@ -35,12 +35,16 @@ impl<S: KeyRepository> KeyRepository for RedisCache<S> {
         self.0.store.find_key(id).await
     }
 
-    async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
+    async fn list_keys(&self, page: &ListKeys) -> Result<KeyPage, StoreError> {
         self.0.store.list_keys(page).await
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
-        Ok(self.announce(self.0.store.update_key(record).await?))
+    async fn update_key(
+        &self,
+        record: &KeyRecord,
+        expected: Option<Revision>,
+    ) -> Result<Option<Change>, StoreError> {
+        Ok(self.announce(self.0.store.update_key(record, expected).await?))
     }
 
     async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {

@@ -5,10 +5,10 @@ use serde_json::{Map, Value, json};
 use super::{SqliteStore, load, select::keys_where};
 use crate::{
     error::StoreError,
-    record::{KeyId, KeyRecord, StoredKey, User},
+    record::{KeyId, KeyRecord, Revision, StoredKey, User},
     store::{
-        Change, KeyRepository, ListKeys, row,
-        statement::{Bind, Statement, TextRow},
+        CHANGED_SINCE, Change, KeyPage, KeyRepository, ListKeys, row,
+        statement::{Bind, KeyRow, Statement, TextRow},
     },
 };
 
@@ -32,7 +32,7 @@ impl KeyRepository for SqliteStore {
 
     async fn update_user(&self, user: &User) -> Result<Option<Change>, StoreError> {
         let values = json!({ "email": user.email, "role": user.role, "is_active": user.is_active });
-        self.update("users", &["email", "role", "is_active"], user.id.as_i64(), &values).await
+        self.update("users", &["email", "role", "is_active"], user.id.as_i64(), &values, None).await
     }
 
     async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
@@ -71,49 +71,64 @@ impl KeyRepository for SqliteStore {
     async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
         let Some(id) = id.as_i64() else { return Ok(None) };
         let select = keys_where("k.id = $1");
-        Ok(self.records(Statement::new(select, [Bind::Integer(id)])).await?.pop())
+        let found = self.records(select, [Bind::Integer(id)]).await?;
+        found.first().map(|row| row.record().1).transpose()
     }
 
-    async fn list_keys(&self, page: &ListKeys) -> Result<Vec<KeyRecord>, StoreError> {
-        let Some(binds) = page.binds() else { return Ok(Vec::new()) };
+    async fn list_keys(&self, page: &ListKeys) -> Result<KeyPage, StoreError> {
+        let Some(binds) = page.binds() else { return Ok(KeyPage::default()) };
         let filter = "($1 = 0 OR k.user_id = $2) AND k.id > $3 ORDER BY k.id LIMIT $4";
-        self.records(Statement::new(keys_where(filter), binds)).await
+        let rows = self.records(keys_where(filter), binds).await?;
+        Ok(KeyPage::from_rows(page, rows.iter().map(KeyRow::record)))
     }
 
-    async fn update_key(&self, record: &KeyRecord) -> Result<Option<Change>, StoreError> {
+    async fn update_key(
+        &self,
+        record: &KeyRecord,
+        expected: Option<Revision>,
+    ) -> Result<Option<Change>, StoreError> {
         let values = Value::Object(encode(record));
-        self.update("api_keys", &row::EDITED, record.id.as_i64(), &values).await
+        self.update("api_keys", &row::EDITED, record.id.as_i64(), &values, expected).await
     }
 
     async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
-        self.update("api_keys", &["is_active"], id.as_i64(), &json!({ "is_active": false })).await
+        let values = json!({ "is_active": false });
+        self.update("api_keys", &["is_active"], id.as_i64(), &values, None).await
     }
 }
 
 impl SqliteStore {
-    async fn records(&self, select: Statement) -> Result<Vec<KeyRecord>, StoreError> {
-        let rows = self.read(select).await?;
-        rows.iter().map(|found| row::decode(&found.row).map(|key| key.record)).collect()
+    /// The rows that `select`, [`keys_where`] something is true, finds, in the order of their ids.
+    async fn records(
+        &self,
+        select: String,
+        binds: impl IntoIterator<Item = Bind>,
+    ) -> Result<Vec<KeyRow>, StoreError> {
+        let select = format!("SELECT id, CAST(row AS BLOB) AS row FROM ({select}) ORDER BY id");
+        self.read_rows(Statement::new(select, binds)).await
     }
 
-    /// Writes `columns` of the row with this id, if there is one.
+    /// Writes `columns` of the row with this id, if there is one and it has the revision that is expected.
     async fn update(
         &self,
         table: &str,
         columns: &[&str],
         id: Option<i64>,
         values: &Value,
+        expected: Option<Revision>,
     ) -> Result<Option<Change>, StoreError> {
         let Some(id) = id else { return Ok(None) };
         let set: Vec<_> =
             columns.iter().map(|column| format!("{column} = {}", field(column))).collect();
         let update = format!(
             "UPDATE {table} SET {}, updated_at = {NOW}
-            FROM (SELECT $1 AS row) AS n WHERE id = $2 RETURNING CAST(id AS TEXT) AS row",
+            FROM (SELECT $1 AS row) AS n WHERE id = $2 {} RETURNING CAST(id AS TEXT) AS row",
             set.join(", "),
+            if expected.is_some() { "AND api_key_revision = $3" } else { "" },
         );
+        let revision = expected.map(|revision| Bind::number(revision.0));
         let binds = [Bind::Text(values.to_string()), Bind::Integer(id)];
-        let update = Statement::new(update, binds);
+        let update = Statement::new(update, binds.into_iter().chain(revision));
         // RETURNING shows the row as it was before its triggers.
         let subject = if table == "users" { "id" } else { "key_prefix" };
         let select = format!(
@@ -121,8 +136,12 @@ impl SqliteStore {
         );
         let select = Statement::new(select, [Bind::Integer(id)]);
         let changed = self.in_transaction(move |connection| {
-            load(connection, &update)?;
-            load(connection, &select)
+            let is_written = !load(connection, &update)?.is_empty();
+            let found = load(connection, &select)?;
+            if expected.is_some() && !is_written && !found.is_empty() {
+                return Err(StoreError::conflict(CHANGED_SINCE));
+            }
+            Ok(found)
         });
         changed.await?.first().map(TextRow::change).transpose()
     }

@@ -13,7 +13,7 @@ static KEYS: LazyLock<String> = LazyLock::new(|| {
     let texts = TEXTS.map(|column| format!("'{column}', {}", text(&format!("k.{column}"))));
     let numbers = NUMBERS.map(|column| format!("'{column}', {}", number(&format!("k.{column}"))));
     format!(
-        "SELECT json_object({}, {},
+        "SELECT k.id AS id, json_object({}, {},
             'fast_hash', CASE WHEN k.fast_hash_of = k.key_hash THEN {} END,
             'user_revision', max(u.api_key_revision, coalesce(
                 (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id), 0)),

@@ -1,0 +1,69 @@
+//! Lists of keys in pages: [`ListKeys`] and [`KeyPage`].
+
+use crate::{
+    error::StoreError,
+    record::{KeyId, KeyRecord, UserId},
+};
+
+/// Which keys to list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ListKeys {
+    /// Only the keys of this user.
+    pub owner: Option<UserId>,
+    /// Only the keys after this one: [`KeyPage::next`] of the page before.
+    pub after: Option<KeyId>,
+    /// Maximum number of keys: 100 by default.
+    pub limit: u32,
+}
+
+impl Default for ListKeys {
+    fn default() -> Self {
+        Self { owner: None, after: None, limit: 100 }
+    }
+}
+
+/// A page of keys in the order of their ids.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct KeyPage {
+    /// The keys that can be decoded.
+    pub keys: Vec<KeyRecord>,
+    /// The keys that can't be decoded. They count towards [`ListKeys::limit`].
+    pub unreadable: Vec<UnreadableKey>,
+    /// The value of [`ListKeys::after`] for the next page; `None` on the last page.
+    pub next: Option<KeyId>,
+}
+
+/// A key whose row can't be decoded.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct UnreadableKey {
+    /// The key's id.
+    pub id: KeyId,
+    /// Why: an error of the kind `BadRow`, which names the row and the column.
+    pub error: StoreError,
+}
+
+impl KeyPage {
+    /// Builds the page that `page` asks for from its rows, in the order of their ids and one more than its limit
+    /// if there are that many: the extra row tells that this is not the last page.
+    pub fn from_rows(
+        page: &ListKeys,
+        rows: impl IntoIterator<Item = (KeyId, Result<KeyRecord, StoreError>)>,
+    ) -> Self {
+        let (mut listed, mut last) = (Self::default(), None);
+        for (number, (id, row)) in (0..).zip(rows) {
+            if number == page.limit {
+                listed.next = last;
+                break;
+            }
+            last = Some(id.clone());
+            match row {
+                Ok(key) => listed.keys.push(key),
+                Err(error) => listed.unreadable.push(UnreadableKey { id, error }),
+            }
+        }
+        listed
+    }
+}
