@@ -1,4 +1,4 @@
-//! What a database says that went wrong, as a [`StoreError`].
+//! A database's errors as [`StoreError`]s.
 
 use diesel::result::{DatabaseErrorKind, Error};
 
@@ -13,13 +13,26 @@ impl<E: From<StoreError>> From<Error> for Failure<E> {
     }
 }
 
-/// PostgreSQL's 57014, 55P03 and 40P01, and SQLITE_BUSY.
-const TRANSIENT: [&str; 4] = ["statement timeout", "lock timeout", "deadlock detected", "locked"];
+/// The start of SQLite's messages for SQLITE_BUSY and SQLITE_LOCKED. diesel does not pass on these codes, and SQLite
+/// has its messages in one language. PostgreSQL has them in many, so that none of its errors is decided by text.
+#[cfg(feature = "sqlite")]
+const LOCKED: [&str; 3] =
+    ["database is locked", "database table is locked", "database schema is locked"];
+
+#[cfg(feature = "sqlite")]
+fn is_locked(message: &str) -> bool {
+    LOCKED.iter().any(|start| message.starts_with(start))
+}
+
+#[cfg(not(feature = "sqlite"))]
+fn is_locked(_message: &str) -> bool {
+    false
+}
 
 pub(super) fn store_error(error: Error) -> StoreError {
     use DatabaseErrorKind::{
         ClosedConnection, ForeignKeyViolation, ReadOnlyTransaction, SerializationFailure,
-        UnableToSendCommand, UniqueViolation,
+        UnableToSendCommand, UniqueViolation, Unknown,
     };
     match &error {
         Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
@@ -29,8 +42,7 @@ pub(super) fn store_error(error: Error) -> StoreError {
             ClosedConnection | UnableToSendCommand | SerializationFailure | ReadOnlyTransaction,
             _,
         ) => StoreError::unavailable(error),
-        // diesel passes these on as text alone.
-        Error::DatabaseError(_, info) if TRANSIENT.iter().any(|it| info.message().contains(it)) => {
+        Error::DatabaseError(Unknown, info) if is_locked(info.message()) => {
             StoreError::unavailable(error)
         }
         Error::DeserializationError(_) => {

@@ -5,6 +5,7 @@ mod connect;
 mod feed;
 mod repository;
 mod schema;
+mod sqlstate;
 mod tls;
 mod usage;
 
@@ -12,7 +13,7 @@ use std::{
     fmt,
     future::Future,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use diesel::{
@@ -22,7 +23,7 @@ use diesel::{
     sql_types::{BigInt, Nullable, Text},
 };
 use diesel_async::{
-    AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection,
+    AsyncPgConnection, RunQueryDsl,
     pooled_connection::{
         PoolableConnection,
         deadpool::{Object, Pool},
@@ -132,14 +133,24 @@ impl PostgresStore {
         let failed = |error| Attempt { error: StoreError::unavailable(error), was_broken: false };
         let mut checkout = Checkout(Some(self.0.pool.get().await.map_err(failed)?));
         let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
+        let began = Instant::now();
         let result = RunQueryDsl::load(statement, connection).await;
+        let elapsed = began.elapsed();
+        let mut limit = None;
         let was_broken = match &result {
             // A primary that became a standby is of no more use than a dead one.
             Err(Error::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _)) => true,
             // A server that shuts down says so before the connection is closed, and diesel does not
-            // pass on the SQLSTATE (57P01). Whether it was that, the next statement tells.
+            // pass on the SQLSTATE (57P01, nor those of time limits). Whether it was that, the next statement
+            // tells.
             Err(Error::DatabaseError(DatabaseErrorKind::Unknown, _)) => {
-                connection.batch_execute("SELECT 1").await.is_err()
+                match RunQueryDsl::load::<TextRow>(&Statement::new(LIMITS, []), connection).await {
+                    Ok(rows) => {
+                        limit = shortest_limit(&rows).filter(|limit| elapsed >= *limit);
+                        false
+                    }
+                    Err(_) => true,
+                }
             }
             _ => connection.is_broken(),
         };
@@ -147,10 +158,26 @@ impl PostgresStore {
             checkout.put_back();
         }
         result.map_err(|error| {
-            let to_error = if was_broken { StoreError::unavailable } else { store_error };
-            Attempt { error: to_error(error), was_broken }
+            let error = match limit {
+                _ if was_broken => StoreError::unavailable(error),
+                Some(limit) => StoreError::timeout(limit).caused_by(error),
+                None => store_error(error),
+            };
+            Attempt { error, was_broken }
         })
     }
+}
+
+/// How long the server lets a statement run, wait for a lock or be in a deadlock, in milliseconds. 0 is no limit.
+const LIMITS: &str = "SELECT coalesce(json_agg(setting), '[]')::text AS row FROM pg_settings
+    WHERE name IN ('statement_timeout', 'lock_timeout', 'deadlock_timeout')";
+
+/// A statement that took less was not ended by any of the limits. One that took longer may have been: by the time
+/// alone, because the message is in the server's language.
+fn shortest_limit(rows: &[TextRow]) -> Option<Duration> {
+    let settings: Vec<String> = serde_json::from_str(&rows.first()?.row).ok()?;
+    let limits = settings.iter().filter_map(|setting| setting.parse().ok());
+    limits.filter(|millis| *millis > 0).min().map(Duration::from_millis)
 }
 
 struct Attempt {

@@ -15,3 +15,20 @@ CREATE TABLE IF NOT EXISTS api_key_usage_writers (
     sequence BIGINT      NOT NULL,
     seen_at  TIMESTAMPTZ NOT NULL
 );
+
+-- Runs a statement that has five parameters and returns one text, with the rights of its caller, and returns an error
+-- as data: {"row": text} or {"sqlstate": code, "message": text}. What the statement did is rolled back then. Clients
+-- that get an error itself may not get its code, and the message is in the server's language. A statement that is
+-- cancelled is an error as usual.
+CREATE OR REPLACE FUNCTION api_key_try(
+    statement TEXT, first TEXT, second TEXT, third BIGINT, fourth TEXT, fifth BIGINT
+) RETURNS TEXT LANGUAGE plpgsql AS $$
+DECLARE
+    answer TEXT;
+BEGIN
+    EXECUTE statement INTO answer USING first, second, third, fourth, fifth;
+    RETURN json_build_object('row', answer)::text;
+EXCEPTION WHEN OTHERS THEN
+    RETURN json_build_object('sqlstate', SQLSTATE, 'message', SQLERRM)::text;
+END
+$$;

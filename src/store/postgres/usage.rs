@@ -5,10 +5,13 @@ use std::time::Duration;
 use diesel_async::{AsyncConnection, AsyncPgConnection, RunQueryDsl};
 use serde_json::Value;
 
-use super::{Checkout, PostgresStore};
+use super::{
+    Checkout, PostgresStore,
+    sqlstate::{self, SqlFault},
+};
 use crate::{
     deadline::within,
-    error::{StoreError, StoreErrorKind},
+    error::StoreError,
     store::{
         UsageBatch,
         fault::{Failure, store_error},
@@ -119,11 +122,12 @@ impl PostgresStore {
     pub(super) async fn count_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
         let entries = batch.encoded();
         let all = Value::from(entries.clone()).to_string();
-        let statement = Statement::new(count(true, true), binds(batch, all));
-        match self.load::<TextRow>(&statement).await {
-            Ok(rows) => report(batch, &rows),
-            Err(error) if is_of_a_row(&error) => self.count_in_parts(batch, &entries).await?,
-            Err(error) => return Err(error),
+        let statement = sqlstate::attempt(count(true, true), binds(batch, all));
+        // Whatever is not the fault of a row delays the batch: the recorder sends it again.
+        match sqlstate::outcome(&self.load(&statement).await?)? {
+            Ok(counts) => report(batch, counts.as_deref()),
+            Err(fault) if fault.is_of_a_row() => self.count_in_parts(batch, &entries).await?,
+            Err(fault) => return Err(fault.into()),
         }
         if batch.sequence == 1
             && let Err(error) = self.load::<TextRow>(&Statement::new(FORGET_THE_GONE, [])).await
@@ -133,7 +137,7 @@ impl PostgresStore {
         Ok(())
     }
 
-    /// In one transaction with savepoints, by halves, so that a row which can't be written keeps no other one from
+    /// In one transaction, by halves, so that a row which can't be written keeps no other one from
     /// being counted.
     async fn count_in_parts(
         &self,
@@ -151,22 +155,26 @@ impl PostgresStore {
             }
             let mut parts = vec![entries];
             while let Some(part) = parts.pop() {
-                let Err(Failure(error)) = count_part(connection, batch, part, true).await else {
+                let Err(fault) = count_part(connection, batch, part, true).await? else {
                     continue;
                 };
-                if !is_of_a_row(&error) {
-                    return Err(Failure(error));
+                if !fault.is_of_a_row() {
+                    return Err(Failure(fault.into()));
                 }
                 let (first, rest) = part.split_at(part.len() / 2);
                 if !first.is_empty() {
                     parts.extend([rest, first]);
                     continue;
                 }
+                // The totals are what checks and triggers are on; what it has cost is charged all the same.
+                count_part(connection, batch, rest, false)
+                    .await?
+                    .map_err(StoreError::from)
+                    .map_err(Failure)?;
+                let error = StoreError::from(fault);
                 for entry in rest {
                     telemetry::usage_of_bad_row(&entry["id"], &error);
                 }
-                // The totals are what checks and triggers are on; what it has cost is charged all the same.
-                count_part(connection, batch, rest, false).await?;
             }
             Ok(())
         });
@@ -183,20 +191,16 @@ impl PostgresStore {
 /// Below the one that the recorder has for a batch.
 const PARTS_DEADLINE: Duration = Duration::from_secs(25);
 
-/// Something in one of the rows: a check, a trigger, a column that is too narrow.
-fn is_of_a_row(error: &StoreError) -> bool {
-    matches!(error.kind(), StoreErrorKind::Rejected | StoreErrorKind::Conflict)
-}
-
 async fn count_part(
     connection: &mut AsyncPgConnection,
     batch: &UsageBatch,
     entries: &[Value],
     has_totals: bool,
-) -> Result<(), Failure<StoreError>> {
+) -> Result<Result<(), SqlFault>, Failure<StoreError>> {
     let part = Value::from(entries.to_vec()).to_string();
-    let statement = Statement::new(count(false, has_totals), binds(batch, part));
-    connection.transaction(async |connection| load(&statement, connection).await.map(drop)).await
+    let statement = sqlstate::attempt(count(false, has_totals), binds(batch, part));
+    let outcome = sqlstate::outcome(&load(&statement, connection).await?).map_err(Failure)?;
+    Ok(outcome.map(drop))
 }
 
 async fn load(
@@ -216,8 +220,8 @@ fn binds(batch: &UsageBatch, entries: String) -> [Bind; 5] {
     ]
 }
 
-fn report(batch: &UsageBatch, rows: &[TextRow]) {
-    let counts = rows.first().and_then(|row| serde_json::from_str::<(u64, usize)>(&row.row).ok());
+fn report(batch: &UsageBatch, counts: Option<&str>) {
+    let counts = counts.and_then(|row| serde_json::from_str::<(u64, usize)>(row).ok());
     if let Some((1, counted)) = counts
         && counted < batch.entries.len()
     {

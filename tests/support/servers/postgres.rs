@@ -16,6 +16,8 @@ pub struct Postgres {
     server: Server,
     port: Port,
     settings: Vec<String>,
+    /// The folder of the locales that were made for it alone.
+    locales: Option<PathBuf>,
 }
 
 impl Postgres {
@@ -28,8 +30,19 @@ impl Postgres {
         Self::with_files(&[], settings)
     }
 
+    /// A server whose messages are in German. `None` where the system lacks the sources of locales (Debian's package
+    /// `locales`). It is for the caller to see whether the server has its translations.
+    pub fn in_german() -> Option<Self> {
+        let is_there = Path::new("/usr/share/i18n/locales/de_DE").exists();
+        is_there.then(|| Self::with(&[], &["lc_messages=de_DE.UTF-8"], Some("de_DE")))
+    }
+
     /// A server with settings whose values are files, given by name and content.
     pub fn with_files(files: &[(&str, &str)], settings: &[&str]) -> Self {
+        Self::with(files, settings, None)
+    }
+
+    fn with(files: &[(&str, &str)], settings: &[&str], locale: Option<&str>) -> Self {
         on_free_ports(|| {
             let server = Server::new("tak-pg-");
             let mut initdb = unprivileged(&bin("initdb"));
@@ -42,7 +55,8 @@ impl Postgres {
                 .iter()
                 .map(|(name, text)| format!("{name}={}", server.write_file(name, text).display()));
             let settings = settings.chain(files).collect();
-            let mut postgres = Self { server, port: Port::claim(), settings };
+            let locales = locale.map(|locale| define(locale, &server.folder().join("locales")));
+            let mut postgres = Self { server, port: Port::claim(), settings, locales };
             postgres.launch().map(|()| postgres)
         })
     }
@@ -161,6 +175,9 @@ impl Postgres {
         let mut ready = Command::new(bin("pg_isready"));
         ready.arg("-q").arg("-h").arg(folder).args(["-p", &port]);
         let mut command = unprivileged(&bin("postgres"));
+        if let Some(locales) = &self.locales {
+            command.env("LOCPATH", locales);
+        }
         command.arg("-D").arg(folder.join("data")).args(["-p", &port, "-k"]).arg(folder);
         let common = [
             "fsync=off",
@@ -184,6 +201,15 @@ impl Drop for Postgres {
             self.kill();
         }
     }
+}
+
+/// Compiles a locale into a folder, which is returned.
+fn define(locale: &str, folder: &Path) -> PathBuf {
+    fs::create_dir(folder).unwrap();
+    let mut define = Command::new("localedef");
+    define.args(["-i", locale, "-f", "UTF-8"]).arg(folder.join(format!("{locale}.UTF-8")));
+    assert!(define.status().unwrap().success(), "localedef failed");
+    folder.to_owned()
 }
 
 /// Debian keeps the server's programs out of the path, in a folder for each version.
