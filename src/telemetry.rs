@@ -80,6 +80,21 @@ pub(crate) fn usage_of_bad_row(key: &serde_json::Value, error: &StoreError) {
     tracing::error!(%key, error = %error, cause, "the usage of an API key can't be written: it is lost");
 }
 
+/// A table of keys was adopted.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub(crate) fn adopted_keys(review: &crate::store::KeyReview) {
+    let (failing, changed) = (review.failing_keys, review.changed_keys);
+    if failing + changed > 0 {
+        tracing::warn!(failing, changed, "API keys were adopted that fail or change their meaning");
+    }
+}
+
+/// A table of keys was adopted, but its keys could not be read.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub(crate) fn not_reviewed(error: &StoreError) {
+    tracing::warn!(error = %error, "adopted API keys could not be reviewed");
+}
+
 /// The store reports a change.
 pub(crate) fn change(change: &Change) {
     if !matches!(change, Change::Synced(_) | Change::Status(_)) {

@@ -81,8 +81,8 @@ const IN_BOTH: [(&str, &str); 8] = [
     ("key_hash", "'hunter2'"),
     ("key_hash", "'$2b$31$2iRmIfOV7sNRzgVr8qaLv.5HmcHtPJlNT174WrPSHmwhjETXs6PRC'"),
     ("key_hash", "'sha256$beef'"),
-    ("budget_type", "'hourly'"),
-    ("rate_limit_per_day", "-1"),
+    ("budget_limit_cents", "-2"),
+    ("rate_limit_per_day", "-2"),
     ("allowed_ips", "'[\"10.0.0.0/33\"]'"),
     ("allowed_endpoints", "'[\"v1/chat\"]'"),
     ("scopes", "'[1]'"),
@@ -95,7 +95,7 @@ async fn in_postgresql() {
     store.migrate().await.unwrap();
     let client = server.client().await;
     let mut columns = IN_BOTH.to_vec();
-    columns.push(("permissions", "'{\"read\": \"yes\"}'"));
+    columns.push(("permissions", "'[\"read\", 1]'"));
     columns.push(("allowed_models", "'\"all\"'"));
     // No flag is set, but an empty allow-list would allow everything.
     columns.push(("allowed_ips", "'{\"10.0.0.1\": false}'"));
@@ -168,7 +168,8 @@ async fn a_bad_row_beside_a_good_one_is_logged_and_does_not_stop_it() {
         let key = StoredKey::new(KeyRecord::new(0, "sk-proj-", user.clone()), hash);
         store.insert_key(&key).await.unwrap();
     }
-    let break_first = "UPDATE api_keys SET budget_type = 'hourly' WHERE id = 1";
+    let break_first =
+        "UPDATE api_keys SET budget_type = 'hourly', budget_limit_cents = 5 WHERE id = 1";
     server.client().await.batch_execute(break_first).await.unwrap();
     let scheme = KeyScheme::builder().format(KeyFormat::first_chars(8).unwrap()).build().unwrap();
     let authenticator = asking(store).scheme(scheme).build();

@@ -9,6 +9,8 @@ pub use endpoint::{EndpointRule, EndpointRuleError};
 pub(crate) use network::canonical;
 pub use network::{AllowedNetwork, NetworkError};
 pub(crate) use scope::grants;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub(crate) use scope::wildcard;
 pub(crate) use validity::validity;
 
 /// Whether an allow-list lets through what `matches` says; an empty list allows everything.

@@ -14,9 +14,14 @@ pub(crate) fn grants(held: &str, wanted: &str) -> bool {
     if held == wanted {
         return true;
     }
-    let Some(stem) = held.strip_suffix('*') else { return false };
-    let is_wildcard = stem.is_empty() || stem.ends_with([':', '.', '/']);
-    is_wildcard && wanted.len() > stem.len() && wanted.starts_with(stem)
+    let Some(stem) = wildcard(held) else { return false };
+    wanted.len() > stem.len() && wanted.starts_with(stem)
+}
+
+/// What stands before the wildcard, if the scope that is held ends in one.
+pub(crate) fn wildcard(held: &str) -> Option<&str> {
+    let stem = held.strip_suffix('*')?;
+    (stem.is_empty() || stem.ends_with([':', '.', '/'])).then_some(stem)
 }
 
 #[cfg(test)]

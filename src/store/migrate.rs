@@ -1,8 +1,34 @@
-//! Why a schema can't be brought up to date: [`MigrateError`].
+//! What a migration did, [`MigrationReport`], and why a schema can't be brought up to date: [`MigrateError`].
 
 use std::fmt;
 
-use crate::error::StoreError;
+use super::review::KeyReview;
+use crate::{error::StoreError, telemetry};
+
+/// What `migrate()` did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MigrationReport {
+    /// The keys of a table that this call adopted: which of them fail, and which change their meaning. `None` if it
+    /// adopted none; `review_keys()` reviews them at any time.
+    pub adopted_keys: Option<KeyReview>,
+}
+
+impl MigrationReport {
+    /// What was adopted is committed, so that a review that fails does not fail the migration.
+    pub(super) fn of_adopted(review: Result<KeyReview, StoreError>) -> Self {
+        match review {
+            Ok(review) => {
+                telemetry::adopted_keys(&review);
+                Self { adopted_keys: Some(review) }
+            }
+            Err(error) => {
+                telemetry::not_reviewed(&error);
+                Self::default()
+            }
+        }
+    }
+}
 
 /// Why `migrate()` failed.
 #[derive(Debug, Clone)]

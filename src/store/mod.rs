@@ -18,11 +18,15 @@ mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod review;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
 mod row;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 mod statement;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod values;
 
 use std::{future::Future, time::SystemTime};
 
@@ -35,13 +39,15 @@ pub use lookup::Lookup;
 pub(crate) use lookup::Proof;
 pub use memory::MemoryStore;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
-pub use migrate::{ColumnFault, MigrateError};
+pub use migrate::{ColumnFault, MigrateError, MigrationReport};
 pub use page::{KeyPage, ListKeys, UnreadableKey};
 #[cfg(feature = "postgres")]
 pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
 #[cfg(feature = "redis")]
 pub use redis::{RedisCache, RedisCacheBuilder, RedisCacheError};
 pub use repository::KeyRepository;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use review::{FindingKind, KeyFinding, KeyReview};
 #[cfg(feature = "sqlite")]
 pub use sqlite::{SqliteStore, SqliteStoreBuilder};
 

@@ -33,7 +33,8 @@ use diesel_async::{
 use self::connect::Target;
 pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use super::{
-    Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, MigrateError, UsageBatch,
+    Answer, CacheSecret, ChangeStream, KeyReview, KeyStore, Lease, LeaseAsk, Lookup, MigrateError,
+    MigrationReport, UsageBatch,
     fault::store_error,
     lookup::MAX_CANDIDATES,
     row,
@@ -89,8 +90,26 @@ impl PostgresStore {
     ///
     /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s)
     /// the migration may still end well; calling this again tells.
-    pub async fn migrate(&self) -> Result<(), MigrateError> {
-        adopt::migrate(&self.0.target, self.0.deadline).await
+    pub async fn migrate(&self) -> Result<MigrationReport, MigrateError> {
+        let has_adopted_keys = adopt::migrate(&self.0.target, self.0.deadline).await?;
+        Ok(match has_adopted_keys {
+            true => MigrationReport::of_adopted(self.review_keys().await),
+            false => MigrationReport::default(),
+        })
+    }
+
+    /// Lists the keys that fail, and those that change their meaning: for a team that adopted its tables, before it
+    /// switches. Reads all keys, 1,000 at once.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails. A key that can't be decoded is a finding.
+    pub async fn review_keys(&self) -> Result<KeyReview, StoreError> {
+        let (mut review, mut after) = (KeyReview::default(), Some(i64::MIN));
+        while let Some(last) = after {
+            after = review.add(&self.reviewed(last).await?);
+        }
+        Ok(review)
     }
 
     /// Runs a statement that may be sent twice: once more if the connection turns out to be dead.

@@ -7,12 +7,12 @@
 use chrono::{DateTime, NaiveDateTime, Utc};
 use serde_json::{Map, Value, json};
 
+use super::values;
 use crate::{
     error::StoreError,
     key::KeyHash,
     record::{
-        Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions, StoredKey,
-        UsageTotals, User,
+        Budget, KeyId, KeyRecord, RateLimits, Revision, Revisions, StoredKey, UsageTotals, User,
     },
 };
 
@@ -95,15 +95,16 @@ pub(super) fn decode(row: &str) -> Result<StoredKey, StoreError> {
     })
 }
 
-struct Row(Map<String, Value>);
+pub(super) struct Row(pub(super) Map<String, Value>);
 
-struct Fault {
-    column: &'static str,
-    reason: String,
+/// What of a row can't be decoded.
+pub(super) struct Fault {
+    pub(super) column: &'static str,
+    pub(super) reason: String,
 }
 
 impl Row {
-    fn decode(mut self) -> Result<StoredKey, Fault> {
+    pub(super) fn decode(mut self) -> Result<StoredKey, Fault> {
         let user = User {
             id: self.integer("user_id")?.ok_or_else(|| fault("user_id", "is null"))?.into(),
             email: self.text("user_email")?.unwrap_or_default(),
@@ -119,9 +120,9 @@ impl Row {
             permissions: self.grants("permissions")?,
             scopes: self.grants("scopes")?,
             rate_limits: RateLimits {
-                per_minute: self.count("rate_limit_per_minute")?,
-                per_hour: self.count("rate_limit_per_hour")?,
-                per_day: self.count("rate_limit_per_day")?,
+                per_minute: self.limit("rate_limit_per_minute")?,
+                per_hour: self.limit("rate_limit_per_hour")?,
+                per_day: self.limit("rate_limit_per_day")?,
             },
             allowed_models: self.texts("allowed_models")?,
             allowed_endpoints: self.parsed("allowed_endpoints")?,
@@ -202,14 +203,14 @@ impl Row {
         }
     }
 
-    /// A limit, which can't be negative; NULL is none.
-    fn count(&mut self, column: &'static str) -> Result<Option<u64>, Fault> {
-        let count = self.integer(column)?.map(u64::try_from).transpose();
-        count.map_err(|_| fault(column, "is negative"))
+    fn limit(&mut self, column: &'static str) -> Result<Option<u64>, Fault> {
+        values::limit(self.integer(column)?).map_err(|reason| fault(column, reason))
     }
 
     fn revision(&mut self, column: &'static str) -> Result<Revision, Fault> {
-        Ok(Revision(self.count(column)?.unwrap_or(0)))
+        let revision = self.integer(column)?.map(u64::try_from).transpose();
+        let revision = revision.map_err(|_| fault(column, "is negative"))?;
+        Ok(Revision(revision.unwrap_or(0)))
     }
 
     /// A total decides nothing, so that a wrong one does not fail the key.
@@ -230,16 +231,9 @@ impl Row {
         Self::list(column, value)
     }
 
-    /// What is granted: a list of texts or, of an object of flags, the names of those that are set. An
-    /// allow-list can't be one: with no flag set it would be empty, and allow everything.
     fn grants(&mut self, column: &'static str) -> Result<Vec<String>, Fault> {
-        match self.json(column)? {
-            Value::Object(flags) if flags.values().all(Value::is_boolean) => {
-                let set = flags.into_iter().filter(|(_, flag)| *flag == Value::Bool(true));
-                Ok(set.map(|(name, _)| name).collect())
-            }
-            value => Self::list(column, value),
-        }
+        let granted = values::grants(self.json(column)?);
+        granted.ok_or_else(|| fault(column, "is neither a list of texts nor an object"))
     }
 
     fn list(column: &'static str, value: Value) -> Result<Vec<String>, Fault> {
@@ -263,14 +257,10 @@ impl Row {
     }
 
     fn budget(&mut self) -> Result<Option<Budget>, Fault> {
-        let limit_cents = self.count("budget_limit_cents")?;
-        let period = match self.text("budget_type")? {
-            // The strictest period, because nothing else is said.
-            None => BudgetPeriod::Total,
-            Some(name) => BudgetPeriod::from_name(&name)
-                .ok_or_else(|| fault("budget_type", "is not total, daily, weekly or monthly"))?,
-        };
-        Ok(limit_cents.map(|limit_cents| Budget { limit_cents, period }))
+        let limit_cents = self.integer("budget_limit_cents")?;
+        let period = self.text("budget_type")?;
+        let budget = values::budget(limit_cents, period.as_deref());
+        budget.map_err(|(column, reason)| fault(column, reason))
     }
 
     /// A time stamp; one without a zone is UTC.

@@ -26,7 +26,8 @@ use tokio::sync::watch;
 
 use self::{select::keys_where, threads::Threads};
 use super::{
-    Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, MigrateError, UsageBatch,
+    Answer, CacheSecret, ChangeStream, KeyReview, KeyStore, Lease, LeaseAsk, Lookup, MigrateError,
+    MigrationReport, UsageBatch,
     fault::{Failure, store_error},
     lookup::MAX_CANDIDATES,
     row,
@@ -103,10 +104,28 @@ impl SqliteStore {
     ///
     /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s)
     /// the migration may still end well; calling this again tells.
-    pub async fn migrate(&self) -> Result<(), MigrateError> {
+    pub async fn migrate(&self) -> Result<MigrationReport, MigrateError> {
         let migrated =
             self.0.writer.run(MIGRATION_DEADLINE, |connection| Ok(adopt::migrate(connection)));
-        migrated.await?
+        let has_adopted_keys = migrated.await??;
+        Ok(match has_adopted_keys {
+            true => MigrationReport::of_adopted(self.review_keys().await),
+            false => MigrationReport::default(),
+        })
+    }
+
+    /// Lists the keys that fail, and those that change their meaning: for a team that adopted its tables, before it
+    /// switches. Reads all keys, 1,000 at once.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails. A key that can't be decoded is a finding.
+    pub async fn review_keys(&self) -> Result<KeyReview, StoreError> {
+        let (mut review, mut after) = (KeyReview::default(), Some(i64::MIN));
+        while let Some(last) = after {
+            after = review.add(&self.reviewed(last).await?);
+        }
+        Ok(review)
     }
 
     /// Runs a statement that only reads.

@@ -83,6 +83,15 @@ pub(super) struct KeyRow {
 }
 
 impl KeyRow {
+    pub(super) fn id(&self) -> i64 {
+        self.id
+    }
+
+    /// `None` if the row is not JSON that can be read.
+    pub(super) fn columns(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
+        serde_json::from_slice(&self.row).ok()
+    }
+
     pub(super) fn record(&self) -> (KeyId, Result<KeyRecord, StoreError>) {
         let not_utf8 = |_| StoreError::bad_row(format!("api_keys row {} is not UTF-8", self.id));
         let text = str::from_utf8(&self.row).map_err(not_utf8);

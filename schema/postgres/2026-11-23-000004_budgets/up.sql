@@ -28,7 +28,10 @@ DECLARE
     own     api_key_leases;
     room    NUMERIC;
 BEGIN
-    SELECT k.budget_limit_cents::numeric * 1000000 AS total, lower(k.budget_type::text) AS period,
+    -- Many services write -1 for "unlimited". The period counts only with a limit.
+    SELECT nullif(k.budget_limit_cents, -1)::numeric * 1000000 AS total,
+            CASE WHEN nullif(k.budget_limit_cents, -1) IS NULL THEN 'total'
+                ELSE coalesce(nullif(lower(k.budget_type::text), ''), 'total') END AS period,
             coalesce(k.total_cost, 0)::numeric * 1000000 AS total_cost
         INTO budget FROM api_keys k WHERE k.id = of_key FOR NO KEY UPDATE;
     present := clock_timestamp();
@@ -38,7 +41,10 @@ BEGIN
         granted := 0;
         RETURN;
     END IF;
-    CASE coalesce(budget.period, 'total')
+    IF budget.total < 0 THEN
+        RAISE EXCEPTION 'budget_limit_cents is negative';
+    END IF;
+    CASE budget.period
         WHEN 'total' THEN NULL;
         WHEN 'daily' THEN first := today; after := today + 1;
         WHEN 'weekly' THEN first := date_trunc('week', today)::date; after := first + 7;

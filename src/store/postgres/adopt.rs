@@ -20,7 +20,8 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(super) type BlockingConnection = AsyncConnectionWrapper<AsyncPgConnection>;
 
-pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<(), MigrateError> {
+/// Returns whether a table of keys was adopted.
+pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<bool, MigrateError> {
     // Not one of the pool's: it has another timeout, and goes away with its lock.
     let connection = timeout(deadline, target.connect(STATEMENT_TIMEOUT)).await;
     let connection = connection.map_err(|_| StoreError::timeout(deadline))?;

@@ -10,7 +10,7 @@ use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, Revision, StoredKey, User},
     store::{
-        CHANGED_SINCE, Change, KeyPage, KeyRepository, ListKeys, row,
+        CHANGED_SINCE, Change, KeyPage, KeyRepository, ListKeys, review, row,
         statement::{Bind, KeyRow, Statement, TextRow},
     },
 };
@@ -121,6 +121,16 @@ impl PostgresStore {
             FROM ({select}) AS k ORDER BY k.id"
         );
         self.load(&Statement::new(sql, binds)).await
+    }
+
+    /// A page of rows for a review: keys without an owner, too.
+    pub(super) async fn reviewed(&self, after: i64) -> Result<Vec<KeyRow>, StoreError> {
+        let select = format!(
+            "{KEY_COLUMNS} FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
+            WHERE k.id > $1 ORDER BY k.id LIMIT {}",
+            review::PAGE
+        );
+        self.records(select, [Bind::Integer(after)]).await
     }
 
     /// Writes `columns` of the row with this id, if there is one and it has the revision that is expected.

@@ -27,8 +27,8 @@ const VERSION: i64 = 1;
 /// Nodes that start at once wait for each other under this advisory lock ("tower-ap" in ASCII).
 const LOCK: i64 = 0x746f_7765_722d_6170;
 
-/// Brings the schema up to date, in one transaction.
-pub(super) fn migrate(connection: &mut BlockingConnection) -> Result<(), MigrateError> {
+/// Brings the schema up to date, in one transaction. Returns whether a table of keys was adopted.
+pub(super) fn migrate(connection: &mut BlockingConnection) -> Result<bool, MigrateError> {
     let outcome = connection.transaction(|connection| {
         // Before the lock on a table, which would keep its writers waiting while this waits.
         sql_query(format!("SELECT pg_advisory_xact_lock({LOCK})")).execute(connection)?;
@@ -40,11 +40,13 @@ pub(super) fn migrate(connection: &mut BlockingConnection) -> Result<(), Migrate
         }
         let missing = missing(connection)?;
         if missing.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
+        let is_missing = |table: &str| missing.iter().any(|it| it.strip_prefix("table ") == Some(table));
+        let is_adopted = is_missing("api_key_changes") && !is_missing("api_keys");
         make(connection).map_err(|error| Failure(StoreError::rejected(error).into()))?;
         telemetry::schema_made(&missing);
-        Ok(())
+        Ok(is_adopted)
     });
     outcome.map_err(|Failure(error)| error)
 }

@@ -19,7 +19,8 @@ use crate::{
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/sqlite");
 
-pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<(), MigrateError> {
+/// Returns whether a table of keys was adopted.
+pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<bool, MigrateError> {
     // IMMEDIATE takes the write lock first, so that of several processes one migrates.
     let outcome = connection.immediate_transaction(|connection| {
         let tables = foreign_tables(connection)?;
@@ -34,7 +35,7 @@ pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<(), MigrateEr
         if !made.is_empty() {
             telemetry::schema_made(&made);
         }
-        Ok(())
+        Ok(tables.iter().any(|table| table.name == "api_keys"))
     });
     outcome.map_err(|Failure(error)| error)
 }

@@ -8,10 +8,11 @@ use super::{SqliteStore, load};
 use crate::{
     budget::ledger::{Books, Slice, grant},
     error::StoreError,
-    record::{Budget, BudgetPeriod},
+    record::BudgetPeriod,
     store::{
         Lease, LeaseAsk,
         statement::{Bind, Statement, TextRow},
+        values,
     },
 };
 
@@ -64,13 +65,10 @@ fn lease(
     let holder = || Bind::Text(ask.holder.clone());
     let rows = load(connection, &Statement::new(BUDGET, [by_key()]))?;
     let Some(row) = rows.as_slice().first() else { return Ok(Lease::none(now)) };
-    let (limit_cents, period, total_cost): (Option<u64>, Option<String>, i64) = read(row)?;
-    let period = match &period {
-        None => Some(BudgetPeriod::Total),
-        Some(name) => BudgetPeriod::from_name(name),
-    };
-    let bad = || StoreError::bad_row("budget_type is not total, daily, weekly or monthly");
-    let period = period.ok_or_else(bad)?;
+    let (limit_cents, period, total_cost): (Option<i64>, Option<String>, i64) = read(row)?;
+    let bad = |(column, reason)| StoreError::bad_row(format!("{column} {reason}"));
+    let budget = values::budget(limit_cents, period.as_deref()).map_err(bad)?;
+    let period = budget.map_or(BudgetPeriod::Total, |budget| budget.period);
     let days = period.days(now).map(|(first, after)| [first.to_string(), after.to_string()]);
     // As texts, all days are between these.
     let days = days.unwrap_or_else(|| [String::new(), "~".to_owned()]).map(Bind::Text);
@@ -85,7 +83,6 @@ fn lease(
     let others = rows.iter().find_map(TextRow::id).unwrap_or(0);
     let rows = load(connection, &Statement::new(OWN, [by_key(), holder()]))?;
     let own = rows.as_slice().first().map_or(Ok(Slice::NONE), own)?;
-    let budget = limit_cents.map(|limit_cents| Budget { limit_cents, period });
     let slice = grant(budget, &Books { spent, others, own }, ask, now);
     let (sequence, amount) = (Bind::number(slice.sequence), Bind::Integer(slice.amount));
     let binds = [by_key(), holder(), sequence, amount, millis(slice.expires_at)];

@@ -2,12 +2,15 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{SqliteStore, load, select::keys_where};
+use super::{
+    SqliteStore, load,
+    select::{keys_and_orphans_where, keys_where},
+};
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, Revision, StoredKey, User},
     store::{
-        CHANGED_SINCE, Change, KeyPage, KeyRepository, ListKeys, row,
+        CHANGED_SINCE, Change, KeyPage, KeyRepository, ListKeys, review, row,
         statement::{Bind, KeyRow, Statement, TextRow},
     },
 };
@@ -106,6 +109,12 @@ impl SqliteStore {
     ) -> Result<Vec<KeyRow>, StoreError> {
         let select = format!("SELECT id, CAST(row AS BLOB) AS row FROM ({select}) ORDER BY id");
         self.read_rows(Statement::new(select, binds)).await
+    }
+
+    /// A page of rows for a review: keys without an owner, too.
+    pub(super) async fn reviewed(&self, after: i64) -> Result<Vec<KeyRow>, StoreError> {
+        let page = format!("k.id > $1 ORDER BY k.id LIMIT {}", review::PAGE);
+        self.records(keys_and_orphans_where(&page), [Bind::Integer(after)]).await
     }
 
     /// Writes `columns` of the row with this id, if there is one and it has the revision that is expected.

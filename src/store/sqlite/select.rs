@@ -6,8 +6,17 @@ use std::sync::LazyLock;
 /// `u`), as the JSON that `row` decodes. A key that is left of an owner who was deleted has none, even if another user
 /// got the id since.
 pub(super) fn keys_where(filter: &str) -> String {
-    format!("{} WHERE {filter}", *KEYS)
+    format!("{} JOIN {OWNERS} WHERE {filter}", *KEYS)
 }
+
+/// The same for keys without an owner, too.
+pub(super) fn keys_and_orphans_where(filter: &str) -> String {
+    format!("{} LEFT JOIN {OWNERS} WHERE {filter}", *KEYS)
+}
+
+/// Not a user who got the id of the one that the key was assigned to.
+const OWNERS: &str = "users u ON u.id = k.user_id AND NOT EXISTS (
+    SELECT 1 FROM api_key_deleted_users d WHERE d.user_id = k.user_id AND d.revision > k.api_key_owned_since)";
 
 static KEYS: LazyLock<String> = LazyLock::new(|| {
     let texts = TEXTS.map(|column| format!("'{column}', {}", text(&format!("k.{column}"))));
@@ -19,9 +28,7 @@ static KEYS: LazyLock<String> = LazyLock::new(|| {
                 (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id), 0)),
             'total_cost', printf('%.6f', k.total_cost),
             'user_id', u.id, 'user_email', {}, 'user_role', {}, 'user_is_active', {}
-        ) AS row FROM api_keys k JOIN users u ON u.id = k.user_id AND NOT EXISTS (
-            SELECT 1 FROM api_key_deleted_users d
-            WHERE d.user_id = k.user_id AND d.revision > k.api_key_owned_since)",
+        ) AS row FROM api_keys k",
         texts.join(", "),
         numbers.join(", "),
         text("k.fast_hash"),
