@@ -243,7 +243,9 @@ const KEY_COLUMNS: &str = "SELECT
         k.rate_limit_per_minute, k.rate_limit_per_hour, k.rate_limit_per_day,
         k.allowed_models, k.allowed_endpoints, k.allowed_ips, k.is_unlimited,
         k.budget_limit_cents, k.budget_type, k.expires_at,
-        k.total_requests, k.total_tokens, k.total_cost::text AS total_cost,
+        k.total_requests, k.total_tokens, 
+        CASE k.total_cost_rest WHEN 0 THEN k.total_cost::text
+            ELSE (coalesce(k.total_cost, 0)::numeric + k.total_cost_rest::numeric / 1000000)::text END AS total_cost,
         k.last_used_at, k.metadata::text AS metadata, k.created_at, k.updated_at, k.api_key_revision,
         greatest(u.api_key_revision, (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id))
             AS user_revision,

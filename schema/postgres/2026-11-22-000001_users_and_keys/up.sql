@@ -40,6 +40,8 @@ BEGIN
             total_tokens          BIGINT      NOT NULL DEFAULT 0,
             -- Cents, to a millionth.
             total_cost            NUMERIC(24, 6) NOT NULL DEFAULT 0,
+            -- Micro-cents that an adopted total_cost is too coarse for.
+            total_cost_rest       BIGINT      NOT NULL DEFAULT 0,
             last_used_at          TIMESTAMPTZ,
             metadata              JSONB,
             created_at            TIMESTAMPTZ NOT NULL DEFAULT now(),
@@ -78,6 +80,7 @@ BEGIN
             ('api_keys', 'total_requests',        'BIGINT NOT NULL DEFAULT 0'),
             ('api_keys', 'total_tokens',          'BIGINT NOT NULL DEFAULT 0'),
             ('api_keys', 'total_cost',            'NUMERIC(24, 6) NOT NULL DEFAULT 0'),
+            ('api_keys', 'total_cost_rest',       'BIGINT NOT NULL DEFAULT 0'),
             ('api_keys', 'last_used_at',          'TIMESTAMPTZ'),
             ('api_keys', 'metadata',              'JSONB'),
             ('api_keys', 'created_at',            'TIMESTAMPTZ DEFAULT now()'),

@@ -57,12 +57,14 @@ fn count(is_gated: bool, has_totals: bool) -> String {
             ORDER BY k.id FOR NO KEY UPDATE OF k
         ), counted AS (
             UPDATE api_keys k SET {}, {},
-                total_cost = least(coalesce(k.total_cost, 0)::numeric + b.cost::numeric / 1000000, ({MOST})),
+                total_cost = least(coalesce(k.total_cost, 0)::numeric
+                    + div(k.total_cost_rest::numeric + b.cost, cost.unit) * cost.unit / 1000000, cost.most),
+                total_cost_rest = mod(k.total_cost_rest::numeric + b.cost, cost.unit),
                 last_used_at = CASE
                     WHEN b.is_last_used AND (
                         k.last_used_at IS NULL OR k.last_used_at <= (time.row).last_used_at - INTERVAL '60 s'
                     ) THEN (time.row).last_used_at ELSE k.last_used_at END
-            FROM locked l JOIN batch b ON b.id = l.id, time WHERE k.id = l.id AND {counted} RETURNING k.id
+            FROM locked l JOIN batch b ON b.id = l.id, time, ({COST}) AS cost WHERE k.id = l.id AND {counted} RETURNING k.id
         ), days AS (
             INSERT INTO api_key_usage AS u (api_key_id, day, requests, tokens, cost_micro_cents)
             SELECT b.id, gathered.day, b.requests, b.tokens, b.cost
@@ -84,17 +86,24 @@ fn count(is_gated: bool, has_totals: bool) -> String {
     )
 }
 
-/// The largest number that fits into the column `total_cost`, which may be narrow where it was adopted; NULL if every
-/// one does. A NUMERIC's modifier has its digits in the upper half, and how many are behind the point in the lower.
-const MOST: &str = "
-    SELECT CASE a.atttypid
-        WHEN 'smallint'::regtype THEN 32767
-        WHEN 'integer'::regtype THEN 2147483647
-        WHEN 'bigint'::regtype THEN 9223372036854775807
-        WHEN 'numeric'::regtype THEN CASE WHEN a.atttypmod >= 4 THEN
-            10::numeric ^ (((a.atttypmod - 4) >> 16) - ((a.atttypmod - 4) & 2047))
-                - 10::numeric ^ (- ((a.atttypmod - 4) & 2047)) END
-    END FROM pg_attribute a WHERE a.attrelid = 'api_keys'::regclass AND a.attname = 'total_cost'";
+/// The column `total_cost`, which may be narrow and coarse where it was adopted: the largest number that fits into it,
+/// NULL if every one does, and the micro-cents of its smallest step. What is less than a step is kept in
+/// `total_cost_rest` until it makes one: rounded at each flush, it would add up. A NUMERIC's modifier has its digits in
+/// the upper half, and how many are behind the point in the lower, with a sign in its 11th bit.
+const COST: &str = "
+    SELECT CASE type WHEN 'int2' THEN 32767 WHEN 'int4' THEN 2147483647 WHEN 'int8' THEN 9223372036854775807
+            WHEN 'numeric' THEN 10::numeric ^ (digits - scale) - 10::numeric ^ (-scale) END AS most,
+        CASE WHEN type IN ('int2', 'int4', 'int8') THEN 1000000 WHEN type = 'numeric' AND scale < 6
+            THEN (10::numeric ^ (6 - scale))::numeric(20, 0) ELSE 1 END AS unit
+    FROM (
+        SELECT t.typname AS type, (modifier - 4) >> 16 AS digits,
+            (((modifier - 4) & 2047) # 1024) - 1024 AS scale
+        FROM pg_attribute a JOIN pg_type d ON d.oid = a.atttypid
+        -- A domain is what it is over.
+        JOIN pg_type t ON t.oid = CASE WHEN d.typtype = 'd' THEN d.typbasetype ELSE d.oid END,
+            LATERAL (SELECT nullif(CASE WHEN d.typtype = 'd' THEN d.typtypmod ELSE a.atttypmod END, -1) AS modifier) AS m
+        WHERE a.attrelid = 'api_keys'::regclass AND a.attname = 'total_cost'
+    ) AS total_cost";
 
 /// Returns a row if the batch was not counted before. While another attempt to send it is under way, this waits
 /// for its end.
