@@ -196,7 +196,8 @@ impl AuthContext {
     /// # Errors
     ///
     /// 429 if less is left in the period, with the time at which it ends; 503 if there is no lease in hand and
-    /// the store can't be asked.
+    /// the store can't be asked, or does not answer because another session keeps the key's row locked (after 2 s
+    /// with the defaults of `PostgresStore`).
     pub async fn reserve(&self, estimate: u64) -> Result<Reservation, Denial> {
         if let Some(reservation) = self.reserve_now(estimate) {
             return Ok(reservation);

@@ -52,7 +52,7 @@ pub struct KeyRecord {
     pub is_unlimited: bool,
     /// What the key may cost in a period; `None` is no limit.
     pub budget: Option<Budget>,
-    /// From this moment on the key is refused; `None` is never.
+    /// From this moment on the key is refused, by the clock of the node that checks it; `None` is never.
     pub expires_at: Option<DateTime<Utc>>,
     /// What has been used, as of the read.
     pub usage: UsageTotals,
