@@ -1,6 +1,10 @@
-//! Deadlines of look-ups: [`within`].
+//! Deadlines: [`within`] for look-ups, [`later`] for moments.
 
-use std::{future::Future, pin::pin, time::Duration};
+use std::{
+    future::Future,
+    pin::pin,
+    time::{Duration, Instant},
+};
 
 use tokio::time::timeout;
 
@@ -23,3 +27,12 @@ pub(crate) async fn within<F: Future>(limit: Duration, future: F) -> Option<F::O
     }
     timeout(limit.saturating_sub(AT_FIRST), future).await.ok()
 }
+
+/// A moment so far away that it does not come, where the sum is more than the clock can hold.
+pub(crate) fn later(after: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(after).unwrap_or_else(|| now + FAR)
+}
+
+/// 30 years.
+const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);

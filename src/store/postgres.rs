@@ -3,8 +3,10 @@
 mod adopt;
 mod connect;
 mod feed;
+mod hosts;
 mod repository;
 mod schema;
+mod session;
 mod sqlstate;
 mod tls;
 mod usage;
@@ -23,7 +25,7 @@ use diesel::{
     sql_types::{BigInt, Nullable, Text},
 };
 use diesel_async::{
-    AsyncPgConnection, RunQueryDsl,
+    AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection,
     pooled_connection::{
         PoolableConnection,
         deadpool::{Object, Pool},
@@ -66,6 +68,7 @@ struct Inner {
     target: Target,
     deadline: Duration,
     poll_interval: Duration,
+    statement_timeout: Duration,
 }
 
 impl PostgresStore {
@@ -117,12 +120,23 @@ impl PostgresStore {
     where
         R: QueryableByName<Pg> + Send + 'static,
     {
+        self.load_in(Isolation::Any, statement).await
+    }
+
+    async fn load_in<R>(
+        &self,
+        isolation: Isolation,
+        statement: &Statement,
+    ) -> Result<Vec<R>, StoreError>
+    where
+        R: QueryableByName<Pg> + Send + 'static,
+    {
         self.in_time(async {
-            match self.attempt(statement).await {
+            match self.attempt(isolation, statement).await {
                 // It was in the pool when the server went away, and the others with it.
                 Err(Attempt { was_broken: true, .. }) => {
                     self.0.pool.retain(|_, _| false);
-                    self.attempt(statement).await
+                    self.attempt(isolation, statement).await
                 }
                 outcome => outcome,
             }
@@ -132,7 +146,7 @@ impl PostgresStore {
 
     /// Runs a statement that must not be sent twice, because the first may have been carried out.
     async fn insert(&self, statement: &Statement) -> Result<Option<TextRow>, StoreError> {
-        Ok(self.in_time(self.attempt(statement)).await?.pop())
+        Ok(self.in_time(self.attempt(Isolation::Any, statement)).await?.pop())
     }
 
     async fn in_time<T>(
@@ -145,7 +159,11 @@ impl PostgresStore {
         }
     }
 
-    async fn attempt<R>(&self, statement: &Statement) -> Result<Vec<R>, Attempt>
+    async fn attempt<R>(
+        &self,
+        isolation: Isolation,
+        statement: &Statement,
+    ) -> Result<Vec<R>, Attempt>
     where
         R: QueryableByName<Pg> + Send + 'static,
     {
@@ -153,7 +171,16 @@ impl PostgresStore {
         let mut checkout = Checkout(Some(self.0.pool.get().await.map_err(failed)?));
         let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
         let began = Instant::now();
-        let result = RunQueryDsl::load(statement, connection).await;
+        let result = if isolation == Isolation::ReadCommitted && self.0.target.is_pooled() {
+            let settings = session::local_settings(self.0.statement_timeout);
+            let work = async |connection: &mut AsyncPgConnection| {
+                connection.batch_execute(&settings).await?;
+                RunQueryDsl::load(statement, connection).await
+            };
+            connection.build_transaction().read_committed().run(work).await
+        } else {
+            RunQueryDsl::load(statement, connection).await
+        };
         let elapsed = began.elapsed();
         let mut limit = None;
         let was_broken = match &result {
@@ -197,6 +224,14 @@ fn shortest_limit(rows: &[TextRow]) -> Option<Duration> {
     let settings: Vec<String> = serde_json::from_str(&rows.first()?.row).ok()?;
     let limits = settings.iter().filter_map(|setting| setting.parse().ok());
     limits.filter(|millis| *millis > 0).min().map(Duration::from_millis)
+}
+
+/// What a statement needs of its transaction.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Isolation {
+    Any,
+    /// It reads what was committed while it waited for a lock.
+    ReadCommitted,
 }
 
 struct Attempt {
@@ -308,7 +343,8 @@ impl KeyStore for PostgresStore {
             Bind::Integer(ask.needed_micro_cents.max(0)),
             Bind::number(life),
         ];
-        let rows = self.load::<TextRow>(&Statement::new(select, binds)).await?;
+        let statement = Statement::new(select, binds);
+        let rows = self.load_in::<TextRow>(Isolation::ReadCommitted, &statement).await?;
         Lease::from_row(rows.as_slice().first().map(|row| row.row.as_str()))
     }
 

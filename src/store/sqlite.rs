@@ -33,7 +33,7 @@ use super::{
     row,
     statement::{Bind, Statement, TextRow},
 };
-use crate::{error::StoreError, record::Revision, telemetry};
+use crate::{deadline::later, error::StoreError, record::Revision, telemetry};
 
 /// Keys in an SQLite database that is compiled in: nothing to install, one file to back up. What one
 /// process on one machine needs.
@@ -245,7 +245,7 @@ fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, Sto
          PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;"
     );
     // The busy timeout does not hold for the change to WAL mode, when several open a new file at once.
-    let until = Instant::now() + deadline;
+    let until = later(deadline);
     loop {
         match connection.batch_execute(&settings).map_err(store_error) {
             Ok(()) => return Ok(connection),

@@ -16,22 +16,20 @@ use crate::{
 };
 
 /// No statement of a migration runs longer, the wait for the other nodes included.
-const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(super) type BlockingConnection = AsyncConnectionWrapper<AsyncPgConnection>;
 
 /// Returns whether a table of keys was adopted.
 pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<bool, MigrateError> {
     // Not one of the pool's: it has another timeout, and goes away with its lock.
-    let connection = timeout(deadline, target.connect(STATEMENT_TIMEOUT)).await;
-    let connection = connection.map_err(|_| StoreError::timeout(deadline))?;
-    let connection = connection.map_err(StoreError::unavailable)?;
+    let connection = target.connect(STATEMENT_TIMEOUT, deadline).await.map_err(StoreError::from)?;
     // Migrations are blocking code; on a thread of their own they work on any runtime.
     let migrated = tokio::task::spawn_blocking(move || {
         schema::migrate(&mut BlockingConnection::from(connection))
     });
     // The server ends what takes longer; this is for one that does not answer at all.
-    let limit = STATEMENT_TIMEOUT + deadline;
+    let limit = STATEMENT_TIMEOUT.saturating_add(deadline);
     let migrated = timeout(limit, migrated).await.map_err(|_| StoreError::timeout(limit))?;
     migrated.map_err(StoreError::unavailable)?
 }

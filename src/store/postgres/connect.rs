@@ -2,9 +2,9 @@
 
 use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
-use diesel::{ConnectionError, ConnectionResult};
+use diesel::ConnectionError;
 use diesel_async::{
-    AsyncPgConnection, SimpleAsyncConnection,
+    AsyncPgConnection,
     pooled_connection::{
         AsyncDieselConnectionManager, ManagerConfig, RecyclingMethod, deadpool::Pool,
     },
@@ -14,6 +14,8 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
     Inner, PostgresStore,
+    hosts::{ConnectFault, Hosts},
+    session::Sessions,
     tls::{self, TlsFault, Verification},
 };
 
@@ -52,13 +54,15 @@ impl PostgresStoreBuilder {
         Self { deadline: timeout, ..self }
     }
 
-    /// How long it may take to connect to one host: 3 s by default.
+    /// How long it may take to connect to one host, with TLS and authentication: 3 s by default. At most four fifths of
+    /// [`timeout`](Self::timeout) over the number of hosts, so that the last one can still answer.
     #[must_use]
     pub fn connect_timeout(self, timeout: Duration) -> Self {
         Self { connect_timeout: timeout, ..self }
     }
 
-    /// How long a statement may run at the server: 2 s by default; 0 is for ever.
+    /// How long a statement may run at the server: 2 s by default; 0 is no limit. A connection pooler that takes no
+    /// start-up options (PgBouncer) leaves it to the server's own setting, except for usage and leases.
     #[must_use]
     pub fn statement_timeout(self, timeout: Duration) -> Self {
         Self { statement_timeout: timeout, ..self }
@@ -82,16 +86,22 @@ impl PostgresStoreBuilder {
         // One round trip less a query than a ping; a dead connection is found out in use.
         config.recycling_method = RecyclingMethod::Fast;
         let (connect_to, statement_timeout) = (target.clone(), self.statement_timeout);
+        // The rest of the deadline is for the query.
+        let budget = self.deadline / 5 * 4;
         config.custom_setup = Box::new(move |_url| {
             let target = connect_to.clone();
-            Box::pin(async move { target.connect(statement_timeout).await })
+            Box::pin(async move {
+                let connected = target.connect(statement_timeout, budget).await;
+                connected.map_err(|fault| ConnectionError::BadConnection(fault.to_string()))
+            })
         });
         // The URL stays out of the manager: `target` has what was read from it.
         let manager = AsyncDieselConnectionManager::new_with_config(String::new(), config);
         let pool = Pool::builder(manager).max_size(self.max_connections).build();
         let pool = pool.map_err(|_| PostgresUrlError::new("the pool can't be built"))?;
-        let Self { deadline, poll_interval, .. } = self;
-        Ok(PostgresStore(Arc::new(Inner { pool, target, deadline, poll_interval })))
+        let Self { deadline, poll_interval, statement_timeout, .. } = self;
+        let inner = Inner { pool, target, deadline, poll_interval, statement_timeout };
+        Ok(PostgresStore(Arc::new(inner)))
     }
 }
 
@@ -103,7 +113,7 @@ impl fmt::Debug for PostgresStoreBuilder {
     }
 }
 
-type RawConnection = (
+pub(super) type RawConnection = (
     tokio_postgres::Client,
     tokio_postgres::Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>,
 );
@@ -113,6 +123,9 @@ type RawConnection = (
 pub(super) struct Target {
     config: Config,
     tls: MakeRustlsConnect,
+    connect_timeout: Duration,
+    hosts: Arc<Hosts>,
+    sessions: Arc<Sessions>,
 }
 
 impl Target {
@@ -150,44 +163,44 @@ impl Target {
                 ));
             }
         };
-        config.ssl_mode(ssl_mode).connect_timeout(builder.connect_timeout);
+        config.ssl_mode(ssl_mode);
         if config.get_application_name().is_none() {
             config.application_name("tower-api-key");
         }
         let tls = tls::connector(verification, root_cert.as_deref())?;
-        Ok(Self { config, tls })
+        let hosts = Arc::new(Hosts::of(&config).map_err(PostgresUrlError::new)?);
+        let connect_timeout = builder.connect_timeout;
+        Ok(Self { config, tls, connect_timeout, hosts, sessions: Arc::default() })
     }
 
-    /// A new connection without diesel around it, which somebody has to drive.
-    pub(super) async fn connect_raw(&self) -> Result<RawConnection, tokio_postgres::Error> {
-        self.config.connect(self.tls.clone()).await
+    /// Whether transactions have to bring their own settings.
+    pub(super) fn is_pooled(&self) -> bool {
+        self.sessions.are_pooled()
     }
 
-    /// A new connection.
+    /// Opens a connection without diesel around it and without settings, which the caller has to drive. All hosts together
+    /// take at most `budget`.
+    pub(super) async fn connect_raw(
+        &self,
+        budget: Duration,
+    ) -> Result<RawConnection, ConnectFault> {
+        let connect = |config: Config| async move { Ok(config.connect(self.tls.clone()).await?) };
+        self.hosts.connect(budget, self.connect_timeout, connect).await
+    }
+
+    /// Opens a connection. All hosts together take at most `budget`.
     pub(super) async fn connect(
         &self,
         statement_timeout: Duration,
-    ) -> ConnectionResult<AsyncPgConnection> {
-        let bad = |error: tokio_postgres::Error| {
-            // Its own text says "db error" and the like; the cause says which.
-            let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
-            ConnectionError::BadConnection(format!("{error}{}", cause.unwrap_or_default()))
+        budget: Duration,
+    ) -> Result<AsyncPgConnection, ConnectFault> {
+        let connect = |config: Config| async move {
+            let connected = self.sessions.connect(&config, &self.tls, statement_timeout).await;
+            let (client, connection) = connected?;
+            let connected = AsyncPgConnection::try_from_client_and_connection(client, connection);
+            connected.await.map_err(ConnectFault::Setup)
         };
-        let (client, connection) = self.connect_raw().await.map_err(bad)?;
-        let mut connection =
-            AsyncPgConnection::try_from_client_and_connection(client, connection).await?;
-        // Not as a start-up option, which PgBouncer refuses.
-        // What is not 0 must not become it, and the server counts in 31 bits.
-        let millis = statement_timeout.as_micros().div_ceil(1000).min(i32::MAX as u128);
-        // Functions read what was committed while they waited for a lock, whatever the database's default is.
-        let settings = format!(
-            "SET statement_timeout = {millis}; SET default_transaction_isolation = 'read committed'"
-        );
-        connection
-            .batch_execute(&settings)
-            .await
-            .map_err(ConnectionError::CouldntSetupConfiguration)?;
-        Ok(connection)
+        self.hosts.connect(budget, self.connect_timeout, connect).await
     }
 }
 

@@ -15,6 +15,7 @@ use tokio::time::sleep;
 use self::{listener::Listener, position::Position, prune::Pruning, read::Found};
 use super::{Inner, PostgresStore};
 use crate::{
+    deadline::later,
     error::StoreError,
     store::{Change, ChangeStream, FeedFault, FeedStatus},
     telemetry,
@@ -102,14 +103,14 @@ impl Feed {
         let position = self.position.insert(position);
         let now = Instant::now();
         if now >= self.next_beat {
-            self.next_beat = later(now, self.store.poll_interval);
+            self.next_beat = later(self.store.poll_interval);
             listener.beat().await?;
         }
         let found = listener.read(position).await?;
         if now >= self.next_poll {
             let is_notified = found.is_notified;
             let most = if is_notified { Duration::MAX } else { UNNOTIFIED_POLL };
-            self.next_poll = later(now, self.store.poll_interval.min(most));
+            self.next_poll = later(self.store.poll_interval.min(most));
         }
         let pruned = self.pruning.poll(&self.store).await;
         Ok(self.take_in(found, pruned))
@@ -149,10 +150,4 @@ impl Feed {
 fn disconnected(error: &StoreError) -> FeedFault {
     let cause = std::error::Error::source(error).map(|cause| format!(": {cause}"));
     FeedFault::Disconnected(format!("{error}{}", cause.unwrap_or_default()).into())
-}
-
-/// A year from now stands for never.
-fn later(now: Instant, by: Duration) -> Instant {
-    const YEAR: Duration = Duration::from_secs(365 * 86_400);
-    now + by.min(YEAR)
 }

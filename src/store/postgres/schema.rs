@@ -30,6 +30,11 @@ const LOCK: i64 = 0x746f_7765_722d_6170;
 /// Brings the schema up to date, in one transaction. Returns whether a table of keys was adopted.
 pub(super) fn migrate(connection: &mut BlockingConnection) -> Result<bool, MigrateError> {
     let outcome = connection.transaction(|connection| {
+        // Behind a pooler, the connection has neither from its start.
+        connection.batch_execute(&format!(
+            "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {}",
+            adopt::STATEMENT_TIMEOUT.as_millis()
+        ))?;
         // Before the lock on a table, which would keep its writers waiting while this waits.
         sql_query(format!("SELECT pg_advisory_xact_lock({LOCK})")).execute(connection)?;
         connection.batch_execute("SET LOCAL lock_timeout = '10s'")?;

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use diesel_async::{AsyncConnection, AsyncPgConnection, RunQueryDsl};
+use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection};
 use serde_json::Value;
 
 use super::{
-    Checkout, PostgresStore,
+    Checkout, Isolation, PostgresStore, session,
     sqlstate::{self, SqlFault},
 };
 use crate::{
@@ -133,7 +133,7 @@ impl PostgresStore {
         let all = Value::from(entries.clone()).to_string();
         let statement = sqlstate::attempt(count(true, true), binds(batch, all));
         // Whatever is not the fault of a row delays the batch: the recorder sends it again.
-        match sqlstate::outcome(&self.load(&statement).await?)? {
+        match sqlstate::outcome(&self.load_in(Isolation::ReadCommitted, &statement).await?)? {
             Ok(counts) => report(batch, counts.as_deref()),
             Err(fault) if fault.is_of_a_row() => self.count_in_parts(batch, &entries).await?,
             Err(fault) => return Err(fault.into()),
@@ -158,7 +158,11 @@ impl PostgresStore {
         let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
         let gate = format!("WITH w AS ({WRITER}) SELECT count(*)::text AS row FROM w");
         let gate = Statement::new(gate, binds(batch, String::new()));
-        let work = connection.transaction(async |connection| {
+        let settings = session::local_settings(self.0.statement_timeout);
+        let mut transaction = connection.build_transaction().read_committed();
+        let work = transaction.run(async |connection| {
+            let set = connection.batch_execute(&settings).await;
+            set.map_err(|error| Failure(store_error(error)))?;
             if load(&gate, connection).await?.iter().any(|row| row.row == "0") {
                 return Ok(());
             }

@@ -36,11 +36,7 @@ impl Listener {
         let mut random = [0; 8];
         getrandom::fill(&mut random).map_err(|error| StoreError::unavailable(error.to_string()))?;
         let own_channel = format!("api_key_beat_{:016x}", u64::from_ne_bytes(random));
-        let connect = store.target.connect_raw();
-        let (client, mut connection) = timeout(DEADLINE, connect)
-            .await
-            .map_err(|_| StoreError::timeout(DEADLINE))?
-            .map_err(StoreError::unavailable)?;
+        let (client, mut connection) = store.target.connect_raw(DEADLINE).await?;
         // A full queue has all the hints in it that one read needs.
         let (hint, notified) = mpsc::channel(64);
         let own = own_channel.clone();
