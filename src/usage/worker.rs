@@ -67,7 +67,8 @@ impl Recorder {
             moved: std::array::from_fn(|_| Mutex::default()),
             next_shard: AtomicUsize::new(0),
             is_on: AtomicBool::new(is_on),
-            interval: interval.unwrap_or(Duration::from_secs(1)),
+            // Without a pause, the worker would keep a core busy.
+            interval: interval.unwrap_or(Duration::from_secs(1)).max(Duration::from_millis(1)),
             store,
             scheme,
             backlog: tokio::sync::Mutex::new(Backlog::new(name)),

@@ -69,10 +69,11 @@ impl PostgresStoreBuilder {
     }
 
     /// How often the table of changes is read where no notification comes: 5 s by default. It bounds how
-    /// long a revoked key goes on working behind a pooler that swallows `LISTEN`, as PgBouncer does.
+    /// long a revoked key goes on working behind a pooler that swallows `LISTEN`, as PgBouncer does. At least 1 ms.
     #[must_use]
     pub fn poll_interval(self, interval: Duration) -> Self {
-        Self { poll_interval: interval, ..self }
+        // Without a pause, every node would read the table all the time.
+        Self { poll_interval: interval.max(Duration::from_millis(1)), ..self }
     }
 
     /// Builds the store. Needs no runtime; connects at first use.
