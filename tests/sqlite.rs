@@ -299,3 +299,46 @@ async fn the_id_of_a_key_that_is_gone_is_not_given_again() {
     let new = manager.issue(NewKey::new(user, "k")).await.unwrap();
     assert_ne!(new.record().id, gone.record().id);
 }
+
+/// The modes of the database's files, by what their names end in.
+#[cfg(unix)]
+fn modes(path: &std::path::Path) -> Vec<(&'static str, u32)> {
+    use std::os::unix::fs::PermissionsExt;
+    let of = |suffix| {
+        let file = format!("{}{suffix}", path.display());
+        let metadata = std::fs::metadata(&file).unwrap_or_else(|error| panic!("{file}: {error}"));
+        (suffix, metadata.permissions().mode() & 0o777)
+    };
+    ["", "-wal", "-shm"].map(of).into()
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_new_file_is_for_its_owner_alone_and_an_existing_one_keeps_its_mode() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    // The umask of this process is what the test was started with: usually 022, under which files are 0644.
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let plain = path("plain.db");
+    symlink("target.db", path("link.db")).unwrap();
+    let uri = format!("file://{}/u%72i%20x.db?mode=rwc", folder.path().display());
+    for (opened, file) in [
+        (plain.clone(), plain),
+        (path("link.db"), path("target.db")),
+        (uri.into(), path("uri x.db")),
+    ] {
+        let store = SqliteStore::open(&opened).unwrap();
+        store.migrate().await.unwrap();
+        let private = [("", 0o600), ("-wal", 0o600), ("-shm", 0o600)];
+        assert_eq!(modes(&file), private, "{opened:?}");
+    }
+
+    let shared = path("shared.db");
+    std::fs::write(&shared, "").unwrap();
+    std::fs::set_permissions(&shared, std::fs::Permissions::from_mode(0o640)).unwrap();
+    let store = SqliteStore::open(&shared).unwrap();
+    store.migrate().await.unwrap();
+    assert_eq!(modes(&shared), [("", 0o640), ("-wal", 0o640), ("-shm", 0o640)]);
+    let in_a_missing_folder = SqliteStore::open(path("none/keys.db"));
+    assert!(in_a_missing_folder.is_err());
+}

@@ -2,6 +2,8 @@
 
 mod adopt;
 mod feed;
+#[cfg(unix)]
+mod file;
 mod ledger;
 mod repository;
 mod select;
@@ -74,7 +76,8 @@ pub struct SqliteStoreBuilder {
 }
 
 impl SqliteStore {
-    /// Opens the database in the file at `path`, which is made if it is not there.
+    /// Opens the database in the file at `path`. If there is none, it is created, on Unix with the mode 0600 whatever
+    /// the umask is; the mode of an existing file is not changed.
     ///
     /// # Errors
     ///
@@ -236,6 +239,10 @@ fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, Sto
         Some(Some(path)) => path,
         Some(None) => return Err(StoreError::rejected("the path of the database is not UTF-8")),
     };
+    #[cfg(unix)]
+    if path != ":memory:" {
+        file::create(path);
+    }
     let mut connection = SqliteConnection::establish(path).map_err(StoreError::unavailable)?;
     let busy = deadline.as_millis().min(60_000);
     // In WAL mode a commit that was not yet written through can be lost with the machine's power, but
