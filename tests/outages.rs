@@ -89,12 +89,13 @@ impl Fleet {
         for key in (0..KEYS).filter(|key| *key != COLD) {
             // Not a tombstone, which the insert of a key leaves too.
             let name: String = self.keys[key].prefix.bytes().map(|b| format!("{b:02x}")).collect();
-            let name = format!("api_key:data:{{{name}}}");
+            let pattern = format!("api_key:data:*{{{name}}}");
             eventually("an entry in Redis", async || {
                 for (n, node) in self.nodes.iter().enumerate() {
                     self.history.ask(n, &node.authenticator, key, &self.keys[key].secret).await;
                 }
-                self.redis.command(&["GET", &name]).starts_with("tak1k")
+                let name = self.redis.command(&["KEYS", &pattern]);
+                self.redis.command(&["GET", name.trim()]).starts_with("tak1k")
             })
             .await;
         }

@@ -344,3 +344,30 @@ async fn nodes_count_each_other() {
     .await;
     assert_eq!(redis.command(&["ZCARD", "api_key:rate:nodes"]).trim(), "3");
 }
+
+#[tokio::test]
+async fn services_with_a_namespace_each_count_keys_and_nodes_of_their_own() {
+    let redis = Redis::start();
+    let limiter = |name: &str| {
+        let builder = RedisRateLimiter::builder(redis.url()).timeout(Duration::from_secs(2));
+        builder.namespace(name).build().unwrap()
+    };
+    let [a, b, other_node_of_b] = [limiter("a"), limiter("b"), limiter("b")];
+    let (key, limits) = (KeyId::from(2), per_hour(2));
+    let allowed = async |limiter: &RedisRateLimiter| {
+        is_up(limiter).await;
+        let mut allowed = 0;
+        for _ in 0..3 {
+            allowed += usize::from(limiter.count(&key, limits).await.unwrap().is_allowed());
+        }
+        allowed
+    };
+    assert_eq!(allowed(&a).await, 2);
+    assert_eq!(allowed(&b).await, 2, "the other service has used its own key 2");
+    assert_eq!(allowed(&other_node_of_b).await, 0, "the nodes of a service count together");
+    let nodes = |name: &str| {
+        let hex: String = name.bytes().map(|byte| format!("{byte:02x}")).collect();
+        redis.command(&["ZCARD", &format!("api_key:rate:{hex}:nodes")])
+    };
+    eventually("the nodes are counted", async || nodes("a") == "1" && nodes("b") == "2").await;
+}

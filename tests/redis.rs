@@ -25,7 +25,7 @@ async fn what_one_node_found_out_answers_another() {
         node.until_hit(other.expose_secret()).await;
     }
     a.asks_the_store(&keys.key).await;
-    eventually("it lies in Redis", async || exists(&redis, &keys.data())).await;
+    eventually("it lies in Redis", async || exists(&redis, &keys.data(&redis))).await;
     assert_eq!(b.try_key(&keys.key).await, (Told::Passes, 0));
     assert_eq!(a.try_key(&keys.key).await, (Told::Passes, 0));
     assert_eq!(b.cache.state(), RedisState::Up);
@@ -77,7 +77,7 @@ async fn scripts_go_by_their_digest_and_by_their_text_only_to_a_server_that_forg
     node.until_hit(&keys.key).await;
     let rewrite = async || {
         let before = ["evalsha", "eval"].map(|name| redis.count(name));
-        redis.command(&["DEL", &keys.data()]);
+        redis.command(&["DEL", &keys.data(&redis)]);
         node.until_hit(&keys.key).await;
         let after = ["evalsha", "eval"].map(|name| redis.count(name));
         [after[0] - before[0], after[1] - before[1]]
@@ -132,8 +132,11 @@ async fn entries_have_the_documented_names_and_lifetimes() {
     let (redis, keys) = (Redis::start(), sqlite().await);
     keys.node(&redis).until_hit(&keys.key).await;
     let [data, verified] = both_under(&redis, &keys.record.prefix);
-    let (tag, digest) = verified["api_key:verified:".len()..].rsplit_once(':').unwrap();
+    let parts: Vec<_> = verified["api_key:verified:".len()..].split(':').collect();
+    let [scope, tag, digest] = parts.try_into().expect("scope, lookup id and key");
+    assert!(scope.len() == 16 && scope.bytes().all(|b| b.is_ascii_hexdigit()), "{scope}");
     assert_eq!(tag, tag_of(&keys.record.prefix));
+    assert_eq!(data, format!("api_key:data:{scope}:{tag}"));
     assert!(digest.len() == 32 && digest.bytes().all(|b| b.is_ascii_hexdigit()), "{digest}");
     assert!((290_000..=300_000).contains(&left_of(&redis, &data)));
     assert!((3_590_000..=3_600_000).contains(&left_of(&redis, &verified)));
@@ -271,7 +274,7 @@ async fn a_proof_spares_the_slow_check_once_the_data_have_ended() {
     a.until_hit(key).await;
     assert_eq!(checks.take(), 0);
     for _ in 0..3 {
-        redis.command(&["DEL", &data_of("oldkey-1")]);
+        redis.command(&["DEL", &data_of(&redis, "oldkey-1")]);
         b.asks_the_store(key).await;
         b.until_hit(key).await;
     }
@@ -281,7 +284,7 @@ async fn a_proof_spares_the_slow_check_once_the_data_have_ended() {
     assert_eq!(b.try_key(wrong).await, (Told::Invalid(InvalidKey::WrongSecret), 1));
     assert_eq!(checks.take(), 1);
     let [_, verified] = both_under(&redis, "oldkey-1");
-    redis.command(&["DEL", &data_of("oldkey-1"), &verified]);
+    redis.command(&["DEL", &data_of(&redis, "oldkey-1"), &verified]);
     b.asks_the_store(key).await;
     assert_eq!(checks.take(), 1);
 }
@@ -515,7 +518,7 @@ async fn until_the_secret_is_known_redis_is_a_miss() {
         late.asks_the_store(&keys.key).await;
         failing.asks_the_store(&keys.key).await;
     }
-    assert!(!exists(&redis, &keys.data()));
+    assert!(!exists(&redis, &keys.data(&redis)));
     is_there.iter().for_each(|is_there| is_there.store(true, SeqCst));
     late.until_hit(&keys.key).await;
     failing.until_hit(&keys.key).await;
@@ -528,20 +531,20 @@ async fn entries_of_the_secret_from_before_count_and_those_of_an_unknown_one_do_
     let warm = keys.issue().await;
     let before = keys.node(&redis);
     before.until_hit(&keys.key).await;
-    let written = hex_of(&redis, &keys.data());
+    let written = hex_of(&redis, &keys.data(&redis));
 
     hand.run("INSERT INTO api_key_cache_secrets (secret) VALUES (randomblob(32))");
     let after = keys.node(&redis);
     after.until_hit(warm.expose_secret()).await;
     assert_eq!(after.try_key(&keys.key).await, (Told::Passes, 0));
-    assert_eq!(hex_of(&redis, &keys.data()), written);
+    assert_eq!(hex_of(&redis, &keys.data(&redis)), written);
 
     hand.run("INSERT INTO api_key_cache_secrets (secret) VALUES (randomblob(32))");
     let later = keys.node(&redis);
     later.until_hit(warm.expose_secret()).await;
     redis.command(&["CONFIG", "RESETSTAT"]);
     later.asks_the_store(&keys.key).await;
-    assert!(exists(&redis, &keys.data()));
+    assert!(exists(&redis, &keys.data(&redis)));
     later.until_hit(&keys.key).await;
     assert!(["del", "unlink", "getdel", "expire"].iter().all(|name| redis.count(name) == 0));
     // Nobody is locked out meanwhile.
@@ -561,7 +564,7 @@ async fn a_proof_from_before_the_secret_was_changed_spares_the_slow_check() {
     let after = old_and_new(&keys, &redis);
     after.until_hit(&keys.key).await;
     checks.take();
-    redis.command(&["DEL", &data_of("oldkey-1")]);
+    redis.command(&["DEL", &data_of(&redis, "oldkey-1")]);
     after.asks_the_store(key).await;
     assert_eq!(
         checks.take(),

@@ -632,7 +632,7 @@ async fn feedless_by_hand(
         node.try_key(&keys.key).await == (Told::Passes, 0)
     })
     .await;
-    redis.command(&["DEL", &keys.data()]);
+    redis.command(&["DEL", &keys.data(redis)]);
     node
 }
 

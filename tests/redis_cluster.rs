@@ -51,7 +51,7 @@ async fn a_master_that_is_killed_costs_hits_until_its_replica_takes_over() {
     for key in valid.iter().chain([&revoked.expose_secret()]) {
         node.until_hit(key).await;
     }
-    let data = data_of(&revoked.record().prefix);
+    let data = data_of(&cluster, &revoked.record().prefix);
     let killed = cluster.kill_master_of(&data);
     // While nobody serves its slot.
     keys.manager.revoke(&revoked.record().id).await.unwrap();

@@ -252,7 +252,7 @@ async fn an_answer_that_is_lost_is_the_stores_to_give() {
     let node = node_at(&keys, &proxy.url(&redis.url()));
     node.until_hit(&keys.key).await;
     for command in ["MGET", "EVALSHA", "MGET", "EVALSHA"] {
-        redis.command(&["DEL", &keys.data()]);
+        redis.command(&["DEL", &keys.data(&redis)]);
         proxy.swallow_answer_to(command);
         let swallowed = proxy.swallowed();
         eventually("the answer is lost", async || {
@@ -291,7 +291,7 @@ async fn a_redis_that_comes_back_with_an_old_snapshot_brings_no_revoked_key_back
     revoke(&a, &keys, &victim).await;
     b.until_refused(victim.expose_secret(), InvalidKey::Revoked).await;
     redis.start_again_from_snapshot();
-    assert!(exists(&redis, &data_of(&victim.record().prefix)), "the snapshot has it");
+    assert!(exists(&redis, &data_of(&redis, &victim.record().prefix)), "the snapshot has it");
     let late = node_at(&keys, &redis.url());
     for node in [&a, &b, &late] {
         comes_back(node, &keys, &victim).await;
@@ -350,7 +350,7 @@ async fn a_revoke_is_carried_to_redis_once_it_is_back() {
     let (redis, keys) = (Redis::start(), sqlite().await);
     let node = node_at(&keys, &redis.url());
     let victim = victim(&node, &keys).await;
-    let data = data_of(&victim.record().prefix);
+    let data = data_of(&redis, &victim.record().prefix);
     // In digits, behind version, kind and secret.
     let revision = || redis.command(&["GETRANGE", &data, "25", "44"]).parse::<u64>().unwrap();
     let before = revision();

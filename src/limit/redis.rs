@@ -31,6 +31,8 @@ use crate::{
 /// that is under way anew: once more the limit. Nodes that start while Redis is away do not know of each other and
 /// think that they are alone, unless [`nodes`](RedisRateLimiterBuilder::nodes) says how many they are.
 ///
+/// Services that share a Redis need a [`namespace`](RedisRateLimiterBuilder::namespace) each.
+///
 /// ```
 /// use tower_api_key::{RateLimitLayer, RedisRateLimiter};
 ///
@@ -48,6 +50,8 @@ struct Inner {
     local: LocalRateLimiter,
     nodes: Arc<Nodes>,
     heartbeat: Background,
+    /// What the names in Redis begin with.
+    names: String,
 }
 
 /// How many nodes there are.
@@ -79,6 +83,7 @@ pub struct RedisRateLimiterBuilder {
     timeout: Duration,
     when_away: WhenRedisIsAway,
     nodes: Option<u64>,
+    namespace: String,
 }
 
 const TAKE: &str = include_str!("take.lua");
@@ -90,7 +95,6 @@ static HEARTBEAT_SCRIPT: Script = Script::new(HEARTBEAT, || Script::digest_of(HE
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
 /// A node that was not heard of for so long is gone.
 const NODE_LIFETIME: Duration = Duration::from_secs(15);
-const NODES: &str = "api_key:rate:nodes";
 /// What Lua counts exactly.
 const MOST: u64 = 1 << 53;
 
@@ -111,6 +115,7 @@ impl RedisRateLimiter {
             timeout: Duration::from_millis(100),
             when_away: WhenRedisIsAway::default(),
             nodes: None,
+            namespace: String::new(),
         }
     }
 
@@ -127,7 +132,7 @@ impl RedisRateLimiter {
     async fn take(&self, key: &KeyId, limits: RateLimits) -> Option<Quota> {
         // A text id can look like an integer.
         let id = key.as_i64().map_or_else(|| format!("t{key}"), |id| format!("i{id}"));
-        let name = format!("api_key:rate:{}", slot(&id));
+        let name = format!("{}{}", self.0.names, slot(&id));
         let arguments = |command: &mut Cmd| {
             command.arg(1).arg(&name);
             for period in RatePeriod::ALL {
@@ -167,7 +172,8 @@ impl RedisRateLimiter {
     fn ensure_heartbeat(&self) {
         if !self.0.nodes.is_configured {
             let (link, nodes) = (Arc::clone(&self.0.link), Arc::downgrade(&self.0.nodes));
-            self.0.heartbeat.ensure(|| beat(link, nodes));
+            let name = format!("{}nodes", self.0.names);
+            self.0.heartbeat.ensure(|| beat(link, nodes, name));
         }
     }
 }
@@ -210,10 +216,10 @@ fn quota(value: &Value, limits: &RateLimits) -> Option<Quota> {
 }
 
 /// Says that this node is there, and hears how many there are, until nobody wants to know any more.
-async fn beat(link: Arc<Link>, nodes: Weak<Nodes>) {
+async fn beat(link: Arc<Link>, nodes: Weak<Nodes>, name: String) {
     while let Some(nodes) = nodes.upgrade() {
         let arguments = |command: &mut Cmd| {
-            command.arg(1).arg(NODES).arg(&nodes.name).arg(NODE_LIFETIME.as_millis() as u64);
+            command.arg(1).arg(&name).arg(&nodes.name).arg(NODE_LIFETIME.as_millis() as u64);
         };
         // What was heard last goes on counting while Redis is away.
         if let Ok(Value::Int(count)) = HEARTBEAT_SCRIPT.run(&link, arguments).await {
@@ -247,6 +253,14 @@ impl RedisRateLimiterBuilder {
         Self { nodes: Some(nodes.max(1)), ..self }
     }
 
+    /// Keeps counters and nodes apart from those of other services on the same Redis; all nodes of a service have the same
+    /// namespace. None by default. Counters go by the ids of keys, and databases count those from 1: without a namespace,
+    /// the key 2 of one service and the key 2 of another share their limits.
+    #[must_use]
+    pub fn namespace(self, namespace: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), ..self }
+    }
+
     /// Builds the limiter. Needs no runtime; connects at first use.
     ///
     /// # Errors
@@ -266,6 +280,11 @@ impl RedisRateLimiterBuilder {
                 is_configured: self.nodes.is_some(),
             }),
             heartbeat: Background::default(),
+            // In hexadecimal, because a namespace may have braces in it.
+            names: match self.namespace.as_str() {
+                "" => "api_key:rate:".to_owned(),
+                namespace => format!("api_key:rate:{}:", hex(namespace.as_bytes())),
+            },
         })))
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fmt,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -11,7 +12,7 @@ use zeroize::Zeroizing;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 use crate::error::StoreError;
 use crate::{
-    key::{HashFingerprint, hmac_sha256},
+    key::{HashFingerprint, hex, hmac_sha256},
     record::KeyId,
 };
 
@@ -185,18 +186,43 @@ pub struct CacheSecret {
     id: u64,
     bytes: Zeroizing<[u8; 32]>,
     previous: Option<Box<CacheSecret>>,
+    /// A part of entries' names, the same for every secret of one scope; empty without one.
+    tag: Arc<str>,
 }
 
 impl CacheSecret {
     /// The secret `bytes`, which entries name by `id`.
     pub fn new(id: u64, bytes: [u8; 32]) -> Self {
-        Self { id, bytes: Zeroizing::new(bytes), previous: None }
+        Self { id, bytes: Zeroizing::new(bytes), previous: None, tag: Arc::default() }
     }
 
     /// Adds the secret from before, whose entries are still good.
     #[must_use]
     pub fn with_previous(self, previous: CacheSecret) -> Self {
         Self { previous: Some(Box::new(CacheSecret { previous: None, ..previous })), ..self }
+    }
+
+    /// Binds the secret, and the one from before, to where the keys are from: the names of entries carry a hash of
+    /// `scope`, and what authenticates them is derived from the secret and from `scope`. A copy of a database has the
+    /// same secret, and must neither read nor replace the entries of the original. Scopes add up.
+    #[must_use]
+    pub fn with_scope(self, scope: &str) -> Self {
+        let Self { id, bytes, previous, tag } = self;
+        let length = scope.len().to_string();
+        let label = [b"scope:", length.as_bytes(), b":", scope.as_bytes()].concat();
+        let name = hmac_sha256(&[0; 32], &[&label, tag.as_bytes()].concat());
+        Self {
+            id,
+            bytes: Zeroizing::new(hmac_sha256(bytes.as_slice(), &label)),
+            previous: previous.map(|previous| Box::new(previous.with_scope(scope))),
+            tag: format!("{}:", hex(&name[..8])).into(),
+        }
+    }
+
+    /// The part of names that the scope makes up, with the separator behind it.
+    #[cfg(feature = "redis")]
+    pub(super) fn tag(&self) -> &str {
+        &self.tag
     }
 
     /// How entries name the secret.
@@ -219,14 +245,14 @@ impl CacheSecret {
         hmac_sha256(self.expose_secret(), &[b"hash:".as_slice(), &fingerprint.0].concat())
     }
 
-    /// Reads the rows of `api_key_cache_secrets`, the newest first: id and secret in hexadecimal.
+    /// Reads the rows of `api_key_cache_secrets`, the newest first: id, secret in hexadecimal, and scope.
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
     pub(super) fn from_rows<'a>(
         rows: impl Iterator<Item = &'a str>,
     ) -> Result<Option<Self>, StoreError> {
         let secret = |row: &str| {
-            let (id, hex) = serde_json::from_str::<(u64, &str)>(row).ok()?;
-            Some(Self::new(id, crate::key::unhex(hex)?))
+            let (id, hex, scope) = serde_json::from_str::<(u64, &str, String)>(row).ok()?;
+            Some(Self::new(id, crate::key::unhex(hex)?).with_scope(&scope))
         };
         let secrets: Option<Vec<_>> = rows.map(secret).collect();
         let bad = || StoreError::bad_row("a row of api_key_cache_secrets can't be read");

@@ -351,7 +351,13 @@ impl KeyStore for PostgresStore {
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
         // Whoever polls once to hear that there is none needs no runtime for that.
         tokio::task::yield_now().await;
-        let select = "SELECT json_build_array(id, encode(secret, 'hex'))::text AS row
+        // With the timeline: what was cached before a failover may be of commits that it lost.
+        let select = "SELECT json_build_array(id, encode(secret, 'hex'), json_build_array(
+                'postgres', api_key_cluster(),
+                CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END,
+                (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                    WHERE c.oid = to_regclass('api_keys'))
+            )::text)::text AS row
             FROM api_key_cache_secrets ORDER BY created_at DESC, id DESC LIMIT 2";
         let rows = self.load::<TextRow>(&Statement::new(select, [])).await?;
         CacheSecret::from_rows(rows.iter().map(|row| row.row.as_str()))

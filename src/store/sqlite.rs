@@ -35,7 +35,7 @@ use super::{
     row,
     statement::{Bind, Statement, TextRow},
 };
-use crate::{deadline::later, error::StoreError, record::Revision, telemetry};
+use crate::{deadline::later, error::StoreError, key::hex, record::Revision, telemetry};
 
 /// Keys in an SQLite database that is compiled in: nothing to install, one file to back up. What one
 /// process on one machine needs.
@@ -64,6 +64,8 @@ struct Inner {
     watcher: Option<Threads>,
     /// Counts what this process has written.
     written: watch::Sender<u64>,
+    /// Tells a database in memory from all others.
+    name_in_memory: String,
     deadline: Duration,
 }
 
@@ -223,7 +225,11 @@ impl SqliteStoreBuilder {
             _ => (Some(Threads::start(readers, &open)?), Some(Threads::start(1, &open)?)),
         };
         let written = watch::Sender::new(0);
-        Ok(SqliteStore(Arc::new(Inner { writer, readers, watcher, written, deadline })))
+        let mut name = [0; 16];
+        getrandom::fill(&mut name).map_err(|error| StoreError::unavailable(error.to_string()))?;
+        let name_in_memory = hex(&name);
+        let inner = Inner { writer, readers, watcher, written, name_in_memory, deadline };
+        Ok(SqliteStore(Arc::new(inner)))
     }
 }
 
@@ -302,9 +308,11 @@ impl KeyStore for SqliteStore {
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
         // Whoever polls once to hear that there is none needs no runtime for that.
         tokio::task::yield_now().await;
-        let select = "SELECT json_array(id, hex(secret)) AS row
+        let select = "SELECT json_array(id, hex(secret), 'sqlite:' || coalesce(
+                nullif((SELECT file FROM pragma_database_list WHERE name = 'main'), ''), $1)) AS row
             FROM api_key_cache_secrets ORDER BY created_at DESC, id DESC LIMIT 2";
-        let rows = self.read(Statement::new(select, [])).await?;
+        let binds = [Bind::Text(self.0.name_in_memory.clone())];
+        let rows = self.read(Statement::new(select, binds)).await?;
         CacheSecret::from_rows(rows.iter().map(|row| row.row.as_str()))
     }
 }

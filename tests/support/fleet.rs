@@ -122,8 +122,8 @@ impl<S: KeyRepository + Clone> Keys<S> {
     }
 
     /// Where the key's data lie.
-    pub fn data(&self) -> String {
-        data_of(&self.record.prefix)
+    pub fn data(&self, redis: &impl Shared) -> String {
+        data_of(redis, &self.record.prefix)
     }
 
     /// A node in front of the store.
@@ -354,8 +354,14 @@ impl<S: KeyStore + Clone> Node<S> {
     }
 }
 
-/// Where the data of the keys under a prefix lie.
-pub fn data_of(prefix: &str) -> String {
+/// The name of the entry with the keys under a prefix, of whichever database; where there is none, a name in its slot.
+pub fn data_of(redis: &impl Shared, prefix: &str) -> String {
+    let names = names_under(redis, prefix);
+    let data = names.into_iter().find(|name| name.starts_with("api_key:data:"));
+    data.unwrap_or_else(|| without_scope(prefix))
+}
+
+fn without_scope(prefix: &str) -> String {
     format!("api_key:data:{}", tag_of(prefix))
 }
 
@@ -367,7 +373,7 @@ pub fn tag_of(prefix: &str) -> String {
 /// The names of all the entries about keys under a prefix.
 pub fn names_under(redis: &impl Shared, prefix: &str) -> Vec<String> {
     let tag = tag_of(prefix);
-    let all = redis.ask(&data_of(prefix), &["KEYS", "api_key:*"]);
+    let all = redis.ask(&without_scope(prefix), &["KEYS", "api_key:*"]);
     let mut names: Vec<_> =
         all.lines().filter(|name| name.contains(&tag)).map(str::to_owned).collect();
     names.sort();
@@ -378,7 +384,10 @@ pub fn names_under(redis: &impl Shared, prefix: &str) -> Vec<String> {
 pub fn both_under(redis: &impl Shared, prefix: &str) -> [String; 2] {
     let names = names_under(redis, prefix);
     let both: [String; 2] = names.try_into().expect("one entry of each kind");
-    assert!(both[0] == data_of(prefix) && both[1].starts_with("api_key:verified:"), "{both:?}");
+    assert!(
+        both[0].starts_with("api_key:data:") && both[1].starts_with("api_key:verified:"),
+        "{both:?}"
+    );
     both
 }
 
@@ -459,7 +468,7 @@ pub async fn nodes_share_what_they_know(redis: &impl Shared, keys: &Keys<SqliteS
         assert_eq!(b.try_key(key.expose_secret()).await, (Told::Passes, 0));
     }
     // Random bytes heal.
-    let data = data_of(&others[0].record().prefix);
+    let data = data_of(redis, &others[0].record().prefix);
     alter(redis, &data, "string.rep('x', 500)");
     assert_eq!(a.try_key(others[0].expose_secret()).await, (Told::Passes, 1));
     a.until_hit(others[0].expose_secret()).await;

@@ -23,11 +23,18 @@ pub struct RedisCacheBuilder<S> {
     servers: RedisServers,
     timeout: Duration,
     secret: Option<CacheSecret>,
+    namespace: String,
 }
 
 impl<S: KeyStore> RedisCacheBuilder<S> {
     pub(super) fn new(store: S, servers: RedisServers) -> Self {
-        Self { store, servers, timeout: Duration::from_millis(100), secret: None }
+        Self {
+            store,
+            servers,
+            timeout: Duration::from_millis(100),
+            secret: None,
+            namespace: String::new(),
+        }
     }
 
     /// The longest that a request waits for Redis: 100 ms by default.
@@ -36,8 +43,17 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
         Self { timeout, ..self }
     }
 
+    /// Keeps the entries of this cache apart from those of others on the same Redis; all nodes of a service have the
+    /// same namespace. None by default: entries are bound to the database that they were read from, which is enough
+    /// unless it is a storage-level copy of another one (see [`RedisCache`]).
+    #[must_use]
+    pub fn namespace(self, namespace: impl Into<String>) -> Self {
+        Self { namespace: namespace.into(), ..self }
+    }
+
     /// The secret that entries are authenticated with, for a store that has none of its own. All nodes have
-    /// to have the same.
+    /// to have the same. It is not bound to a database: services with secrets of their own on one Redis need a
+    /// [`namespace`](Self::namespace) each.
     #[must_use]
     pub fn secret(self, secret: CacheSecret) -> Self {
         Self { secret: Some(secret), ..self }
@@ -49,7 +65,7 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
     ///
     /// If a URL can't be read, or the store has no secret and none was given.
     pub fn build(self) -> Result<RedisCache<S>, RedisCacheError> {
-        let Self { store, servers, timeout, secret } = self;
+        let Self { store, servers, timeout, secret, namespace } = self;
         if secret.is_none() && secret::has_none(&store) {
             return Err(RedisCacheError::NoSecret);
         }
@@ -58,7 +74,7 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
             store,
             deletes: Deletes::new(Arc::clone(&link)),
             link,
-            secrets: Secrets::new(secret),
+            secrets: Secrets::new(secret, namespace),
             fills: Arc::new(Semaphore::new(MAX_FILLS)),
         })))
     }

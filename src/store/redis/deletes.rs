@@ -107,7 +107,7 @@ async fn work(deletes: Weak<Deletes>) {
 
 impl Delete {
     async fn run(&self, link: &Arc<Link>) -> Result<(), Fault> {
-        let name = keys_name(&self.prefix);
+        let name = keys_name(&self.prefix, &self.secret);
         let tombstone = Entry {
             kind: Kind::Tombstone,
             key_revision: self.revision,

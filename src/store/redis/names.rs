@@ -17,16 +17,22 @@ impl Names {
     pub(super) fn new(lookup: &Lookup, secret: &CacheSecret) -> Self {
         let tag = slot(lookup.id());
         let verified = |secret: &CacheSecret| {
-            format!("api_key:verified:{tag}:{}", secret.name_of_key(lookup.expose_secret()))
+            let (scope, key) = (secret.tag(), secret.name_of_key(lookup.expose_secret()));
+            format!("api_key:verified:{scope}{tag}:{key}")
         };
         Self {
-            keys: format!("api_key:data:{tag}"),
+            keys: format!("api_key:data:{}{tag}", secret.tag()),
             verified: verified(secret),
             verified_before: secret.previous().map(verified),
         }
     }
 }
 
-pub(super) fn keys_name(prefix: &str) -> String {
-    format!("api_key:data:{}", slot(prefix))
+pub(super) fn keys_name(prefix: &str, secret: &CacheSecret) -> String {
+    format!("api_key:data:{}{}", secret.tag(), slot(prefix))
+}
+
+/// The pub/sub channel of changes.
+pub(super) fn channel(secret: &CacheSecret) -> String {
+    format!("api_key:changes:{}", secret.tag()).trim_end_matches(':').to_owned()
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 use tokio::time::{sleep, timeout};
 
-use super::{RedisCache, entry::MAC};
+use super::{RedisCache, entry::MAC, names::channel};
 use crate::{
     key::hmac_sha256,
     record::{Revision, UserId},
@@ -20,8 +20,8 @@ use crate::{
     telemetry,
 };
 
-const CHANNEL: &str = "api_key:changes";
 const PAUSE: Duration = Duration::from_secs(1);
+const SECRET_PAUSE: Duration = Duration::from_millis(20);
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 
 pub(super) fn changes<S: KeyStore>(cache: &RedisCache<S>, since: SystemTime) -> ChangeStream {
@@ -83,7 +83,7 @@ impl<S: KeyStore> RedisCache<S> {
         let link = std::sync::Arc::clone(&self.0.link);
         tokio::spawn(async move {
             let mut publish = cmd("PUBLISH");
-            publish.arg(CHANNEL).arg(message);
+            publish.arg(channel(&secret)).arg(message);
             // Nodes that hear nothing ask the store again after `max_staleness`.
             let _ = link.run(&publish).await;
         });
@@ -144,7 +144,13 @@ impl<S: KeyStore> Listening<S> {
     async fn next(&mut self) -> Change {
         loop {
             let Some(messages) = &mut self.messages else {
-                let subscribe = self.cache.0.link.connector().subscribe(CHANNEL);
+                let Some(secret) = self.cache.0.secrets.current(&self.cache) else {
+                    // Without the secret, no message is taken.
+                    sleep(SECRET_PAUSE).await;
+                    continue;
+                };
+                let channel = channel(&secret);
+                let subscribe = self.cache.0.link.connector().subscribe(&channel);
                 match timeout(CONNECT_LIMIT, subscribe).await {
                     Ok(Ok(messages)) => {
                         self.messages = Some(messages);
@@ -174,7 +180,7 @@ impl<S: KeyStore> Listening<S> {
         let secret = self.cache.0.secrets.current(&self.cache)?;
         let message = Message::decode(message.get_payload_bytes(), &secret);
         if message.is_none() {
-            telemetry::redis_entry_not_believed(CHANNEL);
+            telemetry::redis_entry_not_believed(&channel(&secret));
         }
         message.map(Message::change)
     }

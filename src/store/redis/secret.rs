@@ -21,6 +21,8 @@ use crate::{
 /// The secret that was given, or the store's. Until that is known Redis is not asked.
 pub(super) struct Secrets {
     given: Option<CacheSecret>,
+    /// Empty if there is none.
+    namespace: String,
     found: Mutex<Found>,
     is_outdated: AtomicBool,
     asking: Background,
@@ -43,10 +45,16 @@ pub(super) fn has_none(store: &impl KeyStore) -> bool {
     matches!(answer.poll(&mut Context::from_waker(Waker::noop())), Poll::Ready(Ok(None)))
 }
 
+/// Derived once, and not for each request.
+fn within(namespace: &str, secret: CacheSecret) -> CacheSecret {
+    if namespace.is_empty() { secret } else { secret.with_scope(&format!("namespace:{namespace}")) }
+}
+
 impl Secrets {
-    pub(super) fn new(given: Option<CacheSecret>) -> Self {
+    pub(super) fn new(given: Option<CacheSecret>, namespace: String) -> Self {
         Self {
-            given,
+            given: given.map(|secret| within(&namespace, secret)),
+            namespace,
             found: Mutex::default(),
             is_outdated: AtomicBool::new(false),
             asking: Background::default(),
@@ -65,6 +73,8 @@ impl Secrets {
                 while let Some(tier) = weak.upgrade() {
                     match tier.store.cache_secret().await {
                         Ok(secret) => {
+                            let namespace = &tier.secrets.namespace;
+                            let secret = secret.map(|secret| within(namespace, secret));
                             if secret.is_none() {
                                 telemetry::no_cache_secret();
                             }
