@@ -371,3 +371,76 @@ async fn services_with_a_namespace_each_count_keys_and_nodes_of_their_own() {
     };
     eventually("the nodes are counted", async || nodes("a") == "1" && nodes("b") == "2").await;
 }
+
+/// Asks each node until it refuses, and a while longer; returns how many requests got through.
+async fn all_that_get_through(nodes: &[RedisRateLimiter], limits: RateLimits) -> u64 {
+    let mut through = 0;
+    for node in nodes {
+        let mut refused = 0;
+        while refused < 10 {
+            let is_allowed = node.count(&KeyId::from(7), limits).await.unwrap().is_allowed();
+            through += u64::from(is_allowed);
+            refused = if is_allowed { 0 } else { refused + 1 };
+        }
+    }
+    through
+}
+
+#[tokio::test]
+async fn two_restarts_of_redis_and_four_of_nodes_let_as_many_through_as_is_documented() {
+    const LIMIT: u64 = 100;
+    const NODES: u64 = 3;
+    let mut redis = Redis::start();
+    let url = redis.url();
+    let start = || {
+        let builder = RedisRateLimiter::builder(url.as_str()).timeout(Duration::from_secs(2));
+        builder.nodes(NODES).build().unwrap()
+    };
+    let mut nodes = [(); NODES as usize].map(|()| start());
+    for node in &nodes {
+        is_up(node).await;
+    }
+    far_from_a_boundary(&nodes[0], per_hour(1_000_000), Duration::from_secs(60)).await;
+    // Nothing is lost yet. The worst order: shares first, which do not count what Redis lets through later.
+    redis.stop();
+    let mut through = all_that_get_through(&nodes, per_hour(LIMIT)).await;
+    redis.start_again();
+    for restart in 0..3 {
+        for node in &nodes {
+            is_up(node).await;
+        }
+        through += all_that_get_through(&nodes, per_hour(LIMIT)).await;
+        if restart < 2 {
+            redis.stop();
+            nodes[..2].fill_with(start);
+            through += all_that_get_through(&nodes, per_hour(LIMIT)).await;
+            redis.start_again();
+        }
+    }
+    let (losses, started, share) = (2, 4, LIMIT / NODES);
+    assert_eq!(through, (1 + losses) * LIMIT + (NODES + started) * share);
+}
+
+#[tokio::test]
+async fn nodes_go_on_counting_each_other_when_redis_loses_its_memory() {
+    let mut redis = Redis::start();
+    let nodes = [(); 3].map(|()| RedisRateLimiter::new(redis.url()).unwrap());
+    let ask_all = async || {
+        for node in &nodes {
+            node.count(&KeyId::from(7), per_hour(1_000_000)).await.unwrap();
+        }
+    };
+    eventually("each has counted all", async || {
+        ask_all().await;
+        nodes.iter().all(|node| node.nodes() == 3)
+    })
+    .await;
+    redis.stop();
+    redis.start_again();
+    eventually("all are in the new memory", async || {
+        ask_all().await;
+        assert_eq!(nodes.each_ref().map(RedisRateLimiter::nodes), [3; 3]);
+        redis.command(&["ZCARD", "api_key:rate:nodes"]) == "3"
+    })
+    .await;
+}

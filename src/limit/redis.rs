@@ -24,12 +24,26 @@ use crate::{
 /// Counts the requests of a fleet, in Redis: one script and one round trip a request. At most as many as the
 /// limit get through in a window by Redis's own clock, however many nodes there are. Clones count together.
 ///
-/// When Redis does not answer, [`WhenRedisIsAway`] says what happens: by default each node keeps its share of the
-/// limits by itself. It counts what it lets through all the time, so that a node which has had its share of a
-/// window lets nothing more through when Redis goes away in the middle of it: a fleet of N lets through at most
-/// twice the limit and N more in that window. A Redis that has lost its memory when it comes back counts the window
-/// that is under way anew: once more the limit. Nodes that start while Redis is away do not know of each other and
-/// think that they are alone, unless [`nodes`](RedisRateLimiterBuilder::nodes) says how many they are.
+/// While Redis does not answer, [`WhenRedisIsAway`] decides: by default each node keeps its share of the limits by
+/// itself. It counts all that it lets through, so that a node which has used up its share of a window lets nothing more
+/// through when Redis goes away in the middle of it.
+///
+/// # At most
+///
+/// With a limit of L and N nodes, at most
+///
+/// ```text
+/// (1 + r) × L + (N + k) × max(⌊L / N⌋, 1)
+/// ```
+///
+/// requests get through in a window in which Redis loses its memory r times (a restart without persistence, an eviction,
+/// a failover to a replica that lacks the last writes) and k nodes are started: L for each memory of Redis, and one
+/// share for each node and for each that replaces one. Without either it is 2 × L + N at most if Redis is away for a
+/// part of the window, and L if it is not. With [`WhenRedisIsAway::Refuse`] it is (1 + r) × L.
+///
+/// N is what [`nodes`](RedisRateLimiterBuilder::nodes) sets. Without that, nodes count each other, and a node that starts
+/// while Redis is away, or in the last 5 s before, counts itself as alone: its share is L. Set it where nodes are
+/// started by the same incident that takes Redis away. The windows of shares are those of the node's own clock.
 ///
 /// Services that share a Redis need a [`namespace`](RedisRateLimiterBuilder::namespace) each.
 ///
@@ -215,18 +229,20 @@ fn quota(value: &Value, limits: &RateLimits) -> Option<Quota> {
     Some(Quota::new(is_allowed, windows))
 }
 
-/// Says that this node is there, and hears how many there are, until nobody wants to know any more.
+/// Counts this node in, and the others, until the limiter is dropped.
 async fn beat(link: Arc<Link>, nodes: Weak<Nodes>, name: String) {
+    // A Redis that has lost its memory has all nodes again after one round of heartbeats. Until then an older answer is
+    // the right one.
+    let mut latest = [0; 3];
     while let Some(nodes) = nodes.upgrade() {
         let arguments = |command: &mut Cmd| {
             command.arg(1).arg(&name).arg(&nodes.name).arg(NODE_LIFETIME.as_millis() as u64);
         };
-        // What was heard last goes on counting while Redis is away.
+        // While Redis is away, the count stays what it was.
         if let Ok(Value::Int(count)) = HEARTBEAT_SCRIPT.run(&link, arguments).await {
-            let count = u64::try_from(count).unwrap_or(1).max(1);
-            // A Redis that has lost its memory hears of the others again one by one.
-            let before = nodes.count.load(Ordering::Relaxed);
-            nodes.count.store(count.max(before.saturating_sub(1)), Ordering::Relaxed);
+            latest = [latest[1], latest[2], u64::try_from(count).unwrap_or(1)];
+            let count = latest.into_iter().max().unwrap_or(1).max(1);
+            nodes.count.store(count, Ordering::Relaxed);
         }
         drop(nodes);
         tokio::time::sleep(HEARTBEAT_EVERY).await;
@@ -247,7 +263,7 @@ impl RedisRateLimiterBuilder {
     }
 
     /// How many nodes share the limits while Redis is away, at least one. By default they are counted: each one
-    /// says every 5 s in Redis that it is there, and one that was not heard of for 15 s is gone.
+    /// writes its name to Redis every 5 s, and one that has not for 15 s no longer counts.
     #[must_use]
     pub fn nodes(self, nodes: u64) -> Self {
         Self { nodes: Some(nodes.max(1)), ..self }
