@@ -92,11 +92,12 @@ const TABLES: [&str; 8] = [
 ];
 
 /// Columns that the tables have beside those that are read from them.
-const OWN_COLUMNS: [(&str, &str); 4] = [
+const OWN_COLUMNS: [(&str, &str); 5] = [
     ("users", "api_key_revision"),
     ("api_keys", "api_key_revision"),
     ("api_keys", "fast_hash"),
     ("api_keys", "fast_hash_of"),
+    ("api_keys", "total_cost_rest"),
 ];
 
 /// The triggers that changes depend on: table, name, events as in `pg_trigger.tgtype`, and function.
