@@ -195,6 +195,20 @@ impl AuthenticatorBuilder {
         self
     }
 
+    /// Sets how many look-ups may be under way: 4,096 by default, at about 3 KiB each. Past that, a key that
+    /// is not in the local cache is answered 503.
+    ///
+    /// The last quarter is kept for keys that this node has verified before. Half is the most that clients
+    /// may take up whose network presents keys that don't exist: beyond 10 at once and one in two seconds
+    /// for an IPv4 address or an IPv6 /64, beyond 4 times as many for a /24 or /56, 8 times for a /48 and 32
+    /// times for an IPv6 /32. Where look-ups wait for the store, theirs go last, one at a time. Behind a
+    /// proxy, set [`trusted_proxies`](crate::ApiKeyAuthLayer::trusted_proxies), or all clients are one.
+    #[must_use]
+    pub fn max_lookups(mut self, lookups: usize) -> Self {
+        self.settings.max_lookups = lookups.max(1);
+        self
+    }
+
     /// For how long an answer is served after it was read, or after this node was last in sync with the
     /// store's changes: 30 s by default. A node in sync goes on serving it; a node that is cut off from
     /// changes, or whose store has no feed, asks again after this. Less than the interval at which the feed

@@ -24,6 +24,7 @@ mod layer;
 mod limit;
 mod manage;
 mod policy;
+mod recent;
 mod record;
 #[cfg(feature = "redis")]
 mod redis;

@@ -1,16 +1,53 @@
 //! What the crate says in logs. Nothing here ever gets a key, a hash or a credential.
 
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
 use crate::{
     error::{StoreError, StoreErrorKind},
+    recent::RecentMap,
     respond::Denial,
     store::{Change, FeedFault, FeedStatus, KeyUsage},
 };
 
-/// A row under this lookup prefix could not be decoded; the error says which, where the store knows.
-pub(crate) fn bad_row(prefix: &str, error: &StoreError) {
-    count("api_key_bad_rows_total");
-    let cause = std::error::Error::source(error).map(ToString::to_string);
-    tracing::error!(key_prefix = prefix, error = %error, cause, "an API key row can't be used");
+/// Logs rows that can't be decoded, each reason at most once a minute for a lookup id. Each request with
+/// such a key comes here.
+#[derive(Debug)]
+pub(crate) struct BadRowLog(Mutex<RecentMap<(Box<str>, String), Duration>>);
+
+const BAD_ROW_LOGGED_EVERY: Duration = Duration::from_secs(60);
+/// Number of bad rows past which one is logged more often.
+const BAD_ROWS_KEPT: usize = 2048;
+
+impl Default for BadRowLog {
+    fn default() -> Self {
+        Self(Mutex::new(RecentMap::new(BAD_ROWS_KEPT)))
+    }
+}
+
+impl BadRowLog {
+    /// A row under this lookup prefix could not be decoded; the error says which, where the store knows.
+    /// `now` is a monotonic time.
+    pub(crate) fn log(&self, prefix: &str, error: &StoreError, now: Duration) {
+        count("api_key_bad_rows_total");
+        let cause = std::error::Error::source(error).map(ToString::to_string);
+        let reason = format!("{error}: {cause:?}");
+        {
+            let mut logged = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut is_new = false;
+            let last = logged.entry((prefix.into(), reason), || {
+                is_new = true;
+                now
+            });
+            if !is_new && now.saturating_sub(*last) < BAD_ROW_LOGGED_EVERY {
+                return;
+            }
+            *last = now;
+        }
+        tracing::error!(key_prefix = prefix, error = %error, cause, "an API key row can't be used");
+    }
 }
 
 /// A request was refused. Faults of ours are loud, refusals of strangers are not.

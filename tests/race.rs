@@ -131,7 +131,8 @@ enum Revoke {
 async fn accepted_after_a_race(count: usize, how: Revoke, has_feed: bool) -> usize {
     let it = keys(count).await;
     let store = Barrier::new(it.store.clone(), has_feed);
-    let node = Authenticator::builder(store.clone()).build();
+    // Those from before and those from after the revoke are under way at the same time.
+    let node = Authenticator::builder(store.clone()).max_lookups(4 * count).build();
     let _ = node.authenticate(&support::unknown_key()).await;
     if has_feed {
         heard(&node).await;

@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -18,9 +18,10 @@ use tokio::runtime::Handle;
 use super::{
     Background, Moment, Settings, View,
     feed::follow,
-    flight::{Boarding, Flights, Outcome},
+    flight::{Boarding, Flights, Landed, Outcome, Waiters},
     floors::{Seen, Standing, Subject},
     freshness::Age,
+    limiter::{LookupLimiter, Priority},
     local::{LocalCache, Refused, Stamp},
 };
 use crate::{
@@ -28,10 +29,9 @@ use crate::{
     deadline::within,
     error::{StoreError, StoreErrorKind},
     key::{KeyDigest, KeyScheme, PresentedKey},
-    policy,
+    policy::{self, NetworkSteps},
     respond::{Denial, InvalidKey},
     store::{self, Answer, DynKeyStore, FeedStatus, KeyStore, Lookup, Proof, Source},
-    telemetry,
     usage::Recorder,
 };
 
@@ -44,6 +44,7 @@ pub(crate) struct Answers {
     view: Arc<View>,
     cache: LocalCache,
     flights: Arc<Flights>,
+    limiter: Mutex<LookupLimiter>,
     feed: Background,
     usage: Arc<Recorder>,
     /// Whether the store failed when it was last asked.
@@ -90,6 +91,7 @@ impl Answers {
             view: View::new(&settings),
             cache: LocalCache::new(&settings),
             flights: Arc::default(),
+            limiter: Mutex::new(LookupLimiter::new()),
             feed: Background::default(),
             is_store_failing: AtomicBool::new(false),
         })
@@ -130,19 +132,27 @@ impl Answers {
                 return Err(StoreError::unavailable("there is no Tokio runtime here").into());
             }
             inner.listen();
-            let digest = key.digest;
-            let boarding = inner.board(key, address);
-            if inner.is_store_failing.load(Ordering::Relaxed)
-                && let Some(caller) = inner.while_failing(&digest)
-            {
-                // The look-up goes on without us, and says when the store is back.
-                return Ok(caller);
-            }
-            match boarding.outcome(BOARDING_DEADLINE).await {
-                Err(Denial::Unavailable(error)) => {
-                    inner.while_failing(&digest).ok_or(Denial::Unavailable(error))
+            let (digest, key) = (key.digest, Arc::new(key));
+            loop {
+                let boarding = match inner.board(&key, address) {
+                    Ok(boarding) => boarding,
+                    Err(error) => {
+                        return inner.while_failing(&digest).ok_or(Denial::Unavailable(error));
+                    }
+                };
+                if inner.is_store_failing.load(Ordering::Relaxed)
+                    && let Some(caller) = inner.while_failing(&digest)
+                {
+                    // The look-up goes on without us if it need not wait, and says when the store is back.
+                    return Ok(caller);
                 }
-                outcome => outcome,
+                match boarding.outcome(BOARDING_DEADLINE).await {
+                    Some(Err(Denial::Unavailable(error))) => {
+                        return inner.while_failing(&digest).ok_or(Denial::Unavailable(error));
+                    }
+                    Some(outcome) => return outcome,
+                    None => {}
+                }
             }
         })
     }
@@ -194,7 +204,11 @@ impl Answers {
         self.cache.known(key).filter(|caller| self.age(caller) != Age::Expired)
     }
 
-    fn board(self: &Arc<Self>, key: PresentedKey, address: Option<IpAddr>) -> Boarding {
+    fn board(
+        self: &Arc<Self>,
+        key: &Arc<PresentedKey>,
+        address: Option<IpAddr>,
+    ) -> Result<Boarding, StoreError> {
         let prefix = Subject::Prefix(key.id().into());
         let generation = self.view.floors.generation(&prefix);
         let digest = key.digest;
@@ -203,24 +217,77 @@ impl Answers {
             Recall::Refused(reason) => Some(Err(reason.into())),
             Recall::Nothing => None,
         };
-        self.flights.board(digest, generation, &self.view, recall, |seen, landing| {
-            let inner = Arc::clone(self);
-            tokio::spawn(async move {
-                let outcome = inner.fly(key, prefix, address, seen).await;
-                landing.land(outcome);
-            });
-        })
+        let admit = |under_way| self.admit(key, address, under_way);
+        self.flights.board(
+            digest,
+            generation,
+            &self.view,
+            recall,
+            admit,
+            |seen, priority, landing| {
+                let (inner, key) = (Arc::clone(self), Arc::clone(key));
+                tokio::spawn(async move {
+                    let waiters = landing.waiters().clone();
+                    let flight = inner.fly(key, prefix, address, seen, priority, waiters);
+                    let landed = flight.await;
+                    if priority != Priority::Known {
+                        inner.count(&landed.outcome, address);
+                    }
+                    landing.land(landed);
+                });
+            },
+        )
+    }
+
+    /// The priority of a look-up, of which there are `under_way` others, or why there is to be none.
+    fn admit(
+        &self,
+        key: &PresentedKey,
+        address: Option<IpAddr>,
+        under_way: usize,
+    ) -> Result<Priority, StoreError> {
+        let digest = &key.digest;
+        let is_known = self.cache.known(digest).is_some() || self.cache.proof(digest).is_some();
+        let priority = if is_known {
+            Priority::Known
+        } else if let Some(error) = self.scheme.turns_away(key, address) {
+            return Err(error);
+        } else {
+            self.limiter().priority(NetworkSteps::of(address), self.scheme.clock().monotonic())
+        };
+        if under_way >= priority.bound(self.settings.max_lookups) {
+            let message = "too many look-ups are under way";
+            return Err(StoreError::overloaded(message, Duration::from_secs(1)));
+        }
+        Ok(priority)
+    }
+
+    /// Counts look-ups that find no key, by the network of the client.
+    fn count(&self, outcome: &Outcome, address: Option<IpAddr>) {
+        let (source, now) = (NetworkSteps::of(address), self.scheme.clock().monotonic());
+        match outcome {
+            Ok(_) => self.limiter().succeeded(source, now),
+            Err(Denial::InvalidKey(InvalidKey::Unknown | InvalidKey::WrongSecret)) => {
+                self.limiter().failed(source, now);
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn limiter(&self) -> MutexGuard<'_, LookupLimiter> {
+        self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks the store, judges what does not depend on the request, and remembers the answer.
     async fn fly(
         &self,
-        key: PresentedKey,
+        key: Arc<PresentedKey>,
         prefix: Subject,
         address: Option<IpAddr>,
         mut seen: Seen,
-    ) -> Outcome {
-        let key = Arc::new(key);
+        priority: Priority,
+        waiters: Waiters,
+    ) -> Landed {
         let proof = self.cache.proof(&key.digest);
         for (attempt, pause) in RETRIES.into_iter().enumerate() {
             if attempt > 0 {
@@ -229,20 +296,26 @@ impl Answers {
             }
             let as_of = self.now();
             let mut lookup =
-                Lookup::new(Arc::clone(&key), self.scheme.clone(), address, Arc::clone(&self.view));
+                Lookup::new(Arc::clone(&key), self.scheme.clone(), address, Arc::clone(&self.view))
+                    .with_waiters(priority, waiters.clone());
             if let Some(proof) = proof {
                 lookup = lookup.with_proof(Proof::Seen(proof));
             }
             if attempt > 0 {
                 lookup = lookup.without_copies();
             }
-            let answer = self.ask(&lookup).await?;
+            let answer = match self.ask(&lookup).await {
+                Ok(answer) => answer,
+                Err(denial) => return Landed { outcome: Err(denial), judged: None },
+            };
+            // Before it is judged: of what comes after this, the judgement need not know.
+            let judged = Some(self.view.floors.seen());
             if let Some(outcome) = self.judge(answer, &key.digest, &prefix, as_of, seen) {
-                return outcome;
+                return Landed { outcome, judged };
             }
         }
         let behind = "what answers is older than changes that are known: a replica that lags";
-        Err(StoreError::unavailable(behind).into())
+        Landed { outcome: Err(StoreError::unavailable(behind).into()), judged: None }
     }
 
     async fn ask(&self, lookup: &Lookup) -> Result<Answer, Denial> {
@@ -254,7 +327,7 @@ impl Answers {
             }
             Ok(_) => {}
             Err(error) if error.kind() == StoreErrorKind::BadRow => {
-                telemetry::bad_row(lookup.id(), error);
+                lookup.log_bad_row(error);
             }
             Err(error) => {
                 let is_failing = error.kind() != StoreErrorKind::Overloaded;

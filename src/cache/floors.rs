@@ -6,7 +6,7 @@ use std::{
     hash::BuildHasher,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, SystemTime},
 };
@@ -34,7 +34,6 @@ pub(crate) struct Floors {
     hasher: RandomState,
     /// Whether all the changes are known that a copy in Redis could be from before.
     is_caught_up: AtomicBool,
-    owner_changes: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -46,6 +45,8 @@ struct Table {
     everything: Option<SystemTime>,
     /// Counts what was learned.
     seen: u64,
+    /// Counts changes of owners, or of everything, that revisions do not order.
+    unordered: u64,
     /// What had been learned when `everything` was last set.
     everything_since: u64,
 }
@@ -66,7 +67,14 @@ struct Floor {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Seen {
     all: u64,
-    owners: u64,
+    unordered: u64,
+}
+
+impl Seen {
+    /// Whether all that had been learned at `other` had been learned by then.
+    pub(crate) fn includes(self, other: Self) -> bool {
+        self.all >= other.all
+    }
 }
 
 /// What the floors say of an answer from the store.
@@ -100,7 +108,6 @@ impl Floors {
             generations: Box::new([const { AtomicU32::new(0) }; BUCKETS]),
             hasher: RandomState::new(),
             is_caught_up: AtomicBool::new(false),
-            owner_changes: AtomicU64::new(0),
         }
     }
 
@@ -167,10 +174,9 @@ impl Floors {
             let floor = table.floors.entry(subject.clone()).or_default();
             change(floor, seen);
             floor.raised = Some(now);
+            let is_unordered = floor.since == seen;
+            table.unordered += u64::from(is_owner && is_unordered);
             table.raised.push_back((now, subject));
-        }
-        if is_owner {
-            self.owner_changes.fetch_add(1, Ordering::SeqCst);
         }
         self.generations[bucket].fetch_add(1, Ordering::SeqCst);
     }
@@ -182,7 +188,6 @@ impl Floors {
             table.seen += 1;
             table.forget_all(database_now);
         }
-        self.owner_changes.fetch_add(1, Ordering::SeqCst);
         for generation in self.generations.iter() {
             generation.fetch_add(1, Ordering::SeqCst);
         }
@@ -200,14 +205,16 @@ impl Floors {
     /// What has been learned so far. Taken before a read, so that [`Floors::judge`] can tell what came
     /// during it.
     pub(crate) fn seen(&self) -> Seen {
-        Seen { all: self.table().seen, owners: self.owner_changes.load(Ordering::SeqCst) }
+        let table = self.table();
+        Seen { all: table.seen, unordered: table.unordered }
     }
 
-    /// Whether a request may join a look-up of a key under `prefix` that began at `began`: not if its
-    /// answer could be from before a change that is known by now. Whose key it will turn out to be is not
-    /// known yet, so that any owner's change counts.
+    /// Whether a request may join a look-up of a key under `prefix` that began at `began`. Not if a change
+    /// of that prefix is known by now, or a change without a revision of any owner: whose key it will turn
+    /// out to be is not known yet. Changes of owners with a revision don't matter: [`Floors::judge`] finds
+    /// an answer that is from before one of them.
     pub(crate) fn may_join(&self, prefix: Generation, began: Seen) -> bool {
-        self.is_current(prefix) && self.owner_changes.load(Ordering::SeqCst) == began.owners
+        self.is_current(prefix) && self.table().unordered == began.unordered
     }
 
     /// The generation of what a change of `subject` would move.
@@ -307,6 +314,7 @@ impl Table {
         self.raised.clear();
         self.everything = Some(database_now + MARGIN);
         self.everything_since = self.seen;
+        self.unordered += 1;
     }
 }
 

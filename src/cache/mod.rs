@@ -7,13 +7,15 @@
 //! or after the node last knew that it had heard of every change.
 //!
 //! Read [`answers`] first, which has the way down and up again; [`local`] is the first tier, [`flight`] is
-//! what is under way for a key that is not in it, and [`feed`] listens to the store.
+//! what is under way for a key that is not in it, [`limiter`] decides whose look-ups go first, and [`feed`]
+//! listens to the store.
 
 mod answers;
 mod feed;
 mod flight;
 mod floors;
 mod freshness;
+mod limiter;
 mod local;
 mod moment;
 
@@ -26,8 +28,10 @@ pub use self::answers::Health;
 pub(crate) use self::{
     answers::{Answers, LookupFuture, Recall},
     feed::Background,
+    flight::Waiters,
     floors::Subject,
     freshness::Age,
+    limiter::Priority,
     local::Stamp,
     moment::Moment,
 };
@@ -35,7 +39,7 @@ use self::{floors::Floors, freshness::Freshness};
 use crate::{
     record::Revision,
     store::{Change, FeedStatus},
-    telemetry,
+    telemetry::{self, BadRowLog},
 };
 
 /// How much a node remembers and for how long, and how often it writes what was used.
@@ -43,6 +47,8 @@ use crate::{
 pub(crate) struct Settings {
     /// So many keys.
     pub(crate) capacity: usize,
+    /// Number of look-ups that may be under way.
+    pub(crate) max_lookups: usize,
     pub(crate) max_staleness: Duration,
     pub(crate) stale_if_error: Duration,
     /// `None` records no usage.
@@ -54,6 +60,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             capacity: 100_000,
+            max_lookups: 4096,
             max_staleness: Duration::from_secs(30),
             stale_if_error: Duration::from_secs(60),
             usage_interval: Some(Duration::from_secs(1)),
@@ -69,6 +76,7 @@ pub(crate) struct View {
     pub(crate) freshness: Freshness,
     /// As the store's feed has reported it last.
     feed: Mutex<FeedStatus>,
+    pub(crate) bad_rows: BadRowLog,
 }
 
 impl View {
@@ -77,6 +85,7 @@ impl View {
             floors: Floors::new(),
             freshness: Freshness::new(settings),
             feed: Mutex::default(),
+            bad_rows: BadRowLog::default(),
         })
     }
 

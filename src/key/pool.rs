@@ -12,9 +12,9 @@ use tokio::sync::Semaphore;
 use super::{
     hash::BcryptHash,
     presented::PresentedKey,
-    ration::{Ration, Source, Standing},
+    ration::{Ration, Standing},
 };
-use crate::{clock::Clock, error::StoreError};
+use crate::{clock::Clock, error::StoreError, policy::NetworkSteps};
 
 /// A bounded pool of bcrypt checks, shared by everything that has the same scheme.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ impl BcryptPool {
         self: &Arc<Self>,
         check: SlowCheck,
     ) -> Result<Option<usize>, StoreError> {
-        let source = Source::new(check.address);
+        let source = NetworkSteps::of(check.address);
         let standing = self.admit(&check, source)?;
         let Ok(ticket) = Arc::clone(&self.tickets).try_acquire_owned() else {
             return Err(busy("too many bcrypt checks are waiting"));
@@ -92,11 +92,16 @@ impl BcryptPool {
         tokio::task::spawn_blocking(job).await.map_err(StoreError::unavailable)
     }
 
-    fn admit(&self, check: &SlowCheck, source: Source) -> Result<Standing, StoreError> {
+    fn admit(&self, check: &SlowCheck, source: NetworkSteps) -> Result<Standing, StoreError> {
         let now = self.clock.monotonic();
-        self.ration().admit(check.key.id(), source, now).map_err(|wait| {
-            StoreError::overloaded("too many failed checks: slow checks are rationed", wait)
-        })
+        self.ration().admit(check.key.id(), source, now).map_err(rationed)
+    }
+
+    /// Why a check of a key under `prefix` would be turned away now, as far as that is known before the key
+    /// is looked up.
+    pub(super) fn turns_away(&self, prefix: &str, address: Option<IpAddr>) -> Option<StoreError> {
+        let (source, now) = (NetworkSteps::of(address), self.clock.monotonic());
+        self.ration().turns_away(prefix, source, now).map(rationed)
     }
 
     fn ration(&self) -> MutexGuard<'_, Ration> {
@@ -114,6 +119,10 @@ impl BcryptPool {
         turns.insert(prefix.into(), Arc::downgrade(&turn));
         turn
     }
+}
+
+fn rationed(wait: Duration) -> StoreError {
+    StoreError::overloaded("too many failed checks: slow checks are rationed", wait)
 }
 
 fn busy(message: &'static str) -> StoreError {

@@ -2,11 +2,11 @@
 //!
 //! The decision apart from the plumbing: [`Ration`] knows nothing of tasks, semaphores or bcrypt.
 
-use std::{
-    collections::HashMap,
-    hash::Hash,
-    net::{IpAddr, Ipv6Addr},
-    time::Duration,
+use std::{borrow::Borrow, hash::Hash, time::Duration};
+
+use crate::{
+    policy::{Network, NetworkSteps, STEPS},
+    recent::RecentMap,
 };
 
 /// Failures count for this long after the last one.
@@ -14,6 +14,11 @@ const MEMORY: Duration = Duration::from_secs(60);
 /// So many failures are free; after them there is one check a [`PACE`].
 const FREE_FAILURES: u32 = 5;
 const PACE: Duration = Duration::from_secs(1);
+/// Failures of a network from which on all its checks are a suspect's, by step. An attacker who has a whole
+/// network uses each address of it once, so that a wider one may have only a few times as many as a host.
+const SUSPECT_FROM: [u32; STEPS] = [FREE_FAILURES, 10, 15, 30];
+/// Failures of a network at one lookup id from which on it is no longer taken for the owner's, by step.
+const NOT_OWNER_FROM: [u32; STEPS] = [1, 3, 5, 10];
 /// The part of the pool's time that goes to suspects, all together.
 const SUSPECT_SHARE: f64 = 0.25;
 /// How much of that share can be saved up, in seconds of the pool's time.
@@ -21,22 +26,8 @@ const SAVED_SECONDS: f64 = 1.0;
 /// How far a source without failures may overdraw it, so that the owner of an attacked key gets a
 /// check when the attackers have used the share up. The debt is paid back before anybody else's turn.
 const OVERDRAFT_SECONDS: f64 = 2.0;
-/// The most entries in each table; beyond, the one whose failures are longest ago goes.
-const MAX_ENTRIES: usize = 4096;
-
-/// Who asks: a v4 address, or a v6 network of 64 bits, because one host has all of it. All callers
-/// whose address is not known are one source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Source(Option<IpAddr>);
-
-impl Source {
-    pub(super) fn new(address: Option<IpAddr>) -> Self {
-        Self(address.map(|address| match address.to_canonical() {
-            IpAddr::V6(v6) => IpAddr::V6(Ipv6Addr::from_bits(v6.to_bits() & !u128::from(u64::MAX))),
-            v4 => v4,
-        }))
-    }
-}
+/// The most entries in each table.
+const MAX_ENTRIES: usize = 8192;
 
 /// How a check that is admitted stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,15 +38,21 @@ pub(super) enum Standing {
     Suspect,
 }
 
-/// The ration of failed checks: by lookup prefix and source, and for all suspects together.
+/// The ration of failed checks: by lookup prefix and network, and for all suspects together.
 ///
-/// A check is a suspect's if its prefix has failed in the last minute, whoever asked, or its source
-/// has failed five times, whatever it asked for.
+/// A check is a suspect's if its prefix has failed in the last minute, whoever asked, or its network
+/// has failed too often, whatever it asked for.
+///
+/// While one network guesses (an IPv6 /48 or an IPv4 /24), at one key or at many, from whatever addresses of
+/// it, an owner on another network who tries again gets a check within 64 × t / slots, where t is the time of
+/// one check: 16 s for t = 0.25 s and one slot. By then the network has had the at most 15 failures for which
+/// its hosts are taken for owners, each of which takes at most t of a share that grows by slots / 4 a second;
+/// after that it can't use the overdraft. From an IPv6 /32 the time is twice as long.
 #[derive(Debug)]
 pub(super) struct Ration {
-    pairs: Table<(Box<str>, Source)>,
+    pairs: [Table<(Box<str>, Network)>; STEPS],
     prefixes: Table<Box<str>>,
-    sources: Table<Source>,
+    sources: [Table<Network>; STEPS],
     /// Seconds of the pool's time that suspects may still use; below zero is debt.
     share: f64,
     /// Seconds of the pool's time that suspects get for every second that passes.
@@ -68,9 +65,9 @@ impl Ration {
     pub(super) fn new(slots: usize) -> Self {
         let refill = SUSPECT_SHARE * slots as f64;
         Self {
-            pairs: Table::default(),
+            pairs: Default::default(),
             prefixes: Table::default(),
-            sources: Table::default(),
+            sources: Default::default(),
             share: refill * SAVED_SECONDS,
             refill,
             refilled_at: Duration::ZERO,
@@ -81,22 +78,22 @@ impl Ration {
     pub(super) fn admit(
         &mut self,
         prefix: &str,
-        source: Source,
+        source: NetworkSteps,
         now: Duration,
     ) -> Result<Standing, Duration> {
         self.refill(now);
-        let pair = self.pairs.get(&(prefix.into(), source), now);
-        let is_known_source = self.is_known(source, now);
-        if self.prefixes.get(prefix, now).is_none() && !is_known_source {
+        let is_suspect = self.is_suspect(source, now);
+        if self.prefixes.get(prefix, now).is_none() && !is_suspect {
             return Ok(Standing::Clean);
         }
+        let pair = self.pairs[0].get(&(prefix.into(), source.host()), now);
         if let Some(pair) = pair.filter(|pair| pair.failures >= FREE_FAILURES) {
             let next = pair.last + PACE;
             if now < next {
                 return Err(next - now);
             }
         }
-        let is_clean = pair.is_none() && !is_known_source;
+        let is_clean = !is_suspect && self.may_be_owner(prefix, source, now);
         let floor = if is_clean { self.overdraft() } else { 0.0 };
         if self.share <= floor {
             return Err(Duration::from_secs_f64((floor - self.share) / self.refill));
@@ -104,18 +101,33 @@ impl Ration {
         Ok(if is_clean { Standing::Clean } else { Standing::Suspect })
     }
 
+    /// How long a check of a key under `prefix` would have to wait, if it is known before the key is looked
+    /// up: slow checks have failed under the prefix, and the source is not taken for the owner's.
+    pub(super) fn turns_away(
+        &mut self,
+        prefix: &str,
+        source: NetworkSteps,
+        now: Duration,
+    ) -> Option<Duration> {
+        let is_slow = self.prefixes.get(prefix, now).is_some();
+        if !is_slow || (!self.is_suspect(source, now) && self.may_be_owner(prefix, source, now)) {
+            return None;
+        }
+        self.admit(prefix, source, now).err()
+    }
+
     /// Notes that a check ran for `took` and whether it `failed`.
     pub(super) fn note(
         &mut self,
         prefix: &str,
-        source: Source,
+        source: NetworkSteps,
         now: Duration,
         took: Duration,
         failed: bool,
     ) {
         self.refill(now);
         let took = took.as_secs_f64();
-        if self.prefixes.get(prefix, now).is_some() || self.is_known(source, now) {
+        if self.prefixes.get(prefix, now).is_some() || self.is_suspect(source, now) {
             self.share -= took;
         } else if failed {
             // First failures are paid for as well, or an attack on many prefixes were free. But they
@@ -124,15 +136,28 @@ impl Ration {
             self.share = (self.share - took).max(self.overdraft().min(self.share));
         }
         if failed {
-            self.pairs.count((prefix.into(), source), now);
             self.prefixes.count(prefix.into(), now);
-            self.sources.count(source, now);
+            for (step, network) in source.iter() {
+                self.pairs[step].count((prefix.into(), network), now);
+                self.sources[step].count(network, now);
+            }
         }
     }
 
-    /// Whether the source has failed so often that all it asks for is suspect.
-    fn is_known(&self, source: Source, now: Duration) -> bool {
-        self.sources.get(&source, now).is_some_and(|source| source.failures >= FREE_FAILURES)
+    /// Whether one of the networks has failed so often that all its checks are a suspect's.
+    fn is_suspect(&self, source: NetworkSteps, now: Duration) -> bool {
+        source.iter().any(|(step, network)| {
+            let failures = self.sources[step].get(&network, now);
+            failures.is_some_and(|network| network.failures >= SUSPECT_FROM[step])
+        })
+    }
+
+    /// Whether the source has not failed at this prefix, nor have many others on its networks.
+    fn may_be_owner(&self, prefix: &str, source: NetworkSteps, now: Duration) -> bool {
+        source.iter().all(|(step, network)| {
+            let failures = self.pairs[step].get(&(prefix.into(), network), now);
+            failures.is_none_or(|pair| pair.failures < NOT_OWNER_FROM[step])
+        })
     }
 
     /// The debt beyond which a clean source waits as well.
@@ -162,32 +187,25 @@ impl Failures {
 
 /// Failures by key, bounded in number and forgotten with time.
 #[derive(Debug)]
-struct Table<K>(HashMap<K, Failures>);
+struct Table<K>(RecentMap<K, Failures>);
 
-impl<K> Default for Table<K> {
+impl<K: Hash + Eq> Default for Table<K> {
     fn default() -> Self {
-        Self(HashMap::new())
+        Self(RecentMap::new(MAX_ENTRIES))
     }
 }
 
-impl<K: Hash + Eq + Clone> Table<K> {
+impl<K: Hash + Eq> Table<K> {
     fn get<Q>(&self, key: &Q, now: Duration) -> Option<Failures>
     where
-        K: std::borrow::Borrow<Q>,
+        K: Borrow<Q>,
         Q: Hash + Eq + ?Sized,
     {
         self.0.get(key).copied().filter(|failures| !failures.is_forgotten(now))
     }
 
     fn count(&mut self, key: K, now: Duration) {
-        if self.0.len() >= MAX_ENTRIES && !self.0.contains_key(&key) {
-            self.0.retain(|_, failures| !failures.is_forgotten(now));
-            if self.0.len() >= MAX_ENTRIES {
-                let oldest = self.0.iter().min_by_key(|(_, f)| f.last).map(|(key, _)| key.clone());
-                oldest.and_then(|oldest| self.0.remove(&oldest));
-            }
-        }
-        let entry = self.0.entry(key).or_insert(Failures { failures: 0, last: now });
+        let entry = self.0.entry(key, || Failures { failures: 0, last: now });
         if entry.is_forgotten(now) {
             entry.failures = 0;
         }
@@ -198,19 +216,26 @@ impl<K: Hash + Eq + Clone> Table<K> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
     const CHECK: Duration = Duration::from_millis(10);
 
-    fn source(last_octet: u8) -> Source {
-        Source::new(Some(IpAddr::from([192, 0, 2, last_octet])))
+    /// Each in a /24 of its own.
+    fn source(network: u8) -> NetworkSteps {
+        NetworkSteps::of(Some(IpAddr::from([192, 0, network, 1])))
+    }
+
+    fn of(text: &str) -> NetworkSteps {
+        NetworkSteps::of(Some(text.parse().unwrap()))
     }
 
     fn fail(
         ration: &mut Ration,
         prefix: &str,
-        source: Source,
+        source: NetworkSteps,
         now: Duration,
         took: Duration,
     ) -> bool {
@@ -290,21 +315,61 @@ mod tests {
         assert_eq!(ration.admit("p0", source(250), SECOND + CHECK), Ok(Standing::Clean));
     }
 
+    /// Seconds until the owner on another network gets a check, who tries once a second while `guesses` come
+    /// 25 times a second, each from an address that was not used before. One slot, and a quarter of a second a
+    /// check.
+    fn lockout(seconds: u64, guess: impl Fn(u32) -> (String, String)) -> u64 {
+        let (mut ration, took) = (Ration::new(1), SECOND / 4);
+        let mut longest = 0;
+        let mut waiting_since = 0;
+        for step in 0..25 * u32::try_from(seconds).unwrap() {
+            let now = SECOND + SECOND * step / 25;
+            let (prefix, address) = guess(step);
+            fail(&mut ration, &prefix, of(&address), now, took);
+            if step % 25 == 24 {
+                let second = u64::from(step / 25 + 1);
+                let owner = of("198.51.100.7");
+                if ration.admit("p0", owner, now).is_ok() {
+                    ration.note("p0", owner, now, took, false);
+                    waiting_since = second;
+                }
+                longest = longest.max(second - waiting_since);
+            }
+        }
+        longest
+    }
+
+    #[test]
+    fn an_owner_elsewhere_is_locked_out_for_at_most_16_seconds_while_one_network_guesses() {
+        let one_key = |n: u32| ("p0".to_owned(), format!("2001:db8:1:{n:x}::1"));
+        assert!(lockout(600, one_key) <= 16, "{}", lockout(600, one_key));
+        let many_keys = |n: u32| (format!("p{}", n % 40), format!("2001:db8:1:{n:x}::1"));
+        assert!(lockout(600, many_keys) <= 16, "{}", lockout(600, many_keys));
+        let v4 = |n: u32| ("p0".to_owned(), format!("192.0.2.{}", n % 256));
+        assert!(lockout(600, v4) <= 16, "{}", lockout(600, v4));
+        let provider = |n: u32| ("p0".to_owned(), format!("2001:db8:{n:x}::1"));
+        assert!(lockout(600, provider) <= 32, "{}", lockout(600, provider));
+    }
+
+    #[test]
+    fn a_key_whose_slow_check_would_be_turned_away_needs_no_look_up() {
+        let mut ration = Ration::new(1);
+        assert_eq!(ration.turns_away("p", source(1), SECOND), None);
+        while fail(&mut ration, "p", source(1), SECOND, CHECK) {}
+        assert_eq!(ration.turns_away("p", source(1), SECOND), Some(SECOND));
+        // Its hash may be a fast one; and that one may be the owner.
+        assert_eq!(ration.turns_away("q", source(1), SECOND), None);
+        assert_eq!(ration.turns_away("p", source(2), SECOND), None);
+        assert_eq!(ration.turns_away("p", source(1), SECOND * 3), None);
+    }
+
     #[test]
     fn the_tables_stay_bounded() {
         let mut ration = Ration::new(1);
         for n in 0..2 * MAX_ENTRIES {
             ration.note(&format!("p{n}"), source(1), SECOND, Duration::ZERO, true);
         }
-        assert_eq!(ration.prefixes.0.len(), MAX_ENTRIES);
-        assert_eq!(ration.pairs.0.len(), MAX_ENTRIES);
-    }
-
-    #[test]
-    fn a_v6_host_is_its_network_and_a_mapped_address_is_v4() {
-        let of = |text: &str| Source::new(Some(text.parse().unwrap()));
-        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:2"));
-        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
-        assert_eq!(of("::ffff:192.0.2.1"), of("192.0.2.1"));
+        assert!(ration.prefixes.0.len() <= MAX_ENTRIES);
+        assert!(ration.pairs[0].0.len() <= MAX_ENTRIES);
     }
 }

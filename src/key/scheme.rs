@@ -1,6 +1,6 @@
 //! Formats, hashing, pool, ration and clock in one value: [`KeyScheme`].
 
-use std::{fmt, num::NonZero, sync::Arc, thread::available_parallelism};
+use std::{fmt, net::IpAddr, num::NonZero, sync::Arc, thread::available_parallelism};
 
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
@@ -149,6 +149,15 @@ impl KeyScheme {
     /// Runs slow checks on the pool. See [`BcryptPool::run`].
     pub(crate) async fn check_slowly(&self, check: SlowCheck) -> Result<Option<usize>, StoreError> {
         self.0.pool.run(check).await
+    }
+
+    /// Why a slow check of `key` would be turned away now, as far as that is known before it is looked up.
+    pub(crate) fn turns_away(
+        &self,
+        key: &PresentedKey,
+        address: Option<IpAddr>,
+    ) -> Option<StoreError> {
+        self.0.pool.turns_away(key.id(), address)
     }
 }
 

@@ -2,12 +2,14 @@
 
 mod endpoint;
 mod network;
+mod network_steps;
 mod scope;
 mod validity;
 
 pub use endpoint::{EndpointRule, EndpointRuleError};
 pub(crate) use network::canonical;
 pub use network::{AllowedNetwork, NetworkError};
+pub(crate) use network_steps::{Network, NetworkSteps, STEPS};
 pub(crate) use scope::grants;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) use scope::wildcard;

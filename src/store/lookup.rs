@@ -1,20 +1,28 @@
 //! A question to a store, and the only way to answer it: [`Lookup`].
 
 use std::{future::Future, net::IpAddr, sync::Arc, time::SystemTime};
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+use std::{
+    future::{pending, poll_fn},
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
 
 use subtle::ConstantTimeEq;
 
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+use super::gate::{LookupGate, Permit};
 use super::{
     CacheSecret,
     answer::{Answer, Candidate, HashUpgrade, Outcome, Read},
 };
 use crate::{
-    cache::View,
+    cache::{Priority, View, Waiters},
     clock::Clock,
     error::StoreError,
     key::{FastCheck, HashFingerprint, KeyDigest, KeyHash, KeyScheme, PresentedKey, SlowCheck},
     record::{KeyRecord, Revision, StoredKey},
-    telemetry,
 };
 
 /// So many keys that share a lookup prefix are tried.
@@ -33,6 +41,10 @@ pub struct Lookup {
     view: Arc<View>,
     proofs: Vec<Proof>,
     skips_copies: bool,
+    #[cfg_attr(not(any(feature = "postgres", feature = "sqlite")), expect(dead_code))]
+    priority: Priority,
+    #[cfg_attr(not(any(feature = "postgres", feature = "sqlite")), expect(dead_code))]
+    waiters: Option<Waiters>,
 }
 
 /// Knowledge that the presented key has matched a hash before. It counts for that hash alone.
@@ -61,7 +73,54 @@ impl Lookup {
         view: Arc<View>,
     ) -> Self {
         let asked_at = scheme.clock().now();
-        Self { key, scheme, address, asked_at, view, proofs: Vec::new(), skips_copies: false }
+        Self {
+            key,
+            scheme,
+            address,
+            asked_at,
+            view,
+            proofs: Vec::new(),
+            skips_copies: false,
+            priority: Priority::Ordinary,
+            waiters: None,
+        }
+    }
+
+    /// Sets who waits for the answer, and whether others go first.
+    #[must_use]
+    pub(crate) fn with_waiters(self, priority: Priority, waiters: Waiters) -> Self {
+        Self { priority, waiters: Some(waiters), ..self }
+    }
+
+    /// Waits for a connection that `gate` guards. Gives up when nobody waits for the answer any more, but
+    /// not if a connection is free: a look-up whose caller has gone may be what finds out that a store that
+    /// failed is back.
+    ///
+    /// # Errors
+    ///
+    /// `Overloaded` if too many look-ups wait, or nobody waits for this one.
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    pub(super) async fn pass(&self, gate: &Arc<LookupGate>) -> Result<Permit, StoreError> {
+        let left = async {
+            match &self.waiters {
+                Some(waiters) => waiters.have_left().await,
+                None => pending().await,
+            }
+        };
+        let (mut pass, mut left) = (pin!(gate.acquire(self.priority)), pin!(left));
+        poll_fn(|cx| match pass.as_mut().poll(cx) {
+            Poll::Ready(pass) => Poll::Ready(pass),
+            Poll::Pending => left.as_mut().poll(cx).map(|()| {
+                let message = "no request waits for this look-up any more";
+                Err(StoreError::overloaded(message, Duration::from_secs(1)))
+            }),
+        })
+        .await
+    }
+
+    /// Logs that a row under the lookup id can't be used.
+    pub(crate) fn log_bad_row(&self, error: &StoreError) {
+        self.view.bad_rows.log(self.id(), error, self.clock().monotonic());
     }
 
     /// Adds a proof.
@@ -186,7 +245,7 @@ impl Lookup {
                 return Err(fault);
             }
             // The caller's own key is fine, so nobody else would hear of the row.
-            telemetry::bad_row(self.id(), &fault);
+            self.log_bad_row(&fault);
         }
         let read = Read::new(candidates, is_whole);
         let outcome = match matched {

@@ -6,6 +6,8 @@ mod change;
 mod erased;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 mod fault;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod gate;
 mod lookup;
 mod memory;
 mod page;

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod connect;
+mod connections;
 mod feed;
 mod hosts;
 mod repository;
@@ -15,29 +16,24 @@ use std::{
     fmt,
     future::Future,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use diesel::{
     QueryableByName,
     pg::Pg,
-    result::{DatabaseErrorKind, Error},
     sql_types::{BigInt, Nullable, Text},
 };
-use diesel_async::{
-    AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection,
-    pooled_connection::{
-        PoolableConnection,
-        deadpool::{Object, Pool},
-    },
-};
 
-use self::connect::Target;
+use self::{
+    connect::Target,
+    connections::{Connections, Isolation},
+};
 pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use super::{
     Answer, CacheSecret, ChangeStream, KeyReview, KeyStore, Lease, LeaseAsk, Lookup, MigrateError,
     MigrationReport, UsageBatch,
-    fault::store_error,
+    gate::LookupGate,
     lookup::MAX_CANDIDATES,
     row,
     statement::{Bind, Statement, TextRow},
@@ -64,11 +60,16 @@ use crate::{deadline::within, error::StoreError, record::Revision, telemetry};
 pub struct PostgresStore(Arc<Inner>);
 
 struct Inner {
-    pool: Pool<AsyncPgConnection>,
+    /// For look-ups alone, behind the gate.
+    lookups: Connections,
+    gate: Arc<LookupGate>,
+    /// For usage, leases and upgraded hashes.
+    accounts: Connections,
+    /// For what is read and written by hand, and the cache secret.
+    management: Connections,
     target: Target,
     deadline: Duration,
     poll_interval: Duration,
-    statement_timeout: Duration,
 }
 
 impl PostgresStore {
@@ -116,144 +117,54 @@ impl PostgresStore {
     }
 
     /// Runs a statement that may be sent twice: once more if the connection turns out to be dead.
-    async fn load<R>(&self, statement: &Statement) -> Result<Vec<R>, StoreError>
+    async fn load<R>(
+        &self,
+        pool: &Connections,
+        statement: &Statement,
+    ) -> Result<Vec<R>, StoreError>
     where
         R: QueryableByName<Pg> + Send + 'static,
     {
-        self.load_in(Isolation::Any, statement).await
+        self.load_in(pool, Isolation::Any, statement).await
     }
 
     async fn load_in<R>(
         &self,
+        pool: &Connections,
         isolation: Isolation,
         statement: &Statement,
     ) -> Result<Vec<R>, StoreError>
     where
         R: QueryableByName<Pg> + Send + 'static,
     {
-        self.in_time(async {
-            match self.attempt(isolation, statement).await {
-                // It was in the pool when the server went away, and the others with it.
-                Err(Attempt { was_broken: true, .. }) => {
-                    self.0.pool.retain(|_, _| false);
-                    self.attempt(isolation, statement).await
-                }
-                outcome => outcome,
-            }
-        })
-        .await
+        self.in_time(pool.load(isolation, statement)).await
     }
 
     /// Runs a statement that must not be sent twice, because the first may have been carried out.
     async fn insert(&self, statement: &Statement) -> Result<Option<TextRow>, StoreError> {
-        Ok(self.in_time(self.attempt(Isolation::Any, statement)).await?.pop())
+        Ok(self.in_time(self.0.management.load_once(statement)).await?.pop())
+    }
+
+    /// Runs the statement of a look-up, with its wait for a connection in the same time.
+    async fn look_up(
+        &self,
+        lookup: &Lookup,
+        statement: &Statement,
+    ) -> Result<Vec<FoundRow>, StoreError> {
+        let Inner { lookups, gate, .. } = &*self.0;
+        self.in_time(async {
+            let _permit = lookup.pass(gate).await?;
+            lookups.load(Isolation::Any, statement).await
+        })
+        .await
     }
 
     async fn in_time<T>(
         &self,
-        attempts: impl Future<Output = Result<T, Attempt>>,
+        work: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
-        match within(self.0.deadline, attempts).await {
-            Some(outcome) => outcome.map_err(|attempt| attempt.error),
-            None => Err(StoreError::timeout(self.0.deadline)),
-        }
-    }
-
-    async fn attempt<R>(
-        &self,
-        isolation: Isolation,
-        statement: &Statement,
-    ) -> Result<Vec<R>, Attempt>
-    where
-        R: QueryableByName<Pg> + Send + 'static,
-    {
-        let failed = |error| Attempt { error: StoreError::unavailable(error), was_broken: false };
-        let mut checkout = Checkout(Some(self.0.pool.get().await.map_err(failed)?));
-        let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
-        let began = Instant::now();
-        let result = if isolation == Isolation::ReadCommitted && self.0.target.is_pooled() {
-            let settings = session::local_settings(self.0.statement_timeout);
-            let work = async |connection: &mut AsyncPgConnection| {
-                connection.batch_execute(&settings).await?;
-                RunQueryDsl::load(statement, connection).await
-            };
-            connection.build_transaction().read_committed().run(work).await
-        } else {
-            RunQueryDsl::load(statement, connection).await
-        };
-        let elapsed = began.elapsed();
-        let mut limit = None;
-        let was_broken = match &result {
-            // A primary that became a standby is of no more use than a dead one.
-            Err(Error::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _)) => true,
-            // A server that shuts down says so before the connection is closed, and diesel does not
-            // pass on the SQLSTATE (57P01, nor those of time limits). Whether it was that, the next statement
-            // tells.
-            Err(Error::DatabaseError(DatabaseErrorKind::Unknown, _)) => {
-                match RunQueryDsl::load::<TextRow>(&Statement::new(LIMITS, []), connection).await {
-                    Ok(rows) => {
-                        limit = shortest_limit(&rows).filter(|limit| elapsed >= *limit);
-                        false
-                    }
-                    Err(_) => true,
-                }
-            }
-            _ => connection.is_broken(),
-        };
-        if !was_broken {
-            checkout.put_back();
-        }
-        result.map_err(|error| {
-            let error = match limit {
-                _ if was_broken => StoreError::unavailable(error),
-                Some(limit) => StoreError::timeout(limit).caused_by(error),
-                None => store_error(error),
-            };
-            Attempt { error, was_broken }
-        })
-    }
-}
-
-/// How long the server lets a statement run, wait for a lock or be in a deadlock, in milliseconds. 0 is no limit.
-const LIMITS: &str = "SELECT coalesce(json_agg(setting), '[]')::text AS row FROM pg_settings
-    WHERE name IN ('statement_timeout', 'lock_timeout', 'deadlock_timeout')";
-
-/// A statement that took less was not ended by any of the limits. One that took longer may have been: by the time
-/// alone, because the message is in the server's language.
-fn shortest_limit(rows: &[TextRow]) -> Option<Duration> {
-    let settings: Vec<String> = serde_json::from_str(&rows.first()?.row).ok()?;
-    let limits = settings.iter().filter_map(|setting| setting.parse().ok());
-    limits.filter(|millis| *millis > 0).min().map(Duration::from_millis)
-}
-
-/// What a statement needs of its transaction.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Isolation {
-    Any,
-    /// It reads what was committed while it waited for a lock.
-    ReadCommitted,
-}
-
-struct Attempt {
-    error: StoreError,
-    was_broken: bool,
-}
-
-/// A connection on loan. If it is dropped in the middle of a query, because the caller has gone or the
-/// deadline is over, it leaves the pool and is closed: an answer may still be on its way to it.
-struct Checkout(Option<Object<AsyncPgConnection>>);
-
-impl Checkout {
-    fn put_back(&mut self) {
-        drop(self.0.take());
-    }
-}
-
-impl Drop for Checkout {
-    fn drop(&mut self) {
-        if let Some(connection) = self.0.take() {
-            drop(Object::take(connection));
-        }
+        let deadline = self.0.deadline;
+        within(deadline, work).await.unwrap_or_else(|| Err(StoreError::timeout(deadline)))
     }
 }
 
@@ -304,7 +215,7 @@ impl KeyStore for PostgresStore {
             MAX_CANDIDATES + 1
         );
         let statement = Statement::new(sql, [Bind::Text(lookup.id().to_owned())]);
-        let rows = self.load::<FoundRow>(&statement).await?;
+        let rows = self.look_up(lookup, &statement).await?;
         let number = |of: fn(&FoundRow) -> i64| {
             rows.as_slice().first().map_or(0, |found| u64::try_from(of(found)).unwrap_or(0))
         };
@@ -313,7 +224,7 @@ impl KeyStore for PostgresStore {
         let keys = rows.iter().filter_map(|found| found.row.as_deref()).map(row::decode);
         let answer = lookup.verify_rows(keys).await?;
         if let Some(upgrade) = answer.upgrade()
-            && let Err(error) = self.load::<TextRow>(&upgrade.statement()).await
+            && let Err(error) = self.load::<TextRow>(&self.0.accounts, &upgrade.statement()).await
         {
             telemetry::upgrade_failed(&error);
         }
@@ -344,7 +255,8 @@ impl KeyStore for PostgresStore {
             Bind::number(life),
         ];
         let statement = Statement::new(select, binds);
-        let rows = self.load_in::<TextRow>(Isolation::ReadCommitted, &statement).await?;
+        let leased = self.load_in(&self.0.accounts, Isolation::ReadCommitted, &statement).await;
+        let rows: Vec<TextRow> = leased?;
         Lease::from_row(rows.as_slice().first().map(|row| row.row.as_str()))
     }
 
@@ -359,7 +271,7 @@ impl KeyStore for PostgresStore {
                     WHERE c.oid = to_regclass('api_keys'))
             )::text)::text AS row
             FROM api_key_cache_secrets ORDER BY created_at DESC, id DESC LIMIT 2";
-        let rows = self.load::<TextRow>(&Statement::new(select, [])).await?;
+        let rows = self.load::<TextRow>(&self.0.management, &Statement::new(select, [])).await?;
         CacheSecret::from_rows(rows.iter().map(|row| row.row.as_str()))
     }
 }

@@ -31,11 +31,18 @@ use super::{
     Answer, CacheSecret, ChangeStream, KeyReview, KeyStore, Lease, LeaseAsk, Lookup, MigrateError,
     MigrationReport, UsageBatch,
     fault::{Failure, store_error},
+    gate::LookupGate,
     lookup::MAX_CANDIDATES,
     row,
     statement::{Bind, Statement, TextRow},
 };
-use crate::{deadline::later, error::StoreError, key::hex, record::Revision, telemetry};
+use crate::{
+    deadline::{later, within},
+    error::StoreError,
+    key::hex,
+    record::Revision,
+    telemetry,
+};
 
 /// Keys in an SQLite database that is compiled in: nothing to install, one file to back up. What one
 /// process on one machine needs.
@@ -60,6 +67,8 @@ struct Inner {
     writer: Threads,
     /// `None` in memory, where a second connection would see another database.
     readers: Option<Threads>,
+    /// In front of them for look-ups, so that what else they are sent waits for one look-up a thread.
+    gate: Arc<LookupGate>,
     /// The connection that sees what others write; the writer's in memory.
     watcher: Option<Threads>,
     /// Counts what this process has written.
@@ -143,9 +152,30 @@ impl SqliteStore {
     where
         R: QueryableByName<Sqlite> + Send + 'static,
     {
-        let threads = self.0.readers.as_ref().unwrap_or(&self.0.writer);
-        let read = move |connection: &mut _| (&statement).load(connection).map_err(store_error);
-        threads.run(self.0.deadline, read).await
+        let read = move |connection: &mut SqliteConnection| {
+            (&statement).load(connection).map_err(store_error)
+        };
+        self.0.run(read).await
+    }
+
+    /// Runs the statement of a look-up, with its wait for a thread in the same time.
+    async fn look_up(
+        &self,
+        lookup: &Lookup,
+        statement: Statement,
+    ) -> Result<Vec<TextRow>, StoreError> {
+        let rows = async {
+            let permit = lookup.pass(&self.0.gate).await?;
+            let query = move |connection: &mut SqliteConnection| {
+                let rows = load(connection, &statement);
+                // The thread is free, even if nobody waits for the rows any more.
+                drop(permit);
+                rows
+            };
+            self.0.run(query).await
+        };
+        let deadline = self.0.deadline;
+        within(deadline, rows).await.unwrap_or_else(|| Err(StoreError::timeout(deadline)))
     }
 
     /// Runs several statements, all or none.
@@ -185,6 +215,16 @@ impl SqliteStore {
     }
 }
 
+impl Inner {
+    /// Runs a query that only reads.
+    async fn run<T: Send + 'static>(
+        &self,
+        query: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.readers.as_ref().unwrap_or(&self.writer).run(self.deadline, query).await
+    }
+}
+
 fn load(
     connection: &mut SqliteConnection,
     statement: &Statement,
@@ -216,19 +256,19 @@ impl SqliteStoreBuilder {
     ///
     /// If the file can't be opened, or is no SQLite database.
     pub fn open(self) -> Result<SqliteStore, StoreError> {
-        let Self { path, readers, deadline } = self;
+        let Self { path, readers: reader_count, deadline } = self;
         let open = move || open(path.as_deref(), deadline);
         // The writer first: it makes the file and puts it into WAL mode.
         let writer = Threads::start(1, &open)?;
-        let (readers, watcher) = match readers {
+        let (readers, watcher) = match reader_count {
             0 => (None, None),
-            _ => (Some(Threads::start(readers, &open)?), Some(Threads::start(1, &open)?)),
+            _ => (Some(Threads::start(reader_count, &open)?), Some(Threads::start(1, &open)?)),
         };
-        let written = watch::Sender::new(0);
+        let (written, gate) = (watch::Sender::new(0), LookupGate::new(reader_count.max(1)));
         let mut name = [0; 16];
         getrandom::fill(&mut name).map_err(|error| StoreError::unavailable(error.to_string()))?;
         let name_in_memory = hex(&name);
-        let inner = Inner { writer, readers, watcher, written, name_in_memory, deadline };
+        let inner = Inner { writer, readers, gate, watcher, written, name_in_memory, deadline };
         Ok(SqliteStore(Arc::new(inner)))
     }
 }
@@ -281,7 +321,7 @@ impl KeyStore for SqliteStore {
             MAX_CANDIDATES + 1
         );
         let binds = [Bind::Text(lookup.id().to_owned())];
-        let rows = self.read(Statement::new(select, binds)).await?;
+        let rows = self.look_up(lookup, Statement::new(select, binds)).await?;
         let latest = rows.iter().find_map(TextRow::id).and_then(|id| u64::try_from(id).ok());
         let keys = rows.iter().filter(|found| found.id().is_none());
         let answer = lookup.verify_rows(keys.map(|found| row::decode(&found.row))).await?;

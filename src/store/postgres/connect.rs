@@ -13,11 +13,17 @@ use tokio_postgres::{Config, Socket, config::SslMode, tls::MakeTlsConnect};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
-    Inner, PostgresStore,
+    Inner, LookupGate, PostgresStore,
+    connections::Connections,
     hosts::{ConnectFault, Hosts},
     session::Sessions,
     tls::{self, TlsFault, Verification},
 };
+
+/// Number of connections for usage, leases and upgraded hashes.
+const ACCOUNT_CONNECTIONS: usize = 4;
+/// Number of connections for management and the cache secret.
+const MANAGEMENT_CONNECTIONS: usize = 2;
 
 /// Builds a [`PostgresStore`].
 #[derive(Clone)]
@@ -42,7 +48,9 @@ impl PostgresStoreBuilder {
         }
     }
 
-    /// How many connections there are at most: 16 by default; 0 is taken as 1.
+    /// How many connections look-ups have at most: 16 by default; 0 is taken as 1. For each, at most 256
+    /// look-ups wait; past them the answer is 503. Usage and leases have up to 4 connections of their own,
+    /// management up to 2 and the feed of changes one, so that no flood of look-ups delays them.
     #[must_use]
     pub fn max_connections(self, connections: usize) -> Self {
         Self { max_connections: connections.max(1), ..self }
@@ -83,6 +91,27 @@ impl PostgresStoreBuilder {
     /// If the URL can't be read, or the certificates that it names.
     pub fn build(self) -> Result<PostgresStore, PostgresUrlError> {
         let target = Target::parse(&self)?;
+        let pool = |size| self.pool(&target, size);
+        let (lookups, gate) = (pool(self.max_connections)?, LookupGate::new(self.max_connections));
+        let (accounts, management) = (pool(ACCOUNT_CONNECTIONS)?, pool(MANAGEMENT_CONNECTIONS)?);
+        let Self { deadline, poll_interval, .. } = self;
+        Ok(PostgresStore(Arc::new(Inner {
+            lookups,
+            gate,
+            accounts,
+            management,
+            target,
+            deadline,
+            poll_interval,
+        })))
+    }
+
+    /// Connections to `target` that are made when they are needed.
+    fn pool(
+        &self,
+        target: &Target,
+        size: usize,
+    ) -> Result<Connections, PostgresUrlError> {
         let mut config = ManagerConfig::default();
         // One round trip less a query than a ping; a dead connection is found out in use.
         config.recycling_method = RecyclingMethod::Fast;
@@ -98,11 +127,9 @@ impl PostgresStoreBuilder {
         });
         // The URL stays out of the manager: `target` has what was read from it.
         let manager = AsyncDieselConnectionManager::new_with_config(String::new(), config);
-        let pool = Pool::builder(manager).max_size(self.max_connections).build();
+        let pool = Pool::builder(manager).max_size(size).build();
         let pool = pool.map_err(|_| PostgresUrlError::new("the pool can't be built"))?;
-        let Self { deadline, poll_interval, statement_timeout, .. } = self;
-        let inner = Inner { pool, target, deadline, poll_interval, statement_timeout };
-        Ok(PostgresStore(Arc::new(inner)))
+        Ok(Connections::new(pool, target.clone(), statement_timeout))
     }
 }
 

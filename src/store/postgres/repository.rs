@@ -120,7 +120,7 @@ impl PostgresStore {
             "SELECT k.id::bigint AS id, convert_to(row_to_json(k)::text, 'UTF8') AS row
             FROM ({select}) AS k ORDER BY k.id"
         );
-        self.load(&Statement::new(sql, binds)).await
+        self.load(&self.0.management, &Statement::new(sql, binds)).await
     }
 
     /// A page of rows for a review: keys without an owner, too.
@@ -162,7 +162,7 @@ impl PostgresStore {
             let binds = binds.into_iter().chain([Bind::number(expected.0)]);
             self.insert(&Statement::new(update, binds)).await?
         } else {
-            self.load(&Statement::new(update, binds)).await?.pop()
+            self.load(&self.0.management, &Statement::new(update, binds)).await?.pop()
         };
         match written {
             Some(TextRow { row }) if row == CONFLICT => Err(StoreError::conflict(CHANGED_SINCE)),

@@ -6,7 +6,8 @@ use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection};
 use serde_json::Value;
 
 use super::{
-    Checkout, Isolation, PostgresStore, session,
+    PostgresStore,
+    connections::Isolation,
     sqlstate::{self, SqlFault},
 };
 use crate::{
@@ -132,14 +133,16 @@ impl PostgresStore {
         let entries = batch.encoded();
         let all = Value::from(entries.clone()).to_string();
         let statement = sqlstate::attempt(count(true, true), binds(batch, all));
+        let counted = self.load_in(&self.0.accounts, Isolation::ReadCommitted, &statement).await?;
         // Whatever is not the fault of a row delays the batch: the recorder sends it again.
-        match sqlstate::outcome(&self.load_in(Isolation::ReadCommitted, &statement).await?)? {
+        match sqlstate::outcome(&counted)? {
             Ok(counts) => report(batch, counts.as_deref()),
             Err(fault) if fault.is_of_a_row() => self.count_in_parts(batch, &entries).await?,
             Err(fault) => return Err(fault.into()),
         }
         if batch.sequence == 1
-            && let Err(error) = self.load::<TextRow>(&Statement::new(FORGET_THE_GONE, [])).await
+            && let Err(error) =
+                self.load::<TextRow>(&self.0.accounts, &Statement::new(FORGET_THE_GONE, [])).await
         {
             telemetry::not_pruned(&error);
         }
@@ -153,12 +156,11 @@ impl PostgresStore {
         batch: &UsageBatch,
         entries: &[Value],
     ) -> Result<(), StoreError> {
-        let connection = self.0.pool.get().await.map_err(StoreError::unavailable)?;
-        let mut checkout = Checkout(Some(connection));
-        let Some(connection) = &mut checkout.0 else { unreachable!("it was just put there") };
+        let mut checkout = self.0.accounts.checkout().await?;
+        let connection = checkout.connection();
         let gate = format!("WITH w AS ({WRITER}) SELECT count(*)::text AS row FROM w");
         let gate = Statement::new(gate, binds(batch, String::new()));
-        let settings = session::local_settings(self.0.statement_timeout);
+        let settings = self.0.accounts.local_settings();
         let mut transaction = connection.build_transaction().read_committed();
         let work = transaction.run(async |connection| {
             let set = connection.batch_execute(&settings).await;

@@ -87,7 +87,7 @@ async fn prune(store: PostgresStore) -> Result<Pruned, StoreError> {
     let select = "SELECT json_build_object('remaining', remaining, 'has_more', has_more,
             'oldest_micros', (extract(epoch FROM oldest) * 1000000)::bigint)::text AS row
         FROM api_key_prune()";
-    let rows = store.load::<TextRow>(&Statement::new(select, [])).await?;
+    let rows = store.load::<TextRow>(&store.0.management, &Statement::new(select, [])).await?;
     let row = rows.first().ok_or_else(|| StoreError::rejected("api_key_prune returns no row"))?;
     serde_json::from_str(&row.row).map_err(StoreError::rejected)
 }
