@@ -62,6 +62,11 @@ async fn main() {
             }
         }
     }
+    assert_eq!(
+        state.state(),
+        RedisState::Down,
+        "the breaker has closed although Redis stands still"
+    );
     let ratio = median_ratio(&of_frozen, &of_without);
     println!("{CALLERS} callers, look-ups in PostgreSQL     99th percentile, ms");
     println!("  without Redis                    {:>18.3}", median(&of_without));

@@ -180,3 +180,23 @@ async fn a_bad_row_beside_a_good_one_is_logged_and_does_not_stop_it() {
     assert!(matches!(authenticator.authenticate("sk-proj-0").await, Err(Denial::BadRow(_))));
     assert!(matches!(authenticator.authenticate("sk-proj-2").await, Err(Denial::BadRow(_))));
 }
+
+#[tokio::test]
+async fn a_bad_row_is_logged_once_a_minute_and_each_request_is_a_500() {
+    let node = support::scripted::Node::over(support::scripted::Scripted::new());
+    let (one, other) = (node.store.issue(1).await, node.store.issue(2).await);
+    node.store.fail_with(StoreError::bad_row("api_keys row 1, column scopes: unusable"));
+    let (log, _guard) = capture();
+    let lines = || log.take().lines().filter(|line| line.contains("ERROR")).count();
+    for _ in 0..50 {
+        assert_eq!(node.ask(&one.key).await.0, 500);
+    }
+    assert_eq!(lines(), 1);
+    assert_eq!(node.ask(&other.key).await.0, 500);
+    assert_eq!(lines(), 1, "of another key");
+    node.seconds(61);
+    for _ in 0..50 {
+        assert_eq!(node.ask(&one.key).await.0, 500);
+    }
+    assert_eq!(lines(), 1);
+}

@@ -444,6 +444,46 @@ async fn a_change_of_another_key_lets_requests_join_as_before() {
     assert!((5..=6).contains(&asked), "{asked}");
 }
 
+#[tokio::test]
+async fn a_hundred_requests_for_one_cold_key_are_one_look_up_while_others_sign_up() {
+    let (node, _) = listening().await;
+    let issued = node.store.issue(1).await;
+    node.store.take_asked();
+    node.store.hold();
+    let mut requests = Vec::new();
+    for n in 0..100 {
+        requests.push(begin(&node.authenticator, &issued.key).await);
+        let somebody = Change::Owner(UserId::from(1000 + n), Revision(1000 + n as u64));
+        node.store.say(somebody).await;
+    }
+    node.store.has_under_way(1).await;
+    node.store.let_go(1);
+    for request in requests {
+        assert!(told(request).await.is_ok());
+    }
+    // An owner may share the key's bucket, once in 8,192 times.
+    let asked = node.store.take_asked();
+    assert!((1..=2).contains(&asked), "{asked}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_joins_after_the_owner_was_deactivated_does_not_get_the_answer_from_before() {
+    let (node, issued) = listening().await;
+    node.store.edit(&issued, 1, 1, |_| {});
+    node.store.hold();
+    let before = begin(&node.authenticator, &issued.key).await;
+    node.store.has_under_way(1).await;
+    node.store.edit(&issued, 1, 2, |record| record.user.is_active = false);
+    Event::Owner.happen(&node, &issued, 2).await;
+    let after = begin(&node.authenticator, &issued.key).await;
+    node.store.hold_no_more();
+    node.store.let_go(1);
+    for request in [before, after] {
+        let denial = told(request).await.unwrap_err();
+        assert!(matches!(denial, Denial::InvalidKey(InvalidKey::OwnerInactive)), "{denial:?}");
+    }
+}
+
 #[test]
 fn without_a_runtime_a_key_that_is_remembered_is_let_in_and_another_is_a_503() {
     let node = Node::over(Scripted::new());

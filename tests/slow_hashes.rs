@@ -11,7 +11,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use support::{eventually::eventually, fixture, old_and_new_keys, send, store_of};
+use support::{
+    counted::Counted, eventually::eventually, fixture, old_and_new_keys, send, store_of,
+};
 use tower_api_key::*;
 
 fn is_overloaded(denial: &Denial) -> bool {
@@ -147,7 +149,8 @@ async fn an_attack_on_many_keys_from_one_address_is_rationed_as_a_whole() {
     // Five are free; then they come out of the share, however fresh the key: a quarter of the slots,
     // saved up for a second.
     assert!((5..60).contains(&checks), "{checks} checks");
-    let other = siege.authenticator.authenticate_from("key-0099-of-mine", address(2)).await;
+    let elsewhere = IpAddr::from([198, 51, 100, 1]);
+    let other = siege.authenticator.authenticate_from("key-0099-of-mine", elsewhere).await;
     assert!(other.is_ok(), "{other:?}");
 }
 
@@ -166,6 +169,42 @@ async fn a_guess_counts_even_if_whoever_guessed_does_not_wait_for_the_answer() {
         assert!(siege.guess("key-0001", elsewhere).await);
     }
     assert!(!siege.guess("key-0001", address(1)).await);
+}
+
+#[tokio::test]
+async fn guesses_that_are_turned_away_cost_no_query() {
+    let store = store_of(["key-0001".to_owned()], 4).await;
+    let counted = Counted::over(store);
+    let scheme = old_and_new_keys().build().unwrap();
+    let authenticator = Authenticator::builder(counted.clone()).scheme(scheme).build();
+    for n in 0..50 {
+        let guess = format!("key-0001-of-yours-{n}");
+        let _ = authenticator.authenticate_from(&guess, address(1)).await;
+    }
+    let asked = counted.take_asked();
+    assert!((5..10).contains(&asked), "{asked} look-ups for 5 checks");
+    let owner = authenticator.authenticate_from("key-0001-of-mine", [198, 51, 100, 1].into());
+    assert!(owner.await.is_ok());
+}
+
+#[tokio::test]
+async fn the_owner_of_a_key_gets_in_while_one_network_guesses_from_fresh_addresses() {
+    let siege = Siege::of(["key-0001".to_owned()], 4).await;
+    let owner = IpAddr::from([198, 51, 100, 1]);
+    // An answer of the owner's is not kept, so that each try needs a check.
+    let (mut answered, mut n) = (Vec::new(), 0_u16);
+    for second in 0..30 {
+        for _ in 0..25 {
+            n += 1;
+            siege.guess("key-0001", format!("2001:db8:1:{n:x}::1").parse().unwrap()).await;
+            siege.clock.advance(Duration::from_millis(40));
+        }
+        siege.authenticator.invalidate("key-0001");
+        if siege.owner(owner).await == 200 {
+            answered.push(second);
+        }
+    }
+    assert!(answered.first().is_some_and(|first| *first <= 16), "{answered:?}");
 }
 
 #[tokio::test]

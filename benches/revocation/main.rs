@@ -119,6 +119,7 @@ async fn main() {
     let (times, keys) = polled(&manager, &user, &sql, &polling).await;
     revoked.extend(keys);
     let polling_max = percentile(&times, 1.0);
+    assert!(polling_max > 0.2, "notifications came although they are blocked");
     println!("seconds until the last of 3 nodes refuses, polling every second");
     println!("  median {:.3}, max {polling_max:.3}", percentile(&times, 0.5));
     for function in functions {
@@ -157,6 +158,7 @@ async fn main() {
             let accepted = outcomes.iter().map(|(accepted, _)| *accepted).fold(0.0, f64::max);
             let refused = outcomes.iter().map(|(_, refused)| *refused).fold(0.0, f64::max);
             println!("  cut {round}, {name:<42} {accepted:>16.3} {refused:>10.3}");
+            assert!(accepted > LIMIT.as_secs_f64() / 2.0, "the node was not cut off");
             if at == 0 {
                 isolated_max = isolated_max.max(refused);
             }
