@@ -10,6 +10,7 @@
 //! authenticator by requests that are given up at once, as fast as one task can. The last line is JSON.
 
 mod figures;
+mod loopback;
 #[path = "../tests/support/servers/mod.rs"]
 #[allow(dead_code, unused_imports, unreachable_pub)]
 mod servers;
@@ -28,15 +29,11 @@ use std::{
 };
 
 use axum::{Router, routing::get};
-use bytes::Bytes;
 use figures::{median, percentile};
-use http::{Request, StatusCode};
-use http_body_util::{BodyExt, Empty};
-use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper_util::rt::TokioIo;
+use http::StatusCode;
+use loopback::{Client, ask, connect};
 use servers::Postgres;
 use tokio::{
-    net::TcpSocket,
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -56,8 +53,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Enough for all phases.
 const COLD_KEYS: usize = 5000;
 const WRITTEN_KEYS: usize = 2500;
-
-type Client = SendRequest<Empty<Bytes>>;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Traffic {
@@ -401,23 +396,4 @@ fn base62(mut number: u32) -> String {
 fn memory() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
     pages.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
-}
-
-async fn connect(server: SocketAddr, from: Ipv4Addr) -> Client {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind((from, 0).into()).unwrap();
-    let stream = socket.connect(server).await.unwrap();
-    stream.set_nodelay(true).unwrap();
-    let (client, connection) = handshake(TokioIo::new(stream)).await.unwrap();
-    tokio::spawn(connection);
-    client
-}
-
-async fn ask(client: &mut Client, path: &str, key: &str) -> StatusCode {
-    let request = Request::get(path).header("host", "localhost").header("x-api-key", key);
-    client.ready().await.unwrap();
-    let response = client.send_request(request.body(Empty::new()).unwrap()).await.unwrap();
-    let status = response.status();
-    response.into_body().collect().await.unwrap();
-    status
 }

@@ -10,6 +10,7 @@
 //! none. The last line is JSON.
 
 mod figures;
+mod loopback;
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -22,13 +23,10 @@ use std::{
 };
 
 use axum::{Router, routing::get};
-use bytes::Bytes;
 use figures::median;
-use http::{Request, StatusCode};
-use http_body_util::{BodyExt, Empty};
-use hyper::client::conn::http1::{SendRequest, handshake};
-use hyper_util::rt::TokioIo;
-use tokio::{net::TcpSocket, task::JoinSet};
+use http::StatusCode;
+use loopback::{ask, connect};
+use tokio::task::JoinSet;
 use tower_api_key::{
     ApiKeyAuthLayer, KeyFormat, KeyHash, KeyManager, KeyRecord, KeyRepository, KeyScheme,
     MemoryStore, NewKey, StoredKey,
@@ -168,10 +166,10 @@ async fn phase(server: SocketAddr, fast: &str, attack: Attack) -> Arc<Counts> {
     let mut clients = JoinSet::new();
     for n in 0..CLIENTS {
         let (counts, over, fast) = (Arc::clone(&counts), Arc::clone(&over), fast.to_owned());
-        let mut client = connect(server, 100 + n).await;
+        let mut client = connect(server, address(100 + n)).await;
         clients.spawn(async move {
             while !over.load(Ordering::Relaxed) {
-                assert_eq!(ask(&mut client, &fast).await, StatusCode::OK);
+                assert_eq!(ask(&mut client, "/", &fast).await, StatusCode::OK);
                 counts.fast.fetch_add(1, Ordering::Relaxed);
             }
         });
@@ -179,13 +177,13 @@ async fn phase(server: SocketAddr, fast: &str, attack: Attack) -> Arc<Counts> {
     if attack != Attack::None {
         for n in 0..ATTACKERS {
             let (counts, over) = (Arc::clone(&counts), Arc::clone(&over));
-            let mut client = connect(server, 10 + n).await;
+            let mut client = connect(server, address(10 + n)).await;
             clients.spawn(async move {
                 while !over.load(Ordering::Relaxed) {
                     let number = GUESSES.fetch_add(1, Ordering::Relaxed);
                     let target = if attack == Attack::OneKey { 0 } else { number as usize % 200 };
                     let guess = format!("{}-guess-{number}", prefix(target));
-                    let counter = match ask(&mut client, &guess).await {
+                    let counter = match ask(&mut client, "/", &guess).await {
                         StatusCode::UNAUTHORIZED => &counts.wrong,
                         StatusCode::SERVICE_UNAVAILABLE => &counts.turned_away,
                         other => panic!("a guess was answered {other}"),
@@ -196,10 +194,10 @@ async fn phase(server: SocketAddr, fast: &str, attack: Attack) -> Arc<Counts> {
             });
         }
         let (counts, over) = (Arc::clone(&counts), Arc::clone(&over));
-        let mut owner = connect(server, 200).await;
+        let mut owner = connect(server, address(200)).await;
         clients.spawn(async move {
             while !over.load(Ordering::Relaxed) {
-                let counter = match ask(&mut owner, "key-0000-of-the-owner").await {
+                let counter = match ask(&mut owner, "/", "key-0000-of-the-owner").await {
                     StatusCode::OK => &counts.owner_ok,
                     StatusCode::SERVICE_UNAVAILABLE => &counts.owner_busy,
                     _ => &counts.owner_other,
@@ -218,22 +216,7 @@ async fn phase(server: SocketAddr, fast: &str, attack: Attack) -> Arc<Counts> {
     counts
 }
 
-/// A connection from an address in a /24 of its own.
-async fn connect(server: SocketAddr, host: u8) -> SendRequest<Empty<Bytes>> {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.bind((Ipv4Addr::new(127, 0, host, 1), 0).into()).unwrap();
-    let stream = socket.connect(server).await.unwrap();
-    stream.set_nodelay(true).unwrap();
-    let (client, connection) = handshake(TokioIo::new(stream)).await.unwrap();
-    tokio::spawn(connection);
-    client
-}
-
-async fn ask(client: &mut SendRequest<Empty<Bytes>>, key: &str) -> StatusCode {
-    let request = Request::get("/").header("host", "localhost").header("x-api-key", key);
-    client.ready().await.unwrap();
-    let response = client.send_request(request.body(Empty::new()).unwrap()).await.unwrap();
-    let status = response.status();
-    response.into_body().collect().await.unwrap();
-    status
+/// Each is in a /24 of its own.
+fn address(host: u8) -> Ipv4Addr {
+    Ipv4Addr::new(127, 0, host, 1)
 }

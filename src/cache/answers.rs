@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -16,12 +16,13 @@ use chrono::{DateTime, Utc};
 use tokio::runtime::Handle;
 
 use super::{
-    Background, Moment, Settings, View,
+    Background, Health, Moment, Settings, View,
+    admission::Admission,
     feed::follow,
     flight::{Boarding, Flights, Landed, Outcome, Waiters},
     floors::{Seen, Standing, Subject},
     freshness::Age,
-    limiter::{LookupLimiter, Priority},
+    limiter::Priority,
     local::{LocalCache, Refused, Stamp},
 };
 use crate::{
@@ -29,9 +30,9 @@ use crate::{
     deadline::within,
     error::{StoreError, StoreErrorKind},
     key::{KeyDigest, KeyScheme, PresentedKey},
-    policy::{self, NetworkSteps},
+    policy,
     respond::{Denial, InvalidKey},
-    store::{self, Answer, DynKeyStore, FeedStatus, KeyStore, Lookup, Proof, Source},
+    store::{self, Answer, DynKeyStore, KeyStore, Lookup, Proof, Source},
     usage::Recorder,
 };
 
@@ -44,7 +45,7 @@ pub(crate) struct Answers {
     view: Arc<View>,
     cache: LocalCache,
     flights: Arc<Flights>,
-    limiter: Mutex<LookupLimiter>,
+    admission: Admission,
     feed: Background,
     usage: Arc<Recorder>,
     /// Whether the store failed when it was last asked.
@@ -91,7 +92,7 @@ impl Answers {
             view: View::new(&settings),
             cache: LocalCache::new(&settings),
             flights: Arc::default(),
-            limiter: Mutex::new(LookupLimiter::new()),
+            admission: Admission::new(settings.max_lookups),
             feed: Background::default(),
             is_store_failing: AtomicBool::new(false),
         })
@@ -217,7 +218,11 @@ impl Answers {
             Recall::Refused(reason) => Some(Err(reason.into())),
             Recall::Nothing => None,
         };
-        let admit = |under_way| self.admit(key, address, under_way);
+        let admit = |under_way| {
+            let is_known =
+                self.cache.known(&digest).is_some() || self.cache.proof(&digest).is_some();
+            self.admission.admit(&self.scheme, (key, is_known), address, under_way)
+        };
         self.flights.board(
             digest,
             generation,
@@ -231,51 +236,13 @@ impl Answers {
                     let flight = inner.fly(key, prefix, address, seen, priority, waiters);
                     let landed = flight.await;
                     if priority != Priority::Known {
-                        inner.count(&landed.outcome, address);
+                        let now = inner.scheme.clock().monotonic();
+                        inner.admission.count(&landed.outcome, address, now);
                     }
                     landing.land(landed);
                 });
             },
         )
-    }
-
-    /// The priority of a look-up, of which there are `under_way` others, or why there is to be none.
-    fn admit(
-        &self,
-        key: &PresentedKey,
-        address: Option<IpAddr>,
-        under_way: usize,
-    ) -> Result<Priority, StoreError> {
-        let digest = &key.digest;
-        let is_known = self.cache.known(digest).is_some() || self.cache.proof(digest).is_some();
-        let priority = if is_known {
-            Priority::Known
-        } else if let Some(error) = self.scheme.turns_away(key, address) {
-            return Err(error);
-        } else {
-            self.limiter().priority(NetworkSteps::of(address), self.scheme.clock().monotonic())
-        };
-        if under_way >= priority.bound(self.settings.max_lookups) {
-            let message = "too many look-ups are under way";
-            return Err(StoreError::overloaded(message, Duration::from_secs(1)));
-        }
-        Ok(priority)
-    }
-
-    /// Counts look-ups that find no key, by the network of the client.
-    fn count(&self, outcome: &Outcome, address: Option<IpAddr>) {
-        let (source, now) = (NetworkSteps::of(address), self.scheme.clock().monotonic());
-        match outcome {
-            Ok(_) => self.limiter().succeeded(source, now),
-            Err(Denial::InvalidKey(InvalidKey::Unknown | InvalidKey::WrongSecret)) => {
-                self.limiter().failed(source, now);
-            }
-            Err(_) => {}
-        }
-    }
-
-    fn limiter(&self) -> MutexGuard<'_, LookupLimiter> {
-        self.limiter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Asks the store, judges what does not depend on the request, and remembers the answer.
@@ -422,24 +389,6 @@ fn wall_nanos(time: DateTime<Utc>) -> u64 {
     let nanos =
         i128::from(time.timestamp()) * 1_000_000_000 + i128::from(time.timestamp_subsec_nanos());
     u64::try_from(nanos.max(0)).unwrap_or(u64::MAX)
-}
-
-/// How the caches of an [`Authenticator`](crate::Authenticator) stand.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Health {
-    /// Valid keys that this node remembers.
-    pub cached_keys: usize,
-    /// Look-ups that wait for the store.
-    pub lookups_under_way: usize,
-    /// Whether the store failed when it was last asked. Keys that are remembered are served within
-    /// `max_staleness + stale_if_error`.
-    pub is_store_failing: bool,
-    /// How long ago this node last knew that it had heard of every change. `None` before the first
-    /// look-up, and for a store that has no feed.
-    pub last_sync: Option<Duration>,
-    /// How the feed of changes stands: why changes may not arrive, and how large its table is.
-    pub feed: FeedStatus,
 }
 
 impl fmt::Debug for Answers {

@@ -10,11 +10,13 @@
 //! what is under way for a key that is not in it, [`limiter`] decides whose look-ups go first, and [`feed`]
 //! listens to the store.
 
+mod admission;
 mod answers;
 mod feed;
 mod flight;
 mod floors;
 mod freshness;
+mod health;
 mod limiter;
 mod local;
 mod moment;
@@ -24,7 +26,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-pub use self::answers::Health;
+pub use self::health::Health;
 pub(crate) use self::{
     answers::{Answers, LookupFuture, Recall},
     feed::Background,
