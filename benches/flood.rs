@@ -40,9 +40,10 @@ use tokio::{
 use tower_api_key::*;
 
 const ROUNDS: usize = 3;
-const PHASE: Duration = Duration::from_secs(6);
+const PHASE: Duration = Duration::from_secs(4);
 const HOT_CLIENTS: u8 = 8;
-const FLOODERS: usize = 32;
+/// More than the suspect look-ups that may wait, so that most are turned away at once.
+const FLOODERS: usize = 256;
 const ADDRESSES: usize = 1000;
 /// A valid cold key counts as answered within this time.
 const IN_TIME: Duration = Duration::from_secs(1);
