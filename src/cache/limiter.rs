@@ -38,18 +38,22 @@ impl Priority {
 struct Allowance {
     burst: f64,
     per_second: f64,
+    /// Failures that are counted at most. Those beyond the burst keep it used up for longer.
+    most: f64,
 }
 
 /// Allowances by step. A wider network has more clients, and four steps' worth of hosts must not have four
 /// hosts' worth of free look-ups.
 const NETWORKS: [Allowance; STEPS] = [
-    Allowance { burst: 10.0, per_second: 0.5 },
-    Allowance { burst: 40.0, per_second: 2.0 },
-    Allowance { burst: 80.0, per_second: 4.0 },
-    Allowance { burst: 320.0, per_second: 16.0 },
+    Allowance { burst: 10.0, per_second: 0.5, most: 10.0 },
+    Allowance { burst: 40.0, per_second: 2.0, most: 40.0 },
+    Allowance { burst: 80.0, per_second: 4.0, most: 80.0 },
+    Allowance { burst: 320.0, per_second: 16.0, most: 320.0 },
 ];
 /// The allowance of all networks together, for floods that come from many of them.
-const EVERYONE: Allowance = Allowance { burst: 500.0, per_second: 100.0 };
+/// What failed while a flood began keeps it used up for 15 s, or each hundredth of a second a gap would let in
+/// all that come at once.
+const EVERYONE: Allowance = Allowance { burst: 500.0, per_second: 100.0, most: 2000.0 };
 /// Number of failures within [`MEMORY`] from which on a host is suspect while that of everyone is used up.
 const FEW: u32 = 2;
 /// Failures of a host are counted for this long after the last one.
@@ -92,9 +96,8 @@ impl Level {
         self.used(allowance, now) + 1.0 > allowance.burst
     }
 
-    /// Never rises above the burst, so that a network is suspect no longer than it takes to get one back.
     fn add(&mut self, failures: f64, allowance: Allowance, now: Duration) {
-        self.used = (self.used(allowance, now) + failures).clamp(0.0, allowance.burst);
+        self.used = (self.used(allowance, now) + failures).clamp(0.0, allowance.most);
         self.at = self.at.max(now);
     }
 }
