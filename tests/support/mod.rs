@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, unused_macros, unreachable_pub, missing_docs)]
 
 pub mod counted;
+pub mod database;
 pub mod door;
 pub mod eventually;
 pub mod every_store;

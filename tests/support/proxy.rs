@@ -5,7 +5,7 @@ use std::{
     net::{Ipv4Addr, TcpListener as Listener},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering::SeqCst},
         mpsc as std_mpsc,
     },
     thread::{self, JoinHandle},
@@ -55,6 +55,8 @@ enum Order {
 #[derive(Default)]
 struct Shared {
     mode: watch::Sender<Mode>,
+    /// The port of the server that new connections lead to.
+    server: AtomicU16,
     /// The answer to the next request that contains these bytes is lost.
     to_swallow: Mutex<Option<Vec<u8>>>,
     swallowed: AtomicUsize,
@@ -68,10 +70,10 @@ impl Proxy {
     /// A proxy that passes everything to this port of the loopback address.
     pub fn start(target: u16) -> Self {
         let (port, listener) = listen();
-        let shared = Arc::<Shared>::default();
+        let shared = Arc::new(Shared { server: AtomicU16::new(target), ..Shared::default() });
         let (orders, received) = mpsc::unbounded_channel();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let serve = serve(listener, port.number(), target, Arc::clone(&shared), received);
+        let serve = serve(listener, port.number(), Arc::clone(&shared), received);
         let thread = thread::spawn(move || runtime.block_on(serve));
         Self { port, target, shared, orders, thread: Some(thread) }
     }
@@ -105,6 +107,11 @@ impl Proxy {
     /// Connections stay open and new ones are accepted, and nothing arrives at either end: a lost network.
     pub fn black_hole(&self) {
         self.order(Order::Change(Mode::BlackHole));
+    }
+
+    /// Leads new connections to another server, as a failover does; open ones stay.
+    pub fn switch_to(&self, server: u16) {
+        self.shared.server.store(server, SeqCst);
     }
 
     /// Inverts every byte that the server sends.
@@ -185,7 +192,6 @@ fn listen() -> (Port, Listener) {
 async fn serve(
     listener: Listener,
     port: u16,
-    target: u16,
     shared: Arc<Shared>,
     mut orders: mpsc::UnboundedReceiver<(Order, std_mpsc::Sender<()>)>,
 ) {
@@ -223,7 +229,7 @@ async fn serve(
             Ok((client, _)) = accepted => {
                 let (shared, reset) = (Arc::clone(&shared), resets.subscribe());
                 shared.accepted.fetch_add(1, SeqCst);
-                connections.spawn(connection(client, target, shared, reset));
+                connections.spawn(connection(client, shared, reset));
             }
             Some(_) = connections.join_next() => {}
         }
@@ -239,16 +245,11 @@ impl Drop for Open {
     }
 }
 
-async fn connection(
-    mut client: TcpStream,
-    target: u16,
-    shared: Arc<Shared>,
-    mut reset: watch::Receiver<()>,
-) {
+async fn connection(mut client: TcpStream, shared: Arc<Shared>, mut reset: watch::Receiver<()>) {
     shared.open.fetch_add(1, SeqCst);
     let _open = Open(Arc::clone(&shared));
     let relayed = tokio::select! {
-        relayed = relay(&mut client, target, &shared) => relayed.is_ok(),
+        relayed = relay(&mut client, &shared) => relayed.is_ok(),
         _ = reset.changed() => false,
     };
     if !relayed {
@@ -256,8 +257,9 @@ async fn connection(
     }
 }
 
-async fn relay(client: &mut TcpStream, target: u16, shared: &Shared) -> io::Result<()> {
+async fn relay(client: &mut TcpStream, shared: &Shared) -> io::Result<()> {
     shared.until_it_passes().await;
+    let target = shared.server.load(SeqCst);
     let mut server = TcpStream::connect((Ipv4Addr::LOCALHOST, target)).await?;
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -59,6 +60,47 @@ impl Postgres {
             let mut postgres = Self { server, port: Port::claim(), settings, locales };
             postgres.launch().map(|()| postgres)
         })
+    }
+
+    /// A standby that follows this server through `port`, its own or that of a proxy before it.
+    pub fn standby(&self, port: u16) -> Self {
+        on_free_ports(|| {
+            let server = Server::new("tak-pg-");
+            let mut copy = unprivileged(&bin("pg_basebackup"));
+            copy.args(["-h", "127.0.0.1", "-U", "app", "-c", "fast", "-R", "--no-sync", "-p"]);
+            copy.arg(port.to_string()).arg("-D").arg(server.folder().join("data"));
+            assert!(copy.status().unwrap().success(), "pg_basebackup failed");
+            let settings = self.settings.clone();
+            let mut postgres = Self { server, port: Port::claim(), settings };
+            postgres.launch().map(|()| postgres)
+        })
+    }
+
+    /// Runs one of PostgreSQL's programs at this server, with `input`, and returns what it prints.
+    pub fn program(&self, name: &str, arguments: &[&str], input: &str) -> String {
+        let mut command = unprivileged(&bin(name));
+        command.arg("-h").arg(self.folder()).args(["-p", &self.port().to_string(), "-U", "app"]);
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = command.spawn().unwrap();
+        let mut to_process = process.stdin.take().unwrap();
+        let input = input.to_owned();
+        // On a thread of its own: the program may print before it has read everything.
+        let writer = std::thread::spawn(move || drop(to_process.write_all(input.as_bytes())));
+        let output = process.wait_with_output().unwrap();
+        writer.join().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{name} {arguments:?}: {errors}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a script with psql, up to its first error, which fails the test.
+    pub fn script(&self, database: &str, sql: &str) -> String {
+        self.program("psql", &["-X", "-q", "-v", "ON_ERROR_STOP=1", database], sql)
+    }
+
+    /// What the server has logged since it was last started.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.folder().join("log")).unwrap()).into_owned()
     }
 
     pub fn folder(&self) -> &Path {

@@ -21,6 +21,8 @@ pub(super) struct Position {
     /// A row of each of the transactions that were read last. A failover may lose the last commits, also one with
     /// a lower id than one that survived: then one of these is gone.
     recent: VecDeque<Recent>,
+    /// What the last read found, if it was of more transactions than `recent` holds.
+    crowd: Option<Crowd>,
     /// The row of the highest transaction id.
     last: Option<String>,
     triggers: Option<String>,
@@ -32,8 +34,21 @@ struct Recent {
     read_at: SystemTime,
 }
 
+/// Rows of many transactions that one read returned. Any of these may have been the last to commit, so that their
+/// number is checked for as long as no later transaction was read.
+pub(super) struct Crowd {
+    /// The ids of the transactions: from the one to before the other, and `before` them.
+    pub(super) from: u64,
+    pub(super) to: u64,
+    pub(super) before: Vec<u64>,
+    /// Those that were in progress still.
+    pub(super) except: Vec<u64>,
+    pub(super) rows: usize,
+    read_at: SystemTime,
+}
+
 /// So many transactions are checked for still being there. The last ones to commit are the first to be lost, so
-/// that a few are enough.
+/// that a few are enough, unless one read returns more.
 const MAX_RECENT: usize = 64;
 /// Commits of longer ago are not lost by a failover. Half of the time for which rows are kept: whoever has not read
 /// for so long may have missed rows that were pruned.
@@ -41,13 +56,17 @@ const MAX_GAP: Duration = Duration::from_secs(3600);
 
 impl Position {
     pub(super) fn new(next_xid: u64, in_progress: Vec<u64>) -> Self {
-        let (recent, last, triggers, as_of) = (VecDeque::new(), None, None, None);
-        Self { next_xid, in_progress, recent, last, triggers, as_of }
+        let (recent, crowd, last, triggers, as_of) = (VecDeque::new(), None, None, None, None);
+        Self { next_xid, in_progress, recent, crowd, last, triggers, as_of }
     }
 
     /// Ids of rows that have to be there still.
     pub(super) fn recent(&self) -> impl Iterator<Item = &str> {
         self.recent.iter().map(|row| row.id.as_str()).chain(self.last.as_deref())
+    }
+
+    pub(super) fn crowd(&self) -> Option<&Crowd> {
+        self.crowd.as_ref()
     }
 
     /// Moves on to behind what was found, and returns the changes in it.
@@ -68,8 +87,21 @@ impl Position {
         }
         if !is_same_database {
             self.recent.clear();
+            self.crowd = None;
         }
-        self.remember(&rows, as_of);
+        let transactions = self.remember(&rows, as_of);
+        let is_old = |crowd: &Crowd| is_past(crowd.read_at, as_of);
+        if transactions > 0 || self.crowd.as_ref().is_some_and(is_old) {
+            let is_crowd = !is_first && transactions > MAX_RECENT && rows.len() <= MAX_CHANGES;
+            self.crowd = is_crowd.then(|| Crowd {
+                from: self.next_xid,
+                to: found.next_xid,
+                before: self.in_progress.clone(),
+                except: found.in_progress.clone(),
+                rows: rows.len(),
+                read_at: as_of,
+            });
+        }
         if rows.len() <= MAX_CHANGES {
             changes.extend(changes_of(rows));
         }
@@ -81,16 +113,23 @@ impl Position {
         changes
     }
 
-    fn remember(&mut self, rows: &[Row], read_at: SystemTime) {
+    /// Returns of how many transactions the rows are.
+    fn remember(&mut self, rows: &[Row], read_at: SystemTime) -> usize {
         let by_transaction: BTreeMap<_, _> = rows.iter().map(|row| (row.xid, &row.id)).collect();
+        let transactions = by_transaction.len();
         let read = by_transaction.into_values();
         self.recent.extend(read.map(|id| Recent { id: id.clone(), read_at }));
-        let is_old =
-            |row: &Recent| read_at.duration_since(row.read_at).is_ok_and(|age| age > MAX_GAP);
+        let is_old = |row: &Recent| is_past(row.read_at, read_at);
         while self.recent.len() > MAX_RECENT || self.recent.front().is_some_and(is_old) {
             self.recent.pop_front();
         }
+        transactions
     }
+}
+
+/// Whether a failover can't lose any more what was read then.
+fn is_past(read_at: SystemTime, now: SystemTime) -> bool {
+    now.duration_since(read_at).is_ok_and(|age| age > MAX_GAP)
 }
 
 /// The changes in rows of one snapshot, each subject once. Revisions of one row rise in the order of its commits, so

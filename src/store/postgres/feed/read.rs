@@ -4,7 +4,11 @@ use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
 
-use super::{super::schema, listener::Listener, position::Position};
+use super::{
+    super::schema,
+    listener::Listener,
+    position::{Crowd, Position},
+};
 use crate::error::StoreError;
 
 /// Past so many new changes at once everything is read anew.
@@ -74,6 +78,7 @@ impl Listener {
         let limit = MAX_CHANGES + 1;
         let recent = join(position.recent().map(|id| format!("\"{id}\"")));
         let in_progress = join(position.in_progress.iter());
+        let crowd = position.crowd().map_or("TRUE".to_owned(), is_complete);
         // Transaction ids that are ahead of this cluster's came with a dump of another one. Ordered by the index
         // with a limit, so that no plan reads the whole table, whatever the statistics are. On a standby the
         // snapshot does not list what is in progress.
@@ -100,7 +105,7 @@ impl Listener {
                 'is_notified', current_setting('max_prepared_transactions') = '0',
                 'is_continuous', NOT EXISTS (
                     SELECT FROM unnest('{{{recent}}}'::uuid[]) AS r (id)
-                    WHERE NOT EXISTS (SELECT FROM api_key_changes c WHERE c.id = r.id)),
+                    WHERE NOT EXISTS (SELECT FROM api_key_changes c WHERE c.id = r.id)) AND {crowd},
                 'last', (SELECT row_to_json(last) FROM last),
                 'changes', (SELECT json_agg(c) FROM (
                     (SELECT {ROW} FROM api_key_changes c
@@ -117,6 +122,19 @@ impl Listener {
         );
         self.run_json(&sql).await
     }
+}
+
+/// An SQL expression: whether all the rows are still there.
+fn is_complete(crowd: &Crowd) -> String {
+    let [before, except] = [&crowd.before, &crowd.except].map(|xids| join(xids.iter()));
+    let count = |which: String| {
+        format!(
+            "(SELECT count(*) FROM api_key_changes c WHERE {which} AND c.xid <> ALL ('{{{except}}}'::xid8[]))"
+        )
+    };
+    let range = count(format!("c.xid >= '{}'::xid8 AND c.xid < '{}'::xid8", crowd.from, crowd.to));
+    let single = count(format!("c.xid = ANY ('{{{before}}}'::xid8[])"));
+    format!("{range} + {single} >= {}", crowd.rows)
 }
 
 fn join(items: impl Iterator<Item = impl ToString>) -> String {
