@@ -62,7 +62,8 @@ BEGIN
                 OR OLD.expires_at IS DISTINCT FROM NEW.expires_at
                 OR OLD.metadata::text IS DISTINCT FROM NEW.metadata::text;
             IF is_changed THEN
-                NEW.api_key_revision := {home}.api_key_next_revision();
+                -- Data of a dump or of replication may be ahead of the sequence.
+                NEW.api_key_revision := greatest({home}.api_key_next_revision(), OLD.api_key_revision + 1);
             ELSIF NEW.api_key_revision IS DISTINCT FROM OLD.api_key_revision THEN
                 NEW.api_key_revision := OLD.api_key_revision;
             END IF;
@@ -91,13 +92,17 @@ BEGIN
                 OR o -> 'budget_type' IS DISTINCT FROM n -> 'budget_type'
                 OR o -> 'expires_at' IS DISTINCT FROM n -> 'expires_at'
                 OR o -> 'metadata' IS DISTINCT FROM n -> 'metadata';
-                NEW.api_key_revision := CASE
-                    WHEN is_changed THEN {home}.api_key_next_revision() ELSE (o ->> 'api_key_revision')::bigint END;
+                NEW.api_key_revision := (o ->> 'api_key_revision')::bigint;
+                IF is_changed THEN
+                    NEW.api_key_revision := greatest(
+                        {home}.api_key_next_revision(), NEW.api_key_revision + 1);
+                END IF;
                 RETURN NEW;
             EXCEPTION
-                -- json may hold what jsonb can't (a NUL character): every update of such a row is a change.
-                WHEN untranslatable_character THEN
-                    NEW.api_key_revision := {home}.api_key_next_revision();
+                -- json may hold what jsonb can't (a NUL character, a huge number): every update of it is a change.
+                WHEN data_exception THEN
+                    NEW.api_key_revision := greatest(
+                        {home}.api_key_next_revision(), OLD.api_key_revision + 1);
                     RETURN NEW;
                 -- Without the column of the revision the feed reports that it is incomplete.
                 WHEN undefined_column THEN
@@ -107,9 +112,10 @@ BEGIN
         $body$
     $sql$, '{home}', quote_ident(home));
     -- Inserted users keep the revision 0: another service's sign-ups cost nothing. The revision of a user who was
-    -- deleted and is put back is that of the last change of this user, which look-ups read too.
-    EXECUTE replace($sql$
-        CREATE OR REPLACE FUNCTION api_key_revise_user() RETURNS TRIGGER LANGUAGE plpgsql AS $body$
+    -- deleted and is put back is that of the last change of this user, which look-ups read too. The users may be in
+    -- a schema of their own, and who writes them need not have a right on the other one.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_revise_user() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         DECLARE
             is_changed BOOLEAN;
             o JSONB;
@@ -120,7 +126,8 @@ BEGIN
                 OR OLD.role IS DISTINCT FROM NEW.role
                 OR OLD.is_active IS DISTINCT FROM NEW.is_active;
             IF is_changed THEN
-                NEW.api_key_revision := {home}.api_key_next_revision();
+                -- Data of a dump or of replication may be ahead of the sequence.
+                NEW.api_key_revision := greatest(api_key_next_revision(), OLD.api_key_revision + 1);
             ELSIF NEW.api_key_revision IS DISTINCT FROM OLD.api_key_revision THEN
                 NEW.api_key_revision := OLD.api_key_revision;
             END IF;
@@ -134,13 +141,17 @@ BEGIN
                 OR o -> 'email' IS DISTINCT FROM n -> 'email'
                 OR o -> 'role' IS DISTINCT FROM n -> 'role'
                 OR o -> 'is_active' IS DISTINCT FROM n -> 'is_active';
-                NEW.api_key_revision := CASE
-                    WHEN is_changed THEN {home}.api_key_next_revision() ELSE (o ->> 'api_key_revision')::bigint END;
+                NEW.api_key_revision := (o ->> 'api_key_revision')::bigint;
+                IF is_changed THEN
+                    NEW.api_key_revision := greatest(
+                        api_key_next_revision(), NEW.api_key_revision + 1);
+                END IF;
                 RETURN NEW;
             EXCEPTION
-                -- json may hold what jsonb can't (a NUL character): every update of such a row is a change.
-                WHEN untranslatable_character THEN
-                    NEW.api_key_revision := {home}.api_key_next_revision();
+                -- json may hold what jsonb can't (a NUL character, a huge number): every update of it is a change.
+                WHEN data_exception THEN
+                    NEW.api_key_revision := greatest(
+                        api_key_next_revision(), OLD.api_key_revision + 1);
                     RETURN NEW;
                 -- Without the column of the revision the feed reports that it is incomplete.
                 WHEN undefined_column THEN
@@ -148,7 +159,7 @@ BEGIN
             END;
         END
         $body$
-    $sql$, '{home}', quote_ident(home));
+    $sql$;
     -- A key without a lookup id can't be looked up, so that nothing depends on it. Fields are read from jsonb: a plan
     -- that names them would fail in open sessions once a column's type is altered.
     EXECUTE $sql$
@@ -164,14 +175,15 @@ BEGIN
                     VALUES ((n ->> 'api_key_revision')::bigint, n ->> 'key_prefix', (n ->> 'id')::bigint);
             END IF;
             IF o ->> 'key_prefix' IS NOT NULL AND o ->> 'key_prefix' IS DISTINCT FROM n ->> 'key_prefix' THEN
-                INSERT INTO api_key_changes (key_prefix, api_key_id)
-                    VALUES (o ->> 'key_prefix', (o ->> 'id')::bigint);
+                INSERT INTO api_key_changes (revision, key_prefix, api_key_id) VALUES (
+                    greatest(nextval('api_key_revisions'), (o ->> 'api_key_revision')::bigint + 1),
+                    o ->> 'key_prefix', (o ->> 'id')::bigint);
             END IF;
             PERFORM api_key_notify();
             RETURN NULL;
         EXCEPTION
             -- A column is not there any more, or a row is no jsonb: nothing says whose key it was.
-            WHEN not_null_violation OR untranslatable_character THEN
+            WHEN not_null_violation OR data_exception THEN
                 INSERT INTO api_key_changes DEFAULT VALUES;
                 PERFORM api_key_notify();
                 RETURN NULL;
@@ -201,14 +213,17 @@ BEGIN
                     VALUES ((to_jsonb(NEW) ->> 'api_key_revision')::bigint, after);
             END IF;
             IF before IS DISTINCT FROM after AND before IS NOT NULL THEN
-                INSERT INTO api_key_changes (user_id) VALUES (before);
+                INSERT INTO api_key_changes (revision, user_id) VALUES (
+                    greatest(nextval('api_key_revisions'), (to_jsonb(OLD) ->> 'api_key_revision')::bigint + 1),
+                    before);
             END IF;
             IF before IS DISTINCT FROM after OR EXISTS (SELECT FROM api_keys WHERE user_id = after) THEN
                 PERFORM api_key_notify();
             END IF;
             RETURN NULL;
         EXCEPTION
-            WHEN not_null_violation OR untranslatable_character THEN
+            -- Or the table of keys or a column of it is not there, which is no reason to refuse the statement.
+            WHEN not_null_violation OR data_exception OR undefined_column OR undefined_table THEN
                 INSERT INTO api_key_changes DEFAULT VALUES;
                 PERFORM api_key_notify();
                 RETURN NULL;
@@ -326,31 +341,27 @@ BEGIN
     FOR wanted IN
         SELECT *, (
             SELECT count(*) = 1 FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
-            WHERE t.tgrelid = to_regclass(in_table) AND t.tgname = name AND t.tgenabled = 'A' AND t.tgtype = type
+            WHERE t.tgrelid = to_regclass(in_table) AND t.tgname = name AND t.tgenabled = left(mode, 1) AND t.tgtype = type
                 AND p.proname = function AND p.pronamespace = current_schema()::regnamespace
         ) AS is_there
         FROM (VALUES
             -- The last trigger before a row is written, by its name, so that it sees what the others made of it.
-            ('api_keys', 'zzz_api_key_revision', 23, 'BEFORE INSERT OR UPDATE', 'ROW', 'api_key_revise_key'),
-            ('api_keys', 'api_key_note_new', 13, 'AFTER INSERT OR DELETE', 'ROW', 'api_key_note_key'),
-            ('api_keys', 'api_key_note', 17, 'AFTER UPDATE', 'ROW', 'api_key_note_key'),
-            ('api_keys', 'api_key_note_all', 32, 'AFTER TRUNCATE', 'STATEMENT', 'api_key_note_all'),
-            ('users', 'zzz_api_key_revision', 19, 'BEFORE UPDATE', 'ROW', 'api_key_revise_user'),
-            ('users', 'api_key_note_gone', 9, 'AFTER DELETE', 'ROW', 'api_key_note_user'),
-            ('users', 'api_key_note', 17, 'AFTER UPDATE', 'ROW', 'api_key_note_user'),
-            ('users', 'api_key_note_all', 32, 'AFTER TRUNCATE', 'STATEMENT', 'api_key_note_all'),
-            ('api_key_changes', 'api_key_skip_foreign', 7, 'BEFORE INSERT', 'ROW', 'api_key_skip_foreign')
-        ) AS triggers (in_table, name, type, event, level, function)
-        -- No key is stored before its user where a foreign key says so.
-        UNION ALL SELECT 'users', 'api_key_note_new', 5, 'AFTER INSERT', 'ROW', 'api_key_note_user', (
-            SELECT count(*) = 1 FROM pg_trigger t
-            WHERE t.tgrelid = to_regclass('users') AND t.tgname = 'api_key_note_new' AND t.tgenabled = 'A'
-        )
-        WHERE NOT EXISTS (
-            SELECT FROM pg_constraint c
-            WHERE c.conrelid = to_regclass('api_keys') AND c.confrelid = to_regclass('users') AND c.contype = 'f'
-                AND c.convalidated AND c.confkey = ARRAY(
-                    SELECT attnum FROM pg_attribute WHERE attrelid = to_regclass('users') AND attname = 'id'))
+            ('api_keys', 'zzz_api_key_revision', 23, 'BEFORE INSERT OR UPDATE', 'ROW', 'api_key_revise_key', 'ALWAYS'),
+            ('api_keys', 'api_key_note_new', 13, 'AFTER INSERT OR DELETE', 'ROW', 'api_key_note_key', 'ALWAYS'),
+            ('api_keys', 'api_key_note', 17, 'AFTER UPDATE', 'ROW', 'api_key_note_key', 'ALWAYS'),
+            ('api_keys', 'api_key_note_all', 32, 'AFTER TRUNCATE', 'STATEMENT', 'api_key_note_all', 'ALWAYS'),
+            ('users', 'zzz_api_key_revision', 19, 'BEFORE UPDATE', 'ROW', 'api_key_revise_user', 'ALWAYS'),
+            -- No key is stored before its user where a foreign key says so, but by replication.
+            ('users', 'api_key_note_new', 5, 'AFTER INSERT', 'ROW', 'api_key_note_user', (
+                SELECT CASE WHEN count(*) > 0 THEN 'REPLICA' ELSE 'ALWAYS' END FROM pg_constraint c
+                WHERE c.conrelid = to_regclass('api_keys') AND c.confrelid = to_regclass('users')
+                    AND c.contype = 'f' AND c.convalidated AND c.confkey = ARRAY(
+                        SELECT attnum FROM pg_attribute WHERE attrelid = to_regclass('users') AND attname = 'id'))),
+            ('users', 'api_key_note_gone', 9, 'AFTER DELETE', 'ROW', 'api_key_note_user', 'ALWAYS'),
+            ('users', 'api_key_note', 17, 'AFTER UPDATE', 'ROW', 'api_key_note_user', 'ALWAYS'),
+            ('users', 'api_key_note_all', 32, 'AFTER TRUNCATE', 'STATEMENT', 'api_key_note_all', 'ALWAYS'),
+            ('api_key_changes', 'api_key_skip_foreign', 7, 'BEFORE INSERT', 'ROW', 'api_key_skip_foreign', 'ALWAYS')
+        ) AS triggers (in_table, name, type, event, level, function, mode)
     LOOP
         CONTINUE WHEN wanted.is_there;
         EXECUTE format('DROP TRIGGER IF EXISTS %I ON %I', wanted.name, wanted.in_table);
@@ -364,7 +375,7 @@ BEGIN
             END,
             wanted.function);
         -- Also for what replication writes, and under session_replication_role = replica.
-        EXECUTE format('ALTER TABLE %I ENABLE ALWAYS TRIGGER %I', wanted.in_table, wanted.name);
+        EXECUTE format('ALTER TABLE %I ENABLE %s TRIGGER %I', wanted.in_table, wanted.mode, wanted.name);
         is_whole := FALSE;
     END LOOP;
     -- What happened while a trigger was missing is not known: every node reads everything anew. In a new database
@@ -375,9 +386,5 @@ BEGIN
             VALUES (CASE WHEN NOT EXISTS (SELECT FROM api_key_changes) THEN '' END);
         ALTER TABLE api_key_changes ENABLE ALWAYS TRIGGER api_key_skip_foreign;
     END IF;
-    -- Which version of this file was run last, and what it made.
-    EXECUTE format('COMMENT ON TABLE api_key_changes IS %L', 'tower-api-key 1 ' || (
-        SELECT md5(string_agg(p.prosrc, '' ORDER BY p.proname)) FROM pg_proc p
-        WHERE p.pronamespace = current_schema()::regnamespace AND p.proname LIKE 'api\_key\_%'));
 END
 $make$;

@@ -51,7 +51,9 @@ BEGIN
             ('api_key_changes_prefix', 'api_key_changes', 'key_prefix, revision'),
             ('api_key_changes_user',   'api_key_changes', 'user_id, revision')
         ) AS indexes (name, in_table, columns)
-        WHERE to_regclass(name) IS NULL
+        -- One of the same name in a later schema is of another table.
+        WHERE NOT EXISTS (
+            SELECT FROM pg_index WHERE indrelid = to_regclass(in_table) AND indexrelid = to_regclass(name))
     LOOP
         EXECUTE format('CREATE INDEX %I ON %I (%s)', wanted.name, wanted.in_table, wanted.columns);
     END LOOP;
@@ -75,5 +77,13 @@ BEGIN
         EXECUTE format('ALTER TABLE %I ADD COLUMN api_key_revision BIGINT NOT NULL DEFAULT 0', wanted.name);
         EXECUTE format('COMMENT ON COLUMN %I.api_key_revision IS ''made by tower-api-key''', wanted.name);
     END LOOP;
+
+    -- A sequence that was dropped took the default along, and goes on behind the highest revision.
+    IF NOT (SELECT is_called FROM api_key_revisions) THEN
+        ALTER TABLE api_key_changes ALTER COLUMN revision SET DEFAULT nextval('api_key_revisions');
+        PERFORM setval('api_key_revisions', greatest(
+            (SELECT max(revision) FROM api_key_changes), (SELECT max(api_key_revision) FROM api_keys),
+            (SELECT max(api_key_revision) FROM users), 0) + 1, FALSE);
+    END IF;
 END
 $$;

@@ -20,7 +20,7 @@ use crate::{
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/postgres");
 /// The functions and triggers, on the tables that the migrations have made.
 const TRIGGERS: &str = include_str!("../../../schema/triggers/postgres.sql");
-/// The number in the comment that [`TRIGGERS`] leaves. One more whenever a file of the schema changes: a database
+/// The number in the comment on `api_key_changes`. One more whenever a file of the schema changes: a database
 /// with a lower one is brought up to date, one with a higher one is left to the newer nodes.
 const VERSION: i64 = 1;
 
@@ -49,12 +49,36 @@ pub(super) fn migrate(connection: &mut BlockingConnection) -> Result<bool, Migra
         }
         let is_missing = |table: &str| missing.iter().any(|it| it.strip_prefix("table ") == Some(table));
         let is_adopted = is_missing("api_key_changes") && !is_missing("api_keys");
+        connection.batch_execute(LOCK_TABLES)?;
         make(connection).map_err(|error| Failure(StoreError::rejected(error).into()))?;
         telemetry::schema_made(&missing);
         Ok(is_adopted)
     });
     outcome.map_err(|Failure(error)| error)
 }
+
+/// Locks the tables of the other service, each attempt for less than its `deadlock_timeout` (1 s by default): a
+/// transaction that writes both in the other order goes on, and this waits.
+const LOCK_TABLES: &str = "DO $lock$
+    DECLARE
+        deadline TIMESTAMPTZ := clock_timestamp() + INTERVAL '10 s';
+        names    TEXT := (SELECT string_agg(name, ', ') FROM unnest(ARRAY['users', 'api_keys']) AS t (name)
+            WHERE to_regclass(name) IS NOT NULL);
+    BEGIN
+        WHILE names IS NOT NULL LOOP
+            BEGIN
+                PERFORM set_config('lock_timeout', '300ms', TRUE);
+                EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', names);
+                EXIT;
+            EXCEPTION WHEN lock_not_available THEN
+                IF clock_timestamp() > deadline THEN
+                    RAISE;
+                END IF;
+                PERFORM pg_sleep(0.05);
+            END;
+        END LOOP;
+        PERFORM set_config('lock_timeout', '10s', TRUE);
+    END $lock$";
 
 type MigrationError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -65,7 +89,8 @@ fn make(connection: &mut BlockingConnection) -> Result<(), MigrationError> {
     for migration in migrations {
         migration.run(connection)?;
     }
-    Ok(connection.batch_execute(TRIGGERS)?)
+    connection.batch_execute(TRIGGERS)?;
+    Ok(connection.batch_execute(&stamp())?)
 }
 
 /// What is made goes where the adopted tables are, which need not be the first schema of the `search_path`: the
@@ -121,6 +146,7 @@ pub(super) fn incompleteness() -> String {
             format!("('{table}', '{name}', {events}, '{function}')")
         })
         .collect();
+    let columns = column_list();
     format!(
         "(SELECT string_agg(fault, '; ') FROM (
             SELECT format('trigger %s on %s is missing, disabled or not ENABLE ALWAYS', w.name, w.in_table) AS fault
@@ -131,20 +157,33 @@ pub(super) fn incompleteness() -> String {
                     AND t.tgenabled = 'A' AND p.proname = w.function AND p.pronamespace = (
                         SELECT relnamespace FROM pg_class WHERE oid = to_regclass('api_key_changes')))
             UNION ALL
-            SELECT 'trigger api_key_note_new on users is missing or disabled, and no foreign key makes it needless'
+            SELECT 'trigger api_key_note_new on users is missing or disabled'
             WHERE NOT EXISTS (
-                SELECT FROM pg_trigger WHERE tgrelid = to_regclass('users') AND tgname = 'api_key_note_new'
-                    AND tgenabled = 'A'
-            ) AND NOT EXISTS (
-                SELECT FROM pg_constraint c WHERE c.conrelid = to_regclass('api_keys')
-                    AND c.confrelid = to_regclass('users') AND c.contype = 'f' AND c.convalidated)
+                SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('users') AND t.tgname = 'api_key_note_new'
+                    -- For replication alone, which checks no foreign key, where there is one.
+                    AND (t.tgenabled = 'A' OR t.tgenabled = 'R' AND EXISTS (
+                        SELECT FROM pg_constraint c WHERE c.conrelid = to_regclass('api_keys')
+                            AND c.confrelid = t.tgrelid AND c.contype = 'f' AND c.convalidated)))
             UNION ALL
             SELECT format('%s is not a plain table any more, so that rows can change without its triggers', relname)
             FROM pg_class c WHERE oid IN (to_regclass('users'), to_regclass('api_keys'))
                 AND (relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid))
+            UNION ALL
+            SELECT format('column %s.%s is missing, so that its changes are not seen', in_table, name)
+            FROM (VALUES {columns}) AS w (in_table, name)
+            WHERE NOT EXISTS (
+                SELECT FROM pg_attribute
+                WHERE attrelid = to_regclass(in_table) AND attname = name AND NOT attisdropped)
         ) AS faults)",
         wanted.join(", ")
     )
+}
+
+/// The columns that look-ups read, as rows of SQL: table and name.
+fn column_list() -> String {
+    let columns = COLUMNS.iter().map(|(table, name, ..)| (table, name));
+    let columns = columns.chain(OWN_COLUMNS.iter().map(|(table, name)| (table, name)));
+    columns.map(|(table, name)| format!("('{table}', '{name}')")).collect::<Vec<_>>().join(", ")
 }
 
 /// An SQL expression that changes whenever a trigger was made, altered or dropped, even if it was put back since.
@@ -167,39 +206,84 @@ struct Stamp {
     is_intact: Option<bool>,
 }
 
-const STAMP: &str = r"
-    SELECT split_part(stamp, ' ', 2)::bigint AS version, split_part(stamp, ' ', 3) = (
-        SELECT md5(string_agg(p.prosrc, '' ORDER BY p.proname)) FROM pg_proc p
-        WHERE p.pronamespace = current_schema()::regnamespace AND p.proname LIKE 'api\_key\_%'
-    ) AS is_intact
-    FROM (SELECT obj_description(to_regclass('api_key_changes'), 'pg_class') AS stamp) AS s
-    WHERE stamp ~ '^tower-api-key \d+ \w+$'";
+const FUNCTIONS: [&str; 12] = [
+    "api_key_cluster",
+    "api_key_horizon",
+    "api_key_lease",
+    "api_key_next_revision",
+    "api_key_note_all",
+    "api_key_note_key",
+    "api_key_note_user",
+    "api_key_notify",
+    "api_key_prune",
+    "api_key_revise_key",
+    "api_key_revise_user",
+    "api_key_skip_foreign",
+];
+
+/// An SQL expression: a digest of the crate's functions as they are. Others of the schema are not in it.
+fn digest() -> String {
+    let names = FUNCTIONS.map(|name| format!("'{name}'")).join(", ");
+    format!(
+        "(SELECT md5(string_agg(concat_ws(' ', p.proname, p.prosrc, p.prosecdef, p.proconfig), ',' ORDER BY p.proname))
+        FROM pg_proc p
+        WHERE p.pronamespace = current_schema()::regnamespace AND p.proname IN ({names}))"
+    )
+}
+
+/// Records which version of the functions was made, and their digest.
+fn stamp() -> String {
+    format!(
+        "DO $stamp$ BEGIN
+            EXECUTE format('COMMENT ON TABLE api_key_changes IS %L', 'tower-api-key {VERSION} ' || {});
+        END $stamp$",
+        digest()
+    )
+}
+
+fn read_stamp() -> String {
+    format!(
+        r"SELECT split_part(stamp, ' ', 2)::bigint AS version, split_part(stamp, ' ', 3) = {} AS is_intact
+        FROM (SELECT obj_description(to_regclass('api_key_changes'), 'pg_class') AS stamp) AS s
+        WHERE stamp ~ '^tower-api-key \d+ \w+$'",
+        digest()
+    )
+}
 
 /// What is not there, or not as it should be. Only reads, so that a role that owns nothing can call it.
 fn missing(connection: &mut BlockingConnection) -> QueryResult<Vec<String>> {
     let tables = TABLES.map(|table| format!("('{table}')")).join(", ");
-    let columns = COLUMNS.iter().map(|(table, name, ..)| (table, name));
-    let columns = columns.chain(OWN_COLUMNS.iter().map(|(table, name)| (table, name)));
-    let columns: Vec<_> = columns.map(|(table, name)| format!("('{table}', '{name}')")).collect();
+    // A table or an index of the same name in a later schema is of another installation.
     let select = format!(
-        "SELECT 'table ' || name AS what FROM (VALUES {tables}) AS t (name) WHERE to_regclass(name) IS NULL
-        UNION ALL
-        SELECT 'column ' || in_table || '.' || name FROM (VALUES {}) AS c (in_table, name)
-        WHERE NOT EXISTS (
-            SELECT FROM pg_attribute
-            WHERE attrelid = to_regclass(in_table) AND attname = name AND NOT attisdropped)
-        UNION ALL
-        SELECT 'index ' || name FROM (VALUES 
-            ('api_key_changes_xid'), ('api_key_changes_prefix'), ('api_key_changes_user')) AS i (name)
+        "SELECT 'table ' || name AS what FROM (VALUES {tables}) AS t (name)
         WHERE to_regclass(name) IS NULL
+            OR name LIKE 'api\\_key\\_%'
+                AND to_regclass(name) IS DISTINCT FROM to_regclass(format('%I.%I', current_schema(), name))
+        UNION ALL
+        SELECT 'index ' || name FROM (VALUES
+            ('api_key_changes_xid'), ('api_key_changes_prefix'), ('api_key_changes_user')) AS i (name)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_index WHERE indrelid = to_regclass('api_key_changes') AND indexrelid = to_regclass(name))
+        UNION ALL
+        SELECT 'index on api_keys.' || name FROM (VALUES ('key_prefix'), ('user_id')) AS i (name)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+            WHERE i.indrelid = to_regclass('api_keys') AND i.indpred IS NULL AND a.attname = name)
+        UNION ALL
+        SELECT 'sequence api_key_revisions' WHERE NOT EXISTS (
+            SELECT FROM pg_attrdef d JOIN pg_depend p ON p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid
+            WHERE d.adrelid = to_regclass('api_key_changes') AND p.refobjid = to_regclass('api_key_revisions'))
+        UNION ALL
+        SELECT 'trigger api_key_skip_foreign' WHERE NOT EXISTS (
+            SELECT FROM pg_trigger WHERE tgrelid = to_regclass('api_key_changes')
+                AND tgname = 'api_key_skip_foreign' AND tgenabled = 'A')
         UNION ALL
         SELECT fault FROM (SELECT {} AS fault) AS f WHERE fault IS NOT NULL",
-        columns.join(", "),
         incompleteness(),
     );
     let rows = sql_query(select).load::<Missing>(connection)?;
     let mut missing: Vec<_> = rows.into_iter().map(|row| row.what).collect();
-    match sql_query(STAMP).load::<Stamp>(connection)?.first() {
+    match sql_query(read_stamp()).load::<Stamp>(connection)?.first() {
         // Newer nodes see to it; what this one would make is older.
         Some(Stamp { version: Some(version), .. }) if *version > VERSION => return Ok(Vec::new()),
         Some(Stamp { version: Some(VERSION), is_intact: Some(true) }) => {}
