@@ -162,31 +162,38 @@ BEGIN
     $sql$;
     -- A key without a lookup id can't be looked up, so that nothing depends on it. Fields are read from jsonb: a plan
     -- that names them would fail in open sessions once a column's type is altered.
+    -- The handlers enclose no write: each would take a transaction id for each row.
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_note_key() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         DECLARE
             o JSONB;
             n JSONB;
+            is_known BOOLEAN := TRUE;
         BEGIN
-            IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
-            IF TG_OP <> 'DELETE' THEN n := to_jsonb(NEW); END IF;
-            IF n ->> 'key_prefix' IS NOT NULL THEN
+            BEGIN
+                IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
+                IF TG_OP <> 'DELETE' THEN n := to_jsonb(NEW); END IF;
+                is_known := coalesce(n, o) ? 'key_prefix' AND coalesce(n, o) ? 'api_key_revision';
+            EXCEPTION WHEN data_exception THEN
+                is_known := FALSE;
+            END;
+            IF NOT is_known THEN
+                -- A column is not there any more, or a row is no jsonb: nothing says whose key it was.
+                INSERT INTO api_key_changes DEFAULT VALUES;
+            END IF;
+            IF is_known AND n ->> 'key_prefix' IS NOT NULL THEN
                 INSERT INTO api_key_changes (revision, key_prefix, api_key_id)
                     VALUES ((n ->> 'api_key_revision')::bigint, n ->> 'key_prefix', (n ->> 'id')::bigint);
             END IF;
-            IF o ->> 'key_prefix' IS NOT NULL AND o ->> 'key_prefix' IS DISTINCT FROM n ->> 'key_prefix' THEN
+            IF is_known AND o ->> 'key_prefix' IS NOT NULL
+                AND o ->> 'key_prefix' IS DISTINCT FROM n ->> 'key_prefix'
+            THEN
                 INSERT INTO api_key_changes (revision, key_prefix, api_key_id) VALUES (
                     greatest(nextval('api_key_revisions'), (o ->> 'api_key_revision')::bigint + 1),
                     o ->> 'key_prefix', (o ->> 'id')::bigint);
             END IF;
             PERFORM api_key_notify();
             RETURN NULL;
-        EXCEPTION
-            -- A column is not there any more, or a row is no jsonb: nothing says whose key it was.
-            WHEN not_null_violation OR data_exception THEN
-                INSERT INTO api_key_changes DEFAULT VALUES;
-                PERFORM api_key_notify();
-                RETURN NULL;
         END
         $body$
     $sql$;
@@ -195,38 +202,49 @@ BEGIN
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_note_user() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         DECLARE
-            before BIGINT;
-            after  BIGINT;
+            o        JSONB;
+            n        JSONB;
+            before   BIGINT;
+            after    BIGINT;
+            has_keys BOOLEAN;
+            is_known BOOLEAN := TRUE;
         BEGIN
-            IF TG_OP <> 'INSERT' THEN before := to_jsonb(OLD) ->> 'id'; END IF;
-            IF TG_OP <> 'DELETE' THEN after := to_jsonb(NEW) ->> 'id'; END IF;
-            IF TG_OP = 'INSERT' THEN
-                -- Keys that were stored before their owner were unknown until now.
-                INSERT INTO api_key_changes (key_prefix, api_key_id)
-                    SELECT key_prefix, id FROM api_keys WHERE user_id = after AND key_prefix IS NOT NULL;
-                IF NOT FOUND THEN
-                    RETURN NULL;
-                END IF;
-                INSERT INTO api_key_changes (user_id) VALUES (after);
-            ELSIF TG_OP = 'UPDATE' THEN
-                INSERT INTO api_key_changes (revision, user_id)
-                    VALUES ((to_jsonb(NEW) ->> 'api_key_revision')::bigint, after);
-            END IF;
-            IF before IS DISTINCT FROM after AND before IS NOT NULL THEN
-                INSERT INTO api_key_changes (revision, user_id) VALUES (
-                    greatest(nextval('api_key_revisions'), (to_jsonb(OLD) ->> 'api_key_revision')::bigint + 1),
-                    before);
-            END IF;
-            IF before IS DISTINCT FROM after OR EXISTS (SELECT FROM api_keys WHERE user_id = after) THEN
-                PERFORM api_key_notify();
-            END IF;
-            RETURN NULL;
-        EXCEPTION
-            -- Or the table of keys or a column of it is not there, which is no reason to refuse the statement.
-            WHEN not_null_violation OR data_exception OR undefined_column OR undefined_table THEN
+            BEGIN
+                IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
+                IF TG_OP <> 'DELETE' THEN n := to_jsonb(NEW); END IF;
+                is_known := coalesce(n, o) ? 'id' AND coalesce(n, o) ? 'api_key_revision';
+                before := o ->> 'id';
+                after := n ->> 'id';
+                has_keys := EXISTS (SELECT FROM api_keys WHERE user_id = after AND key_prefix IS NOT NULL);
+            -- A row is no jsonb, or the table of keys or a column of it is not there: no reason to refuse the statement.
+            EXCEPTION WHEN data_exception OR undefined_column OR undefined_table THEN
+                is_known := FALSE;
+            END;
+            IF NOT is_known THEN
                 INSERT INTO api_key_changes DEFAULT VALUES;
                 PERFORM api_key_notify();
                 RETURN NULL;
+            END IF;
+            IF TG_OP = 'INSERT' THEN
+                IF NOT has_keys THEN
+                    RETURN NULL;
+                END IF;
+                -- Keys that were stored before their owner were unknown until now.
+                INSERT INTO api_key_changes (key_prefix, api_key_id)
+                    SELECT key_prefix, id FROM api_keys WHERE user_id = after AND key_prefix IS NOT NULL;
+                INSERT INTO api_key_changes (user_id) VALUES (after);
+            ELSIF TG_OP = 'UPDATE' THEN
+                INSERT INTO api_key_changes (revision, user_id)
+                    VALUES ((n ->> 'api_key_revision')::bigint, after);
+            END IF;
+            IF before IS DISTINCT FROM after AND before IS NOT NULL THEN
+                INSERT INTO api_key_changes (revision, user_id) VALUES (
+                    greatest(nextval('api_key_revisions'), (o ->> 'api_key_revision')::bigint + 1), before);
+            END IF;
+            IF before IS DISTINCT FROM after OR has_keys THEN
+                PERFORM api_key_notify();
+            END IF;
+            RETURN NULL;
         END
         $body$
     $sql$;
