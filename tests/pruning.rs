@@ -2,13 +2,14 @@
 
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use support::{
     database::{
         Database, caches, connect, database, key_in, number, refusal, run, store_at, url_of_role,
+        url_with_path,
     },
-    feed::{eventually, within},
+    feed::{Heard, eventually, within},
     log::capture,
     proxy::Proxy,
     servers::Postgres,
@@ -107,7 +108,7 @@ async fn a_role_with_the_rights_of_the_readme_deletes_old_changes_and_health_sho
     let feed = node.health().feed;
     let rows = feed.rows.unwrap() as i64;
     assert!((101..=left).contains(&rows), "{rows} of {left}");
-    assert!(feed.oldest.unwrap() < std::time::SystemTime::now());
+    assert!(feed.oldest.unwrap() < SystemTime::now());
     assert_eq!(feed.fault, None);
     run(&connect(&url).await, "SELECT * FROM api_key_prune()").await;
     db.run(&key.revoke()).await;
@@ -134,4 +135,39 @@ async fn a_prune_that_fails_is_one_warning_and_the_feed_goes_on() {
     assert_eq!(node.health().feed.fault, None);
     db.run(&key.revoke()).await;
     eventually("the revoke", async || refusal(&node, &key).await.is_some()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_was_cut_off_for_more_than_an_hour_reads_everything_anew() {
+    let db = database().await;
+    // The clock of the database, as the statements of this feed read it.
+    db.run(
+        "CREATE SCHEMA clock; CREATE TABLE clock.later (by INTERVAL); INSERT INTO clock.later VALUES ('0');
+        CREATE FUNCTION clock.statement_timestamp() RETURNS TIMESTAMPTZ LANGUAGE sql STABLE AS
+            'SELECT pg_catalog.statement_timestamp() + by FROM clock.later'",
+    )
+    .await;
+    let proxy = Proxy::start(db.server.port());
+    let url = proxy.url(&db.server.tcp_url("sslmode=disable"));
+    let url = url_with_path(&url, "clock,pg_catalog,public");
+    let heard = Heard::listen(store_at(&url, POLL).changes(SystemTime::now()));
+    heard.all().await;
+    heard.all().await;
+    for (minutes, is_reset) in [(55, false), (65, true), (5, false)] {
+        proxy.refuse();
+        db.run(&format!("UPDATE clock.later SET by = by + interval '{minutes} minutes'")).await;
+        let before = proxy.connections();
+        proxy.pass();
+        eventually("a connection", async || proxy.connections() > before).await;
+        db.run("INSERT INTO users (email) VALUES (random()); UPDATE users SET role = role || 'x'")
+            .await;
+        let mut changes = Vec::new();
+        eventually("the change after it", async || {
+            changes = heard.so_far();
+            changes.iter().any(|change| matches!(change, Change::Owner(..)))
+        })
+        .await;
+        assert_eq!(changes.contains(&Change::Reset), is_reset, "{minutes} minutes");
+        heard.take().await;
+    }
 }

@@ -153,13 +153,25 @@ async fn changes_of_the_publisher_reach_nodes_of_both_servers_and_replication_go
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_with_higher_revisions_than_the_subscribers_own_are_no_reason_to_keep_redis_entries() {
-    // Revisions of the publisher are far ahead of those that the subscriber assigns.
-    let servers = replicated("SELECT setval('api_key_revisions', 100000)").await;
-    let key = servers.publisher.key().await;
-    servers.publisher.run("UPDATE users SET role = 'admin'").await;
+    // Revisions of the publisher are far ahead of those that the subscriber assigns, and come with the first copy.
+    let servers = replicated(
+        "SELECT setval('api_key_revisions', 100000); INSERT INTO users (id, email) VALUES (100, 'ada@example.com');
+        UPDATE users SET role = 'admin'",
+    )
+    .await;
+    let manager = KeyManager::new(servers.publisher.store.clone());
+    let issued = manager.issue(NewKey::new(100, "k")).await.unwrap();
+    let key = Key {
+        id: issued.record().id.as_i64().unwrap(),
+        prefix: issued.record().prefix.clone(),
+        secret: issued.expose_secret().to_owned(),
+        owner: 100,
+    };
     servers.catches_up().await;
-    // The copy of a user is written with the publisher's revision.
-    run(&servers.admin, "SET session_replication_role = replica; UPDATE users SET api_key_revision = 1; RESET session_replication_role").await;
+    let revision = "SELECT api_key_revision FROM users";
+    assert!(number(&servers.admin, revision).await > 100_000);
+    // As two hours later.
+    run(&servers.admin, "DELETE FROM api_key_changes").await;
     let redis = Redis::start();
     let node = || {
         let cache =
