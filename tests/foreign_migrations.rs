@@ -186,6 +186,24 @@ async fn json_that_jsonb_cannot_hold_is_written_as_before() {
     }
 }
 
+#[tokio::test]
+async fn a_renamed_column_is_not_made_anew_with_a_default_that_revives_revoked_keys() {
+    let db = database().await;
+    let key = db.key().await;
+    db.run(&key.revoke()).await;
+    for table in ["api_keys", "users"] {
+        db.run(&format!("ALTER TABLE {table} RENAME COLUMN is_active TO enabled")).await;
+        let error = db.store.migrate().await.unwrap_err();
+        assert!(error.to_string().contains(&format!("{table}.is_active is missing")), "{error}");
+        let node = Authenticator::new(db.store.clone());
+        let denial = node.authenticate(&key.secret).await.unwrap_err();
+        assert!(matches!(denial, Denial::Unavailable(_)), "{denial:?}");
+        db.run(&format!("ALTER TABLE {table} RENAME COLUMN enabled TO is_active")).await;
+        db.store.migrate().await.unwrap();
+        assert_eq!(refusal(&node, &key).await, Some(InvalidKey::Revoked));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dropped_column_that_decisions_depend_on_stops_no_statement_of_open_sessions() {
     let db = database().await;
@@ -202,6 +220,17 @@ async fn a_dropped_column_that_decisions_depend_on_stops_no_statement_of_open_se
         run(&session, "INSERT INTO users (email) VALUES (random())").await;
         run(&session, "UPDATE users SET role = 'user'").await;
     }
+    // What restricts keys is not made up.
+    let error = db.store.migrate().await.unwrap_err();
+    let MigrateError::NotAdoptable(faults) = &error else { panic!("{error:?}") };
+    let mut missing: Vec<_> = faults.iter().map(|fault| fault.column.as_str()).collect();
+    missing.sort_unstable();
+    assert_eq!(missing, ["allowed_ips", "expires_at", "rate_limit_per_day"]);
+    db.run(
+        "ALTER TABLE api_keys ADD COLUMN allowed_ips JSONB, ADD COLUMN expires_at TIMESTAMPTZ,
+            ADD COLUMN rate_limit_per_day BIGINT",
+    )
+    .await;
     db.store.migrate().await.unwrap();
     let node =
         caches(Authenticator::new(store_at(&db.server.url(), Duration::from_millis(100))), &key)

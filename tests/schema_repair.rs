@@ -65,6 +65,9 @@ async fn each_trigger_function_index_table_and_column_that_is_missing_is_made_an
             $$ BEGIN RETURN NULL; END $$"
             .to_owned(),
         "ALTER FUNCTION api_key_note_key() SECURITY INVOKER".to_owned(),
+        "ALTER TABLE api_keys DROP COLUMN fast_hash, DROP COLUMN fast_hash_of".to_owned(),
+        "ALTER TABLE api_keys DROP COLUMN api_key_revision CASCADE".to_owned(),
+        "ALTER TABLE users DROP COLUMN api_key_revision CASCADE".to_owned(),
         "ALTER FUNCTION api_key_note_user() RESET search_path".to_owned(),
     ]);
     assert!(damage.len() > 40, "{damage:#?}");
@@ -227,6 +230,19 @@ async fn tables_in_parts_are_refused_before_anything_is_changed() {
         assert!(error.to_string().contains("partitioned or has child tables"), "{error}");
         assert_eq!(schema(&admin).await, before);
     }
+}
+
+#[tokio::test]
+async fn a_reader_that_takes_long_does_not_keep_newer_functions_out() {
+    let db = database().await;
+    let mut reader = db.server.client().await;
+    let reader = reader.transaction().await.unwrap();
+    reader.batch_execute("SELECT * FROM api_keys; SELECT * FROM users").await.unwrap();
+    db.run("COMMENT ON TABLE api_key_changes IS 'tower-api-key 0 x'").await;
+    db.store.migrate().await.unwrap();
+    let stamp =
+        "SELECT (obj_description('api_key_changes'::regclass) LIKE 'tower-api-key 0%')::int";
+    assert_eq!(db.number(stamp).await, 0);
 }
 
 /// Tables in `public`, as the superuser made them, and a role whose first schema is its own.

@@ -171,6 +171,21 @@ const TABLE_COLUMNS: &str = "
 const IN_PARTS: &str = "is partitioned or has child tables: a part can be truncated or detached without a trigger, \
     and its keys would go on working in caches. Keep keys and users in plain tables";
 
+/// Columns that restrict a key. Made anew in a table that was adopted before, with a default, they would lift what
+/// they had restricted: a key that was revoked would be accepted again.
+const RESTRICTING: [&str; 10] = [
+    "is_active",
+    "expires_at",
+    "allowed_models",
+    "allowed_endpoints",
+    "allowed_ips",
+    "rate_limit_per_minute",
+    "rate_limit_per_hour",
+    "rate_limit_per_day",
+    "budget_limit_cents",
+    "budget_type",
+];
+
 /// Everything that stands in the way of adopting the tables that are there.
 pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult<Vec<ColumnFault>> {
     let tables = sql_query(TABLES).load::<Table>(connection)?;
@@ -180,6 +195,9 @@ pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult
     if has("api_keys") && !has("users") {
         faults.push(ColumnFault::new("users", "", "is missing, though there is a table api_keys"));
     }
+    let was_adopted = |table: &str| {
+        columns.iter().any(|column| column.in_table == table && column.name == "api_key_revision")
+    };
     for table in &tables {
         if table.kind == "p" || table.has_children {
             faults.push(ColumnFault::new(&table.name, "", IN_PARTS));
@@ -199,6 +217,13 @@ pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult
             Some(column) if !kind.accepts(column) => {
                 let reason = format!("is {}, but has to be {}", column.shown_type, kind.wanted());
                 faults.push(ColumnFault::new(table, name, reason));
+            }
+            None if RESTRICTING.contains(&name) && was_adopted(table) => {
+                faults.push(ColumnFault::new(
+                    table,
+                    name,
+                    "is missing, though the table was adopted with it: add it with the values that it had",
+                ));
             }
             None if is_required && has(table) => {
                 faults.push(ColumnFault::new(
