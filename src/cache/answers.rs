@@ -336,8 +336,10 @@ impl Answers {
             .into_iter()
             .chain(owner.map(|owner| (owner, revisions.owner)))
             .collect();
-        let standing = floors.judge(&subjects, seen);
-        if standing == Standing::Below {
+        let standing = floors.judge(&subjects, seen, now);
+        // What a copy says may be from before a reset that came meanwhile, however old its read is.
+        let is_overtaken_copy = standing == Standing::Overtaken && answer.source() == Source::Copy;
+        if standing == Standing::Below || is_overtaken_copy {
             return None;
         }
         let found = answer.outcome();

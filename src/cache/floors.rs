@@ -232,7 +232,12 @@ impl Floors {
 
     /// Judges an answer about these subjects whose read was sent after `began`. Generations for keeping
     /// it are to be taken before this.
-    pub(crate) fn judge(&self, subjects: &[(Subject, Revision)], began: Seen) -> Standing {
+    pub(crate) fn judge(
+        &self,
+        subjects: &[(Subject, Revision)],
+        began: Seen,
+        now: Moment,
+    ) -> Standing {
         let table = self.table();
         let mut standing = Standing::Current;
         if table.everything_since > began.all {
@@ -240,6 +245,10 @@ impl Floors {
         }
         for (subject, revision) in subjects {
             let Some(floor) = table.floors.get(subject) else { continue };
+            // One that the database has lost is never reached: it ends, as no copy from before it is left.
+            if floor.raised.is_some_and(|raised| now.since(raised) > FLOOR_LIFETIME) {
+                continue;
+            }
             if *revision < floor.revision {
                 return Standing::Below;
             }

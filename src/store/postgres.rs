@@ -25,11 +25,11 @@ use diesel::{
     sql_types::{BigInt, Nullable, Text},
 };
 
+pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use self::{
     connect::Target,
     connections::{Connections, Isolation},
 };
-pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use super::{
     Answer, CacheSecret, ChangeStream, KeyReview, KeyStore, Lease, LeaseAsk, Lookup, MigrateError,
     MigrationReport, UsageBatch,
@@ -117,11 +117,7 @@ impl PostgresStore {
     }
 
     /// Runs a statement that may be sent twice: once more if the connection turns out to be dead.
-    async fn load<R>(
-        &self,
-        pool: &Connections,
-        statement: &Statement,
-    ) -> Result<Vec<R>, StoreError>
+    async fn load<R>(&self, pool: &Connections, statement: &Statement) -> Result<Vec<R>, StoreError>
     where
         R: QueryableByName<Pg> + Send + 'static,
     {

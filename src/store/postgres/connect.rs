@@ -107,11 +107,7 @@ impl PostgresStoreBuilder {
     }
 
     /// Connections to `target` that are made when they are needed.
-    fn pool(
-        &self,
-        target: &Target,
-        size: usize,
-    ) -> Result<Connections, PostgresUrlError> {
+    fn pool(&self, target: &Target, size: usize) -> Result<Connections, PostgresUrlError> {
         let mut config = ManagerConfig::default();
         // One round trip less a query than a ping; a dead connection is found out in use.
         config.recycling_method = RecyclingMethod::Fast;

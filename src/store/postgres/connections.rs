@@ -162,7 +162,9 @@ pub(super) struct Checkout(Option<Object<AsyncPgConnection>>);
 
 impl Checkout {
     pub(super) fn connection(&mut self) -> &mut Object<AsyncPgConnection> {
-        let Some(connection) = &mut self.0 else { unreachable!("it is there until it is put back") };
+        let Some(connection) = &mut self.0 else {
+            unreachable!("it is there until it is put back")
+        };
         connection
     }
 

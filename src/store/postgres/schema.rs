@@ -47,7 +47,8 @@ pub(super) fn migrate(connection: &mut BlockingConnection) -> Result<bool, Migra
         if missing.is_empty() {
             return Ok(false);
         }
-        let is_missing = |table: &str| missing.iter().any(|it| it.strip_prefix("table ") == Some(table));
+        let is_missing =
+            |table: &str| missing.iter().any(|it| it.strip_prefix("table ") == Some(table));
         let is_adopted = is_missing("api_key_changes") && !is_missing("api_keys");
         if missing.iter().any(|what| !what.starts_with("version ")) {
             connection.batch_execute(LOCK_TABLES)?;
