@@ -71,7 +71,8 @@ impl Postgres {
             copy.arg(port.to_string()).arg("-D").arg(server.folder().join("data"));
             assert!(copy.status().unwrap().success(), "pg_basebackup failed");
             let settings = self.settings.clone();
-            let mut postgres = Self { server, port: Port::claim(), settings };
+            let locales = self.locales.clone();
+            let mut postgres = Self { server, port: Port::claim(), settings, locales };
             postgres.launch().map(|()| postgres)
         })
     }
