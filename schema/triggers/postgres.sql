@@ -94,15 +94,13 @@ BEGIN
                 OR o -> 'metadata' IS DISTINCT FROM n -> 'metadata';
                 NEW.api_key_revision := (o ->> 'api_key_revision')::bigint;
                 IF is_changed THEN
-                    NEW.api_key_revision := greatest(
-                        {home}.api_key_next_revision(), NEW.api_key_revision + 1);
+                    NEW.api_key_revision := greatest({home}.api_key_next_revision(), NEW.api_key_revision + 1);
                 END IF;
                 RETURN NEW;
             EXCEPTION
                 -- json may hold what jsonb can't (a NUL character, a huge number): every update of it is a change.
                 WHEN data_exception THEN
-                    NEW.api_key_revision := greatest(
-                        {home}.api_key_next_revision(), OLD.api_key_revision + 1);
+                    NEW.api_key_revision := greatest({home}.api_key_next_revision(), OLD.api_key_revision + 1);
                     RETURN NEW;
                 -- Without the column of the revision the feed reports that it is incomplete.
                 WHEN undefined_column THEN
@@ -143,15 +141,13 @@ BEGIN
                 OR o -> 'is_active' IS DISTINCT FROM n -> 'is_active';
                 NEW.api_key_revision := (o ->> 'api_key_revision')::bigint;
                 IF is_changed THEN
-                    NEW.api_key_revision := greatest(
-                        api_key_next_revision(), NEW.api_key_revision + 1);
+                    NEW.api_key_revision := greatest(api_key_next_revision(), NEW.api_key_revision + 1);
                 END IF;
                 RETURN NEW;
             EXCEPTION
                 -- json may hold what jsonb can't (a NUL character, a huge number): every update of it is a change.
                 WHEN data_exception THEN
-                    NEW.api_key_revision := greatest(
-                        api_key_next_revision(), OLD.api_key_revision + 1);
+                    NEW.api_key_revision := greatest(api_key_next_revision(), OLD.api_key_revision + 1);
                     RETURN NEW;
                 -- Without the column of the revision the feed reports that it is incomplete.
                 WHEN undefined_column THEN
@@ -166,9 +162,7 @@ BEGIN
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_note_key() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         DECLARE
-            o JSONB;
-            n JSONB;
-            is_known BOOLEAN := TRUE;
+            o JSONB; n JSONB; is_known BOOLEAN := TRUE;
         BEGIN
             BEGIN
                 IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
@@ -185,9 +179,7 @@ BEGIN
                 INSERT INTO api_key_changes (revision, key_prefix, api_key_id)
                     VALUES ((n ->> 'api_key_revision')::bigint, n ->> 'key_prefix', (n ->> 'id')::bigint);
             END IF;
-            IF is_known AND o ->> 'key_prefix' IS NOT NULL
-                AND o ->> 'key_prefix' IS DISTINCT FROM n ->> 'key_prefix'
-            THEN
+            IF is_known AND o ->> 'key_prefix' IS NOT NULL AND o ->> 'key_prefix' IS DISTINCT FROM n ->> 'key_prefix' THEN
                 INSERT INTO api_key_changes (revision, key_prefix, api_key_id) VALUES (
                     greatest(nextval('api_key_revisions'), (o ->> 'api_key_revision')::bigint + 1),
                     o ->> 'key_prefix', (o ->> 'id')::bigint);
@@ -202,12 +194,8 @@ BEGIN
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_note_user() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         DECLARE
-            o        JSONB;
-            n        JSONB;
-            before   BIGINT;
-            after    BIGINT;
-            has_keys BOOLEAN;
-            is_known BOOLEAN := TRUE;
+            o      JSONB;  n     JSONB;  is_known BOOLEAN := TRUE;
+            before BIGINT; after BIGINT; has_keys BOOLEAN;
         BEGIN
             BEGIN
                 IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
