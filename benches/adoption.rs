@@ -26,6 +26,8 @@ use tokio_postgres::{AsyncMessage, Client, NoTls};
 use tower_api_key::PostgresStore;
 
 const CLIENTS: usize = 48;
+/// As many as `TABLES` makes.
+const USERS: i32 = 10_000;
 const ROUNDS: usize = 9;
 const ROUND: Duration = Duration::from_secs(2);
 
@@ -44,17 +46,17 @@ const TABLES: &str = "
     INSERT INTO users (email) SELECT 'user ' || n FROM generate_series(1, 10000) AS n";
 
 const WORK: [(&str, &str, &str); 3] = [
-    ("insert_ratio", "sign-ups", "INSERT INTO users (email) VALUES (gen_random_uuid()::text)"),
     (
-        "update_ratio",
-        "log-ins",
-        "UPDATE users SET last_login_at = now() WHERE id = 1 + floor(random() * 10000)",
+        "insert_ratio",
+        "sign-ups",
+        "INSERT INTO users (email) SELECT gen_random_uuid()::text WHERE $1::integer > 0",
     ),
+    ("update_ratio", "log-ins", "UPDATE users SET last_login_at = now() WHERE id = $1"),
     (
         "issue_ratio",
         "keys issued",
         "INSERT INTO api_keys (user_id, key_prefix, key_hash)
-        SELECT 1 + floor(random() * 10000), left(r, 10), r FROM (SELECT gen_random_uuid()::text) AS s (r)",
+        SELECT $1, left(r, 10), r FROM (SELECT gen_random_uuid()::text) AS s (r)",
     ),
 ];
 
@@ -129,13 +131,15 @@ async fn throughput(clients: &[Arc<Client>], sql: &'static str) -> f64 {
     let is_over = Arc::new(AtomicBool::new(false));
     let mut work = JoinSet::new();
     let begin = Instant::now();
-    for client in clients {
+    for (at, client) in clients.iter().enumerate() {
         let (client, is_over) = (Arc::clone(client), Arc::clone(&is_over));
         work.spawn(async move {
             let statement = client.prepare(sql).await.unwrap();
-            let mut count = 0_u32;
+            let (mut count, mut user) = (0_u32, at as i32);
             while !is_over.load(Ordering::Relaxed) {
-                client.execute(&statement, &[]).await.unwrap();
+                // Scattered over the users, another one each time.
+                user = (user + 7919) % USERS;
+                assert_eq!(client.execute(&statement, &[&(user + 1)]).await.unwrap(), 1);
                 count += 1;
             }
             f64::from(count)

@@ -242,6 +242,7 @@ async fn a_key_of_a_deleted_user_is_not_that_of_the_next_one_with_the_id() {
     let new = key_of(&store, "root@example.com", "admin").await;
     assert_eq!(new.record().user.id, old.record().user.id, "or this tests nothing");
     eventually("the new key", async || refusal(&node, &new).await.is_none()).await;
+    in_sync(&node).await;
     assert_eq!(refusal(&node, &old).await, Some(InvalidKey::Unknown));
     let fresh = Authenticator::new(store.clone());
     assert_eq!(refusal(&fresh, &old).await, Some(InvalidKey::Unknown));

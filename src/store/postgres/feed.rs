@@ -1,5 +1,6 @@
 //! The change feed: the table `api_key_changes`, read at each notification and at each poll.
 
+mod completeness;
 mod listener;
 mod position;
 mod prune;
@@ -12,7 +13,9 @@ use std::{
 
 use tokio::time::sleep;
 
-use self::{listener::Listener, position::Position, prune::Pruning, read::Found};
+use self::{
+    completeness::Completeness, listener::Listener, position::Position, prune::Pruning, read::Found,
+};
 use super::{Inner, PostgresStore};
 use crate::{
     deadline::later,
@@ -38,6 +41,7 @@ pub(super) fn changes(store: &PostgresStore, since: SystemTime) -> ChangeStream 
         next_beat: Instant::now(),
         next_poll: Instant::now(),
         pruning: Pruning::new(),
+        completeness: Completeness::default(),
         status: FeedStatus::default(),
     };
     ChangeStream::steps(feed, |mut feed| async move {
@@ -56,6 +60,7 @@ struct Feed {
     next_beat: Instant,
     next_poll: Instant,
     pruning: Pruning,
+    completeness: Completeness,
     /// As it was reported last.
     status: FeedStatus,
 }
@@ -106,19 +111,30 @@ impl Feed {
             self.next_beat = later(self.store.poll_interval);
             listener.beat().await?;
         }
-        let found = listener.read(position).await?;
+        let mut found = listener.read(position).await?;
+        let fault = loop {
+            if let Some(fault) = self.completeness.fault_of(&found.shape, listener).await? {
+                break fault;
+            }
+            found = listener.read(position).await?;
+        };
         if now >= self.next_poll {
             let is_notified = found.is_notified;
             let most = if is_notified { Duration::MAX } else { UNNOTIFIED_POLL };
             self.next_poll = later(self.store.poll_interval.min(most));
         }
         let pruned = self.pruning.poll(&self.store).await;
-        Ok(self.take_in(found, pruned))
+        Ok(self.take_in(found, fault, pruned))
     }
 
-    fn take_in(&mut self, found: Found, pruned: Option<FeedStatus>) -> Vec<Change> {
+    fn take_in(
+        &mut self,
+        found: Found,
+        fault: Option<String>,
+        pruned: Option<FeedStatus>,
+    ) -> Vec<Change> {
         let mut status = pruned.unwrap_or_else(|| self.status.clone());
-        status.fault = found.fault.as_deref().map(|fault| FeedFault::Incomplete(fault.into()));
+        status.fault = fault.map(|fault| FeedFault::Incomplete(fault.into()));
         let is_synced = status.fault.is_none();
         let was_incomplete = matches!(self.status.fault, Some(FeedFault::Incomplete(_)));
         let as_of = found.as_of();

@@ -189,6 +189,20 @@ fn column_list() -> String {
     columns.map(|(table, name)| format!("('{table}', '{name}')")).collect::<Vec<_>>().join(", ")
 }
 
+/// An SQL expression: a digest of all that [`incompleteness`] looks at.
+pub(super) const SHAPE: &str = "md5(concat_ws('|',
+    (SELECT string_agg(
+            concat_ws(' ', t.oid, t.xmin, t.tgname, t.tgenabled, p.proname, p.pronamespace), ',' ORDER BY t.oid)
+        FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+        WHERE t.tgrelid IN (to_regclass('users'), to_regclass('api_keys')) AND NOT t.tgisinternal),
+    (SELECT string_agg(concat_ws(' ', attrelid, attname), ',' ORDER BY attrelid, attnum) FROM pg_attribute
+        WHERE attrelid IN (to_regclass('users'), to_regclass('api_keys')) AND attnum > 0 AND NOT attisdropped),
+    (SELECT string_agg(concat_ws(' ', oid, relkind, relnamespace), ',' ORDER BY oid) FROM pg_class
+        WHERE oid IN (to_regclass('users'), to_regclass('api_keys'), to_regclass('api_key_changes'))),
+    (SELECT count(*) FROM pg_inherits WHERE inhparent IN (to_regclass('users'), to_regclass('api_keys'))),
+    (SELECT string_agg(concat_ws(' ', oid, convalidated), ',' ORDER BY oid) FROM pg_constraint
+        WHERE conrelid = to_regclass('api_keys') AND contype = 'f')))";
+
 /// An SQL expression that changes whenever a trigger was made, altered or dropped, even if it was put back since.
 pub(super) const TRIGGER_STATE: &str = "(
     SELECT md5(string_agg(concat_ws(' ', oid, xmin, tgenabled), ',' ORDER BY oid)) FROM pg_trigger
@@ -209,7 +223,7 @@ struct Stamp {
     is_intact: Option<bool>,
 }
 
-const FUNCTIONS: [&str; 12] = [
+const FUNCTIONS: [&str; 13] = [
     "api_key_cluster",
     "api_key_horizon",
     "api_key_lease",
@@ -222,6 +236,7 @@ const FUNCTIONS: [&str; 12] = [
     "api_key_revise_key",
     "api_key_revise_user",
     "api_key_skip_foreign",
+    "api_key_try",
 ];
 
 /// An SQL expression: a digest of the crate's functions as they are. Others of the schema are not in it.
@@ -293,4 +308,23 @@ fn missing(connection: &mut BlockingConnection) -> QueryResult<Vec<String>> {
         _ => missing.push(format!("version {VERSION} of the functions")),
     }
     Ok(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_function_of_the_schema_is_looked_at_for_its_version() {
+        let files = [
+            TRIGGERS,
+            include_str!("../../../schema/postgres/2026-11-23-000003_usage/up.sql"),
+            include_str!("../../../schema/postgres/2026-11-23-000004_budgets/up.sql"),
+        ];
+        let made =
+            files.into_iter().flat_map(|file| file.split("CREATE OR REPLACE FUNCTION ").skip(1));
+        let mut made: Vec<_> = made.filter_map(|rest| rest.split('(').next()).collect();
+        made.sort_unstable();
+        assert_eq!(made, FUNCTIONS);
+    }
 }

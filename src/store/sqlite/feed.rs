@@ -258,7 +258,8 @@ fn read(
 fn select(filter: &str) -> String {
     format!(
         "SELECT json_array(revision, key_prefix, user_id, json(CASE WHEN is_new_user THEN (
-            SELECT json_group_array(k.key_prefix) FROM api_keys k WHERE k.user_id = c.user_id) END)) AS row
+            SELECT json_group_array(k.key_prefix) FROM api_keys k
+            WHERE k.user_id = c.user_id AND k.api_key_owned_since < c.revision) END)) AS row
         FROM api_key_changes c WHERE {filter} ORDER BY revision LIMIT {}",
         MAX_CHANGES + 1
     )

@@ -21,8 +21,8 @@ pub(super) struct Found {
     /// From which transaction id on, and of which lower ones, the next read has to return the rows.
     pub(super) next_xid: u64,
     pub(super) in_progress: Vec<u64>,
-    /// Why changes may be missing in the table.
-    pub(super) fault: Option<String>,
+    /// A digest of the tables and triggers, as of this read.
+    pub(super) shape: String,
     /// Differs from the last read's if a trigger was touched meanwhile.
     pub(super) triggers: Option<String>,
     /// Whether the triggers send notifications.
@@ -72,7 +72,7 @@ impl Listener {
         Ok(Position::new(next_xid, in_progress))
     }
 
-    /// Reads what has become visible since `position`, and whether changes can be relied on to be there: in one
+    /// Reads what has become visible since `position`, and what shows whether it is all there: in one
     /// statement, so that all of it is from one snapshot.
     pub(super) async fn read(&self, position: &Position) -> Result<Found, StoreError> {
         let limit = MAX_CHANGES + 1;
@@ -100,7 +100,7 @@ impl Listener {
                 'in_progress', ARRAY(
                     SELECT x::text::bigint FROM s, pg_snapshot_xip(now) AS x
                     WHERE x::text::bigint < (SELECT xid FROM next)),
-                'fault', {},
+                'shape', {},
                 'triggers', {},
                 'is_notified', current_setting('max_prepared_transactions') = '0',
                 'is_continuous', NOT EXISTS (
@@ -116,7 +116,7 @@ impl Listener {
                         WHERE c.xid = ANY ('{{{in_progress}}}'::xid8[]) LIMIT {limit})
                 ) AS c)
             )",
-            schema::incompleteness(),
+            schema::SHAPE,
             schema::TRIGGER_STATE,
             position.next_xid,
         );
