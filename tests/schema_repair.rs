@@ -183,7 +183,12 @@ async fn many_nodes_that_start_at_once_repair_once_while_the_other_service_write
     });
     let heard = db.listen(POLL);
     heard.all().await;
-    db.run("DROP TRIGGER api_key_note ON users; DROP FUNCTION api_key_note_key CASCADE").await;
+    // In the order of the other service, which would meet a deadlock otherwise.
+    db.run(
+        "BEGIN; LOCK TABLE api_keys, users; DROP TRIGGER api_key_note ON users;
+        DROP FUNCTION api_key_note_key CASCADE; COMMIT",
+    )
+    .await;
     let nodes: Vec<_> = (0..10)
         .map(|_| {
             let store = store_at(&db.server.url(), POLL);

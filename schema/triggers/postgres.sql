@@ -18,6 +18,9 @@ DECLARE
                 UNION ALL SELECT relnamespace::regnamespace::name, 3 FROM pg_class WHERE oid = to_regclass('users')
             ) AS schemas GROUP BY name
         ) AS schemas));
+    users_options TEXT := CASE WHEN to_regclass('users')::oid IN (
+            SELECT oid FROM pg_class WHERE relnamespace = home::regnamespace
+        ) THEN 'LANGUAGE plpgsql' ELSE options END;
 BEGIN
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_next_revision() RETURNS BIGINT $sql$ || options || $sql$ AS $body$
@@ -110,10 +113,10 @@ BEGIN
         $body$
     $sql$, '{home}', quote_ident(home));
     -- Inserted users keep the revision 0: another service's sign-ups cost nothing. The revision of a user who was
-    -- deleted and is put back is that of the last change of this user, which look-ups read too. The users may be in
-    -- a schema of their own, and who writes them need not have a right on the other one.
-    EXECUTE $sql$
-        CREATE OR REPLACE FUNCTION api_key_revise_user() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
+    -- deleted and is put back is that of the last change of this user, which look-ups read too. Where the users are
+    -- in a schema of their own, who writes them need not have a right on the other one.
+    EXECUTE replace($sql$
+        CREATE OR REPLACE FUNCTION api_key_revise_user() RETURNS TRIGGER $sql$ || users_options || $sql$ AS $body$
         DECLARE
             is_changed BOOLEAN;
             o JSONB;
@@ -125,7 +128,7 @@ BEGIN
                 OR OLD.is_active IS DISTINCT FROM NEW.is_active;
             IF is_changed THEN
                 -- Data of a dump or of replication may be ahead of the sequence.
-                NEW.api_key_revision := greatest(api_key_next_revision(), OLD.api_key_revision + 1);
+                NEW.api_key_revision := greatest({home}.api_key_next_revision(), OLD.api_key_revision + 1);
             ELSIF NEW.api_key_revision IS DISTINCT FROM OLD.api_key_revision THEN
                 NEW.api_key_revision := OLD.api_key_revision;
             END IF;
@@ -141,13 +144,13 @@ BEGIN
                 OR o -> 'is_active' IS DISTINCT FROM n -> 'is_active';
                 NEW.api_key_revision := (o ->> 'api_key_revision')::bigint;
                 IF is_changed THEN
-                    NEW.api_key_revision := greatest(api_key_next_revision(), NEW.api_key_revision + 1);
+                    NEW.api_key_revision := greatest({home}.api_key_next_revision(), NEW.api_key_revision + 1);
                 END IF;
                 RETURN NEW;
             EXCEPTION
                 -- json may hold what jsonb can't (a NUL character, a huge number): every update of it is a change.
                 WHEN data_exception THEN
-                    NEW.api_key_revision := greatest(api_key_next_revision(), OLD.api_key_revision + 1);
+                    NEW.api_key_revision := greatest({home}.api_key_next_revision(), OLD.api_key_revision + 1);
                     RETURN NEW;
                 -- Without the column of the revision the feed reports that it is incomplete.
                 WHEN undefined_column THEN
@@ -155,7 +158,7 @@ BEGIN
             END;
         END
         $body$
-    $sql$;
+    $sql$, '{home}', quote_ident(home));
     -- A key without a lookup id can't be looked up, so that nothing depends on it. Fields are read from jsonb: a plan
     -- that names them would fail in open sessions once a column's type is altered.
     -- The handlers enclose no write: each would take a transaction id for each row.
