@@ -384,7 +384,7 @@ async fn give_up(world: &World, counts: &Counts, over: &AtomicBool) {
             let request = pin!(world.node.authenticate_from(&key, from));
             let _ = request.poll(&mut Context::from_waker(Waker::noop()));
         }
-        if counts.flood.fetch_add(1, Relaxed) % 64 == 0 {
+        if counts.flood.fetch_add(1, Relaxed).is_multiple_of(64) {
             tokio::task::yield_now().await;
         }
     }

@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     fmt,
-    future::pending,
     panic::catch_unwind,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -151,7 +150,8 @@ impl Drop for Landing {
 }
 
 impl Waiters {
-    /// Completes when nobody waits for the outcome any more. Nobody joins from then on.
+    /// Completes when no request waits for the outcome any more. None joins from then on.
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
     pub(crate) async fn have_left(&self) {
         loop {
             self.outcome.closed().await;
@@ -166,7 +166,7 @@ impl Waiters {
             }
         }
         // The look-up has landed: whoever still uses it has reasons of their own.
-        pending().await
+        std::future::pending().await
     }
 }
 
