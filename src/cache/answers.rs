@@ -144,7 +144,7 @@ impl Answers {
                 if inner.is_store_failing.load(Ordering::Relaxed)
                     && let Some(caller) = inner.while_failing(&digest)
                 {
-                    // The look-up goes on without us if it need not wait, and says when the store is back.
+                    // The look-up goes on in the background if it need not wait; its answer shows when the store is back.
                     return Ok(caller);
                 }
                 match boarding.outcome(BOARDING_DEADLINE).await {
@@ -337,7 +337,7 @@ impl Answers {
             .chain(owner.map(|owner| (owner, revisions.owner)))
             .collect();
         let standing = floors.judge(&subjects, seen, now);
-        // What a copy says may be from before a reset that came meanwhile, however old its read is.
+        // A copy may be from before a reset that came meanwhile, even if it was read just now.
         let is_overtaken_copy = standing == Standing::Overtaken && answer.source() == Source::Copy;
         if standing == Standing::Below || is_overtaken_copy {
             return None;

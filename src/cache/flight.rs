@@ -165,7 +165,7 @@ impl Waiters {
                 return;
             }
         }
-        // The look-up has landed: whoever still uses it has reasons of their own.
+        // The look-up has landed, and is not dropped any more.
         std::future::pending().await
     }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::store::FeedStatus;
 
-/// How the caches of an [`Authenticator`](crate::Authenticator) stand.
+/// State of the caches of an [`Authenticator`](crate::Authenticator).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Health {
@@ -16,9 +16,9 @@ pub struct Health {
     /// Whether the store failed when it was last asked. Keys that are remembered are served within
     /// `max_staleness + stale_if_error`.
     pub is_store_failing: bool,
-    /// How long ago this node last knew that it had heard of every change. `None` before the first
+    /// How long ago this node was last in sync with the changes of its store. `None` before the first
     /// look-up, and for a store that has no feed.
     pub last_sync: Option<Duration>,
-    /// How the feed of changes stands: why changes may not arrive, and how large its table is.
+    /// Status of the change feed: why changes may not arrive, and how large its table is.
     pub feed: FeedStatus,
 }

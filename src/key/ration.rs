@@ -40,7 +40,7 @@ pub(super) enum Standing {
 
 /// The ration of failed checks: by lookup prefix and network, and for all suspects together.
 ///
-/// A check is a suspect's if its prefix has failed in the last minute, whoever asked, or its network
+/// A check is a suspect's if its prefix has failed in the last minute, from any client, or its network
 /// has failed too often, whatever it asked for.
 ///
 /// While one network guesses (an IPv6 /48 or an IPv4 /24), at one key or at many, from whatever addresses of

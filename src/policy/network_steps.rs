@@ -1,4 +1,4 @@
-//! The networks that a client address lies in, by prefix length: [`NetworkSteps`].
+//! The networks that contain a client address, by prefix length: [`NetworkSteps`].
 
 use std::net::IpAddr;
 
@@ -17,7 +17,7 @@ const V4_LENGTHS: [u8; 2] = [32, 24];
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Network(Option<IpNet>);
 
-/// The networks that a client address lies in, the narrowest first. A v4-mapped address is its v4
+/// The networks that contain a client address, the narrowest first. A v4-mapped address is its v4
 /// address.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct NetworkSteps(Option<IpAddr>);

@@ -50,8 +50,8 @@ pub(super) struct Crowd {
 /// So many transactions are checked for still being there. The last ones to commit are the first to be lost, so
 /// that a few are enough, unless one read returns more.
 const MAX_RECENT: usize = 64;
-/// Commits of longer ago are not lost by a failover. Half of the time for which rows are kept: whoever has not read
-/// for so long may have missed rows that were pruned.
+/// Commits of longer ago are not lost by a failover. Half of the time for which rows are kept: a node that has not
+/// read for so long may have missed rows that were pruned.
 const MAX_GAP: Duration = Duration::from_secs(3600);
 
 impl Position {
