@@ -29,7 +29,7 @@ impl PgBouncer {
                 port.number(),
                 users.display(),
             );
-            let mut command = unprivileged(Path::new("pgbouncer"));
+            let mut command = unprivileged(program());
             command.arg(server.write_file("pgbouncer.ini", &config));
             let is_ready = || TcpStream::connect(("127.0.0.1", port.number())).is_ok();
             server.launch(&mut command, is_ready).map(|()| Self { _server: server, port })
@@ -42,9 +42,15 @@ impl PgBouncer {
 }
 
 fn version() -> (u32, u32) {
-    let output = Command::new("pgbouncer").arg("--version").output().expect("run tests/run");
+    let output = Command::new(program()).arg("--version").output().expect("run tests/run");
     let text = String::from_utf8(output.stdout).unwrap();
     let number = text.split_whitespace().nth(1).expect("PgBouncer 1.2.3");
     let mut parts = number.split('.').map(|part| part.parse().unwrap());
     (parts.next().unwrap(), parts.next().unwrap())
+}
+
+/// Debian keeps it where the path of a user need not lead.
+fn program() -> &'static Path {
+    let installed = Path::new("/usr/sbin/pgbouncer");
+    if installed.exists() { installed } else { Path::new("pgbouncer") }
 }
