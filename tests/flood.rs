@@ -72,6 +72,12 @@ impl Flood {
                     match authenticator.authenticate_from(&forged(), address(n)).await {
                         Err(Denial::InvalidKey(_)) => unknown.fetch_add(1, SeqCst),
                         outcome if is_overloaded(&outcome) => turned_away.fetch_add(1, SeqCst),
+                        // It waited behind the others for as long as a look-up may take.
+                        Err(Denial::Unavailable(error))
+                            if error.kind() == StoreErrorKind::Timeout =>
+                        {
+                            turned_away.fetch_add(1, SeqCst)
+                        }
                         other => panic!("{other:?}"),
                     };
                     tokio::task::yield_now().await;

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
 use support::{
-    eventually::eventually, scripted::status, servers::Postgres, unknown_key as some_key,
+    eventually::eventually, feed::in_sync, scripted::status, servers::Postgres,
+    unknown_key as some_key,
 };
 use tower_api_key::*;
 
@@ -97,9 +98,7 @@ async fn the_keys_of_a_user_who_is_deleted_in_sqlite_are_not_those_of_the_next_u
     run("DELETE FROM users");
     node.says(&key, 401).await;
     run(USER);
-    // What a user of the next one would see: nothing changes within the time that a change takes.
-    let id = node.0.health().last_sync;
-    eventually("a sync", async || node.0.health().last_sync < id || id.is_none()).await;
+    in_sync(&node.0).await;
     assert_eq!(status(&node.0, &key).await, 401);
     // The same key, issued to the new user, is another row.
     run(&insert_key());
