@@ -18,7 +18,7 @@ pub(crate) fn grants(held: &str, wanted: &str) -> bool {
     wanted.len() > stem.len() && wanted.starts_with(stem)
 }
 
-/// What stands before the wildcard, if the scope that is held ends in one.
+/// Returns the part before the wildcard, if the scope that is held ends in one.
 pub(crate) fn wildcard(held: &str) -> Option<&str> {
     let stem = held.strip_suffix('*')?;
     (stem.is_empty() || stem.ends_with([':', '.', '/'])).then_some(stem)

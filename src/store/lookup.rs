@@ -92,13 +92,13 @@ impl Lookup {
         Self { priority, waiters: Some(waiters), ..self }
     }
 
-    /// Waits for a connection that `gate` guards. Gives up when nobody waits for the answer any more, but
+    /// Waits for a connection that `gate` guards. Gives up when no request waits for the answer any more, but
     /// not if a connection is free: a look-up whose caller has gone may be what finds out that a store that
     /// failed is back.
     ///
     /// # Errors
     ///
-    /// `Overloaded` if too many look-ups wait, or nobody waits for this one.
+    /// `Overloaded` if too many look-ups wait, or no request waits for this one.
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
     pub(super) async fn pass(&self, gate: &Arc<LookupGate>) -> Result<Permit, StoreError> {
         let left = async {

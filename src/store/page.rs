@@ -47,7 +47,7 @@ pub struct UnreadableKey {
 
 impl KeyPage {
     /// Builds the page that `page` asks for from its rows, in the order of their ids and one more than its limit
-    /// if there are that many: the extra row tells that this is not the last page.
+    /// if there are that many: the extra row shows that this is not the last page.
     pub fn from_rows(
         page: &ListKeys,
         rows: impl IntoIterator<Item = (KeyId, Result<KeyRecord, StoreError>)>,

@@ -73,7 +73,7 @@ struct Inner {
     watcher: Option<Threads>,
     /// Counts what this process has written.
     written: watch::Sender<u64>,
-    /// Tells a database in memory from all others.
+    /// Distinguishes a database in memory from all others.
     name_in_memory: String,
     deadline: Duration,
 }
@@ -168,7 +168,7 @@ impl SqliteStore {
             let permit = lookup.pass(&self.0.gate).await?;
             let query = move |connection: &mut SqliteConnection| {
                 let rows = load(connection, &statement);
-                // The thread is free, even if nobody waits for the rows any more.
+                // The thread is free, even if no request waits for the rows any more.
                 drop(permit);
                 rows
             };

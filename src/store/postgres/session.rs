@@ -107,7 +107,7 @@ async fn driven<T>(
                 return Poll::Ready(Err(error));
             }
         }
-        // Of a closed connection the query's own error tells.
+        // A closed connection shows in the error of the query itself.
         query.as_mut().poll(cx)
     })
     .await

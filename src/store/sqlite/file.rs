@@ -18,7 +18,7 @@ pub(super) fn create(database: &str) {
     }
 }
 
-/// The path in what SQLite is told to open: a path, or a URI (<https://sqlite.org/uri.html>). `None` if SQLite would
+/// The path in the name of a database that SQLite opens: a path, or a URI (<https://sqlite.org/uri.html>). `None` if SQLite would
 /// not create a file there.
 fn path(database: &str) -> Option<PathBuf> {
     let Some(uri) = database.strip_prefix("file:") else { return Some(database.into()) };

@@ -305,7 +305,7 @@ fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// What stands between the parentheses of `CREATE INDEX … ON table (…)`, without the order.
+/// Returns the terms between the parentheses of `CREATE INDEX … ON table (…)`, without the order.
 fn indexed_expressions(definition: &str) -> Option<String> {
     let inner = definition.split_once('(')?.1;
     let (mut depth, mut terms, mut begin) = (0_u32, Vec::new(), 0);

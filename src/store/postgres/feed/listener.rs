@@ -47,7 +47,7 @@ impl Listener {
             {
                 let AsyncMessage::Notification(notification) = message else { continue };
                 let is_own = notification.channel() == own;
-                // Anybody may have written what else is in it.
+                // The payload is not read: any role may have written it.
                 let _ = hint.try_send(if is_own { Notified::OwnBeat } else { Notified::Changes });
             }
         });
