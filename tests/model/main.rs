@@ -156,7 +156,7 @@ fn a_mark_of_missing_triggers_keeps_the_bounds_of_age_after_a_fault() {
 #[test]
 #[ignore = "minutes without optimisation: cargo test --release --test model -- --ignored"]
 fn no_commit_that_is_lost_late_outlives_the_bounds_of_age() {
-    keeps_every_promise(Setup::commits_lost_in_time(), 400_000, &[RESET_REFUSES, GIVEN_AGAIN]);
+    keeps_every_promise(Setup::commits_lost_in_time(), 350_000, &[RESET_REFUSES, GIVEN_AGAIN]);
 }
 
 #[test]
