@@ -78,6 +78,12 @@ pub enum MalformedCredential {
     ForbiddenBytes,
     /// The `Authorization` header does not start with a scheme and a space.
     NoScheme,
+    /// The `Authorization` header has a key, but not behind the scheme `Bearer`: the scheme is missing, not followed
+    /// by a space, or another one.
+    NoBearer,
+    /// What follows `Bearer` is no `b64token` (RFC 6750 §2.1), nor a key of an accepted format: it has quotes, commas
+    /// or brackets around it.
+    NotB64Token,
     /// There is more than one `Authorization` header.
     Repeated,
     /// The request carries two different credentials.
@@ -92,6 +98,14 @@ impl fmt::Display for MalformedCredential {
             Self::Empty => "the credential is empty",
             Self::ForbiddenBytes => "the credential has bytes other than visible ASCII",
             Self::NoScheme => "the Authorization header does not start with a scheme and a space",
+            Self::NoBearer => {
+                "the API key in the Authorization header is not behind the scheme Bearer: \
+                 write `Authorization: Bearer KEY`"
+            }
+            Self::NotB64Token => {
+                "what follows Bearer has other characters than letters, digits and -._~+/ (and = at its end): \
+                 write the key alone, without quotes, commas or brackets"
+            }
             Self::Repeated => "there is more than one Authorization header",
             Self::Conflicting => "the request carries two different credentials",
             Self::NotBasic => "the Basic credential is not base64 of a user name and a password",

@@ -1,13 +1,15 @@
 //! Where a key sits in a request: [`Credential`], over a [`RequestHead`].
 
+mod authorization;
+
 use std::{borrow::Cow, fmt, sync::Arc};
 
-use base64::{Engine, engine::general_purpose::STANDARD};
-use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, header};
-use zeroize::Zeroizing;
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version, header};
 
+pub(crate) use self::authorization::Misplaced;
+use self::authorization::{authorization, is_b64token, user_name};
 use crate::{
-    key::{MalformedCredential, UnrecognizedKey, token},
+    key::{MalformedCredential, token},
     respond::Denial,
 };
 
@@ -18,6 +20,7 @@ use crate::{
 pub struct RequestHead<'a> {
     method: &'a Method,
     uri: &'a Uri,
+    version: Version,
     headers: &'a HeaderMap,
     extensions: &'a Extensions,
 }
@@ -28,6 +31,7 @@ impl<'a> RequestHead<'a> {
         Self {
             method: request.method(),
             uri: request.uri(),
+            version: request.version(),
             headers: request.headers(),
             extensions: request.extensions(),
         }
@@ -51,6 +55,11 @@ impl<'a> RequestHead<'a> {
             return original.0.path();
         }
         self.uri.path()
+    }
+
+    /// The HTTP version.
+    pub fn version(&self) -> Version {
+        self.version
     }
 
     /// The header fields.
@@ -96,9 +105,6 @@ enum Place {
 
 type Extract = dyn for<'a> Fn(&RequestHead<'a>) -> Option<Cow<'a, str>> + Send + Sync;
 type Token<'a> = Cow<'a, str>;
-
-/// Base64 of the longest user-pass that is looked at: a key of 512 bytes, a colon and a password.
-const MAX_BASIC_BYTES: usize = 2048;
 
 impl Credential {
     /// `Authorization: Bearer KEY` (RFC 6750 §2.1), the scheme in any case.
@@ -200,6 +206,15 @@ pub(crate) struct Found<'a> {
     pub(crate) places: u64,
 }
 
+impl Found<'_> {
+    /// Whether the key stands behind `Bearer`, but breaks the grammar that RFC 6750 §2.1 has for it.
+    pub(crate) fn breaks_bearer_grammar(&self, places: &[Credential]) -> bool {
+        let is_found = |at: usize| self.places & (1 << at) != 0;
+        let is_bearer = places.iter().enumerate().any(|(at, it)| it.is_bearer() && is_found(at));
+        is_bearer && !is_b64token(self.token.as_bytes())
+    }
+}
+
 /// So many places are told apart.
 pub(crate) const MAX_PLACES: usize = 64;
 
@@ -255,66 +270,6 @@ pub(crate) fn find<'a>(
 fn same(first: &str, second: &str) -> Result<(), MalformedCredential> {
     // Both come from the caller, so there is nothing to learn from the time that this takes.
     if first == second { Ok(()) } else { Err(MalformedCredential::Conflicting) }
-}
-
-/// What stands behind `scheme` in the `Authorization` field (RFC 9110 §11.4: a scheme, spaces, the
-/// rest); `None` for another scheme or no field at all.
-fn authorization<'a>(
-    headers: &'a HeaderMap,
-    scheme: &str,
-) -> Result<Option<&'a [u8]>, MalformedCredential> {
-    let Some(value) = headers.get(header::AUTHORIZATION) else { return Ok(None) };
-    // Nearly always no field at all is there twice, which takes two numbers to see.
-    let has_repeated = headers.len() > headers.keys_len();
-    if has_repeated && headers.get_all(header::AUTHORIZATION).iter().nth(1).is_some() {
-        return Err(MalformedCredential::Repeated);
-    }
-    let value = value.as_bytes();
-    // What nearly all requests look like, without going through the grammar.
-    if let Some((found, rest)) = value.split_at_checked(scheme.len())
-        && found.eq_ignore_ascii_case(scheme.as_bytes())
-        && let [b' ', next, ..] = rest
-        && next.is_ascii_graphic()
-    {
-        return Ok(Some(&rest[1..]));
-    }
-    let value = value.trim_ascii();
-    let scheme_end = value.iter().position(|&byte| !is_token_char(byte)).unwrap_or(value.len());
-    let (found, rest) = value.split_at(scheme_end);
-    if found.is_empty() || !matches!(rest.first(), None | Some(b' ')) {
-        return Err(MalformedCredential::NoScheme);
-    }
-    let spaces = rest.iter().take_while(|&&byte| byte == b' ').count();
-    if rest.get(spaces) == Some(&b'\t') {
-        return Err(MalformedCredential::ForbiddenBytes);
-    }
-    Ok(found.eq_ignore_ascii_case(scheme.as_bytes()).then_some(&rest[spaces..]))
-}
-
-/// `tchar` of RFC 9110 §5.6.2.
-fn is_token_char(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
-}
-
-/// The user name of a Basic credential (RFC 7617 §2).
-fn user_name<'a>(encoded: &[u8]) -> Result<Token<'a>, Denial> {
-    let encoded = token(encoded)?;
-    if encoded.len() > MAX_BASIC_BYTES {
-        return Err(UnrecognizedKey::TooLong.into());
-    }
-    let user_pass =
-        Zeroizing::new(STANDARD.decode(encoded).map_err(|_| MalformedCredential::NotBasic)?);
-    let colon = user_pass.iter().position(|&byte| byte == b':');
-    let user = &user_pass[..colon.ok_or(MalformedCredential::NotBasic)?];
-    // White space is part of a user name, so that it is not taken off here.
-    if user
-        .first()
-        .zip(user.last())
-        .is_some_and(|(a, b)| a.is_ascii_whitespace() || b.is_ascii_whitespace())
-    {
-        return Err(MalformedCredential::ForbiddenBytes.into());
-    }
-    Ok(Cow::Owned(token(user)?.to_owned()))
 }
 
 impl fmt::Debug for Credential {
