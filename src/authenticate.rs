@@ -85,7 +85,13 @@ impl Authenticator {
             Err(malformed) => Err(malformed.into()),
         };
         let outcome = outcome.and_then(|caller| {
-            check_address(&caller, || address)?;
+            let known_address = || {
+                if address.is_none() {
+                    self.address_is_unknown("call authenticate_from with the address of the peer");
+                }
+                address
+            };
+            check_address(&caller, known_address)?;
             caller.count_request();
             Ok(caller)
         });
@@ -138,6 +144,17 @@ impl Authenticator {
     /// Parses a token of visible ASCII. Nothing is looked up before this.
     pub(crate) fn parse(&self, token: &str) -> Result<PresentedKey, Denial> {
         Ok(self.0.scheme.parse(token)?)
+    }
+
+    /// Whether `text` is a key of a structured format: its brand and its check are right.
+    pub(crate) fn has_structured_key(&self, text: &str) -> bool {
+        self.0.scheme.parse(text).is_ok_and(|key| key.is_structured)
+    }
+
+    /// A key with address rules is denied because the address of its caller is not known. `remedy` is what makes
+    /// it known; it is logged once.
+    pub(crate) fn address_is_unknown(&self, remedy: &'static str) {
+        self.0.unknown_address.log(remedy);
     }
 
     /// Asks the store, together with everybody else who wants to know the same.

@@ -195,14 +195,22 @@ pub(crate) struct ClientAddress {
 
 impl ClientAddress {
     pub(crate) fn find(&self, head: &RequestHead<'_>) -> Option<IpAddr> {
-        let peer = match &self.closure {
-            Some(closure) => closure(head)?,
-            None => connection(head)?,
-        };
-        let peer = canonical(peer);
+        let peer = canonical(self.peer(head)?);
         match &self.proxies {
             Some(proxies) => proxies.client(peer, head.headers()),
             None => Some(peer),
+        }
+    }
+
+    /// Whether the other end of the connection is known.
+    pub(crate) fn has_peer(&self, head: &RequestHead<'_>) -> bool {
+        self.peer(head).is_some()
+    }
+
+    fn peer(&self, head: &RequestHead<'_>) -> Option<IpAddr> {
+        match &self.closure {
+            Some(closure) => closure(head),
+            None => connection(head),
         }
     }
 }

@@ -1,7 +1,10 @@
 //! What the crate says in logs. Nothing here ever gets a key, a hash or a credential.
 
 use std::{
-    sync::{Mutex, PoisonError},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -47,6 +50,21 @@ impl BadRowLog {
             *last = now;
         }
         tracing::error!(key_prefix = prefix, error = %error, cause, "an API key row can't be used");
+    }
+}
+
+/// Logs once that keys with address rules can't be used, because the addresses of clients are not known.
+#[derive(Debug, Default)]
+pub(crate) struct UnknownAddressLog(AtomicBool);
+
+impl UnknownAddressLog {
+    pub(crate) fn log(&self, remedy: &'static str) {
+        if !self.0.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                remedy,
+                "a key with allowed_ips is denied, because the address of the client is not known"
+            );
+        }
     }
 }
 

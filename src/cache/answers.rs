@@ -33,6 +33,7 @@ use crate::{
     policy,
     respond::{Denial, InvalidKey},
     store::{self, Answer, DynKeyStore, KeyStore, Lookup, Proof, Source},
+    telemetry::UnknownAddressLog,
     usage::Recorder,
 };
 
@@ -42,6 +43,7 @@ pub(crate) struct Answers {
     pub(crate) scheme: KeyScheme,
     pub(crate) settings: Settings,
     pub(crate) origin: Origin,
+    pub(crate) unknown_address: UnknownAddressLog,
     view: Arc<View>,
     cache: LocalCache,
     flights: Arc<Flights>,
@@ -89,6 +91,7 @@ impl Answers {
             scheme,
             settings,
             origin: Origin::default(),
+            unknown_address: UnknownAddressLog::default(),
             view: View::new(&settings),
             cache: LocalCache::new(&settings),
             flights: Arc::default(),
