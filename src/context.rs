@@ -14,6 +14,7 @@ use crate::{
     policy::{self, AllowedNetwork, EndpointRule},
     record::{KeyRecord, RateLimits, User},
     respond::{Denial, Forbidden},
+    telemetry,
     usage::{Tally, Usage},
 };
 
@@ -295,6 +296,26 @@ impl AuthContext {
     /// 403.
     pub fn require_model(&self, model: &str) -> Result<(), Denial> {
         required(self.can_access_model(model), || Forbidden::Model(model.to_owned()))
+    }
+
+    /// Returns the context in the extensions of a request, for handlers that have no extractor: tonic, hyper.
+    ///
+    /// ```
+    /// use tower_api_key::{AuthContext, Denial};
+    ///
+    /// fn email<B>(request: &http::Request<B>) -> Result<String, Denial> {
+    ///     let caller = AuthContext::from_extensions(request.extensions())?;
+    ///     Ok(caller.user().email.clone())
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// 401 behind a layer that let the request through without a key, and 500 if there is no layer at all; the log
+    /// then names the one to add.
+    pub fn from_extensions(extensions: &Extensions) -> Result<&Self, Denial> {
+        let caller = Self::of(extensions).inspect_err(telemetry::denied)?;
+        caller.ok_or(Denial::MissingCredential)
     }
 
     /// The context in the extensions of a request; `None` behind a layer that let the request through without

@@ -6,16 +6,23 @@ use std::{
     mem,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
-use http::{HeaderMap, Request, Response};
+use http::{Request, Response};
+use http_body::Body;
 use pin_project_lite::pin_project;
 use tower_service::Service;
 
 use crate::{
-    body::ResponseBody, budget::Reservation, context::AuthContext, credential::RequestHead,
-    limit::RateFields, respond::Denial, telemetry,
+    body::ResponseBody,
+    budget::Reservation,
+    context::AuthContext,
+    credential::RequestHead,
+    discard::DiscardLimits,
+    gated_call::{Decision, Gate, GatedCall},
+    limit::RateFields,
+    respond::Denial,
 };
 
 /// The service of a [`RequireLayer`](crate::RequireLayer), a [`RateLimitLayer`](crate::RateLimitLayer) or a
@@ -28,19 +35,21 @@ pub struct Guard<S> {
     rule: Arc<dyn Rule>,
 }
 
-/// What a guard asks.
+/// The rule of a guard.
 pub(crate) trait Rule: Send + Sync + 'static {
     fn judge(&self, caller: &AuthContext, head: &RequestHead<'_>) -> Verdict;
+
+    /// Whether a request is denied that the auth layer has let through without a key. If not, it passes: the rule
+    /// is about a key's limits.
+    fn requires_key(&self) -> bool;
 }
 
-/// What a rule says.
+/// The outcome of a rule.
 pub(crate) enum Verdict {
     Known(Result<Pass, Denial>),
-    /// It has to ask somebody else.
-    Later(Judging),
+    /// It takes I/O.
+    Later(Decision<Pass>),
 }
-
-pub(crate) type Judging = Pin<Box<dyn Future<Output = Result<Pass, Denial>> + Send>>;
 
 /// What is to be done with the response of a request that may pass.
 pub(crate) enum Pass {
@@ -49,16 +58,6 @@ pub(crate) enum Pass {
     Limited(RateFields),
     /// It is charged when the response is there, or the request is given up.
     Reserved(Reservation),
-}
-
-impl Pass {
-    fn finish(self, headers: &mut HeaderMap) {
-        match self {
-            Self::Nothing => {}
-            Self::Limited(fields) => fields.write(headers),
-            Self::Reserved(reservation) => drop(reservation),
-        }
-    }
 }
 
 impl<S> Guard<S> {
@@ -85,6 +84,7 @@ impl<S> Guard<S> {
 impl<S, B, R> Service<Request<B>> for Guard<S>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone,
+    B: Body,
 {
     type Response = Response<ResponseBody<R>>;
     type Error = S::Error;
@@ -97,22 +97,27 @@ where
     fn call(&mut self, request: Request<B>) -> GuardFuture<S, B> {
         let verdict = match AuthContext::of(request.extensions()) {
             Ok(Some(caller)) => self.rule.judge(caller, &RequestHead::of(&request)),
-            Ok(None) => Verdict::Known(Err(Denial::MissingCredential)),
+            Ok(None) if self.rule.requires_key() => Verdict::Known(Err(Denial::MissingCredential)),
+            Ok(None) => Verdict::Known(Ok(Pass::Nothing)),
             Err(denial) => Verdict::Known(Err(denial)),
         };
-        let state = match verdict {
-            Verdict::Known(Ok(pass)) => State::Inner { future: self.inner.call(request), pass },
+        let call = match verdict {
+            Verdict::Known(Ok(pass)) => {
+                GatedCall::inner(PassGate::new(pass), self.inner.call(request))
+            }
             Verdict::Known(Err(denial)) => {
                 // The instance that is ready may hold a permit for the call that will not come.
                 drop(self.take_ready());
-                State::Refused { denial }
+                GatedCall::denied(PassGate::new(Pass::Nothing), denial, request)
             }
-            Verdict::Later(judging) => {
-                let held = Some(Box::new((request, self.take_ready())));
-                State::Judging { judging, held }
+            Verdict::Later(decision) => {
+                // Nor is a permit held during I/O: see `ApiKeyAuth`.
+                let inner = self.inner.clone();
+                drop(self.take_ready());
+                GatedCall::deciding(PassGate::new(Pass::Nothing), decision, request, inner)
             }
         };
-        GuardFuture { state }
+        GuardFuture { call }
     }
 }
 
@@ -124,6 +129,59 @@ impl<S: Clone> Guard<S> {
     }
 }
 
+/// What a guard does for one request.
+pub(crate) struct PassGate {
+    pass: Pass,
+    is_called: bool,
+}
+
+impl PassGate {
+    fn new(pass: Pass) -> Self {
+        Self { pass, is_called: false }
+    }
+}
+
+impl Gate for PassGate {
+    type Permission = Pass;
+
+    fn admit<B>(&mut self, _: &mut Request<B>, pass: Pass) -> Result<(), Denial> {
+        self.pass = pass;
+        Ok(())
+    }
+
+    fn called(&mut self) {
+        self.is_called = true;
+    }
+
+    fn finish<R>(&mut self, mut response: Response<R>) -> Response<ResponseBody<R>> {
+        match mem::replace(&mut self.pass, Pass::Nothing) {
+            Pass::Nothing => {}
+            Pass::Limited(fields) => fields.write(response.headers_mut()),
+            Pass::Reserved(reservation) => drop(reservation),
+        }
+        response.map(ResponseBody::inner)
+    }
+
+    fn deny<R>(&self, denial: &Denial) -> Response<ResponseBody<R>> {
+        denial.response().map(ResponseBody::refusal)
+    }
+
+    fn discard_limits<B>(&self, request: &Request<B>) -> DiscardLimits {
+        DiscardLimits::of(request)
+    }
+}
+
+/// A request that is given up before the inner service has it costs nothing.
+impl Drop for PassGate {
+    fn drop(&mut self) {
+        if !self.is_called
+            && let Pass::Reserved(reservation) = mem::replace(&mut self.pass, Pass::Nothing)
+        {
+            reservation.settle(0);
+        }
+    }
+}
+
 pin_project! {
     /// The response future of a [`Guard`].
     pub struct GuardFuture<S, B>
@@ -131,54 +189,19 @@ pin_project! {
         S: Service<Request<B>>,
     {
         #[pin]
-        state: State<S, B, S::Future>,
-    }
-}
-
-pin_project! {
-    #[project = StateProjection]
-    enum State<S, B, F> {
-        Judging {
-            judging: Judging,
-            // The request and the instance that is ready for it. Taken when the verdict is there.
-            held: Option<Box<(Request<B>, S)>>,
-        },
-        Inner { #[pin] future: F, pass: Pass },
-        Refused { denial: Denial },
+        call: GatedCall<S, B, PassGate>,
     }
 }
 
 impl<S, B, R> Future for GuardFuture<S, B>
 where
     S: Service<Request<B>, Response = Response<R>>,
+    B: Body,
 {
     type Output = Result<Response<ResponseBody<R>>, S::Error>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut this = self.project();
-        loop {
-            match this.state.as_mut().project() {
-                StateProjection::Judging { judging, held } => {
-                    let verdict = ready!(judging.as_mut().poll(cx));
-                    // `None` only if somebody polls a future that has panicked.
-                    let Some(held) = held.take() else { return Poll::Pending };
-                    let (request, mut ready) = *held;
-                    this.state.set(match verdict {
-                        Ok(pass) => State::Inner { future: ready.call(request), pass },
-                        Err(denial) => State::Refused { denial },
-                    });
-                }
-                StateProjection::Inner { future, pass } => {
-                    let mut response = ready!(future.poll(cx))?;
-                    mem::replace(pass, Pass::Nothing).finish(response.headers_mut());
-                    return Poll::Ready(Ok(response.map(ResponseBody::inner)));
-                }
-                StateProjection::Refused { denial } => {
-                    telemetry::denied(denial);
-                    return Poll::Ready(Ok(denial.response().map(ResponseBody::refusal)));
-                }
-            }
-        }
+        self.project().call.poll(cx)
     }
 }
 

@@ -1,6 +1,6 @@
 //! [`ApiKeyAuthLayer`]: the options, and the service that they make.
 
-use std::{fmt, net::IpAddr, sync::Arc};
+use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderName, Response};
@@ -10,6 +10,7 @@ use crate::{
     authenticate::Authenticator,
     client::{ClientAddress, TrustedProxies},
     credential::{Credential, KeyHeader, MAX_PLACES, RequestHead},
+    discard::DiscardLimits,
     key::KeyScheme,
     respond::{OnDenial, Presentation, Realm, Refusal},
     service::ApiKeyAuth,
@@ -139,8 +140,9 @@ impl ApiKeyAuthLayer {
         self.with(|options| options.presentation.verbose = verbose)
     }
 
-    /// Makes the responses of refused HTTP requests. gRPC callers get theirs in the protocol's own
-    /// shape, whatever this does, and a `HEAD` request gets no body.
+    /// Makes the responses of denied HTTP requests. gRPC callers get theirs in the protocol's own
+    /// shape, whatever this does, and a `HEAD` request gets no body. A response with a status of success gets the
+    /// [status of the denial](Refusal::status) instead, and every one gets `Cache-Control: no-store`.
     ///
     /// ```
     /// use tower_api_key::{ApiKeyAuthLayer, MemoryStore};
@@ -154,6 +156,26 @@ impl ApiKeyAuthLayer {
         respond: impl Fn(&Refusal<'_>) -> Response<Bytes> + Send + Sync + 'static,
     ) -> Self {
         self.with(|options| options.presentation.on_denial = Some(OnDenial(Arc::new(respond))))
+    }
+
+    /// Answers every denial in HTTP, gRPC calls too. By default a `POST` over HTTP/2 with a gRPC content type, and
+    /// a `POST` with one of gRPC-Web, is answered with the HTTP status 200 and a `grpc-status`. Set this where only
+    /// the HTTP status counts: behind nginx's `auth_request`, or for a service that has no gRPC.
+    #[must_use]
+    pub fn http_only(self) -> Self {
+        self.with(|options| options.presentation.is_http_only = true)
+    }
+
+    /// Sets how much of the body of a denied request is read and discarded before it is answered over HTTP/1:
+    /// at most `max_bytes` (8 MiB by default), for at most `max_time` (2 s). Without this, the server closes the
+    /// connection while the client is still sending, and a client or proxy sees a broken pipe (nginx: 502)
+    /// instead of the denial. 0 turns it off. A body whose declared length is over the limit is not read, nor
+    /// is one whose client sends `Expect: 100-continue` and therefore waits. Counts for the guards behind this
+    /// layer as well.
+    #[must_use]
+    pub fn discard_body(self, max_bytes: u64, max_time: Duration) -> Self {
+        let discard = DiscardLimits { bytes: max_bytes, time: max_time };
+        self.with(|options| options.presentation.discard = discard)
     }
 
     /// Forgets what this node remembers of the keys under a lookup prefix: see

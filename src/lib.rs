@@ -14,10 +14,12 @@ mod clock;
 mod context;
 mod credential;
 mod deadline;
+mod discard;
 mod error;
 #[cfg(feature = "axum")]
 mod extract;
 mod future;
+mod gated_call;
 mod guard;
 mod key;
 mod layer;
@@ -51,7 +53,9 @@ pub use key::{
     SchemeError, UnrecognizedKey,
 };
 pub use layer::{ApiKeyAuthLayer, InvalidRealm};
-pub use limit::*;
+pub use limit::{LocalRateLimiter, Quota, RateLimitLayer, RateLimiter, RatePeriod, RateWindow};
+#[cfg(feature = "redis")]
+pub use limit::{RedisRateLimiter, RedisRateLimiterBuilder, WhenRedisIsAway};
 pub use manage::{IssuedKey, KeyManager, ManageError, NewKey};
 pub use policy::{AllowedNetwork, EndpointRule, EndpointRuleError, NetworkError};
 pub use record::{
@@ -63,5 +67,17 @@ pub use redis::{RedisServers, RedisState, RedisUrlError};
 pub use require::RequireLayer;
 pub use respond::{BudgetExceeded, Denial, Forbidden, InvalidKey, Refusal, openai_error};
 pub use service::ApiKeyAuth;
-pub use store::*;
+pub use store::{
+    Answer, CacheSecret, Change, ChangeStream, DynKeyStore, FeedFault, FeedStatus, HashUpgrade,
+    KeyPage, KeyRepository, KeyStore, KeyUsage, Lease, LeaseAsk, ListKeys, Lookup, MemoryStore,
+    UnreadableKey, UsageBatch,
+};
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use store::{ColumnFault, FindingKind, KeyFinding, KeyReview, MigrateError, MigrationReport};
+#[cfg(feature = "postgres")]
+pub use store::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
+#[cfg(feature = "redis")]
+pub use store::{RedisCache, RedisCacheBuilder, RedisCacheError};
+#[cfg(feature = "sqlite")]
+pub use store::{SqliteStore, SqliteStoreBuilder};
 pub use usage::Usage;

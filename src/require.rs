@@ -89,6 +89,10 @@ where
     fn judge(&self, caller: &AuthContext, head: &RequestHead<'_>) -> Verdict {
         Verdict::Known((self.0)(caller, head).map(|()| Pass::Nothing))
     }
+
+    fn requires_key(&self) -> bool {
+        true
+    }
 }
 
 impl<S> Layer<S> for RequireLayer {

@@ -7,6 +7,7 @@ use std::{
 };
 
 use http::{Request, Response};
+use http_body::Body;
 use tower_service::Service;
 
 use crate::{
@@ -14,8 +15,11 @@ use crate::{
     body::ResponseBody,
     cache::{LookupFuture, Recall},
     context::{AuthContext, LetThrough},
-    credential::{self, Found, RequestHead},
-    future::{Held, ResponseFuture},
+    credential::{self, Misplaced, RequestHead},
+    discard::DiscardLimits,
+    future::ResponseFuture,
+    gated_call::{Gate, GatedCall},
+    key::MalformedCredential,
     layer::Options,
     respond::{Asker, Denial, Forbidden, Presentation},
 };
@@ -24,13 +28,13 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct ApiKeyAuth<S> {
     inner: S,
-    gate: Arc<Gate>,
+    rules: Arc<Rules>,
 }
 
 impl<S> ApiKeyAuth<S> {
     pub(crate) fn new(inner: S, authenticator: Authenticator, options: Options) -> Self {
         let presentation = options.presentation.clone().shared();
-        Self { inner, gate: Arc::new(Gate { authenticator, options, presentation }) }
+        Self { inner, rules: Arc::new(Rules { authenticator, options, presentation }) }
     }
 
     /// The inner service.
@@ -52,6 +56,7 @@ impl<S> ApiKeyAuth<S> {
 impl<S, B, R> Service<Request<B>> for ApiKeyAuth<S>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone,
+    B: Body,
 {
     type Response = Response<ResponseBody<R>>;
     type Error = S::Error;
@@ -63,31 +68,35 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> ResponseFuture<S, B> {
         let head = RequestHead::of(&request);
-        let asker = Asker::new(&head, self.gate.presentation.as_ref());
-        let admitted = match self.gate.decide(&head) {
+        let asker = Asker::new(&head, self.rules.presentation.as_ref());
+        let gate = AuthGate { asker, pending: None };
+        let admitted = match self.rules.decide(&head) {
             Decision::Pass => Ok(()),
             Decision::LetThrough => {
-                // No context but this layer's own may reach the inner service.
-                request.extensions_mut().remove::<AuthContext>();
-                request.extensions_mut().insert(LetThrough);
+                self.rules.let_through(&mut request);
                 Ok(())
             }
-            Decision::Known { caller, places } => self.gate.let_in(&mut request, caller, places),
+            Decision::Known { caller, places } => self.rules.let_in(&mut request, caller, places),
             Decision::LookUp { lookup, places } => {
-                let gate = Arc::clone(&self.gate);
-                let held = Held { request, places, ready: self.take_ready(), gate };
-                return ResponseFuture::look_up(asker, lookup, held);
+                // The look-up may take as long as the store's time-outs. The instance that is ready may hold a
+                // permit, which requests with a cached key need meanwhile.
+                let inner = self.inner.clone();
+                drop(self.take_ready());
+                let pending = Some(Box::new(Pending { rules: Arc::clone(&self.rules), places }));
+                let gate = AuthGate { pending, ..gate };
+                return ResponseFuture { call: GatedCall::deciding(gate, lookup, request, inner) };
             }
             Decision::Refuse(denial) => Err(denial),
         };
-        match admitted {
-            Ok(()) => ResponseFuture::pass(asker, self.inner.call(request)),
+        let call = match admitted {
+            Ok(()) => GatedCall::inner(gate, self.inner.call(request)),
             Err(denial) => {
                 // The instance that is ready may hold a permit for the call that will not come.
                 drop(self.take_ready());
-                ResponseFuture::refuse(asker, denial)
+                GatedCall::denied(gate, denial, request)
             }
-        }
+        };
+        ResponseFuture { call }
     }
 }
 
@@ -99,13 +108,52 @@ impl<S: Clone> ApiKeyAuth<S> {
     }
 }
 
-/// Who decides on a request, before and after the look-up.
+/// The decision about one request, and the shape of its response.
+pub(crate) struct AuthGate {
+    asker: Asker,
+    /// For a request that waits for a look-up.
+    pending: Option<Box<Pending>>,
+}
+
+struct Pending {
+    rules: Arc<Rules>,
+    /// The places that the key is in.
+    places: u64,
+}
+
+impl Gate for AuthGate {
+    type Permission = AuthContext;
+
+    fn admit<B>(&mut self, request: &mut Request<B>, caller: AuthContext) -> Result<(), Denial> {
+        // Always there, because this is called once; without the rules nothing is let in.
+        let Some(pending) = self.pending.take() else { return Err(Denial::LayerMissing) };
+        pending.rules.let_in(request, caller, pending.places)
+    }
+
+    #[inline]
+    fn finish<R>(&mut self, response: Response<R>) -> Response<ResponseBody<R>> {
+        self.asker.reshape(response)
+    }
+
+    fn deny<R>(&self, denial: &Denial) -> Response<ResponseBody<R>> {
+        self.asker.refuse(denial)
+    }
+
+    fn discard_limits<B>(&self, _: &Request<B>) -> DiscardLimits {
+        self.asker.presentation().discard
+    }
+}
+
+/// What decides on a request, before and after the look-up.
 #[derive(Debug)]
-pub(crate) struct Gate {
+struct Rules {
     authenticator: Authenticator,
     options: Options,
     presentation: Option<Arc<Presentation>>,
 }
+
+const UNKNOWN_PEER: &str = "serve axum with into_make_service_with_connect_info::<SocketAddr>(), insert \
+    ClientAddr into the extensions of requests, or set client_ip on the layer";
 
 /// What can be said of a request at once. `places` has the key.
 enum Decision {
@@ -124,7 +172,7 @@ enum Decision {
     Refuse(Denial),
 }
 
-impl Gate {
+impl Rules {
     fn decide(&self, head: &RequestHead<'_>) -> Decision {
         if let Some(caller) = head.extensions().get::<AuthContext>()
             && self.authenticator.made(caller)
@@ -140,28 +188,54 @@ impl Gate {
         {
             return Decision::Known { caller, places };
         }
-        let Found { token, places } = match credential::find(credentials, head) {
+        let found = match credential::find(credentials, head) {
             Ok(Some(found)) => found,
+            Ok(None) if self.has_misplaced_key(head) => {
+                return Decision::Refuse(MalformedCredential::NoBearer.into());
+            }
             Ok(None) if self.options.is_optional => return Decision::LetThrough,
             Ok(None) => return Decision::Refuse(Denial::MissingCredential),
             Err(denial) => return Decision::Refuse(denial),
         };
-        match self.authenticator.recall(&token) {
+        let places = found.places;
+        match self.authenticator.recall(&found.token) {
             Recall::Known(caller) => Decision::Known { caller, places },
             Recall::Refused(reason) => Decision::Refuse(reason.into()),
-            Recall::Nothing => match self.authenticator.parse(&token) {
+            Recall::Nothing => match self.authenticator.parse(&found.token) {
                 Ok(key) => {
                     let address = self.options.client.find(head);
                     let lookup = self.authenticator.look_up(key, address);
                     Decision::LookUp { lookup, places }
+                }
+                // Not before: keys of another service may have other characters.
+                Err(_) if found.breaks_bearer_grammar(credentials) => {
+                    Decision::Refuse(MalformedCredential::NotB64Token.into())
                 }
                 Err(denial) => Decision::Refuse(denial),
             },
         }
     }
 
+    /// Whether the request has a key in `Authorization` that is not behind `Bearer`. Without a word about it, it
+    /// would be a request without a key, which an optional layer lets through.
+    fn has_misplaced_key(&self, head: &RequestHead<'_>) -> bool {
+        match Misplaced::of(&self.options.credentials, head.headers()) {
+            Some(Misplaced::Structured(text)) => self.authenticator.has_structured_key(text),
+            Some(Misplaced::Any(text)) => self.authenticator.parse(text).is_ok(),
+            None => false,
+        }
+    }
+
+    /// Prepares a request that passes without a key.
+    fn let_through<B>(&self, request: &mut Request<B>) {
+        // No context but this layer's own may reach the inner service.
+        request.extensions_mut().remove::<AuthContext>();
+        request.extensions_mut().insert(LetThrough);
+        self.pass_on(request);
+    }
+
     /// Judges what depends on the request, and makes it ready for the inner service. `places` has the key.
-    pub(crate) fn let_in<B>(
+    fn let_in<B>(
         &self,
         request: &mut Request<B>,
         caller: AuthContext,
@@ -169,7 +243,14 @@ impl Gate {
     ) -> Result<(), Denial> {
         let head = RequestHead::of(request);
         if caller.is_restricted() {
-            check_address(&caller, || self.options.client.find(&head))?;
+            let address = || {
+                let address = self.options.client.find(&head);
+                if address.is_none() && !self.options.client.has_peer(&head) {
+                    self.authenticator.address_is_unknown(UNKNOWN_PEER);
+                }
+                address
+            };
+            check_address(&caller, address)?;
             if !caller.can_access_endpoint(head.method(), head.endpoint()) {
                 return Err(Forbidden::Endpoint.into());
             }
@@ -177,6 +258,16 @@ impl Gate {
         self.options.key_header.treat(&self.options.credentials, places, request.headers_mut());
         caller.count_request();
         request.extensions_mut().insert(caller);
+        self.pass_on(request);
         Ok(())
+    }
+
+    /// Passes settings on to guards, where they are not the default.
+    fn pass_on<B>(&self, request: &mut Request<B>) {
+        if let Some(presentation) = &self.presentation
+            && presentation.discard != DiscardLimits::default()
+        {
+            request.extensions_mut().insert(presentation.discard);
+        }
     }
 }

@@ -9,7 +9,7 @@ use axum::extract::ConnectInfo;
 use http::HeaderName;
 use proptest::prelude::*;
 use support::{Fixture, counted::block_on, fixture, get, send};
-use tower_api_key::{AllowedNetwork, ApiKeyAuthLayer, ClientAddr, TrustedProxies};
+use tower_api_key::{AllowedNetwork, ApiKeyAuthLayer, Authenticator, ClientAddr, TrustedProxies};
 
 const FORWARDED: &str = "forwarded";
 const X_FORWARDED_FOR: &str = "x-forwarded-for";
@@ -402,4 +402,34 @@ proptest! {
             }
         });
     }
+}
+
+#[tokio::test]
+async fn an_unknown_address_is_one_warning_that_names_what_makes_it_known() {
+    let setting = fixture().await;
+    let (log, _guard) = support::log::capture();
+    let warnings = || {
+        let lines = log.lines().into_iter();
+        lines.filter(|line| line.contains("WARN")).collect::<Vec<_>>()
+    };
+    let layer = setting.layer();
+    // A restriction of another kind, and an address that is known, need no warning.
+    status(&setting, &layer, &["203.0.113.9"], Some("203.0.113.8"), &[]).await;
+    assert_eq!(warnings().len(), 0, "{}", log.text());
+    for _ in 0..3 {
+        assert_eq!(status(&setting, &layer, &["203.0.113.9"], None, &[]).await, 403);
+    }
+    let [warning] = &warnings()[..] else { panic!("{}", log.text()) };
+    for name in ["allowed_ips", "into_make_service_with_connect_info", "ClientAddr", "client_ip"] {
+        assert!(warning.contains(name), "{warning}");
+    }
+
+    log.take();
+    let authenticator = Authenticator::new(setting.store.clone());
+    let key = setting.issue(|new| new.allowed_ips(["203.0.113.9".parse().unwrap()])).await;
+    for _ in 0..2 {
+        assert!(authenticator.authenticate(key.expose_secret()).await.is_err());
+    }
+    let [warning] = &warnings()[..] else { panic!("{}", log.text()) };
+    assert!(warning.contains("authenticate_from"), "{warning}");
 }

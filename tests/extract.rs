@@ -158,8 +158,7 @@ async fn a_handler_s_refusal_gets_the_shape_of_the_layer_around_it() {
 async fn a_handler_s_refusal_of_a_grpc_request_is_a_grpc_answer() {
     let fixture = fixture().await;
     let router = router().layer(fixture.layer());
-    let mut request = request("/scope", Some(&fixture.key));
-    request.headers_mut().insert("content-type", "application/grpc+proto".parse().unwrap());
+    let request = support::grpc(request("/scope", Some(&fixture.key)), "application/grpc+proto");
     let answer = send(&router, request).await;
     assert_eq!(answer.status(), 200);
     assert_eq!(answer.header("content-type"), Some("application/grpc+proto"));

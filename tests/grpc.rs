@@ -3,11 +3,10 @@
 
 mod support;
 
-use bytes::Bytes;
-use http::{Request, Response};
-use http_body_util::Full;
+use http::{Response, Version};
 use support::{
-    Answer, bearer, fixture, get, read, rule, send, stores::Failing, unknown_key, with_wrong_secret,
+    Answer, bearer, fixture, get, grpc, read, rule, send, stores::Failing, unknown_key,
+    with_wrong_secret,
 };
 use tonic::{
     Code, Status,
@@ -21,13 +20,10 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 use tower::ServiceExt;
-use tower_api_key::{ApiKeyAuthLayer, Denial, Forbidden, MemoryStore, StoreError, openai_error};
-
-fn grpc(mut request: Request<Full<Bytes>>, content_type: &str) -> Request<Full<Bytes>> {
-    *request.method_mut() = http::Method::POST;
-    request.headers_mut().insert("content-type", content_type.parse().unwrap());
-    request
-}
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, Forbidden, InvalidKey, MemoryStore,
+    StoreError, openai_error,
+};
 
 /// HTTP 200, the status in the header fields, and nothing after them.
 fn assert_trailers_only(answer: &Answer, content_type: &str, code: Code) {
@@ -36,6 +32,7 @@ fn assert_trailers_only(answer: &Answer, content_type: &str, code: Code) {
     assert_eq!(answer.header("grpc-status"), Some(&*(code as i32).to_string()));
     assert!(!answer.header("grpc-message").unwrap().is_empty());
     assert_eq!(answer.body, "");
+    assert_eq!(answer.header("cache-control"), Some("no-store"));
     assert!(answer.response.extensions().get::<Denial>().is_some());
 }
 
@@ -62,10 +59,51 @@ async fn every_grpc_and_grpc_web_content_type_gets_a_trailers_only_answer() {
 }
 
 #[tokio::test]
+async fn a_content_type_alone_never_makes_a_denial_a_success() {
+    let fixture = fixture().await;
+    let versions =
+        [Version::HTTP_09, Version::HTTP_10, Version::HTTP_11, Version::HTTP_2, Version::HTTP_3];
+    for content_type in CONTENT_TYPES {
+        for version in versions {
+            for method in ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "QUERY"] {
+                let mut request = grpc(get(&[]), content_type);
+                *request.method_mut() = method.parse().unwrap();
+                *request.version_mut() = version;
+                let is_web = content_type.starts_with("application/grpc-web");
+                let is_call = method == "POST" && (is_web || version == Version::HTTP_2);
+                let answer = send(&fixture.layer(), request).await;
+                let expected = if is_call { 200 } else { 401 };
+                assert_eq!(answer.status(), expected, "{method} {version:?} {content_type}");
+                assert_eq!(answer.header("grpc-status").is_some(), is_call);
+                assert_eq!(answer.header("www-authenticate").is_some(), !is_call);
+                assert_eq!(answer.header("cache-control"), Some("no-store"));
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_layer_for_http_only_answers_grpc_calls_in_http() {
+    let fixture = fixture().await;
+    for content_type in CONTENT_TYPES {
+        let request = grpc(get(&[]), content_type);
+        let answer = send(&fixture.layer().http_only(), request).await;
+        assert_eq!((answer.status(), answer.header("grpc-status")), (401, None));
+        assert_eq!(answer.header("content-type"), Some("application/problem+json"));
+    }
+}
+
+#[tokio::test]
 async fn what_only_resembles_grpc_gets_an_http_answer() {
     let fixture = fixture().await;
-    for content_type in ["application/grpcfoo", "application/grp", "text/grpc", "application/json"]
-    {
+    for content_type in [
+        "application/grpcfoo",
+        "application/grpc-foo",
+        "application/grpc-webby",
+        "application/grp",
+        "text/grpc",
+        "application/json",
+    ] {
         let answer = send(&fixture.layer(), grpc(get(&[]), content_type)).await;
         assert_eq!(answer.status(), 401, "{content_type}");
         assert_eq!(answer.header("content-type"), Some("application/problem+json"));
@@ -128,6 +166,45 @@ async fn a_responder_for_http_is_not_asked() {
         let answer = send(&layer, grpc(get(&[]), "application/grpc")).await;
         assert_trailers_only(&answer, "application/grpc", Code::Unauthenticated);
     }
+}
+
+#[tokio::test]
+async fn a_denial_of_a_handler_becomes_a_status_with_the_text_that_callers_may_see() {
+    let fixture = fixture().await;
+    let bad_row = Denial::from(StoreError::bad_row("key 17: column key_hash"));
+    let busy = StoreError::overloaded("pool of 10.0.0.7", std::time::Duration::from_millis(1500));
+    for (denial, code, message) in [
+        (Denial::MissingCredential, Code::Unauthenticated, "an API key is required"),
+        (Denial::from(InvalidKey::Revoked), Code::Unauthenticated, "the API key is not valid"),
+        (
+            Denial::from(Forbidden::Scope("chat:write".into())),
+            Code::PermissionDenied,
+            r#"the API key lacks the scope "chat:write""#,
+        ),
+        (bad_row, Code::Internal, "internal error"),
+        (
+            Denial::from(busy),
+            Code::Unavailable,
+            "API keys can't be checked right now; try again later",
+        ),
+    ] {
+        assert_eq!(denial.detail(), message);
+        let retry_after = denial.retry_after().map(|_| "2");
+        let status = Status::from(denial);
+        assert_eq!((status.code(), status.message()), (code, message));
+        let metadata = status.metadata().get("retry-after").map(|value| value.to_str().unwrap());
+        assert_eq!(metadata, retry_after);
+    }
+    // With `?` in a handler.
+    let handler = |extensions: &http::Extensions| -> Result<String, Status> {
+        Ok(AuthContext::from_extensions(extensions)?.user().email.clone())
+    };
+    let bare = handler(&http::Extensions::new()).unwrap_err();
+    assert_eq!(bare.code(), Code::Internal);
+    let caller = Authenticator::new(fixture.store.clone()).authenticate(&fixture.key).await;
+    let mut extensions = http::Extensions::new();
+    extensions.insert(caller.unwrap());
+    assert_eq!(handler(&extensions).unwrap(), "ada@example.com");
 }
 
 /// A health service behind the layer on a port of its own, and a client of it.

@@ -132,6 +132,55 @@ async fn guards_stand_on_routers_and_routes() {
 }
 
 #[tokio::test]
+async fn a_request_that_passes_without_a_key_is_stopped_by_a_requirement_alone() {
+    let fixture = fixture().await;
+    let issued = fixture
+        .issue(|key| {
+            let mut limits = RateLimits::default();
+            limits.per_minute = Some(100);
+            let budget = Budget { limit_cents: 100, period: BudgetPeriod::Total };
+            key.scopes(["a"]).rate_limits(limits).budget(budget)
+        })
+        .await;
+    let skips = fixture.layer().skip(|head| head.method() == http::Method::OPTIONS);
+    let optional = fixture.layer().optional();
+    let (key, nobody, preflight) = (bearer(issued.expose_secret()), get(&[]), {
+        let mut request = get(&[]);
+        *request.method_mut() = http::Method::OPTIONS;
+        request
+    });
+    let bad_key = bearer("nonsense");
+    // The request, whether it is let through without a key, and what the guards that are no requirement answer.
+    let cases = [
+        (&skips, &key, false, 200),
+        (&skips, &preflight, true, 200),
+        (&skips, &nobody, false, 401),
+        (&optional, &key, false, 200),
+        (&optional, &nobody, true, 200),
+        (&optional, &bad_key, false, 401),
+    ];
+    for (at, (auth, request, is_let_through, expected)) in cases.into_iter().enumerate() {
+        for combination in 0..8 {
+            let [requires, limits, charges] = [1, 2, 4].map(|bit| combination & bit != 0);
+            let mut app = Router::new().fallback(|| async { "inside" });
+            if requires {
+                app = app.layer(RequireLayer::scope("a"));
+            }
+            if charges {
+                app = app.layer(BudgetLayer::new(1));
+            }
+            if limits {
+                app = app.layer(RateLimitLayer::new(LocalRateLimiter::new()));
+            }
+            let expected = if requires && is_let_through { 401 } else { expected };
+            let request = request.clone().map(Body::new);
+            let response = app.layer(auth.clone()).oneshot(request).await.unwrap();
+            assert_eq!(response.status(), expected, "case {at}: {requires} {limits} {charges}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn nobody_is_401_and_no_layer_is_500() {
     let fixture = fixture().await;
     let guard = RequireLayer::scope("a");
@@ -149,8 +198,7 @@ async fn nobody_is_401_and_no_layer_is_500() {
 #[tokio::test]
 async fn a_grpc_caller_is_told_in_its_own_protocol() {
     let fixture = fixture().await;
-    let mut request = bearer(&fixture.key);
-    request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    let request = support::grpc(bearer(&fixture.key), "application/grpc");
     let service = ServiceBuilder::new()
         .layer(fixture.layer())
         .layer(RequireLayer::scope("a"))

@@ -447,8 +447,7 @@ async fn a_cold_key_while_postgres_is_down_is_told_to_come_again() {
         "{}",
         answer.body
     );
-    let mut request = support::bearer(secret);
-    request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    let request = support::grpc(support::bearer(secret), "application/grpc");
     let answer = support::send(&layer, request).await;
     assert_eq!((answer.status(), answer.header("grpc-status")), (200, Some("14")));
     // What is remembered is served.

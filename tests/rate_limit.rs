@@ -142,8 +142,7 @@ async fn a_clock_that_is_set_gives_nobody_more() {
 async fn a_grpc_caller_gets_resource_exhausted() {
     let limited = Limited::new().await;
     let key = limited.key(limits(Some(0), None, None)).await;
-    let mut request = bearer(&key);
-    request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    let request = support::grpc(bearer(&key), "application/grpc");
     let service = ServiceBuilder::new()
         .layer(limited.fixture.layer())
         .layer(limited.layer.clone())

@@ -243,7 +243,7 @@ async fn a_bad_row_is_answered_500_without_a_reason_and_without_retry_after() {
     assert_eq!(answer.header("retry-after"), None);
     let expected = json!({
         "type": "about:blank", "title": "Internal Server Error", "status": 500,
-        "detail": "something is wrong on our side",
+        "detail": "internal error",
     });
     assert_eq!(problem(&answer), expected);
 }

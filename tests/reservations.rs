@@ -180,7 +180,7 @@ async fn a_fixed_cost_is_charged_for_each_request() {
     let ask = async |grpc: bool| -> Told {
         let mut request = bearer(&node.key);
         if grpc {
-            request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+            request = support::grpc(request, "application/grpc");
         }
         read(service.clone().oneshot(request).await.unwrap()).await
     };

@@ -61,8 +61,8 @@ async fn a_key_for_one_grpc_method_is_denied_the_others_in_the_protocols_own_way
     let setting = fixture().await;
     let key = setting.issue(|new| new.allowed_endpoints([rule("/pkg.Service/Method")])).await;
     for (path, status) in [("/pkg.Service/Method", None), ("/pkg.Service/Other", Some("7"))] {
-        let mut request = request("POST", path, key.expose_secret(), None);
-        request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+        let request =
+            support::grpc(request("POST", path, key.expose_secret(), None), "application/grpc");
         let answer = send(&setting.layer(), request).await;
         assert_eq!((answer.status(), answer.header("grpc-status")), (200, status));
     }

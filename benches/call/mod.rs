@@ -11,12 +11,12 @@ use http::{HeaderValue, Request, Response, header};
 use http_body_util::Empty;
 use tower::Service;
 
-pub(crate) type Call = Request<()>;
+pub(crate) type Call = Request<Body>;
 pub(crate) type Body = Empty<bytes::Bytes>;
 
 /// A request with the fields that most have.
 pub(crate) fn request(authorization: HeaderValue) -> Call {
-    let mut request = Request::new(());
+    let mut request = Request::new(Body::new());
     let headers = request.headers_mut();
     headers.insert(header::HOST, HeaderValue::from_static("api.example.com"));
     headers.insert(header::USER_AGENT, HeaderValue::from_static("example/1.0"));

@@ -47,6 +47,10 @@ impl Rule for FixedCost {
         let (caller, cost) = (caller.clone(), self.0);
         Verdict::Later(Box::pin(async move { Ok(Pass::Reserved(caller.reserve(cost).await?)) }))
     }
+
+    fn requires_key(&self) -> bool {
+        false
+    }
 }
 
 impl<S> Layer<S> for BudgetLayer {

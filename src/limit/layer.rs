@@ -55,6 +55,10 @@ impl<L: RateLimiter> Rule for Limit<L> {
         let (limiter, key) = (Arc::clone(&self.0), key.clone());
         Verdict::Later(Box::pin(async move { outcome(&limiter.count(&key, limits).await?) }))
     }
+
+    fn requires_key(&self) -> bool {
+        false
+    }
 }
 
 fn outcome(quota: &Quota) -> Result<Pass, Denial> {

@@ -25,12 +25,15 @@ impl Asker {
         Self {
             is_head: head.method() == Method::HEAD,
             line: has_responder.then(|| Box::new((head.method().clone(), head.uri().clone()))),
-            grpc: grpc::ContentType::of(head.headers()),
+            grpc: match presentation {
+                Some(presentation) if presentation.is_http_only => None,
+                _ => grpc::ContentType::of(head),
+            },
             presentation: presentation.cloned(),
         }
     }
 
-    pub(super) fn presentation(&self) -> &Presentation {
+    pub(crate) fn presentation(&self) -> &Presentation {
         match &self.presentation {
             Some(presentation) => presentation,
             None => Presentation::common(),

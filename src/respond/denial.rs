@@ -122,21 +122,22 @@ impl Denial {
         }
     }
 
-    /// What a caller may know: nothing of why a key is not valid, and nothing of our insides.
-    pub(super) fn public_detail(&self) -> String {
+    /// Returns a sentence that is safe for the caller: it has neither the reason for which a key is not valid nor
+    /// anything of the store. It is what the default response has as `detail`, and gRPC as message.
+    pub fn detail(&self) -> String {
         match self {
             Self::InvalidKey(_) => "the API key is not valid".to_owned(),
             Self::Unavailable(_) => {
                 "API keys can't be checked right now; try again later".to_owned()
             }
-            Self::BadRow(_) | Self::LayerMissing => "something is wrong on our side".to_owned(),
+            Self::BadRow(_) | Self::LayerMissing => "internal error".to_owned(),
             _ => self.to_string(),
         }
     }
 
     /// The same, with the reason for which a key is not valid.
     pub(super) fn verbose_detail(&self) -> String {
-        if let Self::InvalidKey(_) = self { self.to_string() } else { self.public_detail() }
+        if let Self::InvalidKey(_) = self { self.to_string() } else { self.detail() }
     }
 }
 

@@ -3,12 +3,12 @@
 //! <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#responses>
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue, Response, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, Version, header};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 
-use super::{Denial, Refusal};
+use super::{Denial, Refusal, refusal::write_limits};
+use crate::credential::RequestHead;
 
-const GRPC: &[u8] = b"application/grpc";
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 /// What may not stand in `grpc-message`; bytes over 0x7E are always escaped.
@@ -30,18 +30,22 @@ const USUAL: [&str; 6] = [
 ];
 
 impl ContentType {
-    /// `None` for a request that is none of gRPC's.
+    /// Returns `None` for a request that is no gRPC call. A denial in gRPC's shape has the HTTP status 200, so the
+    /// content type, which the caller chooses, is not enough: a call is a `POST` over HTTP/2, one of gRPC-Web a
+    /// `POST` over any version.
     #[inline]
-    pub(super) fn of(headers: &HeaderMap) -> Option<Self> {
-        Self::parse(headers.get(header::CONTENT_TYPE)?)
-    }
-
-    fn parse(value: &HeaderValue) -> Option<Self> {
-        let (essence, rest) = value.as_bytes().split_at_checked(GRPC.len())?;
-        let is_grpc = essence.eq_ignore_ascii_case(GRPC)
-            && matches!(rest.first(), None | Some(b'+' | b';' | b'-' | b' '));
+    pub(super) fn of(head: &RequestHead<'_>) -> Option<Self> {
+        if head.method() != Method::POST {
+            return None;
+        }
+        let value = head.headers().get(header::CONTENT_TYPE)?;
+        let has_its_version = match Protocol::of(value.as_bytes())? {
+            Protocol::Grpc => head.version() == Version::HTTP_2,
+            Protocol::GrpcWeb => true,
+        };
         let usual = || USUAL.into_iter().find(|it| it.as_bytes() == value.as_bytes());
-        is_grpc.then(|| usual().map_or_else(|| Self::Other(value.clone().into()), Self::Usual))
+        has_its_version
+            .then(|| usual().map_or_else(|| Self::Other(value.clone().into()), Self::Usual))
     }
 
     fn value(&self) -> HeaderValue {
@@ -50,6 +54,29 @@ impl ContentType {
             Self::Other(value) => (**value).clone(),
         }
     }
+}
+
+enum Protocol {
+    Grpc,
+    GrpcWeb,
+}
+
+impl Protocol {
+    /// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-WEB.md>
+    fn of(content_type: &[u8]) -> Option<Self> {
+        let rest = strip_prefix(content_type, b"application/grpc")?;
+        let (protocol, rest) = match strip_prefix(rest, b"-web") {
+            Some(rest) => (Self::GrpcWeb, strip_prefix(rest, b"-text").unwrap_or(rest)),
+            None => (Self::Grpc, rest),
+        };
+        matches!(rest.first(), None | Some(b'+' | b';' | b' ' | b'\t')).then_some(protocol)
+    }
+}
+
+/// In any case, as media types are (RFC 9110 §8.3.1).
+fn strip_prefix<'a>(text: &'a [u8], prefix: &[u8]) -> Option<&'a [u8]> {
+    let (start, rest) = text.split_at_checked(prefix.len())?;
+    start.eq_ignore_ascii_case(prefix).then_some(rest)
 }
 
 pub(super) fn trailers_only(refusal: &Refusal<'_>, content_type: &ContentType) -> Response<Bytes> {
@@ -61,15 +88,31 @@ pub(super) fn trailers_only(refusal: &Refusal<'_>, content_type: &ContentType) -
     if let Ok(message) = message.try_into() {
         headers.insert(GRPC_MESSAGE, message);
     }
-    if let Some(seconds) = refusal.retry_after_seconds() {
-        headers.insert(header::RETRY_AFTER, seconds.into());
-    }
-    if let Denial::RateLimited(quota) = refusal.denial()
-        && let Some(fields) = quota.fields()
-    {
-        fields.write(headers);
-    }
+    write_limits(refusal.denial(), headers);
     response
+}
+
+/// The status for a handler to return: the code of the table, [`Denial::detail`] as message, and `retry-after` and
+/// the fields of a rate limit in the metadata.
+///
+/// ```
+/// use tower_api_key::AuthContext;
+///
+/// async fn generate(request: tonic::Request<String>) -> Result<tonic::Response<String>, tonic::Status> {
+///     let caller = AuthContext::from_extensions(request.extensions())?;
+///     caller.require_model("small")?;
+///     Ok(tonic::Response::new(caller.user().email.clone()))
+/// }
+/// ```
+#[cfg(feature = "tonic")]
+impl From<Denial> for tonic::Status {
+    fn from(denial: Denial) -> Self {
+        let mut headers = HeaderMap::new();
+        write_limits(&denial, &mut headers);
+        let code = tonic::Code::from_i32(code(&denial).into());
+        let metadata = tonic::metadata::MetadataMap::from_headers(headers);
+        Self::with_metadata(code, denial.detail(), metadata)
+    }
 }
 
 /// <https://github.com/grpc/grpc/blob/master/doc/statuscodes.md>

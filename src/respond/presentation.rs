@@ -9,6 +9,7 @@ use bytes::Bytes;
 use http::Response;
 
 use super::Refusal;
+use crate::discard::DiscardLimits;
 
 /// The realm of a challenge, as it stands between the quotes.
 #[derive(Debug, Clone, PartialEq)]
@@ -49,6 +50,9 @@ pub(crate) struct Presentation {
     pub(crate) offers_basic: bool,
     pub(crate) verbose: bool,
     pub(crate) on_denial: Option<OnDenial>,
+    /// Whether gRPC callers get HTTP responses as well.
+    pub(crate) is_http_only: bool,
+    pub(crate) discard: DiscardLimits,
 }
 
 impl Default for Presentation {
@@ -59,6 +63,8 @@ impl Default for Presentation {
             offers_basic: false,
             verbose: false,
             on_denial: None,
+            is_http_only: false,
+            discard: DiscardLimits::default(),
         }
     }
 }

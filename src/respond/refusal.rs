@@ -3,13 +3,28 @@
 use std::sync::LazyLock;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Response, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri, header};
 
 use super::{
     Asker, Denial, Forbidden, grpc,
     presentation::{OnDenial, Presentation, quoted},
     problem,
 };
+
+const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
+
+/// Writes `Retry-After`, in whole seconds and at least one, and what is left of each rate limit.
+pub(super) fn write_limits(denial: &Denial, headers: &mut HeaderMap) {
+    if let Some(wait) = denial.retry_after() {
+        let seconds = wait.as_millis().div_ceil(1000).clamp(1, 31 * 86_400) as u64;
+        headers.insert(header::RETRY_AFTER, seconds.into());
+    }
+    if let Denial::RateLimited(quota) = denial
+        && let Some(fields) = quota.fields()
+    {
+        fields.write(headers);
+    }
+}
 
 /// What [`on_denial`](crate::ApiKeyAuthLayer::on_denial) gets: the denial, and what is needed to
 /// answer it.
@@ -58,7 +73,7 @@ impl<'a> Refusal<'a> {
         if self.presentation().verbose {
             self.denial.verbose_detail()
         } else {
-            self.denial.public_detail()
+            self.denial.detail()
         }
     }
 
@@ -84,21 +99,8 @@ impl<'a> Refusal<'a> {
         for challenge in self.challenges() {
             headers.append(header::WWW_AUTHENTICATE, challenge);
         }
-        if let Some(seconds) = self.retry_after_seconds() {
-            headers.insert(header::RETRY_AFTER, seconds.into());
-        }
-        if let Denial::RateLimited(quota) = self.denial
-            && let Some(fields) = quota.fields()
-        {
-            fields.write(headers);
-        }
+        write_limits(self.denial, headers);
         response
-    }
-
-    /// Whole seconds, at least one.
-    pub(super) fn retry_after_seconds(&self) -> Option<u64> {
-        let wait = self.denial.retry_after()?;
-        Some(wait.as_millis().div_ceil(1000).clamp(1, 31 * 86_400) as u64)
     }
 
     /// RFC 6750 §3: a challenge on every 401, and on a 400 or 403 that has an error code.
@@ -127,6 +129,12 @@ impl<'a> Refusal<'a> {
             (None, Some(OnDenial(respond))) => respond(self),
             (None, None) => self.default_response(),
         };
+        if response.status().is_success() && self.asker.grpc.is_none() {
+            // A closure that sets no status must not make a denial look like success.
+            *response.status_mut() = self.status();
+        }
+        // A status that a shared cache would store by itself, or is set up to store, is no answer for others.
+        response.headers_mut().insert(header::CACHE_CONTROL, NO_STORE);
         if self.asker.is_head {
             // The length of what GET would get (RFC 9110 §8.6).
             let length = std::mem::take(response.body_mut()).len();

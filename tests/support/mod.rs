@@ -136,6 +136,14 @@ pub fn bearer(key: &str) -> Request<Full<Bytes>> {
     get(&[("authorization", format!("Bearer {key}").as_bytes())])
 }
 
+/// The request as a gRPC client sends it: a POST over HTTP/2.
+pub fn grpc<B>(mut request: Request<B>, content_type: &str) -> Request<B> {
+    *request.method_mut() = http::Method::POST;
+    *request.version_mut() = http::Version::HTTP_2;
+    request.headers_mut().insert("content-type", content_type.parse().unwrap());
+    request
+}
+
 /// The path, or method and path, of an endpoint rule.
 pub fn rule(text: &str) -> tower_api_key::EndpointRule {
     text.parse().unwrap()

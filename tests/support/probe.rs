@@ -95,6 +95,11 @@ impl Control {
         }
     }
 
+    /// Whether a request waits for an instance to be ready.
+    pub fn is_waited_for(&self) -> bool {
+        self.0.waiting.lock().unwrap().is_some()
+    }
+
     pub fn fail_readiness(&self, error: ProbeError) {
         *self.0.readiness_fault.lock().unwrap() = Some(error);
     }

@@ -1,0 +1,97 @@
+//! What becomes of the body of a denied request: [`UnreadBody`].
+//!
+//! A server over HTTP/1.1 closes the connection if it has answered a request whose body it has not read. The kernel
+//! then resets it, and a client or proxy that is still sending sees a broken pipe instead of the response (RFC 9112
+//! §9.6). So the rest of the body is read and discarded first, within limits.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Buf;
+use http::{Request, Version, header};
+use http_body::Body;
+use tokio::{
+    runtime::Handle,
+    time::{Sleep, sleep},
+};
+
+/// How much of the body of a denied request is read, and for how long. In the extensions of a request, those of the
+/// layer around a guard, where they are not the default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct DiscardLimits {
+    pub(crate) bytes: u64,
+    pub(crate) time: Duration,
+}
+
+impl Default for DiscardLimits {
+    fn default() -> Self {
+        Self { bytes: 8 << 20, time: Duration::from_secs(2) }
+    }
+}
+
+impl DiscardLimits {
+    /// Those of the layer around, or the default.
+    pub(crate) fn of<B>(request: &Request<B>) -> Self {
+        request.extensions().get().copied().unwrap_or_default()
+    }
+
+    fn are_off(&self) -> bool {
+        self.bytes == 0 || self.time.is_zero()
+    }
+}
+
+/// The rest of a body that is read and discarded before the response.
+pub(crate) struct UnreadBody<B> {
+    body: Pin<Box<B>>,
+    bytes_left: u64,
+    /// The most that is waited for the client.
+    timer: Pin<Box<Sleep>>,
+}
+
+impl<B: Body> UnreadBody<B> {
+    /// Returns the body if it is to be read: over HTTP/1, if it has not ended, is not larger than the limit, and the
+    /// client does not wait for a `100 Continue`, which it gets if the body is polled (RFC 9110 §10.1.1). HTTP/2
+    /// resets a single stream, after the response (RFC 9113 §8.1).
+    pub(crate) fn of(request: Request<B>, limits: DiscardLimits) -> Option<Self> {
+        let is_http_1 = request.version() <= Version::HTTP_11;
+        let awaits_continue = request
+            .headers()
+            .get(header::EXPECT)
+            .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+        let body = request.body();
+        let is_worth_reading = !body.is_end_stream() && body.size_hint().lower() <= limits.bytes;
+        if limits.are_off() || !is_http_1 || awaits_continue || !is_worth_reading {
+            return None;
+        }
+        // Without a runtime there is no timer.
+        Handle::try_current().ok()?;
+        Some(Self {
+            body: Box::pin(request.into_body()),
+            bytes_left: limits.bytes,
+            timer: Box::pin(sleep(limits.time)),
+        })
+    }
+
+    /// Reads on. Ready at the end of the body, at an error, or when a limit is reached.
+    pub(crate) fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            if self.timer.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            let Poll::Ready(frame) = self.body.as_mut().poll_frame(cx) else {
+                return Poll::Pending;
+            };
+            let Some(Ok(frame)) = frame else { return Poll::Ready(()) };
+            // At least one, so that a body of empty frames ends as well.
+            let bytes = frame.data_ref().map_or(0, |data| data.remaining() as u64).max(1);
+            match self.bytes_left.checked_sub(bytes) {
+                Some(left) => self.bytes_left = left,
+                None => return Poll::Ready(()),
+            }
+        }
+    }
+}
