@@ -10,9 +10,17 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use support::{Answer as Told, bearer, eventually::eventually, probe::probe, read};
+use bytes::Bytes;
+use http::Request;
+use http_body_util::Full;
+use support::{
+    Answer as Told, bearer,
+    eventually::{eventually, others_make},
+    probe::{poll, poll_ready, probe},
+    read,
+};
 use tokio::task::JoinSet;
-use tower::{ServiceBuilder, ServiceExt};
+use tower::{Service, ServiceBuilder, ServiceExt, limit::ConcurrencyLimit};
 use tower_api_key::*;
 
 const CENT: u64 = 1_000_000;
@@ -198,6 +206,38 @@ async fn a_fixed_cost_is_charged_for_each_request() {
     );
     assert_eq!(ask(true).await.header("grpc-status"), Some("8"));
     eventually("three are charged", async || node.spent().await == 900_000).await;
+}
+
+#[tokio::test]
+async fn a_request_that_is_given_up_before_the_inner_service_has_it_costs_nothing() {
+    let node = Node::new(cents(1, BudgetPeriod::Daily)).await;
+    let limit = ConcurrencyLimit::new(probe().0, 1);
+    let mut holder = limit.clone();
+    let mut service = ServiceBuilder::new()
+        .layer(ApiKeyAuthLayer::from(node.authenticator.clone()))
+        .layer(BudgetLayer::new(400_000))
+        .service(limit);
+    assert!(poll_ready::<_, Request<Full<Bytes>>>(&mut service).is_ready());
+    let mut answer = service.call(bearer(&node.key));
+    // There is no lease in hand, so that the permit is free while the store is asked for one.
+    assert!(poll_ready::<_, Request<Full<Bytes>>>(&mut holder).is_ready());
+    // With two more of this cost, the budget would be used up if the first one were charged.
+    let is_leased = || {
+        assert!(poll(&mut answer).is_pending(), "called without a permit");
+        node.ledger.asked.load(SeqCst) == 1
+    };
+    others_make("the cost is reserved", is_leased).await;
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+        assert!(poll(&mut answer).is_pending(), "called without a permit");
+    }
+    drop(answer);
+    drop(holder);
+    for _ in 0..2 {
+        let request = bearer(&node.key);
+        assert_eq!(service.clone().oneshot(request).await.unwrap().status(), 200);
+    }
+    eventually("two are charged", async || node.spent().await == 800_000).await;
 }
 
 #[tokio::test]
