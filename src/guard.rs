@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// The service of a [`RequireLayer`](crate::RequireLayer), a [`RateLimitLayer`](crate::RateLimitLayer) or a
-/// [`BudgetLayer`](crate::BudgetLayer): it asks its rule about the request's [`AuthContext`], and answers with
+/// [`BudgetLayer`](crate::BudgetLayer): it applies its rule to the request's [`AuthContext`], and answers with
 /// the [`Denial`] or calls the inner service. An [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) has to be around it,
 /// and gives its refusals their shape.
 #[derive(Clone)]

@@ -35,6 +35,12 @@ use crate::{
 ///     });
 /// # Ok::<(), tower_api_key::InvalidRealm>(())
 /// ```
+///
+/// The request body has to implement [`http_body::Body`]: see [`discard_body`](Self::discard_body).
+///
+/// A request whose key is in the local cache goes to the instance of the inner service that was polled ready. For
+/// one that needs a look-up, that instance is dropped, so that it holds no permit of a concurrency limit while the
+/// store is asked, and a clone of the service is polled ready after the look-up.
 #[derive(Debug, Clone)]
 pub struct ApiKeyAuthLayer {
     authenticator: Authenticator,
@@ -94,13 +100,15 @@ impl ApiKeyAuthLayer {
         Ok(self.with(|options| options.presentation.realm = realm))
     }
 
-    /// Lets a request without a key through, without a context. A bad key is still refused.
+    /// Lets a request without a key through, without a context. A bad key is still denied. Of the guards behind the
+    /// layer, [`RequireLayer`](crate::RequireLayer) denies such a request, the others let it pass.
     #[must_use]
     pub fn optional(self) -> Self {
         self.with(|options| options.is_optional = true)
     }
 
-    /// Lets requests through untouched for which `predicate` is true: health checks, CORS preflight.
+    /// Lets requests through untouched for which `predicate` is true: health checks, CORS preflight. Guards treat
+    /// them as those of an [`optional`](Self::optional) layer.
     #[must_use]
     pub fn skip(
         self,

@@ -13,7 +13,7 @@ use crate::{
 /// Charges a fixed cost for each request, within the key's budget. A request past it is answered with 429 and the
 /// time at which the period ends (gRPC: `RESOURCE_EXHAUSTED`). It belongs behind an
 /// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer); a service whose cost depends on the work calls
-/// [`AuthContext::reserve`] instead.
+/// [`AuthContext::reserve`] instead. Requests that the auth layer lets through without a key pass and cost nothing.
 ///
 /// ```
 /// use tower::ServiceBuilder;

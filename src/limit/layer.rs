@@ -17,7 +17,8 @@ use crate::{
 /// Keeps the rate limits that stand in the request's [`AuthContext`]. A request past one of them is answered
 /// with 429 and `Retry-After` (gRPC: `RESOURCE_EXHAUSTED`); responses say how much is left in the fields
 /// `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-10). It belongs behind an
-/// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer). Keys that are unlimited, or have no limits, pass.
+/// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer). Keys that are unlimited, or have no limits, pass, and so do requests that
+/// it lets through without a key.
 ///
 /// ```
 /// use tower::ServiceBuilder;
