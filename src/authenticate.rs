@@ -154,7 +154,7 @@ impl Authenticator {
     /// A key with address rules is denied because the address of its caller is not known. `remedy` is what makes
     /// it known; it is logged once.
     pub(crate) fn address_is_unknown(&self, remedy: &'static str) {
-        self.0.unknown_address.log(remedy);
+        telemetry::address_unknown(remedy, &self.0.unknown_address);
     }
 
     /// Asks the store, together with everybody else who wants to know the same.

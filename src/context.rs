@@ -1,16 +1,17 @@
 //! What a handler sees of who calls: [`AuthContext`].
 
+mod recheck;
+
 use std::{fmt, net::IpAddr, sync::Arc};
 
 use chrono::{DateTime, Utc};
 use http::{Extensions, Method};
 use serde_json::Value;
 
+pub(crate) use self::recheck::{Engine, RecheckFuture, Verified};
 use crate::{
     budget::Reservation,
     cache::Stamp,
-    error::StoreError,
-    key::HashFingerprint,
     policy::{self, AllowedNetwork, EndpointRule},
     record::{KeyRecord, RateLimits, User},
     respond::{Denial, Forbidden},
@@ -44,14 +45,14 @@ struct Inner {
     /// `None` for a context that no authenticator made.
     provenance: Option<Provenance>,
     record: KeyRecord,
+    /// For another check. Last, because a hit does not read it; `None` with the provenance.
+    verified: Option<Verified>,
 }
 
 /// Where a context comes from, and what a cache has to know to serve it again.
 pub(crate) struct Provenance {
     pub(crate) origin: Origin,
     pub(crate) stamp: Stamp,
-    /// Of the hash that the key has matched.
-    pub(crate) proof: Option<HashFingerprint>,
     /// `None` if nothing is recorded.
     pub(crate) tally: Option<Arc<Tally>>,
 }
@@ -67,18 +68,18 @@ impl PartialEq for Origin {
 }
 
 impl AuthContext {
-    pub(crate) fn new(record: KeyRecord, provenance: Provenance) -> Self {
-        Self::make(record, Some(provenance))
+    pub(crate) fn new(record: KeyRecord, provenance: Provenance, verified: Verified) -> Self {
+        Self::make(record, Some(provenance), Some(verified))
     }
 
     /// A context for the tests of a handler, made without a key. No layer takes it for its own.
     pub fn unverified(record: KeyRecord) -> Self {
-        Self::make(record, None)
+        Self::make(record, None, None)
     }
 
-    fn make(record: KeyRecord, provenance: Option<Provenance>) -> Self {
+    fn make(record: KeyRecord, provenance: Option<Provenance>, verified: Option<Verified>) -> Self {
         let is_restricted = !(record.allowed_ips.is_empty() && record.allowed_endpoints.is_empty());
-        Self(Arc::new(Inner { is_restricted, provenance, record }))
+        Self(Arc::new(Inner { is_restricted, provenance, record, verified }))
     }
 
     /// Whether it depends on the request whether the key may be used.
@@ -198,16 +199,15 @@ impl AuthContext {
     ///
     /// 429 if less is left in the period, with the time at which it ends; 503 if there is no lease in hand and
     /// the store can't be asked, or does not answer because another session keeps the key's row locked (after 2 s
-    /// with the defaults of `PostgresStore`).
+    /// with the defaults of `PostgresStore`). `Unsupported`, 500, if the store has no budget leases
+    /// ([`KeyStore::lease`](crate::KeyStore::lease)) or does not record usage, or the authenticator was built with
+    /// [`without_usage`](crate::AuthenticatorBuilder::without_usage); the log says so once.
     pub async fn reserve(&self, estimate: u64) -> Result<Reservation, Denial> {
         if let Some(reservation) = self.reserve_now(estimate) {
             return Ok(reservation);
         }
-        let Some((tally, recorder)) = self.tally().and_then(|it| Some((it, it.recorder()?))) else {
-            let nobody = "nobody records the usage that budgets are charged with";
-            return Err(StoreError::unavailable(nobody).into());
-        };
-        recorder.accounts.reserve(&self.key().id, estimate, tally).await
+        let recorder = Arc::clone(self.engine()?.recorder());
+        recorder.reserve(&self.key().id, estimate, self.tally()).await
     }
 
     /// The same from a lease in hand, without waiting.
@@ -217,7 +217,7 @@ impl AuthContext {
             return Some(Reservation::free(estimate, self.tally().cloned()));
         }
         let tally = self.tally()?;
-        tally.recorder()?.accounts.reserve_now(&self.key().id, estimate, tally)
+        tally.recorder()?.reserve_now(&self.key().id, estimate, tally)
     }
 
     /// Counts a request that was let in.

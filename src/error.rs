@@ -32,7 +32,7 @@ pub enum StoreErrorKind {
     BadRow,
     /// A write that contradicts what is stored, such as an e-mail address that is taken.
     Conflict,
-    /// The store does not do this at all.
+    /// The store does not do this at all. The request is answered 500.
     Unsupported,
     /// The store answered, but refused the request: a missing table, a missing right.
     Rejected,
@@ -72,6 +72,11 @@ impl StoreError {
     /// The store answered, but refused the request. Trying again does not help.
     pub fn rejected(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::new(StoreErrorKind::Rejected, "the key store refused the request").caused_by(source)
+    }
+
+    /// What is asked for is not to be had with these settings.
+    pub(crate) fn missing(message: &'static str) -> Self {
+        Self::new(StoreErrorKind::Unsupported, message)
     }
 
     fn new(kind: StoreErrorKind, message: impl Into<Cow<'static, str>>) -> Self {

@@ -53,18 +53,41 @@ impl BadRowLog {
     }
 }
 
-/// Logs once that keys with address rules can't be used, because the addresses of clients are not known.
+/// Whether something has been logged: the first time is loud.
 #[derive(Debug, Default)]
-pub(crate) struct UnknownAddressLog(AtomicBool);
+pub(crate) struct FirstTime(AtomicBool);
 
-impl UnknownAddressLog {
-    pub(crate) fn log(&self, remedy: &'static str) {
-        if !self.0.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                remedy,
-                "a key with allowed_ips is denied, because the address of the client is not known"
-            );
-        }
+impl FirstTime {
+    fn is_now(&self) -> bool {
+        !self.0.swap(true, Ordering::Relaxed)
+    }
+}
+
+/// A key with address rules is denied, because the address of its caller is not known; `remedy` says what to do.
+pub(crate) fn address_unknown(remedy: &'static str, warned: &FirstTime) {
+    if warned.is_now() {
+        tracing::warn!(
+            remedy,
+            "a key with allowed_ips is denied, because the address of the client is not known"
+        );
+    }
+}
+
+/// The store lacks a capability that a request needs.
+pub(crate) fn unsupported(error: &StoreError, warned: &FirstTime) {
+    if warned.is_now() {
+        tracing::warn!(error = %error, "the key store lacks what a request needs: it is answered 500");
+    } else {
+        tracing::debug!(error = %error, "the key store lacks what a request needs");
+    }
+}
+
+/// A budget can't be reserved with this store or these settings; `remedy` says what to do.
+pub(crate) fn budget_unsupported(error: &StoreError, remedy: &str, warned: &FirstTime) {
+    if warned.is_now() {
+        tracing::warn!(error = %error, remedy, "no budget can be reserved: requests are answered 500");
+    } else {
+        tracing::debug!(error = %error, "no budget can be reserved");
     }
 }
 
@@ -74,6 +97,8 @@ pub(crate) fn denied(denial: &Denial) {
     match denial {
         // Logged where the lookup prefix is known.
         Denial::BadRow(_) => {}
+        // Logged where it is known what to do.
+        Denial::Unsupported(_) => {}
         // Under an attack there are thousands of them a second.
         Denial::Unavailable(error) if error.kind() == StoreErrorKind::Overloaded => {
             tracing::debug!(error = %error, "request turned away");
@@ -102,9 +127,13 @@ pub(crate) fn usage_not_written(error: &StoreError, waiting: usize) {
     tracing::warn!(error = %error, waiting, "the usage of API keys could not be written yet");
 }
 
-/// The store has no place for usage.
-pub(crate) fn usage_unsupported() {
-    tracing::debug!("the key store does not record usage: none is counted any more");
+/// The store does not record usage, which ends the recording.
+pub(crate) fn usage_unsupported(error: &StoreError) {
+    tracing::warn!(
+        error = %error,
+        "the key store does not record usage, so that none is counted: implement KeyStore::record_usage, \
+         or build the authenticator with AuthenticatorBuilder::without_usage()"
+    );
 }
 
 /// The store was away for so long that there is no room for the usage of more keys.

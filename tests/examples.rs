@@ -66,6 +66,44 @@ impl Drop for Example {
     }
 }
 
+/// What a client reads line by line; the client is ended when this goes out of scope.
+struct Stream {
+    client: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Stream {
+    fn open(line: &str) -> Self {
+        // In place of the shell, so that it is the client that is ended.
+        let line = format!("exec {line} --silent --show-error");
+        let client = Command::new("sh").args(["-c", &line]).stdout(Stdio::piped()).spawn();
+        let mut client = client.unwrap();
+        let output = BufReader::new(client.stdout.take().unwrap());
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            let lines = output.lines().map_while(Result::ok).filter(|line| !line.is_empty());
+            lines.for_each(|line| drop(sender.send(line)));
+        });
+        Self { client, lines }
+    }
+
+    /// The next line that is not empty; `None` if the stream has ended.
+    fn next_line(&self) -> Option<String> {
+        match self.lines.recv_timeout(Duration::from_secs(20)) {
+            Ok(line) => Some(line),
+            Err(mpsc::RecvTimeoutError::Disconnected) => None,
+            Err(mpsc::RecvTimeoutError::Timeout) => panic!("the stream neither goes on nor ends"),
+        }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        let _ = self.client.kill();
+        let _ = self.client.wait();
+    }
+}
+
 /// Examples are built with the tests, beside them.
 fn path_of(example: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
@@ -184,6 +222,25 @@ fn the_custom_store_checks_keys_from_its_text() {
     assert_eq!(other, "hello, bob@example.com!\n");
     let wrong = shell(&format!("curl -i {} -H 'x-api-key: team-two-c9QmXw43'", example.url()));
     assert!(wrong.starts_with("http/1.1 401"), "{wrong}");
+}
+
+#[test]
+fn the_sse_example_ends_its_stream_after_a_revoke() {
+    let folder = tempfile::tempdir().unwrap();
+    let example = Example::run("sse", folder.path(), &[]);
+    let [open, revoke] = example.curl_lines()[..] else { panic!("{:?}", example.lines) };
+    let stream = Stream::open(open);
+    // It goes on for as long as the key is valid.
+    for number in 1..=3 {
+        let expected = format!("data: event {number} for ada@example.com");
+        assert_eq!(stream.next_line(), Some(expected));
+    }
+    let revoked = shell(revoke);
+    assert!(revoked.starts_with("http/1.1 204"), "{revoked}");
+    let last = std::iter::from_fn(|| stream.next_line()).count();
+    assert!(last <= 2, "{last} events after the revoke");
+    let again = shell(&format!("{open} -i"));
+    assert!(again.starts_with("http/1.1 401"), "{again}");
 }
 
 #[test]

@@ -132,7 +132,7 @@ impl Accounts {
         let _asking = account.asking.lock().await;
         // Under the lock: what is granted after the leases were handed back, nobody would hand back.
         if self.is_closed() {
-            return Err(StoreError::unavailable("this node is shutting down").into());
+            return Err(Self::closed());
         }
         for attempt in 0..ATTEMPTS {
             let now = self.now();
@@ -217,8 +217,12 @@ impl Accounts {
         }
     }
 
-    fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.is_closed.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn closed() -> Denial {
+        StoreError::unavailable("this node is shutting down").into()
     }
 
     /// Asks the store for as much as `wish` says, and needs; returns whether that much was left.

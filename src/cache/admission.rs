@@ -49,6 +49,19 @@ impl Admission {
         } else {
             self.limiter().priority(NetworkSteps::of(address), scheme.clock().monotonic())
         };
+        self.admit_as(priority, under_way)
+    }
+
+    /// The priority of a look-up of a key that this node has verified, of which there are `under_way` others.
+    ///
+    /// # Errors
+    ///
+    /// `Overloaded` if there are too many others.
+    pub(super) fn admit_verified(&self, under_way: usize) -> Result<Priority, StoreError> {
+        self.admit_as(Priority::Known, under_way)
+    }
+
+    fn admit_as(&self, priority: Priority, under_way: usize) -> Result<Priority, StoreError> {
         if under_way >= priority.bound(self.max_lookups) {
             let message = "too many look-ups are under way";
             return Err(StoreError::overloaded(message, Duration::from_secs(1)));

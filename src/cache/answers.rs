@@ -1,5 +1,8 @@
 //! Answers to keys, remembered or looked up once for all who ask: [`Answers`].
 
+mod judge;
+mod recheck;
+
 use std::{
     fmt,
     future::Future,
@@ -12,7 +15,6 @@ use std::{
     time::Duration,
 };
 
-use chrono::{DateTime, Utc};
 use tokio::runtime::Handle;
 
 use super::{
@@ -20,20 +22,19 @@ use super::{
     admission::Admission,
     feed::follow,
     flight::{Boarding, Flights, Landed, Outcome, Waiters},
-    floors::{Seen, Standing, Subject},
+    floors::{Seen, Subject},
     freshness::Age,
     limiter::Priority,
-    local::{LocalCache, Refused, Stamp},
+    local::LocalCache,
 };
 use crate::{
-    context::{AuthContext, Origin, Provenance},
+    context::{AuthContext, Origin},
     deadline::within,
     error::{StoreError, StoreErrorKind},
     key::{KeyDigest, KeyScheme, PresentedKey},
-    policy,
     respond::{Denial, InvalidKey},
-    store::{self, Answer, DynKeyStore, KeyStore, Lookup, Proof, Source},
-    telemetry::UnknownAddressLog,
+    store::{Answer, DynKeyStore, KeyStore, Lookup, LookupKey, Proof, Source},
+    telemetry::{self, FirstTime},
     usage::Recorder,
 };
 
@@ -43,7 +44,8 @@ pub(crate) struct Answers {
     pub(crate) scheme: KeyScheme,
     pub(crate) settings: Settings,
     pub(crate) origin: Origin,
-    pub(crate) unknown_address: UnknownAddressLog,
+    /// Whether it was logged that a client's address is not known.
+    pub(crate) unknown_address: FirstTime,
     view: Arc<View>,
     cache: LocalCache,
     flights: Arc<Flights>,
@@ -52,6 +54,8 @@ pub(crate) struct Answers {
     usage: Arc<Recorder>,
     /// Whether the store failed when it was last asked.
     is_store_failing: AtomicBool,
+    /// Whether a capability that the store lacks was logged.
+    warned: FirstTime,
 }
 
 /// What is remembered of a key.
@@ -91,13 +95,14 @@ impl Answers {
             scheme,
             settings,
             origin: Origin::default(),
-            unknown_address: UnknownAddressLog::default(),
+            unknown_address: FirstTime::default(),
             view: View::new(&settings),
             cache: LocalCache::new(&settings),
             flights: Arc::default(),
             admission: Admission::new(settings.max_lookups),
             feed: Background::default(),
             is_store_failing: AtomicBool::new(false),
+            warned: FirstTime::default(),
         })
     }
 
@@ -130,13 +135,17 @@ impl Answers {
         key: PresentedKey,
         address: Option<IpAddr>,
     ) -> LookupFuture {
+        self.look_up_key(LookupKey::Presented(Arc::new(key)), address)
+    }
+
+    fn look_up_key(self: &Arc<Self>, key: LookupKey, address: Option<IpAddr>) -> LookupFuture {
         let inner = Arc::clone(self);
         Box::pin(async move {
             if Handle::try_current().is_err() {
                 return Err(StoreError::unavailable("there is no Tokio runtime here").into());
             }
             inner.listen();
-            let (digest, key) = (key.digest, Arc::new(key));
+            let digest = key.cache_digest();
             loop {
                 let boarding = match inner.board(&key, address) {
                     Ok(boarding) => boarding,
@@ -210,30 +219,33 @@ impl Answers {
 
     fn board(
         self: &Arc<Self>,
-        key: &Arc<PresentedKey>,
+        key: &LookupKey,
         address: Option<IpAddr>,
     ) -> Result<Boarding, StoreError> {
         let prefix = Subject::Prefix(key.id().into());
         let generation = self.view.floors.generation(&prefix);
-        let digest = key.digest;
+        let digest = key.cache_digest();
         let recall = || match self.recall_digest(&digest) {
             Recall::Known(caller) => Some(Ok(caller)),
             Recall::Refused(reason) => Some(Err(reason.into())),
             Recall::Nothing => None,
         };
         let admit = |under_way| {
+            let LookupKey::Presented(key) = key else {
+                return self.admission.admit_verified(under_way);
+            };
             let is_known =
                 self.cache.known(&digest).is_some() || self.cache.proof(&digest).is_some();
             self.admission.admit(&self.scheme, (key, is_known), address, under_way)
         };
         self.flights.board(
-            digest,
+            key.lookup_digest(),
             generation,
             &self.view,
             recall,
             admit,
             |seen, priority, landing| {
-                let (inner, key) = (Arc::clone(self), Arc::clone(key));
+                let (inner, key) = (Arc::clone(self), key.clone());
                 tokio::spawn(async move {
                     let waiters = landing.waiters().clone();
                     let flight = inner.fly(key, prefix, address, seen, priority, waiters);
@@ -250,15 +262,19 @@ impl Answers {
 
     /// Asks the store, judges what does not depend on the request, and remembers the answer.
     async fn fly(
-        &self,
-        key: Arc<PresentedKey>,
+        self: &Arc<Self>,
+        key: LookupKey,
         prefix: Subject,
         address: Option<IpAddr>,
         mut seen: Seen,
         priority: Priority,
         waiters: Waiters,
     ) -> Landed {
-        let proof = self.cache.proof(&key.digest);
+        let mut proofs: Vec<_> =
+            self.cache.proof(&key.cache_digest()).map(Proof::Seen).into_iter().collect();
+        if let LookupKey::Verified(key) = &key {
+            proofs.extend(key.proof.clone());
+        }
         for (attempt, pause) in RETRIES.into_iter().enumerate() {
             if attempt > 0 {
                 tokio::time::sleep(pause).await;
@@ -266,12 +282,12 @@ impl Answers {
             }
             let as_of = self.now();
             let mut lookup =
-                Lookup::new(Arc::clone(&key), self.scheme.clone(), address, Arc::clone(&self.view))
+                Lookup::new(key.clone(), self.scheme.clone(), address, Arc::clone(&self.view))
                     .with_waiters(priority, waiters.clone());
-            if let Some(proof) = proof {
-                lookup = lookup.with_proof(Proof::Seen(proof));
+            for proof in &proofs {
+                lookup = lookup.with_proof(proof.clone());
             }
-            if attempt > 0 {
+            if attempt > 0 || !lookup.is_presented() {
                 lookup = lookup.without_copies();
             }
             let answer = match self.ask(&lookup).await {
@@ -280,7 +296,7 @@ impl Answers {
             };
             // Before it is judged: of what comes after this, the judgement need not know.
             let judged = Some(self.view.floors.seen());
-            if let Some(outcome) = self.judge(answer, &key.digest, &prefix, as_of, seen) {
+            if let Some(outcome) = self.judge(answer, &lookup, &prefix, as_of, seen) {
                 return Landed { outcome, judged };
             }
         }
@@ -299,6 +315,9 @@ impl Answers {
             Err(error) if error.kind() == StoreErrorKind::BadRow => {
                 lookup.log_bad_row(error);
             }
+            Err(error) if error.kind() == StoreErrorKind::Unsupported => {
+                telemetry::unsupported(error, &self.warned);
+            }
             Err(error) => {
                 let is_failing = error.kind() != StoreErrorKind::Overloaded;
                 self.is_store_failing.store(is_failing, Ordering::Relaxed);
@@ -311,89 +330,6 @@ impl Answers {
         }
         Ok(answer)
     }
-
-    /// What the answer comes to; `None` if it is from before a change that is known.
-    fn judge(
-        &self,
-        answer: Answer,
-        key: &KeyDigest,
-        prefix: &Subject,
-        asked: Moment,
-        seen: Seen,
-    ) -> Option<Outcome> {
-        let now = self.now();
-        let floors = &self.view.floors;
-        let owner = answer.record().map(|record| Subject::Owner(record.user.id.clone()));
-        let revisions = answer.revisions();
-        // The generations first: a change that comes after this makes what is remembered useless.
-        let mut stamp = Stamp {
-            as_of: match answer.source() {
-                Source::Store => asked,
-                Source::Copy => self.view.freshness.moment_of(answer.as_of(), now),
-            },
-            prefix: floors.generation(prefix),
-            owner: owner.as_ref().map(|owner| floors.generation(owner)),
-            expires_at: u64::MAX,
-        };
-        let subjects: Vec<_> = [(prefix.clone(), revisions.key)]
-            .into_iter()
-            .chain(owner.map(|owner| (owner, revisions.owner)))
-            .collect();
-        let standing = floors.judge(&subjects, seen, now);
-        // A copy may be from before a reset that came meanwhile, even if it was read just now.
-        let is_overtaken_copy = standing == Standing::Overtaken && answer.source() == Source::Copy;
-        if standing == Standing::Below || is_overtaken_copy {
-            return None;
-        }
-        let found = answer.outcome();
-        let mut refused_from = 0;
-        let outcome = match (found, answer.into_matched()) {
-            (store::Outcome::Match(_), Some(found)) => {
-                // By the time after the look-up, which may have taken a while.
-                let expiry = found.record.expires_at;
-                let verdict = policy::validity(&found.record, DateTime::from(now.wall()));
-                if verdict == Err(InvalidKey::Expired) {
-                    // The clock may have been ahead of time, and be set right.
-                    refused_from = expiry.map_or(0, wall_nanos);
-                }
-                verdict.map(|()| {
-                    stamp.expires_at = expiry.map_or(u64::MAX, wall_nanos);
-                    let provenance = Provenance {
-                        origin: self.origin.clone(),
-                        stamp,
-                        proof: found.fingerprint,
-                        tally: self.usage.tally(&found.record.id),
-                    };
-                    AuthContext::new(found.record, provenance)
-                })
-            }
-            (store::Outcome::Unknown, _) => Err(InvalidKey::Unknown),
-            _ => Err(InvalidKey::WrongSecret),
-        };
-        let is_kept = standing == Standing::Current;
-        Some(match outcome {
-            Ok(caller) => {
-                if is_kept {
-                    self.cache.remember(*key, caller.clone());
-                }
-                Ok(caller)
-            }
-            Err(reason) => {
-                if is_kept {
-                    let refused = Refused { reason, stamp, from: refused_from, proof: None };
-                    self.cache.refuse(*key, refused);
-                }
-                Err(reason.into())
-            }
-        })
-    }
-}
-
-/// A time before 1970 is 0, one after 2554 the last nanosecond that there is.
-fn wall_nanos(time: DateTime<Utc>) -> u64 {
-    let nanos =
-        i128::from(time.timestamp()) * 1_000_000_000 + i128::from(time.timestamp_subsec_nanos());
-    u64::try_from(nanos.max(0)).unwrap_or(u64::MAX)
 }
 
 impl fmt::Debug for Answers {

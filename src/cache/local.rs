@@ -9,6 +9,7 @@ use crate::{
     context::AuthContext,
     key::{HashFingerprint, KeyDigest},
     respond::InvalidKey,
+    store::Proof,
 };
 
 /// Answers by the SHA-256 of the whole key, so that a hit has proven the key. Bounded: what is asked for
@@ -84,7 +85,11 @@ impl LocalCache {
     /// The hash that the key has matched, as far as that is remembered.
     pub(crate) fn proof(&self, key: &KeyDigest) -> Option<HashFingerprint> {
         match self.known.get(key) {
-            Some(caller) => caller.provenance()?.proof,
+            // Not that of a shared cache: its entry may have lost its trust since, with the secret.
+            Some(caller) => match caller.verified_key()?.proof {
+                Some(Proof::Seen(fingerprint)) => Some(fingerprint),
+                _ => None,
+            },
             None => self.refused.get(key)?.proof,
         }
     }
@@ -98,6 +103,11 @@ impl LocalCache {
         let proof = self.proof(&key);
         self.known.remove(&key);
         self.refused.insert(key, Refused { proof, ..refused });
+    }
+
+    /// Removes what is cached of a valid key.
+    pub(crate) fn forget(&self, key: &KeyDigest) {
+        self.known.remove(key);
     }
 
     /// How many valid keys are remembered.

@@ -32,6 +32,11 @@ impl KeyDigest {
         }
         Self(digest)
     }
+
+    /// Names a look-up of this key without its text, that a proof is to match.
+    pub(crate) fn for_recheck(&self, proof: &[u8]) -> Self {
+        Self::of(&[b"recheck:".as_slice(), &self.0, proof].concat())
+    }
 }
 
 /// FIPS 180-4 §5.3.3.

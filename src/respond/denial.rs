@@ -39,6 +39,9 @@ pub enum Denial {
     Unavailable(StoreError),
     /// The key's row can't be decoded: 500.
     BadRow(StoreError),
+    /// The key store, or the authenticator's settings, lack what the handler calls for, such as budget leases: 500.
+    /// Trying again does not help.
+    Unsupported(StoreError),
     /// A handler wants to know who calls, and no layer is there to say it: 500.
     LayerMissing,
 }
@@ -98,7 +101,9 @@ impl Denial {
             Self::Forbidden(_) => StatusCode::FORBIDDEN,
             Self::RateLimited(_) | Self::BudgetExceeded(_) => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::BadRow(_) | Self::LayerMissing => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::BadRow(_) | Self::Unsupported(_) | Self::LayerMissing => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
         }
     }
 
@@ -130,7 +135,9 @@ impl Denial {
             Self::Unavailable(_) => {
                 "API keys can't be checked right now; try again later".to_owned()
             }
-            Self::BadRow(_) | Self::LayerMissing => "internal error".to_owned(),
+            Self::BadRow(_) | Self::Unsupported(_) | Self::LayerMissing => {
+                "internal error".to_owned()
+            }
             _ => self.to_string(),
         }
     }
@@ -145,6 +152,7 @@ impl From<StoreError> for Denial {
     fn from(error: StoreError) -> Self {
         match error.kind() {
             StoreErrorKind::BadRow => Self::BadRow(error),
+            StoreErrorKind::Unsupported => Self::Unsupported(error),
             _ => Self::Unavailable(error),
         }
     }
@@ -189,7 +197,9 @@ impl fmt::Display for Denial {
                     write!(f, "; it begins anew at {}", end.format("%Y-%m-%dT%H:%M:%SZ"))
                 })
             }
-            Self::Unavailable(error) | Self::BadRow(error) => error.fmt(f),
+            Self::Unavailable(error) | Self::BadRow(error) | Self::Unsupported(error) => {
+                error.fmt(f)
+            }
             Self::LayerMissing => f.write_str("no ApiKeyAuthLayer is around the handler"),
         }
     }
@@ -198,7 +208,9 @@ impl fmt::Display for Denial {
 impl std::error::Error for Denial {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
-            Self::Unavailable(error) | Self::BadRow(error) => Some(error),
+            Self::Unavailable(error) | Self::BadRow(error) | Self::Unsupported(error) => {
+                Some(error)
+            }
             _ => None,
         }
     }

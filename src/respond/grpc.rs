@@ -129,6 +129,6 @@ fn code(denial: &Denial) -> u16 {
         Denial::Forbidden(_) => PERMISSION_DENIED,
         Denial::RateLimited(_) | Denial::BudgetExceeded(_) => RESOURCE_EXHAUSTED,
         Denial::Unavailable(_) => UNAVAILABLE,
-        Denial::BadRow(_) | Denial::LayerMissing => INTERNAL,
+        Denial::BadRow(_) | Denial::Unsupported(_) | Denial::LayerMissing => INTERNAL,
     }
 }

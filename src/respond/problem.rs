@@ -62,7 +62,7 @@ pub fn openai_error(refusal: &Refusal<'_>) -> Response<Bytes> {
         Denial::BudgetExceeded(_) => ("insufficient_quota", Some("insufficient_quota")),
         Denial::RateLimited(_) => ("requests", Some("rate_limit_exceeded")),
         Denial::Unavailable(_) => ("server_error", Some("service_unavailable")),
-        Denial::BadRow(_) | Denial::LayerMissing => ("server_error", None),
+        Denial::BadRow(_) | Denial::Unsupported(_) | Denial::LayerMissing => ("server_error", None),
     };
     let body = OpenAiBody { message: refusal.detail(), r#type, param: None, code };
     refusal.respond_with("application/json", json(&OpenAiError { error: body }))

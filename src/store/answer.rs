@@ -4,7 +4,7 @@ use std::{fmt, time::SystemTime};
 
 use subtle::ConstantTimeEq;
 
-use super::Lookup;
+use super::{Lookup, Proof};
 use crate::{
     key::{HashFingerprint, KeyDigest, KeyHash},
     record::{KeyId, KeyRecord, Revision, Revisions, StoredKey},
@@ -57,7 +57,18 @@ pub(crate) struct Read {
 pub(crate) struct Candidate {
     pub(crate) record: KeyRecord,
     pub(crate) owner_revision: Revision,
-    pub(crate) fingerprint: Option<HashFingerprint>,
+    /// That the key has matched its hash, if it is the one that matched.
+    pub(crate) proof: Option<Proof>,
+}
+
+impl Candidate {
+    /// Of its hash, where the store was read.
+    pub(crate) fn fingerprint(&self) -> Option<&HashFingerprint> {
+        match &self.proof {
+            Some(Proof::Seen(fingerprint)) => Some(fingerprint),
+            _ => None,
+        }
+    }
 }
 
 impl Read {
@@ -65,7 +76,7 @@ impl Read {
         let key_revision = keys.iter().map(|key| key.revisions.key).max().unwrap_or_default();
         let candidate = |key: StoredKey| Candidate {
             owner_revision: key.revisions.owner,
-            fingerprint: Some(key.hash.fingerprint()),
+            proof: Some(Proof::Seen(key.hash.fingerprint())),
             record: key.record,
         };
         Self { candidates: keys.into_iter().map(candidate).collect(), key_revision, is_whole }
@@ -106,7 +117,7 @@ impl Answer {
         self.matched().map(|candidate| &candidate.record)
     }
 
-    fn matched(&self) -> Option<&Candidate> {
+    pub(crate) fn matched(&self) -> Option<&Candidate> {
         if let Outcome::Match(at) = self.outcome { self.read.candidates.get(at) } else { None }
     }
 
@@ -128,7 +139,7 @@ impl Answer {
 
     /// Whether this is about the key that `lookup` presents.
     pub(crate) fn answers(&self, lookup: &Lookup) -> bool {
-        self.digest.ct_eq(lookup.digest()).into()
+        self.digest.ct_eq(&lookup.digest()).into()
     }
 
     pub(crate) fn source(&self) -> Source {

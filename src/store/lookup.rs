@@ -9,19 +9,17 @@ use std::{
     time::Duration,
 };
 
-use subtle::ConstantTimeEq;
-
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 use super::gate::{LookupGate, Permit};
 use super::{
-    CacheSecret,
+    LookupKey, Proof,
     answer::{Answer, Candidate, HashUpgrade, Outcome, Read},
 };
 use crate::{
     cache::{Priority, View, Waiters},
     clock::Clock,
     error::StoreError,
-    key::{FastCheck, HashFingerprint, KeyDigest, KeyHash, KeyScheme, PresentedKey, SlowCheck},
+    key::{FastCheck, KeyDigest, KeyScheme, PresentedKey, SlowCheck},
     record::{KeyRecord, Revision, StoredKey},
 };
 
@@ -34,7 +32,7 @@ pub(crate) const MAX_CANDIDATES: usize = 8;
 /// `Debug` shows the lookup id alone.
 #[derive(Debug, Clone)]
 pub struct Lookup {
-    key: Arc<PresentedKey>,
+    key: LookupKey,
     scheme: KeyScheme,
     address: Option<IpAddr>,
     asked_at: SystemTime,
@@ -47,27 +45,9 @@ pub struct Lookup {
     waiters: Option<Waiters>,
 }
 
-/// Knowledge that the presented key has matched a hash before. It counts for that hash alone.
-#[derive(Debug, Clone)]
-pub(crate) enum Proof {
-    /// This node saw it.
-    Seen(HashFingerprint),
-    /// A shared cache has it, under the secret that its entries are authenticated with.
-    Shared(CacheSecret, [u8; 32]),
-}
-
-impl Proof {
-    fn is_for(&self, hash: &KeyHash) -> bool {
-        match self {
-            Self::Seen(fingerprint) => fingerprint.is(&hash.fingerprint()),
-            Self::Shared(secret, mac) => secret.mac_of_hash(&hash.fingerprint()).ct_eq(mac).into(),
-        }
-    }
-}
-
 impl Lookup {
     pub(crate) fn new(
-        key: Arc<PresentedKey>,
+        key: LookupKey,
         scheme: KeyScheme,
         address: Option<IpAddr>,
         view: Arc<View>,
@@ -156,9 +136,21 @@ impl Lookup {
         self.key.id()
     }
 
-    /// The whole key, for a store that proves keys elsewhere. Never keep it.
+    /// The whole key, for a store that verifies keys elsewhere. Never keep it. Empty in a look-up by
+    /// [`AuthContext::recheck`](crate::AuthContext::recheck), where no key is presented: such a store has to
+    /// answer it with [`Lookup::verify`] of no candidates, or an error.
     pub fn expose_secret(&self) -> &str {
-        self.key.expose_secret()
+        self.key.presented().map_or("", |key| key.expose_secret())
+    }
+
+    /// What this is about.
+    pub(crate) fn key(&self) -> &LookupKey {
+        &self.key
+    }
+
+    /// Whether the key itself is presented. Without it, proofs alone decide, and nothing is hashed.
+    pub(crate) fn is_presented(&self) -> bool {
+        self.key.presented().is_some()
     }
 
     /// When the question was asked, by the clock of this node.
@@ -234,10 +226,13 @@ impl Lookup {
             }
         }
         let mut upgrade = None;
-        if matched.is_none() && !slow.is_empty() {
-            let check = SlowCheck { hashes, key: Arc::clone(&self.key), address: self.address };
+        if matched.is_none()
+            && !slow.is_empty()
+            && let Some(key) = self.key.presented()
+        {
+            let check = SlowCheck { hashes, key: Arc::clone(key), address: self.address };
             matched = self.scheme.check_slowly(check).await?.map(|at| slow[at]);
-            upgrade = matched.and_then(|at| self.upgrade(&candidates[at]));
+            upgrade = matched.and_then(|at| self.upgrade(key, &candidates[at]));
         }
 
         if let Some(fault) = fault {
@@ -258,45 +253,77 @@ impl Lookup {
 
     /// The answer that `read` holds for this key.
     pub(crate) fn answer(&self, outcome: Outcome, read: Read) -> Answer {
-        Answer::new(outcome, read, self.asked_at, self.key.digest)
+        Answer::new(outcome, read, self.asked_at, self.digest())
     }
 
-    /// Names the presented key, so that the answer to another question is not taken for this one's.
-    pub(super) fn digest(&self) -> &KeyDigest {
-        &self.key.digest
+    /// Names the look-up, so that the answer to another one is not taken for this one's.
+    pub(super) fn digest(&self) -> KeyDigest {
+        self.key.lookup_digest()
+    }
+
+    /// The proof that goes with a match of the key; `None` without a match, or where the store verifies keys
+    /// elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` if the key was not presented and no proof made the match: nothing was verified then.
+    pub(crate) fn proof_of(&self, answer: &Answer) -> Result<Option<Proof>, StoreError> {
+        let Some(matched) = answer.matched() else { return Ok(None) };
+        if self.is_presented() {
+            return Ok(matched.proof.clone());
+        }
+        let fingerprint = matched.fingerprint().ok_or_else(needs_the_key)?;
+        let proof = self.proofs.iter().find(|proof| proof.is_for(fingerprint));
+        proof.map(|proof| Some(proof.clone())).ok_or_else(needs_the_key)
+    }
+
+    fn has_proof_for(&self, candidate: &StoredKey) -> bool {
+        let fingerprint = candidate.hash.fingerprint();
+        self.proofs.iter().any(|proof| proof.is_for(&fingerprint))
     }
 
     fn check_fast(&self, candidate: &StoredKey) -> FastCheck {
-        let upgraded =
-            candidate.upgraded.as_ref().map(|fast| self.scheme.check_fast(fast, &self.key));
+        let Some(key) = self.key.presented() else {
+            // There is no text to compare: the hash is the one that the key has matched, or another one.
+            return match self.has_proof_for(candidate) {
+                true => FastCheck::Match,
+                false => FastCheck::Mismatch,
+            };
+        };
+        let upgraded = candidate.upgraded.as_ref().map(|fast| self.scheme.check_fast(fast, key));
         let verdict = match upgraded {
             // A valid fast hash decides alone, for a wrong key too.
             Some(verdict @ (FastCheck::Match | FastCheck::Mismatch)) => return verdict,
-            _ => self.scheme.check_fast(&candidate.hash, &self.key),
+            _ => self.scheme.check_fast(&candidate.hash, key),
         };
         // A key already proven costs no slow check, and is never rationed.
         match verdict {
-            FastCheck::Slow(_) if self.proofs.iter().any(|it| it.is_for(&candidate.hash)) => {
-                FastCheck::Match
-            }
+            FastCheck::Slow(_) if self.has_proof_for(candidate) => FastCheck::Match,
             verdict => verdict,
         }
     }
 
-    fn upgrade(&self, found: &StoredKey) -> Option<HashUpgrade> {
-        let fast = self.scheme.upgrade(&self.key)?;
+    fn upgrade(&self, key: &PresentedKey, found: &StoredKey) -> Option<HashUpgrade> {
+        let fast = self.scheme.upgrade(key)?;
         Some(HashUpgrade { key: found.record.id.clone(), checked: found.hash.clone(), fast })
     }
 
     /// Makes the answer without a check, for a store that proves keys elsewhere: an identity
-    /// provider, a hardware module. Whoever calls this says that the presented key is that record's.
+    /// provider, a hardware module. Call it only where the presented key was verified to be that record's.
+    ///
+    /// [`AuthContext::recheck`](crate::AuthContext::recheck) can't ask such a store again, because it has no key
+    /// to present: an answer made with this is then refused.
     pub fn vouch(&self, record: KeyRecord) -> Answer {
-        let candidate =
-            Candidate { record, owner_revision: Revision::default(), fingerprint: None };
+        let candidate = Candidate { record, owner_revision: Revision::default(), proof: None };
         // With no hash to tie a copy to, none is made.
         let read = Read { candidates: vec![candidate], key_revision: Revision(0), is_whole: false };
         self.answer(Outcome::Match(0), read)
     }
+}
+
+/// A store that verifies keys elsewhere can't check one again without the key.
+pub(crate) fn needs_the_key() -> StoreError {
+    StoreError::unsupported("a recheck without the key: it verifies keys elsewhere (Lookup::vouch)")
 }
 
 /// Keeps the first fault: one is enough to refuse, and to name in the log.

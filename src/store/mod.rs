@@ -9,6 +9,7 @@ mod fault;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 mod gate;
 mod lookup;
+mod lookup_key;
 mod memory;
 mod page;
 mod repository;
@@ -38,7 +39,8 @@ pub(crate) use answer::{Outcome, Source};
 pub use change::{Change, ChangeStream, FeedFault, FeedStatus};
 pub use erased::DynKeyStore;
 pub use lookup::Lookup;
-pub(crate) use lookup::Proof;
+pub(crate) use lookup::needs_the_key;
+pub(crate) use lookup_key::{LookupKey, Proof, VerifiedKey};
 pub use memory::MemoryStore;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub use migrate::{ColumnFault, MigrateError, MigrationReport};

@@ -124,6 +124,10 @@ struct Found {
 impl<S: KeyStore> KeyStore for RedisCache<S> {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         let tier = &self.0;
+        if !lookup.is_presented() {
+            // Entries that say that a key has matched a hash are named by the key itself.
+            return tier.store.resolve(lookup).await;
+        }
         let Some(secret) = tier.secrets.current(self) else {
             return tier.store.resolve(lookup).await;
         };
@@ -230,7 +234,7 @@ impl<S: KeyStore> RedisCache<S> {
             && let Ok(mac) = <[u8; 32]>::try_from(verified.body.as_slice())
         {
             // It names the hash by a MAC under the secret that it was made with.
-            found.proof = Some(Proof::Shared((*secret).clone(), mac));
+            found.proof = Some(Proof::Shared(Box::new(((*secret).clone(), mac))));
         }
         let verified = verified.map(|(entry, _)| entry);
         match (keys, verified) {
@@ -244,7 +248,7 @@ impl<S: KeyStore> RedisCache<S> {
                 );
             }
             (Some(keys), Some(verified)) if keys.kind == Kind::Keys => {
-                found.answer = answer(lookup, keys, &verified, now);
+                found.answer = answer(lookup, keys, (&verified, &found.proof), now);
             }
             _ => {}
         }
@@ -267,7 +271,7 @@ impl<S: KeyStore> RedisCache<S> {
         if !read.is_whole {
             return;
         }
-        let Some(fingerprint) = read.candidates.get(at).and_then(|it| it.fingerprint) else {
+        let Some(fingerprint) = read.candidates.get(at).and_then(|it| it.fingerprint()) else {
             return;
         };
         let Some(body) = Keys::new(read, secret).and_then(|keys| keys.encode()) else { return };
@@ -283,7 +287,7 @@ impl<S: KeyStore> RedisCache<S> {
             body,
         };
         let keys = entry(Kind::Keys, keys_lifetime(read, answer.as_of()), body);
-        let mac = secret.mac_of_hash(&fingerprint).to_vec();
+        let mac = secret.mac_of_hash(fingerprint).to_vec();
         let verified = entry(Kind::Verified, VERIFIED_LIFETIME, mac);
         let now = Moment::now(lookup.clock());
         let database_now = lookup.view().freshness.database_now(now);
@@ -322,7 +326,12 @@ impl<S: KeyStore> RedisCache<S> {
 }
 
 /// The answer that a copy holds, and how old it is; none if a change has come since.
-fn answer(lookup: &Lookup, keys: Entry, verified: &Entry, now: Moment) -> Option<(Answer, Age)> {
+fn answer(
+    lookup: &Lookup,
+    keys: Entry,
+    (verified, proof): (&Entry, &Option<Proof>),
+    now: Moment,
+) -> Option<(Answer, Age)> {
     let key = Keys::decode(&keys.body)?.into_key_with(&verified.body)?;
     let owner_revision = Revision(key.owner_revision);
     let subjects = [
@@ -330,7 +339,7 @@ fn answer(lookup: &Lookup, keys: Entry, verified: &Entry, now: Moment) -> Option
         (Subject::Owner(key.record.user.id.clone()), owner_revision),
     ];
     let age = lookup.view().judge_copy(&subjects, keys.as_of, now)?;
-    let candidate = Candidate { record: key.record, owner_revision, fingerprint: None };
+    let candidate = Candidate { record: key.record, owner_revision, proof: proof.clone() };
     let read =
         Read { candidates: vec![candidate], key_revision: keys.key_revision, is_whole: false };
     Some((lookup.answer(Outcome::Match(0), read).with_as_of(keys.as_of).into_copy(), age))

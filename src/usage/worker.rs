@@ -3,7 +3,7 @@
 use std::{
     fmt, mem,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -13,14 +13,15 @@ use tokio::runtime::Handle;
 
 use super::{Tally, backlog::Backlog};
 use crate::{
-    budget::Accounts,
+    budget::{Accounts, Reservation},
     cache::Background,
     deadline::within,
     error::{StoreError, StoreErrorKind},
     key::{KeyScheme, hex},
     record::KeyId,
+    respond::Denial,
     store::{DynKeyStore, KeyStore, KeyUsage},
-    telemetry,
+    telemetry::{self, FirstTime},
 };
 
 /// Hears of counters that have moved, and writes what they say behind.
@@ -30,6 +31,10 @@ pub(crate) struct Recorder {
     next_shard: AtomicUsize,
     /// Off if nobody wants to know, or the store has no place for it.
     is_on: AtomicBool,
+    /// Why it is off, unless the node is shutting down.
+    off: OnceLock<Off>,
+    /// Whether it was logged that no budget can be reserved.
+    warned: FirstTime,
     interval: Duration,
     store: DynKeyStore,
     scheme: KeyScheme,
@@ -38,6 +43,13 @@ pub(crate) struct Recorder {
     pub(crate) accounts: Arc<Accounts>,
     work: Background,
     tending: Background,
+}
+
+/// Why no usage is recorded.
+#[derive(Debug)]
+struct Off {
+    error: StoreError,
+    remedy: &'static str,
 }
 
 /// So that cores seldom meet.
@@ -59,7 +71,18 @@ impl Recorder {
     ) -> Arc<Self> {
         let mut name = [0; 16];
         // Nothing is counted twice under a name that others have as well.
-        let is_on = interval.is_some() && getrandom::fill(&mut name).is_ok();
+        let off = if interval.is_none() {
+            Some(Off {
+                error: StoreError::missing("the authenticator was built with without_usage()"),
+                remedy: "build it without without_usage(), or remove the budgets of the keys",
+            })
+        } else {
+            getrandom::fill(&mut name).err().map(|error| Off {
+                error: StoreError::unavailable(error),
+                remedy: "restart the process",
+            })
+        };
+        let is_on = off.is_none();
         let name = hex(&name);
         let accounts = Accounts::new(store.clone(), scheme.clone(), name.clone(), lease_lifetime);
         let accounts = Arc::new(accounts);
@@ -67,6 +90,8 @@ impl Recorder {
             moved: std::array::from_fn(|_| Mutex::default()),
             next_shard: AtomicUsize::new(0),
             is_on: AtomicBool::new(is_on),
+            off: off.map_or_else(OnceLock::new, OnceLock::from),
+            warned: FirstTime::default(),
             // Without a pause, the worker would keep a core busy.
             interval: interval.unwrap_or(Duration::from_secs(1)).max(Duration::from_millis(1)),
             store,
@@ -82,6 +107,39 @@ impl Recorder {
     pub(crate) fn tally(self: &Arc<Self>, key: &KeyId) -> Option<Arc<Tally>> {
         let is_on = self.is_on.load(Ordering::Relaxed);
         is_on.then(|| Tally::new(key.clone(), Arc::downgrade(self)))
+    }
+
+    /// Holds `estimate` of a key's budget from the lease in hand, with no I/O.
+    pub(crate) fn reserve_now(
+        &self,
+        key: &KeyId,
+        estimate: u64,
+        tally: &Arc<Tally>,
+    ) -> Option<Reservation> {
+        // A lease that is never charged would be spent again and again.
+        let is_on = self.is_on.load(Ordering::Relaxed);
+        is_on.then(|| self.accounts.reserve_now(key, estimate, tally)).flatten()
+    }
+
+    /// Holds `estimate` of a key's budget, and asks the store for a lease if need be.
+    pub(crate) async fn reserve(
+        &self,
+        key: &KeyId,
+        estimate: u64,
+        tally: Option<&Arc<Tally>>,
+    ) -> Result<Reservation, Denial> {
+        let reserved = match (self.off.get(), tally) {
+            (None, Some(tally)) => self.accounts.reserve(key, estimate, tally).await,
+            (Some(off), _) if !self.accounts.is_closed() => Err(off.error.clone().into()),
+            _ => Err(Accounts::closed()),
+        };
+        reserved.inspect_err(|denial| {
+            if let Denial::Unsupported(error) = denial {
+                let lease = "implement KeyStore::lease, or remove the budgets of the keys";
+                let remedy = self.off.get().map_or(lease, |off| off.remedy);
+                telemetry::budget_unsupported(error, remedy, &self.warned);
+            }
+        })
     }
 
     /// A counter has moved that was still.
@@ -127,9 +185,12 @@ impl Recorder {
                     backlog.arrived().iter().for_each(|usage| self.settled(usage));
                 }
                 Err(error) if error.kind() == StoreErrorKind::Unsupported => {
+                    telemetry::usage_unsupported(&error);
+                    let remedy =
+                        "implement KeyStore::record_usage, or remove the budgets of the keys";
+                    let _ = self.off.set(Off { error, remedy });
                     self.is_on.store(false, Ordering::Relaxed);
                     backlog.clear();
-                    telemetry::usage_unsupported();
                     return Ok(());
                 }
                 Err(error) => {

@@ -113,6 +113,14 @@ impl Scripted {
         *row = StoredKey::new(record, row.hash().clone()).with_revisions(revisions);
     }
 
+    /// Replaces the hash of a key; its row gets this revision. Nothing is said of it.
+    pub fn rehash(&self, issued: &Issued, revision: u64, hash: KeyHash) {
+        let mut rows = self.0.rows.lock().unwrap();
+        let row = rows.get_mut(&issued.prefix).expect("the key is there");
+        let revisions = Revisions { key: Revision(revision), owner: Revision(1) };
+        *row = StoredKey::new(row.record().clone(), hash).with_revisions(revisions);
+    }
+
     /// Deletes a key, and says nothing of it.
     pub fn delete(&self, issued: &Issued, revision: u64) {
         self.0.rows.lock().unwrap().remove(&issued.prefix);

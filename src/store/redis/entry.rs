@@ -173,7 +173,7 @@ impl Keys {
     /// `None` if there is a key that can't be tied to a hash.
     pub(super) fn new(read: &Read, secret: &CacheSecret) -> Option<Self> {
         let key = |it: &Candidate| {
-            let hash = hex(&secret.mac_of_hash(&it.fingerprint?));
+            let hash = hex(&secret.mac_of_hash(it.fingerprint()?));
             Some(Key { record: it.record.clone(), owner_revision: it.owner_revision.0, hash })
         };
         read.candidates.iter().map(key).collect::<Option<_>>().map(Self)
