@@ -1,4 +1,4 @@
-//! A key store of your own in a few lines: keys in a text file, and what changes is a restart.
+//! A key store of your own in a few lines: keys in a text, which only a restart changes.
 //!
 //! `cargo run --example custom_store`; `ADDR` (default `127.0.0.1:3003`) is read from the
 //! environment.
@@ -7,11 +7,11 @@ use std::{collections::HashMap, env, error::Error, net::SocketAddr};
 
 use axum::{Router, routing::get};
 use tower_api_key::{
-    Answer, ApiKeyAuthLayer, AuthContext, KeyFormat, KeyRecord, KeyScheme, KeyStore, Lookup,
-    StoreError, StoredKey, User,
+    Answer, ApiKeyAuthLayer, AuthContext, Authenticator, KeyFormat, KeyRecord, KeyScheme, KeyStore,
+    Lookup, MintedKey, StoreError, StoredKey, User,
 };
 
-/// Lookup prefix, e-mail address and hash of each key. Only the hash of a key is ever written down.
+/// Lookup id, e-mail address and hash of each key. Only the hash of a key is ever written down.
 ///
 /// The keys are `team-one-7Bz1nYl0` and `team-two-c9QmXw42`.
 const KEYS: &str = "
@@ -19,7 +19,7 @@ const KEYS: &str = "
     team-two bob@example.com $2b$10$q6eTUJLJpXc1ZYAUrTgCvu10jIN7fajWurCdHx6ths4RSWf4EUOIK
 ";
 
-/// E-mail addresses and hashes by lookup prefix.
+/// E-mail addresses and hashes by lookup id.
 struct TextFile(HashMap<String, (String, String)>);
 
 impl TextFile {
@@ -29,6 +29,12 @@ impl TextFile {
             Some((words.next()?, (words.next()?, words.next()?)))
         });
         Self(keys.collect())
+    }
+
+    /// Adds a key that was minted: a line as in [`KEYS`], without the key itself.
+    fn add(&mut self, key: &MintedKey, email: &str) {
+        let line = (email.to_owned(), key.hash().expose_hash());
+        self.0.insert(key.lookup_id().to_owned(), line);
     }
 }
 
@@ -43,18 +49,30 @@ impl KeyStore for TextFile {
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
+    tracing_subscriber::fmt().init();
     let address = env::var("ADDR").unwrap_or_else(|_| "127.0.0.1:3003".to_owned());
-    let scheme = KeyScheme::builder().format(KeyFormat::first_chars(8)?).build()?;
-    let layer = ApiKeyAuthLayer::new(TextFile::parse(KEYS)).scheme(scheme);
+    let scheme = KeyScheme::builder()
+        // New keys are minted in the structured format; those of the text have the other one.
+        .format(KeyFormat::structured("acme", "live")?)
+        .format(KeyFormat::first_chars(8)?)
+        .build()?;
+    let mut store = TextFile::parse(KEYS);
+    let minted = scheme.mint()?;
+    store.add(&minted, "eve@example.com");
+
+    // A text has no place for usage, and none for budgets.
+    let authenticator = Authenticator::builder(store).scheme(scheme).without_usage().build();
     // With the peer's address, so that guesses at one key are not held against everybody.
     let app = Router::new()
         .route("/", get(hello))
-        .layer(layer)
+        .layer(ApiKeyAuthLayer::from(authenticator))
         .into_make_service_with_connect_info::<SocketAddr>();
 
     let listener = tokio::net::TcpListener::bind(&address).await?;
     let address = listener.local_addr()?;
     println!("  curl -i http://{address}/ -H 'Authorization: Bearer team-one-7Bz1nYl0'");
+    let key = minted.expose_secret();
+    println!("  curl -i http://{address}/ -H 'Authorization: Bearer {key}'");
     println!("Listening on http://{address}");
     axum::serve(listener, app).await?;
     Ok(())

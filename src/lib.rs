@@ -50,7 +50,7 @@ pub use future::ResponseFuture;
 pub use guard::{Guard, GuardFuture};
 pub use key::{
     FormatError, HashError, KeyFormat, KeyHash, KeyScheme, KeySchemeBuilder, MalformedCredential,
-    SchemeError, UnrecognizedKey,
+    MintError, MintedKey, SchemeError, UnrecognizedKey,
 };
 pub use layer::{ApiKeyAuthLayer, InvalidRealm};
 pub use limit::{LocalRateLimiter, Quota, RateLimitLayer, RateLimiter, RatePeriod, RateWindow};

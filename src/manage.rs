@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::{
     error::StoreError,
-    key::{KeyScheme, PresentedKey},
+    key::{KeyScheme, MintError, MintedKey},
     policy::{AllowedNetwork, EndpointRule},
     record::{Budget, KeyId, KeyRecord, RateLimits, StoredKey, User, UserId},
     store::KeyRepository,
@@ -64,11 +64,10 @@ impl<R: KeyRepository> KeyManager<R> {
     /// If the scheme has no structured format, there is no such user, the operating system has no
     /// random bytes, or the store fails.
     pub async fn issue(&self, new: NewKey) -> Result<IssuedKey, ManageError> {
-        let key = self.scheme.generate().ok_or(ManageError::NoMintableFormat)?;
-        let key = key.map_err(|_| ManageError::NoRandomness)?;
-        let hash = self.scheme.fast_hash(&key).ok_or(ManageError::NoMintableFormat)?;
-        let record = KeyRecord { prefix: key.id().to_owned(), ..new.record };
-        let record = self.repository.insert_key(&StoredKey::new(record, hash)).await?;
+        let key = self.scheme.mint()?;
+        let record = KeyRecord { prefix: key.lookup_id().to_owned(), ..new.record };
+        let stored = StoredKey::new(record, key.hash().clone());
+        let record = self.repository.insert_key(&stored).await?;
         Ok(IssuedKey { record, key })
     }
 
@@ -174,7 +173,7 @@ impl NewKey {
 /// A key that was just made. `Debug` does not show it.
 pub struct IssuedKey {
     record: KeyRecord,
-    key: PresentedKey,
+    key: MintedKey,
 }
 
 impl IssuedKey {
@@ -199,12 +198,16 @@ impl fmt::Debug for IssuedKey {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum ManageError {
-    /// The scheme has no structured format, so it can't mint keys.
-    NoMintableFormat,
-    /// The operating system has no random bytes.
-    NoRandomness,
+    /// No key could be made.
+    Mint(MintError),
     /// The store failed or refused.
     Store(StoreError),
+}
+
+impl From<MintError> for ManageError {
+    fn from(error: MintError) -> Self {
+        Self::Mint(error)
+    }
 }
 
 impl From<StoreError> for ManageError {
@@ -216,10 +219,7 @@ impl From<StoreError> for ManageError {
 impl fmt::Display for ManageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoMintableFormat => {
-                f.write_str("the key scheme has no structured format to mint keys in")
-            }
-            Self::NoRandomness => f.write_str("the operating system has no random bytes"),
+            Self::Mint(error) => error.fmt(f),
             Self::Store(error) => error.fmt(f),
         }
     }
@@ -228,8 +228,8 @@ impl fmt::Display for ManageError {
 impl std::error::Error for ManageError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
+            Self::Mint(error) => Some(error),
             Self::Store(error) => Some(error),
-            _ => None,
         }
     }
 }

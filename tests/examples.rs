@@ -213,13 +213,15 @@ fn the_hyper_example_takes_the_key_as_a_user_name_or_in_a_header() {
 }
 
 #[test]
-fn the_custom_store_checks_keys_from_its_text() {
+fn the_custom_store_checks_keys_from_its_text_and_one_that_it_minted() {
     let folder = tempfile::tempdir().unwrap();
     let example = Example::run("custom_store", folder.path(), &[]);
     let answer = shell(example.curl_lines()[0]);
     assert!(answer.ends_with("hello, ada@example.com!\n"), "{answer}");
     let other = shell(&format!("curl {} -H 'x-api-key: team-two-c9QmXw42'", example.url()));
     assert_eq!(other, "hello, bob@example.com!\n");
+    let minted = shell(example.curl_lines()[1]);
+    assert!(minted.ends_with("hello, eve@example.com!\n"), "{minted}");
     let wrong = shell(&format!("curl -i {} -H 'x-api-key: team-two-c9QmXw43'", example.url()));
     assert!(wrong.starts_with("http/1.1 401"), "{wrong}");
 }

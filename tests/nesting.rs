@@ -146,7 +146,6 @@ async fn a_store_that_fails_is_answered_503_and_never_401() {
         StoreError::timeout(Duration::from_secs(5)),
         StoreError::overloaded("too much to do", Duration::from_secs(1)),
         StoreError::conflict("of writes"),
-        StoreError::unsupported("questions"),
         StoreError::rejected("no such table"),
     ];
     for error in errors {

@@ -3,7 +3,7 @@
 mod support;
 
 use support::door::{Door, first_chars, scheme, structured};
-use tower_api_key::{FormatError, KeyFormat, KeyManager, NewKey, SchemeError};
+use tower_api_key::*;
 
 const MINT_NOW: &str = "the mint secret now";
 
@@ -89,4 +89,42 @@ async fn no_debug_output_shows_a_secret() {
     let issued = manager.issue(NewKey::new(door.user.clone(), "key")).await.unwrap();
     let (shown, key) = (format!("{issued:?} {manager:?}"), issued.expose_secret());
     assert!(shown.contains(&issued.record().prefix) && !shown.contains(&key[20..]), "{shown}");
+}
+
+#[tokio::test]
+async fn a_minted_key_is_let_in_by_a_store_that_has_its_id_and_its_hash() {
+    /// The one key that there is.
+    struct One(String, KeyHash);
+
+    impl KeyStore for One {
+        async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+            let record = KeyRecord::new(1, lookup.id(), User::new(7, "ada@example.com"));
+            let key = StoredKey::new(record, self.1.clone());
+            lookup.verify((lookup.id() == self.0).then_some(key)).await
+        }
+    }
+
+    let both = || scheme(first_chars(8)).format(structured("acme"));
+    let pepper = "a pepper for today";
+    for (scheme, kind) in [(both(), "sha256$"), (both().pepper(pepper), "hmac-sha256$")] {
+        let scheme = scheme.build().unwrap();
+        let minted = scheme.mint().unwrap();
+        assert!(minted.expose_secret().starts_with(&format!("acme_live_{}_", minted.lookup_id())));
+        assert!(minted.hash().expose_hash().starts_with(kind));
+        assert_ne!(scheme.mint().unwrap().expose_secret(), minted.expose_secret());
+        let store = One(minted.lookup_id().to_owned(), minted.hash().clone());
+        let node = Authenticator::builder(store).scheme(scheme).build();
+        let caller = node.authenticate(minted.expose_secret()).await.unwrap();
+        assert_eq!(caller.user().email, "ada@example.com");
+    }
+}
+
+#[tokio::test]
+async fn a_scheme_without_a_structured_format_mints_nothing() {
+    let scheme = scheme(first_chars(8)).build().unwrap();
+    assert_eq!(scheme.mint().unwrap_err(), MintError::NoMintableFormat);
+    let manager = KeyManager::new(MemoryStore::new()).scheme(scheme);
+    let error = manager.issue(NewKey::new(1, "key")).await.unwrap_err();
+    assert!(matches!(error, ManageError::Mint(MintError::NoMintableFormat)), "{error:?}");
+    assert_eq!(error.to_string(), MintError::NoMintableFormat.to_string());
 }

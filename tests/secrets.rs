@@ -84,6 +84,15 @@ async fn an_issued_key_and_what_is_stored_of_it_hide_the_key_and_its_hash() {
 }
 
 #[test]
+fn a_minted_key_shows_its_lookup_id_alone() {
+    let minted = KeyScheme::default().mint().unwrap();
+    let hash = minted.hash().expose_hash();
+    assert_hides(&minted, &secrets(minted.expose_secret()));
+    assert_hides(&minted, &[&*hash, hash.strip_prefix("sha256$").unwrap()]);
+    assert!(format!("{minted:?}").contains(minted.lookup_id()));
+}
+
+#[test]
 fn a_hash_shows_its_kind_alone() {
     let key = unknown_key();
     let sha256 = KeyHash::sha256(&key);

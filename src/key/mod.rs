@@ -5,6 +5,7 @@ mod base62;
 mod digest;
 mod format;
 mod hash;
+mod mint;
 mod pool;
 mod presented;
 mod ration;
@@ -18,6 +19,7 @@ pub(crate) use hash::hex;
 #[cfg(any(feature = "postgres", feature = "redis", feature = "sqlite"))]
 pub(crate) use hash::unhex;
 pub use hash::{HashError, KeyHash};
+pub use mint::{MintError, MintedKey};
 pub(crate) use pool::SlowCheck;
 pub use presented::{MalformedCredential, UnrecognizedKey};
 pub(crate) use presented::{PresentedKey, token};

@@ -103,7 +103,7 @@ impl KeyScheme {
     }
 
     /// Generates a key in the first structured format, if there is one.
-    pub(crate) fn generate(&self) -> Option<Result<PresentedKey, getrandom::Error>> {
+    pub(super) fn generate(&self) -> Option<Result<PresentedKey, getrandom::Error>> {
         self.0.formats.iter().find_map(KeyFormat::generate)
     }
 

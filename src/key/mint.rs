@@ -1,0 +1,112 @@
+//! New keys: [`MintedKey`].
+
+use std::fmt;
+
+use super::{KeyHash, KeyScheme, PresentedKey};
+
+/// A key that was just made by [`KeyScheme::mint`], with what a store keeps of it: its lookup id and its hash.
+///
+/// `Debug` shows the lookup id alone.
+#[derive(Clone)]
+pub struct MintedKey {
+    key: PresentedKey,
+    hash: KeyHash,
+}
+
+impl MintedKey {
+    /// The key itself, to be shown to its owner once. Never store it.
+    pub fn expose_secret(&self) -> &str {
+        self.key.expose_secret()
+    }
+
+    /// The public lookup id, by which a store finds the key (column `key_prefix`).
+    pub fn lookup_id(&self) -> &str {
+        self.key.id()
+    }
+
+    /// The hash for the store: HMAC-SHA-256 where the scheme has a pepper, otherwise SHA-256.
+    pub fn hash(&self) -> &KeyHash {
+        &self.hash
+    }
+}
+
+impl KeyScheme {
+    /// Makes a key in the scheme's first structured format, for a store of your own. Nothing is stored:
+    /// [`KeyManager::issue`](crate::KeyManager::issue) does both for a [`KeyRepository`](crate::KeyRepository).
+    ///
+    /// ```
+    /// use std::{collections::HashMap, sync::RwLock};
+    /// use tower_api_key::{
+    ///     Answer, KeyHash, KeyRecord, KeyScheme, KeyStore, Lookup, MintError, StoreError, StoredKey, User,
+    /// };
+    ///
+    /// /// Owners and hashes by lookup id.
+    /// #[derive(Default)]
+    /// struct Keys(RwLock<HashMap<String, (User, KeyHash)>>);
+    ///
+    /// impl Keys {
+    ///     /// Makes a key for `owner` and returns it. It is shown this once.
+    ///     fn issue(&self, scheme: &KeyScheme, owner: User) -> Result<String, MintError> {
+    ///         let minted = scheme.mint()?;
+    ///         let mut keys = self.0.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+    ///         keys.insert(minted.lookup_id().to_owned(), (owner, minted.hash().clone()));
+    ///         Ok(minted.expose_secret().to_owned())
+    ///     }
+    /// }
+    ///
+    /// impl KeyStore for Keys {
+    ///     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+    ///         let found = {
+    ///             let keys = self.0.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+    ///             keys.get(lookup.id()).cloned()
+    ///         };
+    ///         let stored = found.map(|(owner, hash)| {
+    ///             StoredKey::new(KeyRecord::new(lookup.id(), lookup.id(), owner), hash)
+    ///         });
+    ///         lookup.verify(stored).await
+    ///     }
+    /// }
+    ///
+    /// let keys = Keys::default();
+    /// let key = keys.issue(&KeyScheme::default(), User::new(7, "ada@example.com"))?;
+    /// assert!(key.starts_with("tak_live_"));
+    /// # Ok::<(), MintError>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If the scheme has no structured format, or the operating system has no random bytes.
+    pub fn mint(&self) -> Result<MintedKey, MintError> {
+        let key = self.generate().ok_or(MintError::NoMintableFormat)?;
+        let key = key.map_err(|_| MintError::NoRandomness)?;
+        let hash = self.fast_hash(&key).ok_or(MintError::NoMintableFormat)?;
+        Ok(MintedKey { key, hash })
+    }
+}
+
+impl fmt::Debug for MintedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MintedKey").field("lookup_id", &self.lookup_id()).finish_non_exhaustive()
+    }
+}
+
+/// Why a key can't be minted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MintError {
+    /// The scheme has no structured format.
+    NoMintableFormat,
+    /// The operating system has no random bytes.
+    NoRandomness,
+}
+
+impl fmt::Display for MintError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoMintableFormat => "the key scheme has no structured format to mint keys in",
+            Self::NoRandomness => "the operating system has no random bytes",
+        })
+    }
+}
+
+impl std::error::Error for MintError {}
