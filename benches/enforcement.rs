@@ -66,8 +66,7 @@ fn main() {
 /// A store with a key for each of `keys`, which all have the same limits and budget.
 async fn keys_of(manager: &KeyManager<impl KeyRepository>, keys: usize) -> Vec<IssuedKey> {
     let user = manager.create_user("ada@example.com", "user").await.unwrap();
-    let mut limits = RateLimits::default();
-    (limits.per_minute, limits.per_day) = (Some(1_000_000), Some(100_000_000));
+    let limits = RateLimits::default().per_minute(1_000_000).per_day(100_000_000);
     let budget = Budget { limit_cents: 1 << 40, period: BudgetPeriod::Monthly };
     let mut issued = Vec::new();
     for _ in 0..keys {
@@ -125,8 +124,7 @@ fn time<S: Service<Call>>(mut service: S, fields: &[HeaderValue]) -> f64 {
 
 async fn limits(redis: &Redis) -> (f64, f64, f64) {
     let limiter = RedisRateLimiter::builder(redis.url()).nodes(1).build().unwrap();
-    let mut limits = RateLimits::default();
-    (limits.per_minute, limits.per_day) = (Some(1_000_000), Some(100_000_000));
+    let limits = RateLimits::default().per_minute(1_000_000).per_day(100_000_000);
     let key = KeyId::from(7);
     while limiter.state() != RedisState::Up {
         limiter.count(&key, limits).await.unwrap();

@@ -61,8 +61,7 @@ async fn make_keys(store: SqliteStore) -> Result<(), Box<dyn Error>> {
     let manager = KeyManager::new(store);
     let user = manager.create_user("ada@example.com", "user").await?;
     let key = |name: &str| NewKey::new(user.id.clone(), name).scopes(["chat:*"]);
-    let mut two_a_minute = RateLimits::default();
-    two_a_minute.per_minute = Some(2);
+    let two_a_minute = RateLimits::default().per_minute(2);
     let plans = [
         ("everything", key("everything")),
         ("echo-small alone", key("small").allowed_models(["echo-small"])),

@@ -9,13 +9,16 @@ use crate::key::HashError;
 /// [`Answer`](crate::Answer).
 ///
 /// It is cheap to clone, because everybody who waits for one look-up gets the same error, and keeps
-/// what caused it as [`source`](Error::source).
+/// what caused it as [`source`](Error::source). `Display` contains the cause, for logs; a caller never sees it. The
+/// stores of this crate put no value of a row and no password of a URL into either.
 #[derive(Clone)]
 pub struct StoreError {
     kind: StoreErrorKind,
     message: Cow<'static, str>,
     retry_after: Duration,
     source: Option<Arc<dyn Error + Send + Sync>>,
+    /// What to do about it.
+    hint: Option<&'static str>,
 }
 
 /// What sort of fault a [`StoreError`] is.
@@ -80,13 +83,20 @@ impl StoreError {
     }
 
     fn new(kind: StoreErrorKind, message: impl Into<Cow<'static, str>>) -> Self {
-        Self { kind, message: message.into(), retry_after: Duration::from_secs(1), source: None }
+        let (message, retry_after) = (message.into(), Duration::from_secs(1));
+        Self { kind, message, retry_after, source: None, hint: None }
     }
 
     /// Adds what caused it.
     #[must_use]
     pub fn caused_by(self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { source: Some(Arc::from(source.into())), ..self }
+    }
+
+    /// Adds what to do about it.
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    pub(crate) fn with_hint(self, hint: &'static str) -> Self {
+        Self { hint: Some(hint), ..self }
     }
 
     /// What sort of fault this is.
@@ -115,7 +125,11 @@ impl From<HashError> for StoreError {
 
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
+        f.write_str(&self.message)?;
+        if let Some(source) = &self.source {
+            write!(f, ": {source}")?;
+        }
+        self.hint.map_or(Ok(()), |hint| write!(f, "; {hint}"))
     }
 }
 

@@ -37,6 +37,10 @@ mod store;
 mod telemetry;
 mod usage;
 
+/// The crate whose types stand for time stamps in this API, such as [`KeyRecord::expires_at`], in the version of those
+/// types.
+pub use chrono;
+
 pub use authenticate::{Authenticator, AuthenticatorBuilder};
 pub use body::ResponseBody;
 pub use budget::{BudgetLayer, Reservation};

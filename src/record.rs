@@ -132,6 +132,33 @@ pub struct RateLimits {
     pub per_day: Option<u64>,
 }
 
+impl RateLimits {
+    /// Sets the number of requests per minute.
+    ///
+    /// ```
+    /// use tower_api_key::{NewKey, RateLimits};
+    ///
+    /// let limits = RateLimits::default().per_minute(60).per_day(10_000);
+    /// let key = NewKey::new(1, "trial").rate_limits(limits);
+    /// ```
+    #[must_use]
+    pub fn per_minute(self, requests: u64) -> Self {
+        Self { per_minute: Some(requests), ..self }
+    }
+
+    /// Sets the number of requests per hour.
+    #[must_use]
+    pub fn per_hour(self, requests: u64) -> Self {
+        Self { per_hour: Some(requests), ..self }
+    }
+
+    /// Sets the number of requests per day.
+    #[must_use]
+    pub fn per_day(self, requests: u64) -> Self {
+        Self { per_day: Some(requests), ..self }
+    }
+}
+
 /// What a key may cost in a period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Budget {

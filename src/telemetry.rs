@@ -35,8 +35,7 @@ impl BadRowLog {
     /// `now` is a monotonic time.
     pub(crate) fn log(&self, prefix: &str, error: &StoreError, now: Duration) {
         count("api_key_bad_rows_total");
-        let cause = std::error::Error::source(error).map(ToString::to_string);
-        let reason = format!("{error}: {cause:?}");
+        let reason = error.to_string();
         {
             let mut logged = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             let mut is_new = false;
@@ -49,7 +48,7 @@ impl BadRowLog {
             }
             *last = now;
         }
-        tracing::error!(key_prefix = prefix, error = %error, cause, "an API key row can't be used");
+        tracing::error!(key_prefix = prefix, error = %error, "an API key row can't be used");
     }
 }
 
@@ -104,8 +103,7 @@ pub(crate) fn denied(denial: &Denial) {
             tracing::debug!(error = %error, "request turned away");
         }
         Denial::Unavailable(error) => {
-            let cause = std::error::Error::source(error).map(ToString::to_string);
-            tracing::warn!(error = %error, cause, "API keys can't be checked");
+            tracing::warn!(error = %error, "API keys can't be checked");
         }
         Denial::LayerMissing => tracing::error!(
             "a handler asked for an AuthContext, but no ApiKeyAuthLayer is around it: \
@@ -160,8 +158,7 @@ pub(crate) fn usage_of_deleted_keys(keys: usize) {
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn usage_of_bad_row(key: &serde_json::Value, error: &StoreError) {
     count("api_key_usage_dropped_total");
-    let cause = std::error::Error::source(error).map(ToString::to_string);
-    tracing::error!(%key, error = %error, cause, "the usage of an API key can't be written: it is lost");
+    tracing::error!(%key, error = %error, "the usage of an API key can't be written: it is lost");
 }
 
 /// A table of keys was adopted.
@@ -204,8 +201,7 @@ pub(crate) fn feed_ended() {
 /// The feed lost its connection, or could not get one.
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn feed_broken(error: &StoreError) {
-    let cause = std::error::Error::source(error).map(ToString::to_string);
-    tracing::warn!(error = %error, cause, "the feed of API key changes is disconnected; reconnecting");
+    tracing::warn!(error = %error, "the feed of API key changes is disconnected; reconnecting");
 }
 
 /// Whether notifications arrive.
@@ -248,8 +244,7 @@ pub(crate) fn schema_made(missing: &[String]) {
 /// Rows that are not needed any more could not be deleted.
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn not_pruned(error: &StoreError) {
-    let cause = std::error::Error::source(error).map(ToString::to_string);
-    tracing::warn!(error = %error, cause, "old rows of changes, writers or leases can't be deleted");
+    tracing::warn!(error = %error, "old rows of changes, writers or leases can't be deleted");
 }
 
 /// Redis answered, or not, in place of the store.

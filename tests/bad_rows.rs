@@ -67,8 +67,7 @@ async fn lists_the_others_and_gets_past<S: KeyRepository>(
     assert_eq!(unreadable.error.kind(), StoreErrorKind::BadRow);
     let text = unreadable.error.to_string();
     assert!(text.contains(&format!("api_keys row {broken}")) && text.contains(column), "{text}");
-    let mut one = ListKeys::default();
-    one.limit = 1;
+    let mut one = ListKeys::default().limit(1);
     let first = store.list_keys(&one).await.unwrap();
     assert_eq!((first.keys.len(), first.unreadable.len()), (0, 1));
     one.after = first.next;

@@ -2,7 +2,13 @@
 
 mod support;
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use support::{
     eventually::eventually,
@@ -17,11 +23,20 @@ use tower_api_key::*;
 struct Plain {
     keys: MemoryStore,
     has_leases: bool,
+    /// Whether it is out of reach for usage. It records none in any case.
+    is_away: Arc<AtomicBool>,
 }
 
 impl KeyStore for Plain {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         self.keys.resolve(lookup).await
+    }
+
+    async fn record_usage(&self, _: &UsageBatch) -> Result<(), StoreError> {
+        match self.is_away.load(SeqCst) {
+            true => Err(StoreError::unavailable("away")),
+            false => Err(StoreError::unsupported("usage")),
+        }
     }
 
     async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
@@ -38,7 +53,7 @@ async fn budgeted(has_leases: bool) -> (Plain, String) {
     let user = some_user(keys.clone()).await;
     let new = NewKey::new(user, "k").budget(Budget { limit_cents: 1, period: BudgetPeriod::Daily });
     let issued = KeyManager::new(keys.clone()).issue(new).await.unwrap();
-    (Plain { keys, has_leases }, issued.expose_secret().to_owned())
+    (Plain { keys, has_leases, is_away: Arc::default() }, issued.expose_secret().to_owned())
 }
 
 async fn reserve(caller: &AuthContext) -> Denial {
@@ -117,8 +132,12 @@ async fn an_authenticator_without_usage_reserves_nothing_and_says_which_setting_
 async fn a_store_that_records_no_usage_is_one_warning_and_lends_nothing_from_then_on() {
     let (log, _guard) = capture();
     let (store, key) = budgeted(true).await;
+    let is_away = Arc::clone(&store.is_away);
+    is_away.store(true, SeqCst);
     let node = Authenticator::builder(store).usage_interval(Duration::from_millis(1)).build();
     let before = node.authenticate(&key).await.unwrap();
+    before.reserve(1).await.unwrap().settle(1);
+    is_away.store(false, SeqCst);
     eventually("the flush", async || !warnings(&log, "record_usage").is_empty()).await;
     let after = node.authenticate(&key).await.unwrap();
     // Also from a context and a lease of the time before.

@@ -82,8 +82,7 @@ async fn the_longest_and_the_shortest_durations_break_nothing() {
             use_it(store, &in_sqlite.0, &in_sqlite.1, duration).await;
         }
         let limiter = RedisRateLimiter::builder(redis.url()).timeout(duration).build().unwrap();
-        let mut limits = RateLimits::default();
-        limits.per_minute = Some(5);
+        let limits = RateLimits::default().per_minute(5);
         assert!(limiter.count(&in_postgres.1, limits).await.is_ok());
     }
 }

@@ -16,15 +16,11 @@ use tokio::{sync::Barrier, task::JoinSet};
 use tower_api_key::*;
 
 fn per_minute(limit: u64) -> RateLimits {
-    let mut limits = RateLimits::default();
-    limits.per_minute = Some(limit);
-    limits
+    RateLimits::default().per_minute(limit)
 }
 
 fn per_hour(limit: u64) -> RateLimits {
-    let mut limits = RateLimits::default();
-    limits.per_hour = Some(limit);
-    limits
+    RateLimits::default().per_hour(limit)
 }
 
 async fn is_up(limiter: &RedisRateLimiter) {

@@ -12,8 +12,7 @@ async fn a_new_secret_keeps_limits_budget_and_usage() {
     store.migrate().await.unwrap();
     let manager = KeyManager::new(store.clone());
     let user = manager.create_user("ada@example.com", "user").await.unwrap();
-    let mut limits = RateLimits::default();
-    limits.per_day = Some(3);
+    let limits = RateLimits::default().per_day(3);
     let budget = Budget { limit_cents: 1, period: BudgetPeriod::Monthly };
     let new = || NewKey::new(user.id.clone(), "k").rate_limits(limits).budget(budget);
     let (first, second) =

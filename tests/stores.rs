@@ -55,8 +55,7 @@ async fn an_issued_key_comes_back_with_all_that_was_set(store: impl KeyRepositor
     let user = manager.create_user("ada@example.com", "admin").await.unwrap();
     let expiry =
         Utc.with_ymd_and_hms(2099, 12, 31, 23, 59, 59).unwrap() + Duration::from_micros(123_456);
-    let mut limits = RateLimits::default();
-    (limits.per_minute, limits.per_day) = (Some(0), Some(86_400));
+    let limits = RateLimits::default().per_minute(0).per_day(86_400);
     let new = NewKey::new(user.id.clone(), "laptop \"δ\"")
         .scopes(["chat:write", "it's"])
         .permissions(["read"])
@@ -209,9 +208,8 @@ async fn keys_are_listed_in_pages_and_by_owner(store: impl KeyRepository + Clone
         let names: Vec<_> = keys.iter().map(|key| key.name.clone()).collect();
         (names, keys.last().map(|key| key.id.clone()))
     };
-    let mut page = ListKeys::default();
-    assert_eq!(names(&page).await.0.len(), 5);
-    page.limit = 2;
+    assert_eq!(names(&ListKeys::default()).await.0.len(), 5);
+    let mut page = ListKeys::default().limit(2);
     let (first, last) = names(&page).await;
     assert_eq!(first, ["key 0", "key 1"]);
     page.after = last;

@@ -33,6 +33,11 @@ use crate::{
 ///
 /// Never count a request that is refused, in any window; never count by anything but the key's id, which is what
 /// stays when a key is rotated.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a rate limiter",
+    label = "this is not a `RateLimiter`",
+    note = "use `LocalRateLimiter::new()`, a `RedisRateLimiter` (a builder becomes one with `build()`), or an `Arc` of a rate limiter; the trait is not dyn compatible"
+)]
 pub trait RateLimiter: Send + Sync + 'static {
     /// Counts a request of `key` in every window that has a limit or, if one of them is full, in none.
     ///

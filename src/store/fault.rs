@@ -1,6 +1,6 @@
 //! A database's errors as [`StoreError`]s.
 
-use diesel::result::{DatabaseErrorKind, Error};
+use diesel::result::{DatabaseErrorInformation, DatabaseErrorKind, Error};
 
 use crate::error::StoreError;
 
@@ -48,6 +48,28 @@ pub(super) fn store_error(error: Error) -> StoreError {
         Error::DeserializationError(_) => {
             StoreError::bad_row("a row of api_keys is not UTF-8").caused_by(error)
         }
+        Error::DatabaseError(Unknown, info) if lacks_schema(&**info) => {
+            StoreError::rejected(error).with_hint(CALL_MIGRATE)
+        }
         _ => StoreError::rejected(error),
     }
+}
+
+/// What to do if a table, a column or a function of the schema is missing.
+pub(super) const CALL_MIGRATE: &str = "call migrate() of the store";
+
+/// The start of SQLite's messages for what a statement names and the schema lacks.
+#[cfg(feature = "sqlite")]
+const UNDEFINED: [&str; 3] = ["no such table", "no such column", "no such function"];
+
+/// Whether the schema lacks what a statement names. diesel does not pass on PostgreSQL's SQLSTATE (42P01, 42703, 42883),
+/// and the message is in the server's language. But only an error that is found while a statement is analysed has a
+/// position in it, and the statements of this crate are fixed and take their values as parameters: the schema is not
+/// the one that they are written for.
+fn lacks_schema(info: &(dyn DatabaseErrorInformation + Send + Sync)) -> bool {
+    #[cfg(feature = "sqlite")]
+    if UNDEFINED.iter().any(|start| info.message().starts_with(start)) {
+        return true;
+    }
+    cfg!(feature = "postgres") && info.statement_position().is_some()
 }

@@ -86,13 +86,27 @@ const CHANGED_SINCE: &str = "the key was changed after it was read";
 /// Never return an [`Answer`] about another key than the [`Lookup`]'s (it is refused), never
 /// [`vouch`](Lookup::vouch) for a key that was not proven, never say "unknown" when the truth is
 /// "could not ask" (that is an error), and never keep the presented key.
+/// # Dyn compatibility
+///
+/// This trait is not dyn compatible: there is no `Box<dyn KeyStore>` and no `Arc<dyn KeyStore>`. [`DynKeyStore`] holds any
+/// store as one type, for a field, or for a store that is chosen at run time. An `Arc` of a store is a store.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not a key store",
+    label = "this is not a `KeyStore`",
+    note = "a store whose type is chosen at run time is a `DynKeyStore`: `DynKeyStore::new(store)`, in place of `Box<dyn KeyStore>` or `Arc<dyn KeyStore>`",
+    note = "a builder becomes a store with `build()`, a path with `SqliteStore::open(path)?`, a URL with `PostgresStore::new(url)?`"
+)]
 pub trait KeyStore: Send + Sync + 'static {
     /// Ask: what is stored under the key that `lookup` presents, and does it match?
     ///
     /// # Errors
     ///
     /// When the question could not be answered; never for a key that is unknown or wrong.
-    fn resolve(&self, lookup: &Lookup) -> impl Future<Output = Result<Answer, StoreError>> + Send;
+    fn resolve(
+        &self,
+        lookup: &Lookup,
+        // The compiler shows the next line where `dyn KeyStore` is tried.
+    ) -> impl Future<Output = Result<Answer, StoreError>> + Send; // behind a pointer, use `DynKeyStore`
 
     /// Listen: changes since then, so that caches above can drop what they hold. Each call is an
     /// independent stream. By default there is no feed.

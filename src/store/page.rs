@@ -17,6 +17,41 @@ pub struct ListKeys {
     pub limit: u32,
 }
 
+impl ListKeys {
+    /// Lists the keys of one user alone.
+    ///
+    /// ```
+    /// # async fn run(store: tower_api_key::MemoryStore) -> Result<(), tower_api_key::StoreError> {
+    /// use tower_api_key::{KeyRepository, ListKeys};
+    ///
+    /// let mut page = ListKeys::default().owner(7).limit(50);
+    /// loop {
+    ///     let listed = store.list_keys(&page).await?;
+    ///     listed.keys.iter().for_each(|key| println!("{}", key.name));
+    ///     let Some(last) = listed.next else { break };
+    ///     page = page.after(last);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn owner(self, owner: impl Into<UserId>) -> Self {
+        Self { owner: Some(owner.into()), ..self }
+    }
+
+    /// Lists the keys after this one alone: [`KeyPage::next`] of the page before.
+    #[must_use]
+    pub fn after(self, key: impl Into<KeyId>) -> Self {
+        Self { after: Some(key.into()), ..self }
+    }
+
+    /// Sets the maximum number of keys.
+    #[must_use]
+    pub fn limit(self, keys: u32) -> Self {
+        Self { limit: keys, ..self }
+    }
+}
+
 impl Default for ListKeys {
     fn default() -> Self {
         Self { owner: None, after: None, limit: 100 }

@@ -12,6 +12,12 @@ use crate::{
 ///
 /// All methods fail with a [`StoreError`] of the kind `Conflict` for a write that contradicts what
 /// is stored, and of the kinds of [`KeyStore::resolve`] otherwise.
+#[diagnostic::on_unimplemented(
+    message = "keys can't be written to `{Self}`",
+    label = "this is not a `KeyRepository`",
+    note = "`MemoryStore`, `SqliteStore`, `PostgresStore` and a `RedisCache` in front of one of them are; a `DynKeyStore` can only be read: make the `KeyManager` before the type is erased",
+    note = "a store of your own implements `KeyRepository`, or makes its keys with `KeyScheme::mint`"
+)]
 pub trait KeyRepository: KeyStore {
     /// Makes an active user.
     ///

@@ -164,6 +164,5 @@ impl Feed {
 }
 
 fn disconnected(error: &StoreError) -> FeedFault {
-    let cause = std::error::Error::source(error).map(|cause| format!(": {cause}"));
-    FeedFault::Disconnected(format!("{error}{}", cause.unwrap_or_default()).into())
+    FeedFault::Disconnected(error.to_string().into())
 }

@@ -7,7 +7,10 @@ use serde::Deserialize;
 
 use crate::{
     error::StoreError,
-    store::statement::{Bind, Statement, TextRow},
+    store::{
+        fault::CALL_MIGRATE,
+        statement::{Bind, Statement, TextRow},
+    },
 };
 
 /// Runs `sql`, which has five parameters and returns one text, and returns its error as data.
@@ -51,6 +54,11 @@ impl SqlFault {
         matches!(self.class(), "08" | "40" | "53" | "55" | "57" | "58")
     }
 
+    /// Whether a table, a column or a function is missing.
+    fn is_undefined(&self) -> bool {
+        matches!(&*self.sqlstate, "42P01" | "42703" | "42883")
+    }
+
     /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
     fn class(&self) -> &str {
         self.sqlstate.get(..2).unwrap_or_default()
@@ -59,7 +67,11 @@ impl SqlFault {
 
 impl From<SqlFault> for StoreError {
     fn from(fault: SqlFault) -> Self {
-        if fault.is_transient() { Self::unavailable(fault) } else { Self::rejected(fault) }
+        match fault.is_transient() {
+            true => Self::unavailable(fault),
+            false if fault.is_undefined() => Self::rejected(fault).with_hint(CALL_MIGRATE),
+            false => Self::rejected(fault),
+        }
     }
 }
 
