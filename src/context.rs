@@ -10,13 +10,11 @@ use serde_json::Value;
 
 pub(crate) use self::recheck::{Engine, RecheckFuture, Verified};
 use crate::{
-    budget::Reservation,
-    cache::Stamp,
-    policy::{self, AllowedNetwork, EndpointRule},
-    record::{KeyRecord, RateLimits, User},
-    respond::{Denial, Forbidden},
-    telemetry,
-    usage::{Tally, Usage},
+    coherence::Stamp,
+    denial::{Denial, Forbidden},
+    metering::{Reservation, Tally, Usage},
+    policy,
+    record::{AllowedNetwork, EndpointRule, KeyRecord, RateLimits, User},
 };
 
 /// Who calls, and what the key allows. The layer puts it into the extensions of each request that it
@@ -314,7 +312,7 @@ impl AuthContext {
     /// 401 behind a layer that let the request through without a key, and 500 if there is no layer at all; the log
     /// then names the one to add.
     pub fn from_extensions(extensions: &Extensions) -> Result<&Self, Denial> {
-        let caller = Self::of(extensions).inspect_err(telemetry::denied)?;
+        let caller = Self::of(extensions).inspect_err(Denial::log)?;
         caller.ok_or(Denial::MissingCredential)
     }
 

@@ -3,8 +3,6 @@
 
 use std::{borrow::Cow, error::Error, fmt, sync::Arc, time::Duration};
 
-use crate::key::HashError;
-
 /// A fault of a store or of what it stands on. Never an authentication failure: "no such key" is an
 /// [`Answer`](crate::Answer).
 ///
@@ -113,13 +111,6 @@ impl StoreError {
     /// How long a caller should wait before it asks again.
     pub fn retry_after(&self) -> Duration {
         self.retry_after
-    }
-}
-
-/// A hash that can't be parsed is a row that can't be decoded.
-impl From<HashError> for StoreError {
-    fn from(error: HashError) -> Self {
-        Self::bad_row("the stored hash of the key can't be used").caused_by(error)
     }
 }
 

@@ -5,83 +5,68 @@
 // What serves shared caches alone.
 #![cfg_attr(not(feature = "redis"), allow(dead_code))]
 
-mod authenticate;
-mod body;
-mod budget;
-mod cache;
-mod client;
-mod clock;
+mod authenticator;
+mod backend;
+mod coherence;
 mod context;
-mod credential;
-mod deadline;
-mod discard;
+mod denial;
 mod error;
-#[cfg(feature = "axum")]
-mod extract;
-mod future;
-mod gated_call;
-mod guard;
 mod key;
-mod layer;
-mod limit;
-mod manage;
+mod management;
+mod metering;
+mod middleware;
 mod policy;
-mod recent;
+mod rate_limit;
 mod record;
 #[cfg(feature = "redis")]
 mod redis;
-mod require;
-mod respond;
-mod service;
+mod runtime;
 mod store;
 mod telemetry;
-mod usage;
 
 /// The crate whose types stand for time stamps in this API, such as [`KeyRecord::expires_at`], in the version of those
 /// types.
 pub use chrono;
 
-pub use authenticate::{Authenticator, AuthenticatorBuilder};
-pub use body::ResponseBody;
-pub use budget::{BudgetLayer, Reservation};
-pub use cache::Health;
-pub use client::{ClientAddr, TrustedProxies};
-pub use clock::{Clock, ManualClock, SystemClock};
-pub use context::AuthContext;
-pub use credential::{Credential, RequestHead};
-pub use error::{StoreError, StoreErrorKind};
-pub use future::ResponseFuture;
-pub use guard::{Guard, GuardFuture};
-pub use key::{
-    FormatError, HashError, KeyFormat, KeyHash, KeyScheme, KeySchemeBuilder, MalformedCredential,
-    MintError, MintedKey, SchemeError, UnrecognizedKey,
-};
-pub use layer::{ApiKeyAuthLayer, InvalidRealm};
-pub use limit::{LocalRateLimiter, Quota, RateLimitLayer, RateLimiter, RatePeriod, RateWindow};
+pub use authenticator::{Authenticator, AuthenticatorBuilder, Health};
+pub use backend::MemoryStore;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use backend::{ColumnFault, FindingKind, KeyFinding, KeyReview, MigrateError, MigrationReport};
+#[cfg(feature = "postgres")]
+pub use backend::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
 #[cfg(feature = "redis")]
-pub use limit::{RedisRateLimiter, RedisRateLimiterBuilder, WhenRedisIsAway};
-pub use manage::{IssuedKey, KeyManager, ManageError, NewKey};
-pub use policy::{AllowedNetwork, EndpointRule, EndpointRuleError, NetworkError};
+pub use backend::{RedisCache, RedisCacheBuilder, RedisCacheError};
+#[cfg(feature = "sqlite")]
+pub use backend::{SqliteStore, SqliteStoreBuilder};
+pub use context::AuthContext;
+pub use denial::{
+    BudgetExceeded, Denial, Forbidden, InvalidKey, MalformedCredential, UnrecognizedKey,
+};
+pub use error::{StoreError, StoreErrorKind};
+pub use key::{
+    FormatError, HashError, KeyFormat, KeyHash, KeyScheme, KeySchemeBuilder, MintError, MintedKey,
+    SchemeError,
+};
+pub use management::{IssuedKey, KeyManager, ManageError, NewKey};
+pub use metering::{Reservation, Usage};
+pub use middleware::{
+    ApiKeyAuth, ApiKeyAuthLayer, BudgetLayer, ClientAddr, Credential, Guard, GuardFuture,
+    InvalidRealm, RateLimitLayer, Refusal, RequestHead, RequireLayer, ResponseBody, ResponseFuture,
+    TrustedProxies, openai_error,
+};
+pub use rate_limit::{LocalRateLimiter, RateLimiter};
+#[cfg(feature = "redis")]
+pub use rate_limit::{RedisRateLimiter, RedisRateLimiterBuilder, WhenRedisIsAway};
 pub use record::{
-    Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions, StoredKey,
-    UsageTotals, User, UserId,
+    AllowedNetwork, Budget, BudgetPeriod, EndpointRule, EndpointRuleError, KeyId, KeyRecord,
+    NetworkError, Quota, RateLimits, RatePeriod, RateWindow, Revision, Revisions, UsageTotals,
+    User, UserId,
 };
 #[cfg(feature = "redis")]
 pub use redis::{RedisServers, RedisState, RedisUrlError};
-pub use require::RequireLayer;
-pub use respond::{BudgetExceeded, Denial, Forbidden, InvalidKey, Refusal, openai_error};
-pub use service::ApiKeyAuth;
+pub use runtime::{Clock, ManualClock, SystemClock};
 pub use store::{
     Answer, CacheSecret, Change, ChangeStream, DynKeyStore, FeedFault, FeedStatus, HashUpgrade,
-    KeyPage, KeyRepository, KeyStore, KeyUsage, Lease, LeaseAsk, ListKeys, Lookup, MemoryStore,
+    KeyPage, KeyRepository, KeyStore, KeyUsage, Lease, LeaseAsk, ListKeys, Lookup, StoredKey,
     UnreadableKey, UsageBatch,
 };
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-pub use store::{ColumnFault, FindingKind, KeyFinding, KeyReview, MigrateError, MigrationReport};
-#[cfg(feature = "postgres")]
-pub use store::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
-#[cfg(feature = "redis")]
-pub use store::{RedisCache, RedisCacheBuilder, RedisCacheError};
-#[cfg(feature = "sqlite")]
-pub use store::{SqliteStore, SqliteStoreBuilder};
-pub use usage::Usage;

@@ -8,12 +8,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{
-    error::{StoreError, StoreErrorKind},
-    recent::RecentMap,
-    respond::Denial,
-    store::{Change, FeedFault, FeedStatus, KeyUsage},
-};
+use crate::{error::StoreError, runtime::RecentMap};
 
 /// Logs rows that can't be decoded, each reason at most once a minute for a lookup id. Each request with
 /// such a key comes here.
@@ -90,29 +85,6 @@ pub(crate) fn budget_unsupported(error: &StoreError, remedy: &str, warned: &Firs
     }
 }
 
-/// A request was refused. Faults of ours are loud, refusals of strangers are not.
-pub(crate) fn denied(denial: &Denial) {
-    count("api_key_denials_total");
-    match denial {
-        // Logged where the lookup prefix is known.
-        Denial::BadRow(_) => {}
-        // Logged where it is known what to do.
-        Denial::Unsupported(_) => {}
-        // Under an attack there are thousands of them a second.
-        Denial::Unavailable(error) if error.kind() == StoreErrorKind::Overloaded => {
-            tracing::debug!(error = %error, "request turned away");
-        }
-        Denial::Unavailable(error) => {
-            tracing::warn!(error = %error, "API keys can't be checked");
-        }
-        Denial::LayerMissing => tracing::error!(
-            "a handler asked for an AuthContext, but no ApiKeyAuthLayer is around it: \
-             add .layer(ApiKeyAuthLayer::new(store)) to the router, after the route"
-        ),
-        _ => tracing::debug!(reason = %denial, "request refused"),
-    }
-}
-
 /// A fast hash could not be written beside a slow one; the key goes on working.
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn upgrade_failed(error: &StoreError) {
@@ -132,13 +104,6 @@ pub(crate) fn usage_unsupported(error: &StoreError) {
         "the key store does not record usage, so that none is counted: implement KeyStore::record_usage, \
          or build the authenticator with AuthenticatorBuilder::without_usage()"
     );
-}
-
-/// The store was away for so long that there is no room for the usage of more keys.
-pub(crate) fn usage_dropped(usage: &KeyUsage) {
-    count("api_key_usage_dropped_total");
-    let KeyUsage { key, requests, tokens, cost_micro_cents, .. } = usage;
-    tracing::error!(%key, requests, tokens, cost_micro_cents, "usage of an API key is lost");
 }
 
 /// The store did not take the last usage before the end.
@@ -161,36 +126,10 @@ pub(crate) fn usage_of_bad_row(key: &serde_json::Value, error: &StoreError) {
     tracing::error!(%key, error = %error, "the usage of an API key can't be written: it is lost");
 }
 
-/// A table of keys was adopted.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-pub(crate) fn adopted_keys(review: &crate::store::KeyReview) {
-    let (failing, changed) = (review.failing_keys, review.changed_keys);
-    if failing + changed > 0 {
-        tracing::warn!(failing, changed, "API keys were adopted that fail or change their meaning");
-    }
-}
-
 /// A table of keys was adopted, but its keys could not be read.
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub(crate) fn not_reviewed(error: &StoreError) {
     tracing::warn!(error = %error, "adopted API keys could not be reviewed");
-}
-
-/// The store reports a change.
-pub(crate) fn change(change: &Change) {
-    if !matches!(change, Change::Synced(_) | Change::Status(_)) {
-        count("api_key_changes_total");
-    }
-    match change {
-        Change::Prefix(prefix, revision) => {
-            tracing::debug!(key_prefix = prefix, revision = revision.0, "an API key has changed");
-        }
-        Change::Owner(owner, revision) => {
-            tracing::debug!(%owner, revision = revision.0, "an owner of API keys has changed");
-        }
-        Change::Synced(_) | Change::Status(_) => {}
-        Change::Reset => tracing::info!("changes may have been missed: API keys are read anew"),
-    }
 }
 
 /// A feed of changes has ended.
@@ -211,27 +150,6 @@ pub(crate) fn feed_notified(is_notified: bool) {
         tracing::info!("notifications of API key changes arrive again");
     } else {
         tracing::warn!("notifications of API key changes don't arrive (a pooler?): polling alone");
-    }
-}
-
-/// The status of a change feed differs from the last one.
-pub(crate) fn feed_status(before: &FeedStatus, status: &FeedStatus) {
-    gauge("api_key_feed_complete", if status.fault.is_none() { 1.0 } else { 0.0 });
-    if let Some(rows) = status.rows {
-        gauge("api_key_feed_rows", rows as f64);
-    }
-    if before.fault == status.fault {
-        return;
-    }
-    match &status.fault {
-        Some(FeedFault::Incomplete(reason)) => tracing::error!(
-            reason = &**reason,
-            "changes of API keys may be missed: call migrate() of the store, which restores the triggers; \
-             until then cached keys are served no longer than max_staleness"
-        ),
-        // Logged where the connection is.
-        Some(FeedFault::Disconnected(_)) => {}
-        None => tracing::info!("the feed of API key changes is complete"),
     }
 }
 
@@ -310,15 +228,23 @@ pub(crate) fn cache_secret_unknown(error: &StoreError) {
     tracing::debug!(error = %error, "the cache secret can't be read yet; Redis is not used");
 }
 
+/// A table of keys was adopted.
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub(crate) fn adopted_keys(failing: u64, changed: u64) {
+    if failing + changed > 0 {
+        tracing::warn!(failing, changed, "API keys were adopted that fail or change their meaning");
+    }
+}
+
 /// Counts one in the recorder of the `metrics` crate, if the feature is on.
-fn count(name: &'static str) {
+pub(crate) fn count(name: &'static str) {
     #[cfg(feature = "metrics")]
     metrics::counter!(name).increment(1);
     #[cfg(not(feature = "metrics"))]
     let _ = name;
 }
 
-fn gauge(name: &'static str, value: f64) {
+pub(crate) fn gauge(name: &'static str, value: f64) {
     #[cfg(feature = "metrics")]
     metrics::gauge!(name).set(value);
     #[cfg(not(feature = "metrics"))]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::AuthContext;
-use crate::{error::StoreError, respond::Denial, store::VerifiedKey, usage::Recorder};
+use crate::{denial::Denial, error::StoreError, metering::Recorder, store::VerifiedKey};
 
 /// The key that was verified, and the engine that did it.
 pub(crate) struct Verified {

@@ -9,8 +9,9 @@ use zeroize::Zeroizing;
 
 use super::{
     base62::{self, is_base62},
-    presented::{PresentedKey, UnrecognizedKey},
+    presented::PresentedKey,
 };
+use crate::denial::UnrecognizedKey;
 
 /// How keys look. Structured keys are what new keys should be; [`KeyFormat::first_chars`] keeps
 /// existing ones working.

@@ -7,7 +7,11 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-use super::{KeyDigest, format::hmac_sha256};
+use super::{digest::KeyDigest, format::hmac_sha256};
+use crate::{
+    error::StoreError,
+    runtime::{hex, unhex},
+};
 
 /// A hash at rest, which says itself how it was made.
 ///
@@ -186,25 +190,6 @@ fn bcrypt_text(text: &str) -> Result<Box<str>, HashError> {
     Ok(text.into())
 }
 
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let digit = |half: u8| char::from(DIGITS[usize::from(half)]);
-    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
-}
-
-pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let digits = text.as_bytes();
-    if digits.len() != 2 * N {
-        return None;
-    }
-    let mut bytes = [0; N];
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-        let digit = |at: usize| char::from(pair[at]).to_digit(16);
-        *byte = u8::try_from(digit(0)? << 4 | digit(1)?).ok()?;
-    }
-    Some(bytes)
-}
-
 impl fmt::Debug for HashFingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("HashFingerprint")
@@ -232,3 +217,10 @@ impl fmt::Display for HashError {
 }
 
 impl std::error::Error for HashError {}
+
+/// A hash that can't be parsed is a row that can't be decoded.
+impl From<HashError> for StoreError {
+    fn from(error: HashError) -> Self {
+        Self::bad_row("the stored hash of the key can't be used").caused_by(error)
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{KeyHash, KeyScheme, PresentedKey};
+use super::{hash::KeyHash, presented::PresentedKey, scheme::KeyScheme};
 
 /// A key that was just made by [`KeyScheme::mint`], with what a store keeps of it: its lookup id and its hash.
 ///

@@ -11,17 +11,17 @@ mod presented;
 mod ration;
 mod scheme;
 
-pub(crate) use digest::KeyDigest;
-pub(crate) use format::hmac_sha256;
-pub use format::{FormatError, KeyFormat};
-pub(crate) use hash::HashFingerprint;
-pub(crate) use hash::hex;
-#[cfg(any(feature = "postgres", feature = "redis", feature = "sqlite"))]
-pub(crate) use hash::unhex;
-pub use hash::{HashError, KeyHash};
-pub use mint::{MintError, MintedKey};
-pub(crate) use pool::SlowCheck;
-pub use presented::{MalformedCredential, UnrecognizedKey};
-pub(crate) use presented::{PresentedKey, token};
-pub(crate) use scheme::FastCheck;
-pub use scheme::{KeyScheme, KeySchemeBuilder, SchemeError};
+pub(crate) use self::{
+    digest::KeyDigest,
+    format::hmac_sha256,
+    hash::HashFingerprint,
+    pool::SlowCheck,
+    presented::{PresentedKey, token},
+    scheme::FastCheck,
+};
+pub use self::{
+    format::{FormatError, KeyFormat},
+    hash::{HashError, KeyHash},
+    mint::{MintError, MintedKey},
+    scheme::{KeyScheme, KeySchemeBuilder, SchemeError},
+};

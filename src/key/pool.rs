@@ -14,7 +14,7 @@ use super::{
     presented::PresentedKey,
     ration::{Ration, Standing},
 };
-use crate::{clock::Clock, error::StoreError, policy::NetworkSteps};
+use crate::{error::StoreError, policy::NetworkSteps, runtime::Clock};
 
 /// A bounded pool of bcrypt checks, shared by everything that has the same scheme.
 #[derive(Debug)]

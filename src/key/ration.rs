@@ -6,7 +6,7 @@ use std::{borrow::Borrow, hash::Hash, time::Duration};
 
 use crate::{
     policy::{Network, NetworkSteps, STEPS},
-    recent::RecentMap,
+    runtime::RecentMap,
 };
 
 /// Failures count for this long after the last one.

@@ -6,15 +6,15 @@ use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 use super::{
-    FormatError, KeyFormat, KeyHash,
-    format::Verdict,
-    hash::{BcryptHash, Kind, Pepper},
+    format::{FormatError, KeyFormat, Verdict},
+    hash::{BcryptHash, KeyHash, Kind, Pepper},
     pool::{BcryptPool, SlowCheck},
-    presented::{PresentedKey, UnrecognizedKey, check_length},
+    presented::{PresentedKey, check_length},
 };
 use crate::{
-    clock::{Clock, SystemClock},
+    denial::UnrecognizedKey,
     error::StoreError,
+    runtime::{Clock, SystemClock},
 };
 
 /// How keys look and are hashed, for a layer and a [`KeyManager`](crate::KeyManager) to share.

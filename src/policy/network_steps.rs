@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::canonical;
+use crate::record::canonical;
 
 /// Number of steps of the address family that has more.
 pub(crate) const STEPS: usize = 4;

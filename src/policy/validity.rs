@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, Utc};
 
-use crate::{record::KeyRecord, respond::InvalidKey};
+use crate::{denial::InvalidKey, record::KeyRecord};
 
 /// The first reason for which the key is not valid at `now`, in the order in which people look for
 /// one: the key itself, its owner, its expiry. A key is expired from `expires_at` on.

@@ -15,7 +15,10 @@ use tokio::{
 };
 
 use super::servers::{Connection, Connector};
-use crate::{cache::Background, deadline::within, telemetry};
+use crate::{
+    runtime::{Background, within},
+    telemetry,
+};
 
 /// One multiplexed connection, made and made anew in the background, and a breaker: while it is open,
 /// Redis costs a request nothing.

@@ -13,7 +13,7 @@ pub(crate) use self::{
     script::Script,
     servers::Connector,
 };
-use crate::key::hex;
+use crate::runtime::hex;
 
 /// Puts what goes by `name` into one slot of a cluster. In hexadecimal, because it may have braces in it as
 /// well.

@@ -4,7 +4,7 @@ use std::sync::{Arc, LazyLock};
 
 use deadpool_redis::redis::{self, Cmd, ErrorKind, ServerErrorKind, Value, cmd};
 
-use super::{Fault, Link};
+use super::link::{Fault, Link};
 
 /// A script that Redis runs by its digest or, where it does not know it (yet, or any more), by its text.
 pub(crate) struct Script {

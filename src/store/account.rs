@@ -12,8 +12,9 @@ use zeroize::Zeroizing;
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 use crate::error::StoreError;
 use crate::{
-    key::{HashFingerprint, hex, hmac_sha256},
+    key::{HashFingerprint, hmac_sha256},
     record::KeyId,
+    runtime::hex,
 };
 
 /// Usage that one writer gathered, to be counted once.
@@ -43,7 +44,7 @@ impl UsageBatch {
 
     /// The entries of keys with an integer for an id, in the order of their ids, as the SQL stores read them.
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
-    pub(super) fn encoded(&self) -> Vec<serde_json::Value> {
+    pub(crate) fn encoded(&self) -> Vec<serde_json::Value> {
         let fits = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         let mut entries: Vec<_> =
             self.entries.iter().filter_map(|usage| Some((usage.key.as_i64()?, usage))).collect();
@@ -63,17 +64,17 @@ impl UsageBatch {
 
     /// In UTC; with a zone or without one, columns take it for the same.
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
-    pub(super) fn time(&self) -> String {
+    pub(crate) fn time(&self) -> String {
         DateTime::<Utc>::from(self.gathered_at).format("%Y-%m-%d %H:%M:%S%.3f").to_string()
     }
 
     /// The day on which it was gathered, by the clock of a store for which it is `now`.
-    pub(super) fn day(&self, now: SystemTime) -> NaiveDate {
+    pub(crate) fn day(&self, now: SystemTime) -> NaiveDate {
         DateTime::<Utc>::from(now.checked_sub(self.age()).unwrap_or(now)).date_naive()
     }
 
     /// How long ago it was gathered.
-    pub(super) fn age(&self) -> Duration {
+    pub(crate) fn age(&self) -> Duration {
         self.sent_at.duration_since(self.gathered_at).unwrap_or_default()
     }
 }
@@ -165,13 +166,13 @@ impl Lease {
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
 impl Lease {
     /// Of a key that is not there.
-    pub(super) fn none(now: SystemTime) -> Self {
+    pub(crate) fn none(now: SystemTime) -> Self {
         Self::new(0, now)
     }
 
     /// Reads an array of the amount, and of two times in milliseconds.
     #[cfg(feature = "postgres")]
-    pub(super) fn from_row(row: Option<&str>) -> Result<Self, StoreError> {
+    pub(crate) fn from_row(row: Option<&str>) -> Result<Self, StoreError> {
         let bad = || StoreError::bad_row("a lease can't be read");
         let (amount, expires, resets): (i64, u64, Option<u64>) =
             row.and_then(|row| serde_json::from_str(row).ok()).ok_or_else(bad)?;
@@ -221,7 +222,7 @@ impl CacheSecret {
 
     /// The part of names that the scope makes up, with the separator behind it.
     #[cfg(feature = "redis")]
-    pub(super) fn tag(&self) -> &str {
+    pub(crate) fn tag(&self) -> &str {
         &self.tag
     }
 
@@ -247,12 +248,12 @@ impl CacheSecret {
 
     /// Reads the rows of `api_key_cache_secrets`, the newest first: id, secret in hexadecimal, and scope.
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
-    pub(super) fn from_rows<'a>(
+    pub(crate) fn from_rows<'a>(
         rows: impl Iterator<Item = &'a str>,
     ) -> Result<Option<Self>, StoreError> {
         let secret = |row: &str| {
             let (id, hex, scope) = serde_json::from_str::<(u64, &str, String)>(row).ok()?;
-            Some(Self::new(id, crate::key::unhex(hex)?).with_scope(&scope))
+            Some(Self::new(id, crate::runtime::unhex(hex)?).with_scope(&scope))
         };
         let secrets: Option<Vec<_>> = rows.map(secret).collect();
         let bad = || StoreError::bad_row("a row of api_key_cache_secrets can't be read");

@@ -4,10 +4,10 @@ use std::{fmt, time::SystemTime};
 
 use subtle::ConstantTimeEq;
 
-use super::{Lookup, Proof};
+use super::{lookup::Lookup, lookup_key::Proof, stored_key::StoredKey};
 use crate::{
     key::{HashFingerprint, KeyDigest, KeyHash},
-    record::{KeyId, KeyRecord, Revision, Revisions, StoredKey},
+    record::{KeyId, KeyRecord, Revision, Revisions},
 };
 
 /// What a store says to a [`Lookup`]: whose key it is, that it is unknown, or that it is wrong.
@@ -72,7 +72,7 @@ impl Candidate {
 }
 
 impl Read {
-    pub(super) fn new(keys: Vec<StoredKey>, is_whole: bool) -> Self {
+    pub(crate) fn new(keys: Vec<StoredKey>, is_whole: bool) -> Self {
         let key_revision = keys.iter().map(|key| key.revisions.key).max().unwrap_or_default();
         let candidate = |key: StoredKey| Candidate {
             owner_revision: key.revisions.owner,
@@ -84,11 +84,11 @@ impl Read {
 }
 
 impl Answer {
-    pub(super) fn new(outcome: Outcome, read: Read, as_of: SystemTime, digest: KeyDigest) -> Self {
+    pub(crate) fn new(outcome: Outcome, read: Read, as_of: SystemTime, digest: KeyDigest) -> Self {
         Self { outcome, read, as_of, source: Source::Store, digest, upgrade: None }
     }
 
-    pub(super) fn with_upgrade(self, upgrade: Option<HashUpgrade>) -> Self {
+    pub(crate) fn with_upgrade(self, upgrade: Option<HashUpgrade>) -> Self {
         Self { upgrade, ..self }
     }
 

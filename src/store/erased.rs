@@ -3,8 +3,13 @@
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::SystemTime};
 
 use super::{
-    Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, StoreError, UsageBatch,
+    KeyStore,
+    account::{CacheSecret, Lease, LeaseAsk, UsageBatch},
+    answer::Answer,
+    change::ChangeStream,
+    lookup::Lookup,
 };
+use crate::error::StoreError;
 
 /// Any [`KeyStore`], as one type. Cheap to clone; everything above the stores works on it.
 ///

@@ -1,26 +1,20 @@
 //! A question to a store, and the only way to answer it: [`Lookup`].
 
 use std::{future::Future, net::IpAddr, sync::Arc, time::SystemTime};
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-use std::{
-    future::{pending, poll_fn},
-    pin::pin,
-    task::Poll,
-    time::Duration,
-};
 
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-use super::gate::{LookupGate, Permit};
 use super::{
-    LookupKey, Proof,
     answer::{Answer, Candidate, HashUpgrade, Outcome, Read},
+    lookup_key::{LookupKey, Proof},
+    priority::Priority,
+    stored_key::StoredKey,
+    waiting::Waiting,
 };
 use crate::{
-    cache::{Priority, View, Waiters},
-    clock::Clock,
+    coherence::View,
     error::StoreError,
     key::{FastCheck, KeyDigest, KeyScheme, PresentedKey, SlowCheck},
-    record::{KeyRecord, Revision, StoredKey},
+    record::{KeyRecord, Revision},
+    runtime::Clock,
 };
 
 /// So many keys that share a lookup prefix are tried.
@@ -42,7 +36,7 @@ pub struct Lookup {
     #[cfg_attr(not(any(feature = "postgres", feature = "sqlite")), expect(dead_code))]
     priority: Priority,
     #[cfg_attr(not(any(feature = "postgres", feature = "sqlite")), expect(dead_code))]
-    waiters: Option<Waiters>,
+    waiters: Option<Arc<dyn Waiting>>,
 }
 
 impl Lookup {
@@ -68,34 +62,20 @@ impl Lookup {
 
     /// Sets who waits for the answer, and whether others go first.
     #[must_use]
-    pub(crate) fn with_waiters(self, priority: Priority, waiters: Waiters) -> Self {
+    pub(crate) fn with_waiters(self, priority: Priority, waiters: Arc<dyn Waiting>) -> Self {
         Self { priority, waiters: Some(waiters), ..self }
     }
 
-    /// Waits for a connection that `gate` guards. Gives up when no request waits for the answer any more, but
-    /// not if a connection is free: a look-up whose caller has gone may be what finds out that a store that
-    /// failed is back.
-    ///
-    /// # Errors
-    ///
-    /// `Overloaded` if too many look-ups wait, or no request waits for this one.
+    /// Whether others go first.
     #[cfg(any(feature = "postgres", feature = "sqlite"))]
-    pub(super) async fn pass(&self, gate: &Arc<LookupGate>) -> Result<Permit, StoreError> {
-        let left = async {
-            match &self.waiters {
-                Some(waiters) => waiters.have_left().await,
-                None => pending().await,
-            }
-        };
-        let (mut pass, mut left) = (pin!(gate.acquire(self.priority)), pin!(left));
-        poll_fn(|cx| match pass.as_mut().poll(cx) {
-            Poll::Ready(pass) => Poll::Ready(pass),
-            Poll::Pending => left.as_mut().poll(cx).map(|()| {
-                let message = "no request waits for this look-up any more";
-                Err(StoreError::overloaded(message, Duration::from_secs(1)))
-            }),
-        })
-        .await
+    pub(crate) fn priority(&self) -> Priority {
+        self.priority
+    }
+
+    /// The requests that wait for the answer.
+    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    pub(crate) fn waiting(&self) -> Option<&dyn Waiting> {
+        self.waiters.as_deref()
     }
 
     /// Logs that a row under the lookup id can't be used.
@@ -257,7 +237,7 @@ impl Lookup {
     }
 
     /// Names the look-up, so that the answer to another one is not taken for this one's.
-    pub(super) fn digest(&self) -> KeyDigest {
+    pub(crate) fn digest(&self) -> KeyDigest {
         self.key.lookup_digest()
     }
 

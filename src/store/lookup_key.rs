@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use subtle::ConstantTimeEq;
 
-use super::CacheSecret;
+use super::account::CacheSecret;
 use crate::key::{HashFingerprint, KeyDigest, PresentedKey};
 
 /// The key that a look-up is about.

@@ -4,61 +4,43 @@ mod account;
 mod answer;
 mod change;
 mod erased;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-mod fault;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-mod gate;
+mod ledger;
 mod lookup;
 mod lookup_key;
-mod memory;
 mod page;
+mod priority;
 mod repository;
-
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-mod migrate;
-#[cfg(feature = "postgres")]
-mod postgres;
-#[cfg(feature = "redis")]
-mod redis;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-mod review;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-mod row;
-#[cfg(feature = "sqlite")]
-mod sqlite;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-mod statement;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-mod values;
+mod stored_key;
+mod waiting;
 
 use std::{future::Future, time::SystemTime};
 
-pub use account::{CacheSecret, KeyUsage, Lease, LeaseAsk, UsageBatch};
-pub use answer::{Answer, HashUpgrade};
-pub(crate) use answer::{Outcome, Source};
-pub use change::{Change, ChangeStream, FeedFault, FeedStatus};
-pub use erased::DynKeyStore;
-pub use lookup::Lookup;
-pub(crate) use lookup::needs_the_key;
-pub(crate) use lookup_key::{LookupKey, Proof, VerifiedKey};
-pub use memory::MemoryStore;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
-pub use migrate::{ColumnFault, MigrateError, MigrationReport};
-pub use page::{KeyPage, ListKeys, UnreadableKey};
-#[cfg(feature = "postgres")]
-pub use postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
 #[cfg(feature = "redis")]
-pub use redis::{RedisCache, RedisCacheBuilder, RedisCacheError};
-pub use repository::KeyRepository;
+pub(crate) use self::answer::{Candidate, Read};
+pub use self::{
+    account::{CacheSecret, KeyUsage, Lease, LeaseAsk, UsageBatch},
+    answer::{Answer, HashUpgrade},
+    change::{Change, ChangeStream, FeedFault, FeedStatus},
+    erased::DynKeyStore,
+    lookup::Lookup,
+    page::{KeyPage, ListKeys, UnreadableKey},
+    repository::KeyRepository,
+    stored_key::StoredKey,
+};
+pub(crate) use self::{
+    answer::{Outcome, Source},
+    ledger::{Books, Slice, grant},
+    lookup::needs_the_key,
+    lookup_key::{LookupKey, Proof, VerifiedKey},
+    priority::Priority,
+    waiting::Waiting,
+};
 #[cfg(any(feature = "postgres", feature = "sqlite"))]
-pub use review::{FindingKind, KeyFinding, KeyReview};
-#[cfg(feature = "sqlite")]
-pub use sqlite::{SqliteStore, SqliteStoreBuilder};
-
+pub(crate) use self::{lookup::MAX_CANDIDATES, waiting::Left};
 use crate::error::StoreError;
 
 /// Why an update that requires a revision fails.
-const CHANGED_SINCE: &str = "the key was changed after it was read";
+pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
 
 /// Where keys are looked up.
 ///

@@ -2,10 +2,15 @@
 
 use std::{future::Future, sync::Arc};
 
-use super::{Change, KeyPage, KeyStore, ListKeys};
+use super::{
+    KeyStore,
+    change::Change,
+    page::{KeyPage, ListKeys},
+    stored_key::StoredKey,
+};
 use crate::{
     error::StoreError,
-    record::{KeyId, KeyRecord, Revision, StoredKey, User},
+    record::{KeyId, KeyRecord, Revision, User},
 };
 
 /// A store that keys can be written to. [`KeyManager`](crate::KeyManager) works on it.

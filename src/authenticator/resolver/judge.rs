@@ -1,0 +1,121 @@
+//! What an answer from below comes to, and whether it is cached.
+
+use std::sync::{Arc, Weak};
+
+use chrono::{DateTime, Utc};
+
+use super::Answers;
+use crate::{
+    authenticator::{local_cache::Refused, single_flight::Outcome},
+    coherence::{Seen, Stamp, Standing, Subject},
+    context::{AuthContext, Engine, Provenance, Verified},
+    denial::InvalidKey,
+    policy,
+    record::KeyRecord,
+    runtime::Moment,
+    store::{self, Answer, Lookup, LookupKey, Proof, Source, VerifiedKey},
+};
+
+impl Answers {
+    /// What the answer comes to; `None` if it is from before a change that is known.
+    pub(super) fn judge(
+        self: &Arc<Self>,
+        answer: Answer,
+        lookup: &Lookup,
+        prefix: &Subject,
+        asked: Moment,
+        seen: Seen,
+    ) -> Option<Outcome> {
+        let now = self.now();
+        let floors = &self.view.floors;
+        let owner = answer.record().map(|record| Subject::Owner(record.user.id.clone()));
+        let revisions = answer.revisions();
+        // The generations first: a change that comes after this makes what is remembered useless.
+        let mut stamp = Stamp {
+            as_of: match answer.source() {
+                Source::Store => asked,
+                Source::Copy => self.view.freshness.moment_of(answer.as_of(), now),
+            },
+            prefix: floors.generation(prefix),
+            owner: owner.as_ref().map(|owner| floors.generation(owner)),
+            expires_at: u64::MAX,
+        };
+        let subjects: Vec<_> = [(prefix.clone(), revisions.key)]
+            .into_iter()
+            .chain(owner.map(|owner| (owner, revisions.owner)))
+            .collect();
+        let standing = floors.judge(&subjects, seen, now);
+        // A copy may be from before a reset that came meanwhile, even if it was read just now.
+        let is_overtaken_copy = standing == Standing::Overtaken && answer.source() == Source::Copy;
+        if standing == Standing::Below || is_overtaken_copy {
+            return None;
+        }
+        let proof = match lookup.proof_of(&answer) {
+            Ok(proof) => proof,
+            Err(vouched) => return Some(Err(vouched.into())),
+        };
+        let found = answer.outcome();
+        let mut refused_from = 0;
+        let outcome = match (found, answer.into_matched()) {
+            (store::Outcome::Match(_), Some(found)) => {
+                // By the time after the look-up, which may have taken a while.
+                let expiry = found.record.expires_at;
+                let verdict = policy::validity(&found.record, DateTime::from(now.wall()));
+                if verdict == Err(InvalidKey::Expired) {
+                    // The clock may have been ahead of time, and be set right.
+                    refused_from = expiry.map_or(0, wall_nanos);
+                }
+                verdict.map(|()| {
+                    stamp.expires_at = expiry.map_or(u64::MAX, wall_nanos);
+                    self.context(found.record, stamp, lookup.key(), proof)
+                })
+            }
+            (store::Outcome::Unknown, _) => Err(InvalidKey::Unknown),
+            _ => Err(InvalidKey::WrongSecret),
+        };
+        let is_kept = standing == Standing::Current;
+        let digest = lookup.key().cache_digest();
+        Some(match outcome {
+            Ok(caller) => {
+                if is_kept {
+                    self.cache.remember(digest, caller.clone());
+                }
+                Ok(caller)
+            }
+            Err(reason) => {
+                match lookup.key() {
+                    LookupKey::Presented(_) if is_kept => {
+                        let refused = Refused { reason, stamp, from: refused_from, proof: None };
+                        self.cache.refuse(digest, refused);
+                    }
+                    // Not a negative entry: the key itself may match a hash that the proof does not.
+                    LookupKey::Verified(_) if is_kept => self.cache.forget(&digest),
+                    _ => {}
+                }
+                Err(reason.into())
+            }
+        })
+    }
+
+    fn context(
+        self: &Arc<Self>,
+        record: KeyRecord,
+        stamp: Stamp,
+        key: &LookupKey,
+        proof: Option<Proof>,
+    ) -> AuthContext {
+        let provenance =
+            Provenance { origin: self.origin.clone(), stamp, tally: self.usage.tally(&record.id) };
+        let engine: Weak<Self> = Arc::downgrade(self);
+        let key = VerifiedKey { id: key.id().into(), digest: key.cache_digest(), proof };
+        let verified = Verified { key: Arc::new(key), engine: engine as Weak<dyn Engine> };
+        AuthContext::new(record, provenance, verified)
+    }
+}
+
+/// A time before 1970 is 0, one after 2554 the last nanosecond that there is.
+fn wall_nanos(time: DateTime<Utc>) -> u64 {
+    let nanos =
+        i128::from(time.timestamp()) * 1_000_000_000 + i128::from(time.timestamp_subsec_nanos());
+    u64::try_from(nanos.max(0)).unwrap_or(u64::MAX)
+}

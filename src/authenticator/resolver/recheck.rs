@@ -1,0 +1,33 @@
+//! Another check of a key that this node has verified, without the key: [`Engine::recheck`].
+
+use std::sync::Arc;
+
+use super::{Answers, Recall};
+use crate::{
+    context::{Engine, RecheckFuture},
+    denial::Denial,
+    metering::Recorder,
+    store::{LookupKey, VerifiedKey, needs_the_key},
+    telemetry,
+};
+
+impl Engine for Answers {
+    fn recheck(self: Arc<Self>, key: Arc<VerifiedKey>) -> RecheckFuture {
+        Box::pin(async move {
+            let outcome = match self.recall_digest(&key.digest) {
+                Recall::Known(caller) => Ok(caller),
+                Recall::Refused(reason) => Err(reason.into()),
+                Recall::Nothing if key.proof.is_none() => Err(needs_the_key().into()),
+                Recall::Nothing => self.look_up_key(LookupKey::Verified(key), None).await,
+            };
+            if let Err(Denial::Unsupported(error)) = &outcome {
+                telemetry::unsupported(error, &self.warned);
+            }
+            outcome.inspect_err(Denial::log)
+        })
+    }
+
+    fn recorder(&self) -> &Arc<Recorder> {
+        &self.usage
+    }
+}

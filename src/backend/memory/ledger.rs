@@ -1,0 +1,83 @@
+//! Usage and leases in memory.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::SystemTime,
+};
+
+use chrono::{DateTime, NaiveDate, TimeDelta, Utc};
+
+use super::Tables;
+use crate::{
+    record::{KeyId, UsageTotals},
+    store::{self, Lease, LeaseAsk, Slice, UsageBatch},
+};
+
+/// What the tables of the SQL stores have beside users and keys.
+#[derive(Debug, Default)]
+pub(super) struct Books {
+    /// The last batch of each writer that was counted.
+    writers: HashMap<String, u64>,
+    /// What each key has cost on each day, in micro-cents.
+    costs: HashMap<KeyId, BTreeMap<NaiveDate, i64>>,
+    /// By key and holder.
+    leases: HashMap<KeyId, HashMap<String, Slice>>,
+}
+
+impl Tables {
+    /// Counts a batch, unless it was counted before.
+    pub(super) fn count(&mut self, batch: &UsageBatch, now: SystemTime) {
+        let last = self.books.writers.entry(batch.writer.clone()).or_default();
+        if *last >= batch.sequence {
+            return;
+        }
+        *last = batch.sequence;
+        let day = batch.day(now);
+        for used in &batch.entries {
+            // Of a key that is gone, nobody asks.
+            let Some(row) = self.keys.get_mut(&used.key) else { continue };
+            let record = &mut row.value.record;
+            let cost = used.cost_micro_cents.max(0);
+            let UsageTotals { requests, tokens, cost_micro_cents } = &mut record.usage;
+            *requests = requests.saturating_add(used.requests);
+            *tokens = tokens.saturating_add(used.tokens);
+            *cost_micro_cents = cost_micro_cents.saturating_add(cost);
+            if let Some(last_used) = used.last_used_at.map(DateTime::<Utc>::from) {
+                let is_due = |written| last_used - written >= TimeDelta::seconds(60);
+                if record.last_used_at.is_none_or(is_due) {
+                    record.last_used_at = Some(last_used);
+                }
+            }
+            let of_day = self.books.costs.entry(used.key.clone()).or_default().entry(day);
+            let of_day = of_day.or_default();
+            *of_day = of_day.saturating_add(cost);
+            let leases = self.books.leases.get_mut(&used.key);
+            if let Some(slice) = leases.and_then(|leases| leases.get_mut(&batch.writer)) {
+                let left = slice.amount.saturating_sub(used.settled_micro_cents.max(0));
+                slice.amount = left.max(0);
+            }
+        }
+    }
+
+    /// Grants a lease in place of the one that the holder has.
+    pub(super) fn lease(&mut self, ask: &LeaseAsk, now: SystemTime) -> Lease {
+        let Some(row) = self.keys.get(&ask.key) else { return Lease::new(0, now) };
+        let record = &row.value.record;
+        let days = record.budget.and_then(|budget| budget.period.days(now));
+        let spent = match days {
+            None => record.usage.cost_micro_cents,
+            Some((first, after)) => {
+                let costs = self.books.costs.get(&ask.key).map(|costs| costs.range(first..after));
+                costs.into_iter().flatten().fold(0, |sum: i64, (_, cost)| sum.saturating_add(*cost))
+            }
+        };
+        let leases = self.books.leases.entry(ask.key.clone()).or_default();
+        leases.retain(|_, slice| slice.expires_at > now);
+        let own = leases.remove(&ask.holder).unwrap_or(Slice::NONE);
+        let others = leases.values().fold(0, |sum: i64, it| sum.saturating_add(it.amount));
+        let books = store::Books { spent, others, own };
+        let slice = store::grant(record.budget, &books, ask, now);
+        leases.insert(ask.holder.clone(), slice);
+        slice.lease(record.budget, now)
+    }
+}

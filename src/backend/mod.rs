@@ -1,0 +1,23 @@
+//! The stores of this crate.
+
+mod memory;
+#[cfg(feature = "postgres")]
+mod postgres;
+#[cfg(feature = "redis")]
+mod redis;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+mod sql;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+
+pub use self::memory::MemoryStore;
+#[cfg(feature = "postgres")]
+pub use self::postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
+#[cfg(feature = "redis")]
+pub use self::redis::{RedisCache, RedisCacheBuilder, RedisCacheError};
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub use self::sql::{
+    ColumnFault, FindingKind, KeyFinding, KeyReview, MigrateError, MigrationReport,
+};
+#[cfg(feature = "sqlite")]
+pub use self::sqlite::{SqliteStore, SqliteStoreBuilder};

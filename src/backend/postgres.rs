@@ -1,0 +1,287 @@
+//! Keys in PostgreSQL: [`PostgresStore`].
+
+mod adopt;
+mod connect;
+mod connections;
+mod feed;
+mod hosts;
+mod repository;
+mod schema;
+mod session;
+mod sqlstate;
+mod tls;
+mod usage;
+
+use std::{
+    fmt,
+    future::Future,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use diesel::{
+    QueryableByName,
+    pg::Pg,
+    sql_types::{BigInt, Nullable, Text},
+};
+
+pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
+use self::{
+    connect::Target,
+    connections::{Connections, Isolation},
+};
+use super::sql::{
+    gate::LookupGate,
+    migrate::{MigrateError, MigrationReport},
+    review::KeyReview,
+    row,
+    statement::{Bind, Statement, TextRow},
+};
+use crate::{
+    error::StoreError,
+    record::Revision,
+    runtime::within,
+    store::{
+        Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, MAX_CANDIDATES,
+        UsageBatch,
+    },
+    telemetry,
+};
+
+/// Keys in PostgreSQL 13 or newer, over a pool of connections: what a fleet needs.
+///
+/// TLS is as the URL's `sslmode` says. Queries name the tables without a schema, so that the
+/// `search_path` decides where they are. At the log level `debug`, tokio-postgres shows the values that
+/// statements are sent with, lookup ids and hashes among them (never a key): keep it at `info`.
+///
+/// ```no_run
+/// use tower_api_key::{ApiKeyAuthLayer, PostgresStore};
+///
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let store = PostgresStore::new("postgres://app@db.internal/app?sslmode=verify-full")?;
+/// store.migrate().await?;
+/// let layer = ApiKeyAuthLayer::new(store);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct PostgresStore(Arc<Inner>);
+
+struct Inner {
+    /// For look-ups alone, behind the gate.
+    lookups: Connections,
+    gate: Arc<LookupGate>,
+    /// For usage, leases and upgraded hashes.
+    accounts: Connections,
+    /// For what is read and written by hand, and the cache secret.
+    management: Connections,
+    target: Target,
+    deadline: Duration,
+    poll_interval: Duration,
+}
+
+impl PostgresStore {
+    /// A store on the database at `url`, with the default settings. Connects at first use.
+    ///
+    /// # Errors
+    ///
+    /// If the URL can't be read. The error never shows the URL.
+    pub fn new(url: &str) -> Result<Self, PostgresUrlError> {
+        Self::builder(url).build()
+    }
+
+    /// Settings of your own for the database at `url`.
+    pub fn builder(url: &str) -> PostgresStoreBuilder {
+        PostgresStoreBuilder::new(url)
+    }
+
+    /// Brings the schema up to date, and adopts tables `users` and `api_keys` that are already there.
+    /// Safe when many nodes do it at once: one does, the others wait.
+    ///
+    /// # Errors
+    ///
+    /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s)
+    /// the migration may still end well; calling this again tells.
+    pub async fn migrate(&self) -> Result<MigrationReport, MigrateError> {
+        let has_adopted_keys = adopt::migrate(&self.0.target, self.0.deadline).await?;
+        Ok(match has_adopted_keys {
+            true => MigrationReport::of_adopted(self.review_keys().await),
+            false => MigrationReport::default(),
+        })
+    }
+
+    /// Lists the keys that fail, and those that change their meaning: for a team that adopted its tables, before it
+    /// switches. Reads all keys, 1,000 at once.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails. A key that can't be decoded is a finding.
+    pub async fn review_keys(&self) -> Result<KeyReview, StoreError> {
+        let (mut review, mut after) = (KeyReview::default(), Some(i64::MIN));
+        while let Some(last) = after {
+            after = review.add(&self.reviewed(last).await?);
+        }
+        Ok(review)
+    }
+
+    /// Runs a statement that may be sent twice: once more if the connection turns out to be dead.
+    async fn load<R>(&self, pool: &Connections, statement: &Statement) -> Result<Vec<R>, StoreError>
+    where
+        R: QueryableByName<Pg> + Send + 'static,
+    {
+        self.load_in(pool, Isolation::Any, statement).await
+    }
+
+    async fn load_in<R>(
+        &self,
+        pool: &Connections,
+        isolation: Isolation,
+        statement: &Statement,
+    ) -> Result<Vec<R>, StoreError>
+    where
+        R: QueryableByName<Pg> + Send + 'static,
+    {
+        self.in_time(pool.load(isolation, statement)).await
+    }
+
+    /// Runs a statement that must not be sent twice, because the first may have been carried out.
+    async fn insert(&self, statement: &Statement) -> Result<Option<TextRow>, StoreError> {
+        Ok(self.in_time(self.0.management.load_once(statement)).await?.pop())
+    }
+
+    /// Runs the statement of a look-up, with its wait for a connection in the same time.
+    async fn look_up(
+        &self,
+        lookup: &Lookup,
+        statement: &Statement,
+    ) -> Result<Vec<FoundRow>, StoreError> {
+        let Inner { lookups, gate, .. } = &*self.0;
+        self.in_time(async {
+            let _permit = gate.pass(lookup).await?;
+            lookups.load(Isolation::Any, statement).await
+        })
+        .await
+    }
+
+    async fn in_time<T>(
+        &self,
+        work: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let deadline = self.0.deadline;
+        within(deadline, work).await.unwrap_or_else(|| Err(StoreError::timeout(deadline)))
+    }
+}
+
+#[derive(QueryableByName)]
+struct FoundRow {
+    /// The database's time in microseconds since the Unix epoch.
+    #[diesel(sql_type = BigInt)]
+    as_of: i64,
+    /// The last change under the prefix: of a key that is no longer there, too.
+    #[diesel(sql_type = BigInt)]
+    latest: i64,
+    #[diesel(sql_type = Nullable<Text>)]
+    row: Option<String>,
+}
+
+/// A key's row, joined with its owner's, as `row` decodes it. PostgreSQL turns every type that a
+/// column may have into JSON, time stamps into ISO 8601.
+const KEY_COLUMNS: &str = "SELECT
+        k.id, k.name, k.key_prefix, k.key_hash,
+        CASE WHEN k.fast_hash_of = k.key_hash THEN k.fast_hash END AS fast_hash,
+        k.is_active, k.permissions, k.scopes,
+        k.rate_limit_per_minute, k.rate_limit_per_hour, k.rate_limit_per_day,
+        k.allowed_models, k.allowed_endpoints, k.allowed_ips, k.is_unlimited,
+        k.budget_limit_cents, k.budget_type, k.expires_at,
+        k.total_requests, k.total_tokens, 
+        CASE k.total_cost_rest WHEN 0 THEN k.total_cost::text
+            ELSE (coalesce(k.total_cost, 0)::numeric + k.total_cost_rest::numeric / 1000000)::text END AS total_cost,
+        k.last_used_at, k.metadata::text AS metadata, k.created_at, k.updated_at, k.api_key_revision,
+        greatest(u.api_key_revision, (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id))
+            AS user_revision,
+        u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active";
+
+/// Where the columns come from.
+const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.user_id";
+
+impl KeyStore for PostgresStore {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        // One row at least, because "unknown" has an as-of too. OFFSET 0 keeps the planner from
+        // walking the primary key for the sake of ORDER BY … LIMIT where it has no statistics.
+        let sql = format!(
+            "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of,
+                coalesce((SELECT max(revision) FROM api_key_changes WHERE key_prefix = $1), 0) AS latest,
+                row_to_json(found)::text AS row
+            FROM (VALUES (1)) AS one LEFT JOIN (
+                SELECT * FROM ({KEY_COLUMNS} {KEY_TABLES} WHERE k.key_prefix = $1 OFFSET 0) AS keys
+                ORDER BY id LIMIT {}
+            ) AS found ON TRUE",
+            MAX_CANDIDATES + 1
+        );
+        let statement = Statement::new(sql, [Bind::Text(lookup.id().to_owned())]);
+        let rows = self.look_up(lookup, &statement).await?;
+        let number = |of: fn(&FoundRow) -> i64| {
+            rows.as_slice().first().map_or(0, |found| u64::try_from(of(found)).unwrap_or(0))
+        };
+        let as_of = SystemTime::UNIX_EPOCH + Duration::from_micros(number(|found| found.as_of));
+        let latest = Revision(number(|found| found.latest));
+        let keys = rows.iter().filter_map(|found| found.row.as_deref()).map(row::decode);
+        let answer = lookup.verify_rows(keys).await?;
+        if let Some(upgrade) = answer.upgrade()
+            && let Err(error) = self.load::<TextRow>(&self.0.accounts, &upgrade.statement()).await
+        {
+            telemetry::upgrade_failed(&error);
+        }
+        Ok(answer.with_key_revision(latest).with_as_of(as_of))
+    }
+
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        feed::changes(self, since)
+    }
+
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.count_usage(batch).await
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        let Some(key) = ask.key.as_i64() else { return Ok(Lease::none(SystemTime::now())) };
+        let select =
+            "SELECT json_build_array(granted, (extract(epoch FROM expires) * 1000)::bigint,
+                (extract(epoch FROM resets) * 1000)::bigint)::text AS row
+            FROM api_key_lease($1, $2, $3, $4, $5, $6)";
+        let life = u64::try_from(ask.lifetime.as_millis()).unwrap_or(u64::MAX);
+        let binds = [
+            Bind::Integer(key),
+            Bind::Text(ask.holder.clone()),
+            Bind::number(ask.sequence),
+            Bind::Integer(ask.amount_micro_cents.max(0)),
+            Bind::Integer(ask.needed_micro_cents.max(0)),
+            Bind::number(life),
+        ];
+        let statement = Statement::new(select, binds);
+        let leased = self.load_in(&self.0.accounts, Isolation::ReadCommitted, &statement).await;
+        let rows: Vec<TextRow> = leased?;
+        Lease::from_row(rows.as_slice().first().map(|row| row.row.as_str()))
+    }
+
+    async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
+        // Whoever polls once to hear that there is none needs no runtime for that.
+        tokio::task::yield_now().await;
+        // With the timeline: what was cached before a failover may be of commits that it lost.
+        let select = "SELECT json_build_array(id, encode(secret, 'hex'), json_build_array(
+                'postgres', api_key_cluster(),
+                CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END,
+                (SELECT n.nspname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                    WHERE c.oid = to_regclass('api_keys'))
+            )::text)::text AS row
+            FROM api_key_cache_secrets ORDER BY created_at DESC, id DESC LIMIT 2";
+        let rows = self.load::<TextRow>(&self.0.management, &Statement::new(select, [])).await?;
+        CacheSecret::from_rows(rows.iter().map(|row| row.row.as_str()))
+    }
+}
+
+impl fmt::Debug for PostgresStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresStore").field("target", &self.0.target).finish_non_exhaustive()
+    }
+}

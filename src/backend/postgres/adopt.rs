@@ -1,0 +1,239 @@
+//! Connecting for migrations, and whether tables that are already there can be adopted.
+
+use std::time::Duration;
+
+use diesel::{
+    QueryableByName, RunQueryDsl, sql_query,
+    sql_types::{Bool, Text},
+};
+use diesel_async::{AsyncPgConnection, async_connection_wrapper::AsyncConnectionWrapper};
+use tokio::time::timeout;
+
+use super::{connect::Target, schema};
+use crate::{
+    backend::sql::migrate::{ColumnFault, MigrateError},
+    error::StoreError,
+};
+
+/// No statement of a migration runs longer, the wait for the other nodes included.
+pub(super) const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+
+pub(super) type BlockingConnection = AsyncConnectionWrapper<AsyncPgConnection>;
+
+/// Returns whether a table of keys was adopted.
+pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<bool, MigrateError> {
+    // Not one of the pool's: it has another timeout, and goes away with its lock.
+    let connection = target.connect(STATEMENT_TIMEOUT, deadline).await.map_err(StoreError::from)?;
+    // Migrations are blocking code; on a thread of their own they work on any runtime.
+    let migrated = tokio::task::spawn_blocking(move || {
+        schema::migrate(&mut BlockingConnection::from(connection))
+    });
+    // The server ends what takes longer; this is for one that does not answer at all.
+    let limit = STATEMENT_TIMEOUT.saturating_add(deadline);
+    let migrated = timeout(limit, migrated).await.map_err(|_| StoreError::timeout(limit))?;
+    migrated.map_err(StoreError::unavailable)?
+}
+
+/// What a column has to be so that it can be read and written as it is.
+#[derive(Clone, Copy)]
+pub(super) enum Kind {
+    Integer,
+    Number,
+    Flag,
+    /// Compared in an index.
+    PlainText,
+    /// Text or an enum.
+    Word,
+    /// JSON, an array of text, or JSON in text.
+    List,
+    /// JSON, or JSON in text.
+    Json,
+    Time,
+}
+
+/// The columns that are read, in the order of the tables; `true` for those that nobody can make up.
+pub(super) const COLUMNS: [(&str, &str, Kind, bool); 31] = [
+    ("users", "id", Kind::Integer, true),
+    ("users", "email", Kind::Word, true),
+    ("users", "role", Kind::Word, false),
+    ("users", "is_active", Kind::Flag, false),
+    ("users", "created_at", Kind::Time, false),
+    ("users", "updated_at", Kind::Time, false),
+    ("api_keys", "id", Kind::Integer, true),
+    ("api_keys", "user_id", Kind::Integer, true),
+    ("api_keys", "name", Kind::Word, false),
+    ("api_keys", "key_prefix", Kind::PlainText, true),
+    ("api_keys", "key_hash", Kind::PlainText, true),
+    ("api_keys", "is_active", Kind::Flag, false),
+    ("api_keys", "permissions", Kind::List, false),
+    ("api_keys", "scopes", Kind::List, false),
+    ("api_keys", "rate_limit_per_minute", Kind::Integer, false),
+    ("api_keys", "rate_limit_per_hour", Kind::Integer, false),
+    ("api_keys", "rate_limit_per_day", Kind::Integer, false),
+    ("api_keys", "allowed_models", Kind::List, false),
+    ("api_keys", "allowed_endpoints", Kind::List, false),
+    ("api_keys", "allowed_ips", Kind::List, false),
+    ("api_keys", "is_unlimited", Kind::Flag, false),
+    ("api_keys", "budget_limit_cents", Kind::Integer, false),
+    ("api_keys", "budget_type", Kind::Word, false),
+    ("api_keys", "expires_at", Kind::Time, false),
+    ("api_keys", "total_requests", Kind::Integer, false),
+    ("api_keys", "total_tokens", Kind::Integer, false),
+    ("api_keys", "total_cost", Kind::Number, false),
+    ("api_keys", "last_used_at", Kind::Time, false),
+    ("api_keys", "metadata", Kind::Json, false),
+    ("api_keys", "created_at", Kind::Time, false),
+    ("api_keys", "updated_at", Kind::Time, false),
+];
+
+impl Kind {
+    fn accepts(self, column: &Column) -> bool {
+        let is_text = column.category == "S";
+        let is_integer = matches!(column.base_type.as_str(), "int2" | "int4" | "int8");
+        let is_json = matches!(column.base_type.as_str(), "json" | "jsonb");
+        match self {
+            Self::Integer => is_integer,
+            Self::Number => {
+                is_integer || matches!(column.base_type.as_str(), "numeric" | "float4" | "float8")
+            }
+            Self::Flag => column.base_type == "bool",
+            Self::PlainText => matches!(column.base_type.as_str(), "text" | "varchar"),
+            Self::Word => is_text || column.category == "E",
+            Self::List => {
+                is_json || is_text || matches!(column.base_type.as_str(), "_text" | "_varchar")
+            }
+            Self::Json => is_json || is_text,
+            Self::Time => matches!(column.base_type.as_str(), "timestamp" | "timestamptz"),
+        }
+    }
+
+    fn wanted(self) -> &'static str {
+        match self {
+            Self::Integer => "smallint, integer or bigint",
+            Self::Number => "numeric, double precision, real or an integer",
+            Self::Flag => "boolean",
+            Self::PlainText => "text or varchar",
+            Self::Word => "text, varchar or an enum",
+            Self::List => "json, jsonb, an array of text, or text",
+            Self::Json => "json, jsonb or text",
+            Self::Time => "timestamp or timestamptz",
+        }
+    }
+}
+
+#[derive(QueryableByName)]
+struct Table {
+    #[diesel(sql_type = Text)]
+    name: String,
+    /// `r` for a table.
+    #[diesel(sql_type = Text)]
+    kind: String,
+    #[diesel(sql_type = Bool)]
+    has_children: bool,
+    #[diesel(sql_type = Bool)]
+    has_unique_id: bool,
+}
+
+#[derive(QueryableByName)]
+struct Column {
+    #[diesel(sql_type = Text)]
+    in_table: String,
+    #[diesel(sql_type = Text)]
+    name: String,
+    #[diesel(sql_type = Text)]
+    base_type: String,
+    #[diesel(sql_type = Text)]
+    category: String,
+    #[diesel(sql_type = Text)]
+    shown_type: String,
+}
+
+const TABLES: &str = "
+    SELECT c.relname::text AS name, c.relkind::text AS kind,
+        EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid) AS has_children, EXISTS (
+        SELECT FROM pg_index i
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts = 1 AND a.attname = 'id'
+    ) AS has_unique_id
+    FROM pg_class c WHERE c.oid IN (to_regclass('users'), to_regclass('api_keys'))";
+
+const TABLE_COLUMNS: &str = "
+    SELECT c.relname::text AS in_table, a.attname::text AS name, t.typname::text AS base_type,
+        t.typcategory::text AS category, format_type(a.atttypid, a.atttypmod) AS shown_type
+    FROM pg_class c
+    JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+    JOIN pg_type d ON d.oid = a.atttypid
+    -- A domain is what it is over.
+    JOIN pg_type t ON t.oid = CASE WHEN d.typtype = 'd' THEN d.typbasetype ELSE d.oid END
+    WHERE c.oid IN (to_regclass('users'), to_regclass('api_keys'))";
+
+/// `TRUNCATE` and `DETACH` of a partition fire no trigger of the whole.
+const IN_PARTS: &str = "is partitioned or has child tables: a part can be truncated or detached without a trigger, \
+    and its keys would go on working in caches. Keep keys and users in plain tables";
+
+/// Columns that restrict a key. Made anew in a table that was adopted before, with a default, they would lift what
+/// they had restricted: a key that was revoked would be accepted again.
+const RESTRICTING: [&str; 10] = [
+    "is_active",
+    "expires_at",
+    "allowed_models",
+    "allowed_endpoints",
+    "allowed_ips",
+    "rate_limit_per_minute",
+    "rate_limit_per_hour",
+    "rate_limit_per_day",
+    "budget_limit_cents",
+    "budget_type",
+];
+
+/// Everything that stands in the way of adopting the tables that are there.
+pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult<Vec<ColumnFault>> {
+    let tables = sql_query(TABLES).load::<Table>(connection)?;
+    let columns = sql_query(TABLE_COLUMNS).load::<Column>(connection)?;
+    let mut faults = Vec::new();
+    let has = |name: &str| tables.iter().any(|table| table.name == name);
+    if has("api_keys") && !has("users") {
+        faults.push(ColumnFault::new("users", "", "is missing, though there is a table api_keys"));
+    }
+    let was_adopted = |table: &str| {
+        columns.iter().any(|column| column.in_table == table && column.name == "api_key_revision")
+    };
+    for table in &tables {
+        if table.kind == "p" || table.has_children {
+            faults.push(ColumnFault::new(&table.name, "", IN_PARTS));
+        } else if table.kind != "r" {
+            faults.push(ColumnFault::new(&table.name, "", "is not a table"));
+        } else if !table.has_unique_id {
+            faults.push(ColumnFault::new(
+                &table.name,
+                "id",
+                "is not unique: no primary key or unique index is on it alone",
+            ));
+        }
+    }
+    for (table, name, kind, is_required) in COLUMNS {
+        let column = columns.iter().find(|column| column.in_table == table && column.name == name);
+        match column {
+            Some(column) if !kind.accepts(column) => {
+                let reason = format!("is {}, but has to be {}", column.shown_type, kind.wanted());
+                faults.push(ColumnFault::new(table, name, reason));
+            }
+            None if RESTRICTING.contains(&name) && was_adopted(table) => {
+                faults.push(ColumnFault::new(
+                    table,
+                    name,
+                    "is missing, though the table was adopted with it: add it with the values that it had",
+                ));
+            }
+            None if is_required && has(table) => {
+                faults.push(ColumnFault::new(
+                    table,
+                    name,
+                    "is missing, and nothing can be made up for it",
+                ));
+            }
+            _ => {}
+        }
+    }
+    Ok(faults)
+}

@@ -1,0 +1,182 @@
+//! Connections for one purpose, and how a statement is run on one of them: [`Connections`].
+
+use std::time::{Duration, Instant};
+
+use diesel::{
+    QueryableByName,
+    pg::Pg,
+    result::{DatabaseErrorKind, Error},
+};
+use diesel_async::{
+    AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection,
+    pooled_connection::{
+        PoolableConnection,
+        deadpool::{Object, Pool},
+    },
+};
+
+use super::{connect::Target, session};
+use crate::{
+    backend::sql::{
+        fault::store_error,
+        statement::{Statement, TextRow},
+    },
+    error::StoreError,
+};
+
+/// A pool of connections that are made when they are needed.
+pub(super) struct Connections {
+    pool: Pool<AsyncPgConnection>,
+    target: Target,
+    statement_timeout: Duration,
+}
+
+/// What a statement needs of its transaction.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Isolation {
+    Any,
+    /// It reads what was committed while it waited for a lock.
+    ReadCommitted,
+}
+
+struct Attempt {
+    error: StoreError,
+    was_broken: bool,
+}
+
+impl Connections {
+    pub(super) fn new(
+        pool: Pool<AsyncPgConnection>,
+        target: Target,
+        statement_timeout: Duration,
+    ) -> Self {
+        Self { pool, target, statement_timeout }
+    }
+
+    /// Runs a statement that may be sent twice: once more if the connection turns out to be dead.
+    pub(super) async fn load<R>(
+        &self,
+        isolation: Isolation,
+        statement: &Statement,
+    ) -> Result<Vec<R>, StoreError>
+    where
+        R: QueryableByName<Pg> + Send + 'static,
+    {
+        let outcome = match self.attempt(isolation, statement).await {
+            // It was in the pool when the server went away, and the others with it.
+            Err(Attempt { was_broken: true, .. }) => {
+                self.pool.retain(|_, _| false);
+                self.attempt(isolation, statement).await
+            }
+            outcome => outcome,
+        };
+        outcome.map_err(|attempt| attempt.error)
+    }
+
+    /// Runs a statement that must not be sent twice, because the first may have been carried out.
+    pub(super) async fn load_once<R>(&self, statement: &Statement) -> Result<Vec<R>, StoreError>
+    where
+        R: QueryableByName<Pg> + Send + 'static,
+    {
+        self.attempt(Isolation::Any, statement).await.map_err(|attempt| attempt.error)
+    }
+
+    pub(super) async fn checkout(&self) -> Result<Checkout, StoreError> {
+        Ok(Checkout(Some(self.pool.get().await.map_err(StoreError::unavailable)?)))
+    }
+
+    /// The settings that a transaction brings along where the session has none.
+    pub(super) fn local_settings(&self) -> String {
+        session::local_settings(self.statement_timeout)
+    }
+
+    async fn attempt<R>(
+        &self,
+        isolation: Isolation,
+        statement: &Statement,
+    ) -> Result<Vec<R>, Attempt>
+    where
+        R: QueryableByName<Pg> + Send + 'static,
+    {
+        let failed = |error| Attempt { error, was_broken: false };
+        let mut checkout = self.checkout().await.map_err(failed)?;
+        let connection = checkout.connection();
+        let began = Instant::now();
+        let result = if isolation == Isolation::ReadCommitted && self.target.is_pooled() {
+            let settings = self.local_settings();
+            let work = async |connection: &mut AsyncPgConnection| {
+                connection.batch_execute(&settings).await?;
+                RunQueryDsl::load(statement, connection).await
+            };
+            connection.build_transaction().read_committed().run(work).await
+        } else {
+            RunQueryDsl::load(statement, connection).await
+        };
+        let elapsed = began.elapsed();
+        let mut limit = None;
+        let was_broken = match &result {
+            // A primary that became a standby is of no more use than a dead one.
+            Err(Error::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _)) => true,
+            // diesel does not pass on the SQLSTATE of a server that shuts down (57P01), nor those of time limits.
+            // Whether the connection is still good, the next statement shows.
+            Err(Error::DatabaseError(DatabaseErrorKind::Unknown, _)) => {
+                match RunQueryDsl::load::<TextRow>(&Statement::new(LIMITS, []), connection).await {
+                    Ok(rows) => {
+                        limit = shortest_limit(&rows).filter(|limit| elapsed >= *limit);
+                        false
+                    }
+                    Err(_) => true,
+                }
+            }
+            _ => connection.is_broken(),
+        };
+        if !was_broken {
+            checkout.put_back();
+        }
+        result.map_err(|error| {
+            let error = match limit {
+                _ if was_broken => StoreError::unavailable(error),
+                Some(limit) => StoreError::timeout(limit).caused_by(error),
+                None => store_error(error),
+            };
+            Attempt { error, was_broken }
+        })
+    }
+}
+
+/// How long the server lets a statement run, wait for a lock or be in a deadlock, in milliseconds. 0 is no limit.
+const LIMITS: &str = "SELECT coalesce(json_agg(setting), '[]')::text AS row FROM pg_settings
+    WHERE name IN ('statement_timeout', 'lock_timeout', 'deadlock_timeout')";
+
+/// A statement that took less was not ended by any of the limits. One that took longer may have been: by the time
+/// alone, because the message is in the server's language.
+fn shortest_limit(rows: &[TextRow]) -> Option<Duration> {
+    let settings: Vec<String> = serde_json::from_str(&rows.first()?.row).ok()?;
+    let limits = settings.iter().filter_map(|setting| setting.parse().ok());
+    limits.filter(|millis| *millis > 0).min().map(Duration::from_millis)
+}
+
+/// A connection on loan. If it is dropped in the middle of a query, because the caller has gone or the
+/// deadline is over, it leaves the pool and is closed: an answer may still be on its way to it.
+pub(super) struct Checkout(Option<Object<AsyncPgConnection>>);
+
+impl Checkout {
+    pub(super) fn connection(&mut self) -> &mut Object<AsyncPgConnection> {
+        let Some(connection) = &mut self.0 else {
+            unreachable!("it is there until it is put back")
+        };
+        connection
+    }
+
+    pub(super) fn put_back(mut self) {
+        drop(self.0.take());
+    }
+}
+
+impl Drop for Checkout {
+    fn drop(&mut self) {
+        if let Some(connection) = self.0.take() {
+            drop(Object::take(connection));
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! The change feed: the table `api_key_changes`, read at each notification and at each poll.
+
+mod completeness;
+mod listener;
+mod position;
+mod prune;
+mod read;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::time::sleep;
+
+use self::{
+    completeness::Completeness, listener::Listener, position::Position, prune::Pruning, read::Found,
+};
+use super::{Inner, PostgresStore};
+use crate::{
+    error::StoreError,
+    runtime::later,
+    store::{Change, ChangeStream, FeedFault, FeedStatus},
+    telemetry,
+};
+
+/// The longest that a statement of the feed may take; past it, the connection is made anew.
+const DEADLINE: Duration = Duration::from_secs(2);
+/// The pause before a connection is made anew grows from the one to the other.
+const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
+/// Poll interval where the server allows prepared transactions, so that triggers send no notification.
+const UNNOTIFIED_POLL: Duration = Duration::from_millis(250);
+
+pub(super) fn changes(store: &PostgresStore, since: SystemTime) -> ChangeStream {
+    let feed = Feed {
+        store: Arc::clone(&store.0),
+        since,
+        position: None,
+        listener: None,
+        pause: PAUSES[0],
+        next_beat: Instant::now(),
+        next_poll: Instant::now(),
+        pruning: Pruning::new(),
+        completeness: Completeness::default(),
+        status: FeedStatus::default(),
+    };
+    ChangeStream::steps(feed, |mut feed| async move {
+        let changes = feed.next().await;
+        Some((changes, feed))
+    })
+}
+
+struct Feed {
+    store: Arc<Inner>,
+    since: SystemTime,
+    /// Up to where the table was read; `None` before the first read.
+    position: Option<Position>,
+    listener: Option<Listener>,
+    pause: Duration,
+    next_beat: Instant,
+    next_poll: Instant,
+    pruning: Pruning,
+    completeness: Completeness,
+    /// As it was reported last.
+    status: FeedStatus,
+}
+
+impl Feed {
+    /// Returns what is new, as soon as there is something, and at each poll.
+    async fn next(&mut self) -> Vec<Change> {
+        loop {
+            match self.attempt().await {
+                Ok(changes) => {
+                    self.pause = PAUSES[0];
+                    return changes;
+                }
+                Err(error) => {
+                    if self.listener.take().is_some() || self.position.is_none() {
+                        telemetry::feed_broken(&error);
+                    }
+                    self.next_poll = Instant::now();
+                    let status =
+                        FeedStatus { fault: Some(disconnected(&error)), ..self.status.clone() };
+                    if !matches!(self.status.fault, Some(FeedFault::Disconnected(_))) {
+                        return self.report(status).into_iter().collect();
+                    }
+                    sleep(self.pause).await;
+                    self.pause = (self.pause * 2).min(PAUSES[1]);
+                }
+            }
+        }
+    }
+
+    /// Listens, reads what is there already, and only then waits: in this order no change is missed between.
+    async fn attempt(&mut self) -> Result<Vec<Change>, StoreError> {
+        let listener = match &mut self.listener {
+            Some(listener) => {
+                listener.wait(self.next_poll).await?;
+                listener
+            }
+            none => none.insert(Listener::connect(&self.store).await?),
+        };
+        let position = match self.position.take() {
+            Some(position) => position,
+            None => listener.start(self.since).await?,
+        };
+        // Kept if the read fails.
+        let position = self.position.insert(position);
+        let now = Instant::now();
+        if now >= self.next_beat {
+            self.next_beat = later(self.store.poll_interval);
+            listener.beat().await?;
+        }
+        let mut found = listener.read(position).await?;
+        let fault = loop {
+            if let Some(fault) = self.completeness.fault_of(&found.shape, listener).await? {
+                break fault;
+            }
+            found = listener.read(position).await?;
+        };
+        if now >= self.next_poll {
+            let is_notified = found.is_notified;
+            let most = if is_notified { Duration::MAX } else { UNNOTIFIED_POLL };
+            self.next_poll = later(self.store.poll_interval.min(most));
+        }
+        let pruned = self.pruning.poll(&self.store).await;
+        Ok(self.take_in(found, fault, pruned))
+    }
+
+    fn take_in(
+        &mut self,
+        found: Found,
+        fault: Option<String>,
+        pruned: Option<FeedStatus>,
+    ) -> Vec<Change> {
+        let mut status = pruned.unwrap_or_else(|| self.status.clone());
+        status.fault = fault.map(|fault| FeedFault::Incomplete(fault.into()));
+        let is_synced = status.fault.is_none();
+        let was_incomplete = matches!(self.status.fault, Some(FeedFault::Incomplete(_)));
+        let as_of = found.as_of();
+        let mut changes: Vec<_> = self.report(status).into_iter().collect();
+        if let Some(position) = &mut self.position {
+            let read = position.advance(found);
+            // What happened while triggers were missing is not in the table.
+            if is_synced && was_incomplete && !read.contains(&Change::Reset) {
+                changes.push(Change::Reset);
+            }
+            changes.extend(read);
+        }
+        if is_synced {
+            changes.push(Change::Synced(as_of));
+        }
+        changes
+    }
+
+    /// The change that reports `status`, if it is a new one.
+    fn report(&mut self, status: FeedStatus) -> Option<Change> {
+        if status == self.status {
+            return None;
+        }
+        self.status = status.clone();
+        Some(Change::Status(status))
+    }
+}
+
+fn disconnected(error: &StoreError) -> FeedFault {
+    FeedFault::Disconnected(error.to_string().into())
+}

@@ -1,0 +1,330 @@
+//! What this crate keeps in a database, and how [`migrate`] makes what is missing of it.
+
+use diesel::{
+    Connection, QueryResult, QueryableByName, RunQueryDsl,
+    connection::SimpleConnection,
+    migration::{Migration, MigrationSource},
+    pg::Pg,
+    sql_query,
+    sql_types::{BigInt, Nullable, Text},
+};
+use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
+
+use super::adopt::{self, BlockingConnection, COLUMNS};
+use crate::{
+    backend::sql::{fault::Failure, migrate::MigrateError},
+    error::StoreError,
+    telemetry,
+};
+
+const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/postgres");
+/// The functions and triggers, on the tables that the migrations have made.
+const TRIGGERS: &str = include_str!("../../../schema/triggers/postgres.sql");
+/// The number in the comment on `api_key_changes`. One more whenever a file of the schema changes: a database
+/// with a lower one is brought up to date, one with a higher one is left to the newer nodes.
+const VERSION: i64 = 1;
+
+/// Nodes that start at once wait for each other under this advisory lock ("tower-ap" in ASCII).
+const LOCK: i64 = 0x746f_7765_722d_6170;
+
+/// Brings the schema up to date, in one transaction. Returns whether a table of keys was adopted.
+pub(super) fn migrate(connection: &mut BlockingConnection) -> Result<bool, MigrateError> {
+    let outcome = connection.transaction(|connection| {
+        // Behind a pooler, the connection has neither from its start.
+        connection.batch_execute(&format!(
+            "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {}",
+            adopt::STATEMENT_TIMEOUT.as_millis()
+        ))?;
+        // Before the lock on a table, which would keep its writers waiting while this waits.
+        sql_query(format!("SELECT pg_advisory_xact_lock({LOCK})")).execute(connection)?;
+        connection.batch_execute("SET LOCAL lock_timeout = '10s'")?;
+        connection.batch_execute(GO_HOME)?;
+        let faults = adopt::faults(connection)?;
+        if !faults.is_empty() {
+            return Err(Failure(MigrateError::NotAdoptable(faults)));
+        }
+        let missing = missing(connection)?;
+        if missing.is_empty() {
+            return Ok(false);
+        }
+        let is_missing =
+            |table: &str| missing.iter().any(|it| it.strip_prefix("table ") == Some(table));
+        let is_adopted = is_missing("api_key_changes") && !is_missing("api_keys");
+        if missing.iter().any(|what| !what.starts_with("version ")) {
+            connection.batch_execute(LOCK_TABLES)?;
+        }
+        make(connection).map_err(|error| Failure(StoreError::rejected(error).into()))?;
+        telemetry::schema_made(&missing);
+        Ok(is_adopted)
+    });
+    outcome.map_err(|Failure(error)| error)
+}
+
+/// Locks the tables of the other service, each attempt for less than its `deadlock_timeout` (1 s by default): a
+/// transaction that writes both in the other order goes on, and this waits.
+const LOCK_TABLES: &str = "DO $lock$
+    DECLARE
+        deadline TIMESTAMPTZ := clock_timestamp() + INTERVAL '10 s';
+        names    TEXT := (SELECT string_agg(name, ', ') FROM unnest(ARRAY['users', 'api_keys']) AS t (name)
+            WHERE to_regclass(name) IS NOT NULL);
+    BEGIN
+        WHILE names IS NOT NULL LOOP
+            BEGIN
+                PERFORM set_config('lock_timeout', '300ms', TRUE);
+                EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', names);
+                EXIT;
+            EXCEPTION WHEN lock_not_available THEN
+                IF clock_timestamp() > deadline THEN
+                    RAISE;
+                END IF;
+                PERFORM pg_sleep(0.05);
+            END;
+        END LOOP;
+        PERFORM set_config('lock_timeout', '10s', TRUE);
+    END $lock$";
+
+type MigrationError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Runs every migration, also those that were run before: they make what is not there, and nothing else.
+fn make(connection: &mut BlockingConnection) -> Result<(), MigrationError> {
+    connection.run_pending_migrations(MIGRATIONS)?;
+    let migrations: Vec<Box<dyn Migration<Pg>>> = MIGRATIONS.migrations()?;
+    for migration in migrations {
+        migration.run(connection)?;
+    }
+    connection.batch_execute(TRIGGERS)?;
+    Ok(connection.batch_execute(&stamp())?)
+}
+
+/// What is made goes where the adopted tables are, which need not be the first schema of the `search_path`: the
+/// triggers run with a path of their own.
+const GO_HOME: &str = "SELECT set_config('search_path', (
+        SELECT string_agg(quote_ident(name), ', ' ORDER BY rank) FROM (
+            SELECT name, min(rank) AS rank FROM (
+                SELECT relnamespace::regnamespace::name AS name, 0::bigint AS rank
+                    FROM pg_class WHERE oid = coalesce(to_regclass('api_keys'), to_regclass('users'))
+                UNION ALL SELECT name, rank FROM unnest(current_schemas(false)) WITH ORDINALITY AS s (name, rank)
+            ) AS schemas GROUP BY name
+        ) AS schemas
+    ), true)";
+
+const TABLES: [&str; 8] = [
+    "users",
+    "api_keys",
+    "api_key_changes",
+    "api_key_horizons",
+    "api_key_cache_secrets",
+    "api_key_usage",
+    "api_key_usage_writers",
+    "api_key_leases",
+];
+
+/// Columns that the tables have beside those that are read from them.
+const OWN_COLUMNS: [(&str, &str); 5] = [
+    ("users", "api_key_revision"),
+    ("api_keys", "api_key_revision"),
+    ("api_keys", "fast_hash"),
+    ("api_keys", "fast_hash_of"),
+    ("api_keys", "total_cost_rest"),
+];
+
+/// The triggers that changes depend on: table, name, events as in `pg_trigger.tgtype`, and function.
+const CHANGE_TRIGGERS: [(&str, &str, u8, &str); 8] = [
+    ("api_keys", "zzz_api_key_revision", 23, "api_key_revise_key"),
+    ("api_keys", "api_key_note_new", 13, "api_key_note_key"),
+    ("api_keys", "api_key_note", 17, "api_key_note_key"),
+    ("api_keys", "api_key_note_all", 32, "api_key_note_all"),
+    ("users", "zzz_api_key_revision", 19, "api_key_revise_user"),
+    ("users", "api_key_note_gone", 9, "api_key_note_user"),
+    ("users", "api_key_note", 17, "api_key_note_user"),
+    ("users", "api_key_note_all", 32, "api_key_note_all"),
+];
+
+/// An SQL expression: why changes can't be complete, or NULL. It looks at the tables that look-ups read, and at
+/// where the functions write: the two need not be of one schema after a change of the `search_path`.
+pub(super) fn incompleteness() -> String {
+    let wanted: Vec<_> = CHANGE_TRIGGERS
+        .iter()
+        .map(|(table, name, events, function)| {
+            format!("('{table}', '{name}', {events}, '{function}')")
+        })
+        .collect();
+    let columns = column_list();
+    format!(
+        "(SELECT string_agg(fault, '; ') FROM (
+            SELECT format('trigger %s on %s is missing, disabled or not ENABLE ALWAYS', w.name, w.in_table) AS fault
+            FROM (VALUES {}) AS w (in_table, name, events, function)
+            WHERE NOT EXISTS (
+                SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+                WHERE t.tgrelid = to_regclass(w.in_table) AND t.tgname = w.name AND t.tgtype = w.events
+                    AND t.tgenabled = 'A' AND p.proname = w.function AND p.pronamespace = (
+                        SELECT relnamespace FROM pg_class WHERE oid = to_regclass('api_key_changes')))
+            UNION ALL
+            SELECT 'trigger api_key_note_new on users is missing or disabled'
+            WHERE NOT EXISTS (
+                SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('users') AND t.tgname = 'api_key_note_new'
+                    -- For replication alone, which checks no foreign key, where there is one.
+                    AND (t.tgenabled = 'A' OR t.tgenabled = 'R' AND EXISTS (
+                        SELECT FROM pg_constraint c WHERE c.conrelid = to_regclass('api_keys')
+                            AND c.confrelid = t.tgrelid AND c.contype = 'f' AND c.convalidated)))
+            UNION ALL
+            SELECT format('%s is not a plain table any more, so that rows can change without its triggers', relname)
+            FROM pg_class c WHERE oid IN (to_regclass('users'), to_regclass('api_keys'))
+                AND (relkind <> 'r' OR EXISTS (SELECT FROM pg_inherits WHERE inhparent = c.oid))
+            UNION ALL
+            SELECT format('column %s.%s is missing, so that its changes are not seen', in_table, name)
+            FROM (VALUES {columns}) AS w (in_table, name)
+            WHERE NOT EXISTS (
+                SELECT FROM pg_attribute
+                WHERE attrelid = to_regclass(in_table) AND attname = name AND NOT attisdropped)
+        ) AS faults)",
+        wanted.join(", ")
+    )
+}
+
+/// The columns that look-ups read, as rows of SQL: table and name.
+fn column_list() -> String {
+    let columns = COLUMNS.iter().map(|(table, name, ..)| (table, name));
+    let columns = columns.chain(OWN_COLUMNS.iter().map(|(table, name)| (table, name)));
+    columns.map(|(table, name)| format!("('{table}', '{name}')")).collect::<Vec<_>>().join(", ")
+}
+
+/// An SQL expression: a digest of all that [`incompleteness`] looks at.
+pub(super) const SHAPE: &str = "md5(concat_ws('|',
+    (SELECT string_agg(
+            concat_ws(' ', t.oid, t.xmin, t.tgname, t.tgenabled, p.proname, p.pronamespace), ',' ORDER BY t.oid)
+        FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+        WHERE t.tgrelid IN (to_regclass('users'), to_regclass('api_keys')) AND NOT t.tgisinternal),
+    (SELECT string_agg(concat_ws(' ', attrelid, attname), ',' ORDER BY attrelid, attnum) FROM pg_attribute
+        WHERE attrelid IN (to_regclass('users'), to_regclass('api_keys')) AND attnum > 0 AND NOT attisdropped),
+    (SELECT string_agg(concat_ws(' ', oid, relkind, relnamespace), ',' ORDER BY oid) FROM pg_class
+        WHERE oid IN (to_regclass('users'), to_regclass('api_keys'), to_regclass('api_key_changes'))),
+    (SELECT count(*) FROM pg_inherits WHERE inhparent IN (to_regclass('users'), to_regclass('api_keys'))),
+    (SELECT string_agg(concat_ws(' ', oid, convalidated), ',' ORDER BY oid) FROM pg_constraint
+        WHERE conrelid = to_regclass('api_keys') AND contype = 'f')))";
+
+/// An SQL expression that changes whenever a trigger was made, altered or dropped, even if it was put back since.
+pub(super) const TRIGGER_STATE: &str = "(
+    SELECT md5(string_agg(concat_ws(' ', oid, xmin, tgenabled), ',' ORDER BY oid)) FROM pg_trigger
+    WHERE tgrelid IN (to_regclass('users'), to_regclass('api_keys')) AND NOT tgisinternal)";
+
+#[derive(QueryableByName)]
+struct Missing {
+    #[diesel(sql_type = Text)]
+    what: String,
+}
+
+#[derive(QueryableByName)]
+struct Stamp {
+    #[diesel(sql_type = Nullable<BigInt>)]
+    version: Option<i64>,
+    /// Whether the functions are as they were when the comment was made.
+    #[diesel(sql_type = Nullable<diesel::sql_types::Bool>)]
+    is_intact: Option<bool>,
+}
+
+const FUNCTIONS: [&str; 13] = [
+    "api_key_cluster",
+    "api_key_horizon",
+    "api_key_lease",
+    "api_key_next_revision",
+    "api_key_note_all",
+    "api_key_note_key",
+    "api_key_note_user",
+    "api_key_notify",
+    "api_key_prune",
+    "api_key_revise_key",
+    "api_key_revise_user",
+    "api_key_skip_foreign",
+    "api_key_try",
+];
+
+/// An SQL expression: a digest of the crate's functions as they are. Others of the schema are not in it.
+fn digest() -> String {
+    let names = FUNCTIONS.map(|name| format!("'{name}'")).join(", ");
+    format!(
+        "(SELECT md5(string_agg(concat_ws(' ', p.proname, p.prosrc, p.prosecdef, p.proconfig), ',' ORDER BY p.proname))
+        FROM pg_proc p
+        WHERE p.pronamespace = current_schema()::regnamespace AND p.proname IN ({names}))"
+    )
+}
+
+/// Records which version of the functions was made, and their digest.
+fn stamp() -> String {
+    format!(
+        "DO $stamp$ BEGIN
+            EXECUTE format('COMMENT ON TABLE api_key_changes IS %L', 'tower-api-key {VERSION} ' || {});
+        END $stamp$",
+        digest()
+    )
+}
+
+fn read_stamp() -> String {
+    format!(
+        r"SELECT split_part(stamp, ' ', 2)::bigint AS version, split_part(stamp, ' ', 3) = {} AS is_intact
+        FROM (SELECT obj_description(to_regclass('api_key_changes'), 'pg_class') AS stamp) AS s
+        WHERE stamp ~ '^tower-api-key \d+ \w+$'",
+        digest()
+    )
+}
+
+/// What is not there, or not as it should be. Only reads, so that a role that owns nothing can call it.
+fn missing(connection: &mut BlockingConnection) -> QueryResult<Vec<String>> {
+    let tables = TABLES.map(|table| format!("('{table}')")).join(", ");
+    // A table or an index of the same name in a later schema is of another installation.
+    let select = format!(
+        "SELECT 'table ' || name AS what FROM (VALUES {tables}) AS t (name)
+        WHERE to_regclass(name) IS NULL
+            OR name LIKE 'api\\_key\\_%'
+                AND to_regclass(name) IS DISTINCT FROM to_regclass(format('%I.%I', current_schema(), name))
+        UNION ALL
+        SELECT 'index ' || name FROM (VALUES
+            ('api_key_changes_xid'), ('api_key_changes_prefix'), ('api_key_changes_user')) AS i (name)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_index WHERE indrelid = to_regclass('api_key_changes') AND indexrelid = to_regclass(name))
+        UNION ALL
+        SELECT 'index on api_keys.' || name FROM (VALUES ('key_prefix'), ('user_id')) AS i (name)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+            WHERE i.indrelid = to_regclass('api_keys') AND i.indpred IS NULL AND a.attname = name)
+        UNION ALL
+        SELECT 'sequence api_key_revisions' WHERE NOT EXISTS (
+            SELECT FROM pg_attrdef d JOIN pg_depend p ON p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid
+            WHERE d.adrelid = to_regclass('api_key_changes') AND p.refobjid = to_regclass('api_key_revisions'))
+        UNION ALL
+        SELECT 'trigger api_key_skip_foreign' WHERE NOT EXISTS (
+            SELECT FROM pg_trigger WHERE tgrelid = to_regclass('api_key_changes')
+                AND tgname = 'api_key_skip_foreign' AND tgenabled = 'A')
+        UNION ALL
+        SELECT fault FROM (SELECT {} AS fault) AS f WHERE fault IS NOT NULL",
+        incompleteness(),
+    );
+    let rows = sql_query(select).load::<Missing>(connection)?;
+    let mut missing: Vec<_> = rows.into_iter().map(|row| row.what).collect();
+    match sql_query(read_stamp()).load::<Stamp>(connection)?.first() {
+        // Newer nodes see to it; what this one would make is older.
+        Some(Stamp { version: Some(version), .. }) if *version > VERSION => return Ok(Vec::new()),
+        Some(Stamp { version: Some(VERSION), is_intact: Some(true) }) => {}
+        _ => missing.push(format!("version {VERSION} of the functions")),
+    }
+    Ok(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_function_of_the_schema_is_looked_at_for_its_version() {
+        let files = [
+            TRIGGERS,
+            include_str!("../../../schema/postgres/2026-11-23-000003_usage/up.sql"),
+            include_str!("../../../schema/postgres/2026-11-23-000004_budgets/up.sql"),
+        ];
+        let made =
+            files.into_iter().flat_map(|file| file.split("CREATE OR REPLACE FUNCTION ").skip(1));
+        let mut made: Vec<_> = made.filter_map(|rest| rest.split('(').next()).collect();
+        made.sort_unstable();
+        assert_eq!(made, FUNCTIONS);
+    }
+}

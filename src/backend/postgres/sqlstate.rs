@@ -1,0 +1,84 @@
+//! What became of a statement that `api_key_try` ran: decided by SQLSTATE, because the message is in the
+//! server's language and diesel does not pass on most codes.
+
+use std::{error::Error, fmt};
+
+use serde::Deserialize;
+
+use crate::{
+    backend::sql::{
+        fault::CALL_MIGRATE,
+        statement::{Bind, Statement, TextRow},
+    },
+    error::StoreError,
+};
+
+/// Runs `sql`, which has five parameters and returns one text, and returns its error as data.
+pub(super) fn attempt(sql: String, binds: [Bind; 5]) -> Statement {
+    let call = "SELECT api_key_try($1, $2, $3, $4, $5, $6) AS row";
+    Statement::new(call, [Bind::Text(sql)].into_iter().chain(binds))
+}
+
+/// What a statement that was run by [`attempt`] returned, or why it failed.
+pub(super) fn outcome(rows: &[TextRow]) -> Result<Result<Option<String>, SqlFault>, StoreError> {
+    let answer = rows.first().and_then(|row| serde_json::from_str(&row.row).ok());
+    match answer.ok_or_else(|| StoreError::bad_row("api_key_try returned something else"))? {
+        Attempted::Done { row } => Ok(Ok(row)),
+        Attempted::Failed(fault) => Ok(Err(fault)),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Attempted {
+    Failed(SqlFault),
+    Done { row: Option<String> },
+}
+
+/// Why PostgreSQL refused a statement.
+#[derive(Debug, Deserialize)]
+pub(super) struct SqlFault {
+    sqlstate: String,
+    message: String,
+}
+
+impl SqlFault {
+    /// Whether it is a fault of one of the rows: a value that does not fit its column, a constraint, a trigger or
+    /// a view of another service that refuses it.
+    pub(super) fn is_of_a_row(&self) -> bool {
+        matches!(self.class(), "22" | "23" | "44" | "P0")
+    }
+
+    /// Whether trying again helps: a lock, a deadlock, too few resources, a shutdown.
+    fn is_transient(&self) -> bool {
+        matches!(self.class(), "08" | "40" | "53" | "55" | "57" | "58")
+    }
+
+    /// Whether a table, a column or a function is missing.
+    fn is_undefined(&self) -> bool {
+        matches!(&*self.sqlstate, "42P01" | "42703" | "42883")
+    }
+
+    /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+    fn class(&self) -> &str {
+        self.sqlstate.get(..2).unwrap_or_default()
+    }
+}
+
+impl From<SqlFault> for StoreError {
+    fn from(fault: SqlFault) -> Self {
+        match fault.is_transient() {
+            true => Self::unavailable(fault),
+            false if fault.is_undefined() => Self::rejected(fault).with_hint(CALL_MIGRATE),
+            false => Self::rejected(fault),
+        }
+    }
+}
+
+impl fmt::Display for SqlFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (SQLSTATE {})", self.message, self.sqlstate)
+    }
+}
+
+impl Error for SqlFault {}

@@ -1,0 +1,372 @@
+//! A shared cache in front of a store: [`RedisCache`].
+
+mod builder;
+mod deletes;
+mod entry;
+mod names;
+mod news;
+mod repository;
+mod script;
+mod secret;
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use deadpool_redis::redis::{Value, cmd};
+use tokio::sync::Semaphore;
+
+pub use self::builder::{RedisCacheBuilder, RedisCacheError};
+use self::{
+    deletes::Deletes,
+    entry::{Entry, Keys, Kind, MAC, MAX_BYTES, Unreadable},
+    names::Names,
+    script::Put,
+    secret::Secrets,
+};
+use crate::{
+    coherence::{Age, Subject},
+    error::StoreError,
+    policy,
+    record::{KeyRecord, Revision},
+    redis::{Link, RedisServers, RedisState},
+    runtime::Moment,
+    store::{
+        Answer, CacheSecret, Candidate, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, Outcome,
+        Proof, Read, Source, UsageBatch,
+    },
+    telemetry,
+};
+
+/// Redis, or Valkey, in front of a store: what one node has found out spares the others a query and a
+/// slow hash check.
+///
+/// A cache in front of a store is a store. A hit is one round trip. When Redis refuses, hangs or answers
+/// garbage, the store below answers, and nothing of what Redis loses, rolls back or is made to hold by
+/// whoever can write to it brings a revoked key back: entries are authenticated, and each node knows of
+/// changes from the store itself. Neither keys nor their hashes lie there; names, e-mail addresses and
+/// limits of their owners do.
+///
+/// Entries are bound to the database: to PostgreSQL's system identifier, the database's name and the schema of the
+/// table `api_keys`, or to the path of an SQLite file. Other databases on the same Redis have entries of their own, also
+/// one that was made with `CREATE DATABASE … TEMPLATE` or from a dump. A copy of a whole server has the same system
+/// identifier: a snapshot of its disk, a cloned volume, a restored base backup, a promoted standby. Nodes on such a copy
+/// that use the Redis of the original need a [`namespace`](RedisCacheBuilder::namespace) of their own, or two new rows in
+/// the copy's `api_key_cache_secrets` before the first of them is started; otherwise a key that was revoked in the one
+/// can be accepted from entries of the other. An SQLite file at the same path on another machine is such a copy, too.
+///
+/// ```no_run
+/// # #[cfg(feature = "postgres")]
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// use tower_api_key::{ApiKeyAuthLayer, PostgresStore, RedisCache};
+///
+/// let postgres = PostgresStore::new("postgres://app@db.internal/app?sslmode=verify-full")?;
+/// postgres.migrate().await?;
+/// let store = RedisCache::new(postgres, "rediss://:password@redis.internal")?;
+/// let layer = ApiKeyAuthLayer::new(store);
+/// # Ok(())
+/// # }
+/// ```
+pub struct RedisCache<S>(Arc<Tier<S>>);
+
+struct Tier<S> {
+    store: S,
+    link: Arc<Link>,
+    secrets: Secrets,
+    deletes: Arc<Deletes>,
+    /// Bounds the writes under way.
+    fills: Arc<Semaphore>,
+}
+
+/// An entry of keys lives as long: a look-up reads the store at least so often.
+const KEYS_LIFETIME: Duration = Duration::from_secs(300);
+/// An entry that says that a key has matched a hash lives as long.
+const VERIFIED_LIFETIME: Duration = Duration::from_secs(3600);
+
+impl<S: KeyStore> RedisCache<S> {
+    /// Puts the servers in front of `store`, with the default settings.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`RedisCacheBuilder::build`].
+    pub fn new(store: S, servers: impl Into<RedisServers>) -> Result<Self, RedisCacheError> {
+        Self::builder(store, servers).build()
+    }
+
+    /// Settings of your own.
+    pub fn builder(store: S, servers: impl Into<RedisServers>) -> RedisCacheBuilder<S> {
+        RedisCacheBuilder::new(store, servers.into())
+    }
+
+    /// The store behind.
+    pub fn get_ref(&self) -> &S {
+        &self.0.store
+    }
+
+    /// How Redis stands, for a health check. Whatever it is, keys are checked.
+    pub fn state(&self) -> RedisState {
+        self.0.link.state()
+    }
+}
+
+/// What Redis has for a look-up.
+#[derive(Default)]
+struct Found {
+    /// The answer, and how old it is.
+    answer: Option<(Answer, Age)>,
+    proof: Option<Proof>,
+    /// The end of an entry that could not be believed.
+    unbelieved: Vec<u8>,
+}
+
+impl<S: KeyStore> KeyStore for RedisCache<S> {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        let tier = &self.0;
+        if !lookup.is_presented() {
+            // Entries that say that a key has matched a hash are named by the key itself.
+            return tier.store.resolve(lookup).await;
+        }
+        let Some(secret) = tier.secrets.current(self) else {
+            return tier.store.resolve(lookup).await;
+        };
+        let names = Names::new(lookup, &secret);
+        let mut found = Found::default();
+        if !lookup.skips_copies() && lookup.view().floors.is_caught_up() {
+            found = self.find(lookup, &names, &secret).await;
+        }
+        let old = match found.answer {
+            Some((answer, Age::Fresh)) => {
+                telemetry::redis_hit(true);
+                return Ok(answer);
+            }
+            old => old,
+        };
+        telemetry::redis_hit(false);
+        let below = match found.proof {
+            Some(proof) => tier.store.resolve(&lookup.clone().with_proof(proof)).await,
+            None => tier.store.resolve(lookup).await,
+        };
+        match (below, old) {
+            (Ok(answer), _) => {
+                self.fill(lookup, &names, &secret, &answer, found.unbelieved);
+                Ok(answer)
+            }
+            (Err(error), Some((answer, Age::Stale)))
+                if error.is_transient() && self.lets_in(lookup, &answer) =>
+            {
+                Ok(answer)
+            }
+            (Err(error), _) => Err(error),
+        }
+    }
+
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        news::changes(self, since)
+    }
+
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.0.store.record_usage(batch).await
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        self.0.store.lease(ask).await
+    }
+
+    async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
+        self.0.store.cache_secret().await
+    }
+}
+
+impl<S: KeyStore> RedisCache<S> {
+    /// Reads what there is, in one round trip.
+    async fn find(&self, lookup: &Lookup, names: &Names, secret: &CacheSecret) -> Found {
+        let mut read = cmd("MGET");
+        read.arg(&names.keys).arg(&names.verified).arg(names.verified_before.as_deref());
+        let Ok(Value::Array(values)) = self.0.link.run(&read).await else {
+            return Found::default();
+        };
+        let bytes = |at: usize| match values.get(at) {
+            Some(Value::BulkString(bytes)) => Some(bytes.as_slice()),
+            _ => None,
+        };
+        let now = Moment::now(lookup.clock());
+        let database_now = lookup.view().freshness.database_now(now);
+        let mut found = Found::default();
+        let end_of = |value: &[u8]| value[value.len().saturating_sub(MAC)..].to_vec();
+        let mut take = |name: &str, value: &[u8]| match Entry::decode(name, value, secret) {
+            Ok(entry) if name == names.keys && lookup.view().is_ahead(entry.as_of, now) => {
+                // A clock was set back: nobody can tell how old it is, and nothing would be newer.
+                found.unbelieved = end_of(value);
+                None
+            }
+            Ok(entry) if entry.expires_at > database_now => Some(entry),
+            // Somebody made it immortal.
+            Ok(_) => None,
+            Err(Unreadable::UnknownSecret) => {
+                self.0.secrets.ask_again(self);
+                None
+            }
+            Err(Unreadable::Retired) => {
+                if name == names.keys {
+                    found.unbelieved = end_of(value);
+                }
+                None
+            }
+            Err(Unreadable::Forged) => {
+                telemetry::redis_entry_not_believed(name);
+                if name == names.keys {
+                    found.unbelieved = end_of(value);
+                }
+                None
+            }
+        };
+        let keys = bytes(0).and_then(|value| take(&names.keys, value));
+        let verified = [
+            (Some(&names.verified), 1, Some(secret)),
+            (names.verified_before.as_ref(), 2, secret.previous()),
+        ]
+        .into_iter()
+        .find_map(|(name, at, secret)| Some((take(name?, bytes(at)?)?, secret?)))
+        .filter(|(entry, _)| entry.kind == Kind::Verified);
+        if let Some((verified, secret)) = &verified
+            && let Ok(mac) = <[u8; 32]>::try_from(verified.body.as_slice())
+        {
+            // It names the hash by a MAC under the secret that it was made with.
+            found.proof = Some(Proof::Shared(Box::new(((*secret).clone(), mac))));
+        }
+        let verified = verified.map(|(entry, _)| entry);
+        match (keys, verified) {
+            (Some(keys), _) if keys.kind == Kind::Tombstone => {
+                let subject = Subject::Prefix(lookup.id().into());
+                lookup.view().learn_of_delete(
+                    subject,
+                    keys.key_revision,
+                    keys.expires_at - KEYS_LIFETIME,
+                    now,
+                );
+            }
+            (Some(keys), Some(verified)) if keys.kind == Kind::Keys => {
+                found.answer = answer(lookup, keys, (&verified, &found.proof), now);
+            }
+            _ => {}
+        }
+        found
+    }
+
+    /// Writes what the store has said, in the background.
+    fn fill(
+        &self,
+        lookup: &Lookup,
+        names: &Names,
+        secret: &CacheSecret,
+        answer: &Answer,
+        unbelieved: Vec<u8>,
+    ) {
+        let read = answer.read();
+        let (Outcome::Match(at), Source::Store) = (answer.outcome(), answer.source()) else {
+            return;
+        };
+        if !read.is_whole {
+            return;
+        }
+        let Some(fingerprint) = read.candidates.get(at).and_then(|it| it.fingerprint()) else {
+            return;
+        };
+        let Some(body) = Keys::new(read, secret).and_then(|keys| keys.encode()) else { return };
+        let Ok(permit) = Arc::clone(&self.0.fills).try_acquire_owned() else { return };
+        let owner_revision =
+            read.candidates.iter().map(|it| it.owner_revision).max().unwrap_or_default();
+        let entry = |kind, lifetime, body| Entry {
+            kind,
+            key_revision: read.key_revision,
+            owner_revision,
+            as_of: answer.as_of(),
+            expires_at: answer.as_of() + lifetime,
+            body,
+        };
+        let keys = entry(Kind::Keys, keys_lifetime(read, answer.as_of()), body);
+        let mac = secret.mac_of_hash(fingerprint).to_vec();
+        let verified = entry(Kind::Verified, VERIFIED_LIFETIME, mac);
+        let now = Moment::now(lookup.clock());
+        let database_now = lookup.view().freshness.database_now(now);
+        let left =
+            |entry: &Entry| entry.expires_at.duration_since(database_now).unwrap_or_default();
+        let (keys_left, verified_left) = (left(&keys), left(&verified));
+        if keys_left.is_zero() {
+            return;
+        }
+        let keys = keys.encode(&names.keys, secret);
+        let verified = verified.encode(&names.verified, secret);
+        if keys.len() > MAX_BYTES {
+            return;
+        }
+        let (link, keys_name, verified_name) =
+            (Arc::clone(&self.0.link), names.keys.clone(), names.verified.clone());
+        tokio::spawn(async move {
+            let put = Put {
+                name: &keys_name,
+                value: &keys,
+                lifetime: keys_left,
+                unbelieved: &unbelieved,
+                verified: Some((&verified_name, &verified, verified_left)),
+            };
+            // What could not be written is read from the store again.
+            let _ = put.run(&link).await;
+            drop(permit);
+        });
+    }
+
+    /// Whether a copy that is old lets somebody in; only then it is better than no answer.
+    fn lets_in(&self, lookup: &Lookup, answer: &Answer) -> bool {
+        let now = chrono::DateTime::from(lookup.clock().now());
+        answer.record().is_some_and(|record| policy::validity(record, now).is_ok())
+    }
+}
+
+/// The answer that a copy holds, and how old it is; none if a change has come since.
+fn answer(
+    lookup: &Lookup,
+    keys: Entry,
+    (verified, proof): (&Entry, &Option<Proof>),
+    now: Moment,
+) -> Option<(Answer, Age)> {
+    let key = Keys::decode(&keys.body)?.into_key_with(&verified.body)?;
+    let owner_revision = Revision(key.owner_revision);
+    let subjects = [
+        (Subject::Prefix(lookup.id().into()), keys.key_revision),
+        (Subject::Owner(key.record.user.id.clone()), owner_revision),
+    ];
+    let age = lookup.view().judge_copy(&subjects, keys.as_of, now)?;
+    let candidate = Candidate { record: key.record, owner_revision, proof: proof.clone() };
+    let read =
+        Read { candidates: vec![candidate], key_revision: keys.key_revision, is_whole: false };
+    Some((lookup.answer(Outcome::Match(0), read).with_as_of(keys.as_of).into_copy(), age))
+}
+
+/// Cached no longer than the keys live.
+fn keys_lifetime(read: &Read, as_of: SystemTime) -> Duration {
+    let left = |record: &KeyRecord| {
+        let expiry = SystemTime::from(record.expires_at?);
+        expiry.duration_since(as_of).ok()
+    };
+    let shortest = read.candidates.iter().filter_map(|it| left(&it.record)).min();
+    shortest.unwrap_or(KEYS_LIFETIME).min(KEYS_LIFETIME)
+}
+
+impl<S> Clone for RedisCache<S> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<S: fmt::Debug> fmt::Debug for RedisCache<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisCache")
+            .field("store", &self.0.store)
+            .field("servers", self.0.link.connector())
+            .field("state", &self.0.link.state())
+            .finish_non_exhaustive()
+    }
+}

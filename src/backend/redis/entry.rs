@@ -1,0 +1,194 @@
+//! What lies in Redis, and why it can be believed: [`Entry`].
+//!
+//! A value is a header in ASCII of fixed width, so that a script can compare revisions, a body, and
+//! HMAC-SHA-256 over the name that it lies under and all of that:
+//!
+//! ```text
+//! tak1 kind secret-id key-revision owner-revision as-of-µs expires-µs body mac
+//!    4    1        20           20             20       20         20    …  32   bytes
+//! ```
+
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use subtle::ConstantTimeEq;
+
+use crate::{
+    key::hmac_sha256,
+    record::{KeyRecord, Revision},
+    runtime::{hex, unhex},
+    store::{CacheSecret, Candidate, Read},
+};
+
+const MAGIC: &str = "tak1";
+const NUMBER: usize = 20;
+pub(super) const HEADER: usize = MAGIC.len() + 1 + 5 * NUMBER;
+pub(super) const MAC: usize = 32;
+/// No entry is larger; a larger value is somebody else's.
+pub(super) const MAX_BYTES: usize = 256 * 1024;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// The keys under a prefix.
+    Keys,
+    /// A change came, and what was read before it is not to be written any more.
+    Tombstone,
+    /// A key has matched a hash.
+    Verified,
+}
+
+impl Kind {
+    const LETTERS: [(u8, Self); 3] =
+        [(b'k', Self::Keys), (b't', Self::Tombstone), (b'v', Self::Verified)];
+}
+
+/// An entry, which is believed once it was read with its secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Entry {
+    pub(super) kind: Kind,
+    pub(super) key_revision: Revision,
+    /// The highest of the owners' revisions.
+    pub(super) owner_revision: Revision,
+    /// The database's time of the read behind it.
+    pub(super) as_of: SystemTime,
+    pub(super) expires_at: SystemTime,
+    pub(super) body: Vec<u8>,
+}
+
+/// Why a value is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Unreadable {
+    /// It was written under a secret that this node does not have (yet, or any more).
+    UnknownSecret,
+    /// It was written under a secret that is older than those that are still good, or never was one. The next
+    /// write replaces it.
+    Retired,
+    /// It is no entry, or not the one that lies under this name. The next write replaces it.
+    Forged,
+}
+
+impl Entry {
+    pub(super) fn encode(&self, name: &str, secret: &CacheSecret) -> Vec<u8> {
+        let kind = Kind::LETTERS.iter().find(|(_, kind)| *kind == self.kind);
+        let letter = kind.map_or('?', |(letter, _)| char::from(*letter));
+        let numbers = [
+            secret.id(),
+            self.key_revision.0,
+            self.owner_revision.0,
+            micros(self.as_of),
+            micros(self.expires_at),
+        ];
+        let [a, b, c, d, e] = numbers;
+        let mut value = format!("{MAGIC}{letter}{a:020}{b:020}{c:020}{d:020}{e:020}").into_bytes();
+        value.extend_from_slice(&self.body);
+        let mac = mac(name, &value, secret);
+        value.extend_from_slice(&mac);
+        value
+    }
+
+    /// Reads the value under `name`.
+    pub(super) fn decode(
+        name: &str,
+        value: &[u8],
+        secret: &CacheSecret,
+    ) -> Result<Self, Unreadable> {
+        if value.len() < HEADER + MAC
+            || value.len() > MAX_BYTES
+            || !value.starts_with(MAGIC.as_bytes())
+        {
+            return Err(Unreadable::Forged);
+        }
+        let (signed, tag) = value.split_at(value.len() - MAC);
+        let secret_id = number(signed, 0).ok_or(Unreadable::Forged)?;
+        let oldest = secret.previous().unwrap_or(secret).id();
+        let secret = [Some(secret), secret.previous()]
+            .into_iter()
+            .flatten()
+            .find(|secret| secret.id() == secret_id)
+            .ok_or(if secret_id < oldest {
+                Unreadable::Retired
+            } else {
+                Unreadable::UnknownSecret
+            })?;
+        if !bool::from(mac(name, signed, secret).ct_eq(tag)) {
+            return Err(Unreadable::Forged);
+        }
+        let kind = Kind::LETTERS.iter().find(|(letter, _)| *letter == signed[MAGIC.len()]);
+        let entry = kind.and_then(|(_, kind)| {
+            Some(Self {
+                kind: *kind,
+                key_revision: Revision(number(signed, 1)?),
+                owner_revision: Revision(number(signed, 2)?),
+                as_of: time(number(signed, 3)?),
+                expires_at: time(number(signed, 4)?),
+                body: signed.get(HEADER..)?.to_vec(),
+            })
+        });
+        entry.ok_or(Unreadable::Forged)
+    }
+}
+
+/// The name comes first, with its length, so that no entry can be moved to another one's place.
+fn mac(name: &str, signed: &[u8], secret: &CacheSecret) -> [u8; MAC] {
+    let message = [name.len().to_string().as_bytes(), b":", name.as_bytes(), signed].concat();
+    hmac_sha256(secret.expose_secret(), &message)
+}
+
+fn number(value: &[u8], at: usize) -> Option<u64> {
+    let start = MAGIC.len() + 1 + at * NUMBER;
+    std::str::from_utf8(value.get(start..start + NUMBER)?).ok()?.parse().ok()
+}
+
+fn micros(time: SystemTime) -> u64 {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn time(micros: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_micros(micros)
+}
+
+impl CacheSecret {
+    /// Names a presented key in a shared cache.
+    pub(super) fn name_of_key(&self, key: &str) -> String {
+        let mac = hmac_sha256(self.expose_secret(), &[b"key:", key.as_bytes()].concat());
+        hex(&mac[..16])
+    }
+}
+
+/// The body of an entry of the kind `Keys`.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Keys(Vec<Key>);
+
+#[derive(Serialize, Deserialize)]
+pub(super) struct Key {
+    pub(super) record: KeyRecord,
+    pub(super) owner_revision: u64,
+    hash: String,
+}
+
+impl Keys {
+    /// `None` if there is a key that can't be tied to a hash.
+    pub(super) fn new(read: &Read, secret: &CacheSecret) -> Option<Self> {
+        let key = |it: &Candidate| {
+            let hash = hex(&secret.mac_of_hash(it.fingerprint()?));
+            Some(Key { record: it.record.clone(), owner_revision: it.owner_revision.0, hash })
+        };
+        read.candidates.iter().map(key).collect::<Option<_>>().map(Self)
+    }
+
+    pub(super) fn encode(&self) -> Option<Vec<u8>> {
+        serde_json::to_vec(self).ok()
+    }
+
+    pub(super) fn decode(body: &[u8]) -> Option<Self> {
+        serde_json::from_slice(body).ok()
+    }
+
+    /// The key whose hash has this MAC.
+    pub(super) fn into_key_with(self, hash: &[u8]) -> Option<Key> {
+        self.0.into_iter().find(|key| {
+            unhex::<32>(&key.hash).is_some_and(|mac| bool::from(mac.as_slice().ct_eq(hash)))
+        })
+    }
+}

@@ -1,0 +1,14 @@
+//! What the two SQL databases share.
+
+pub(super) mod fault;
+pub(super) mod gate;
+pub(super) mod migrate;
+pub(super) mod review;
+pub(super) mod row;
+pub(super) mod statement;
+pub(super) mod values;
+
+pub use self::{
+    migrate::{ColumnFault, MigrateError, MigrationReport},
+    review::{FindingKind, KeyFinding, KeyReview},
+};

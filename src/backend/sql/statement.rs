@@ -1,0 +1,179 @@
+//! SQL with bound values, for both SQL stores.
+
+use std::borrow::Cow;
+
+use diesel::{
+    QueryResult, QueryableByName, RunQueryDsl,
+    backend::Backend,
+    query_builder::{AstPass, Query, QueryFragment, QueryId},
+    serialize::ToSql,
+    sql_types::{BigInt, Binary, Text, Untyped},
+};
+
+use super::row;
+use crate::{
+    error::StoreError,
+    record::{KeyId, KeyRecord, Revision, UserId},
+    store::{Change, HashUpgrade, ListKeys},
+};
+
+/// SQL text in which `$1` and so on stand for the bound values.
+///
+/// Unlike diesel's `sql_query`, whose statements are prepared anew each time, it is kept prepared by
+/// the connection: a look-up is one round trip instead of two.
+#[derive(Debug)]
+pub(in crate::backend) struct Statement {
+    sql: Cow<'static, str>,
+    binds: Vec<Bind>,
+}
+
+impl HashUpgrade {
+    /// Writes the fast hash where the slow one is still what was checked.
+    pub(in crate::backend) fn statement(&self) -> Statement {
+        let update = "UPDATE api_keys SET fast_hash = $1, fast_hash_of = $2
+            WHERE id = $3 AND key_hash = $2 RETURNING CAST(id AS TEXT) AS row";
+        let binds = [
+            Bind::Text(self.fast.expose_hash()),
+            Bind::Text(self.checked.expose_hash()),
+            Bind::Integer(self.key.as_i64().unwrap_or_default()),
+        ];
+        Statement::new(update, binds)
+    }
+}
+
+impl ListKeys {
+    /// The values for tables whose ids are integers: whether there is an owner, the owner, the key to
+    /// start after, one row more than the limit. `None` if an id is no integer, which no row can have.
+    pub(in crate::backend) fn binds(&self) -> Option<[Bind; 4]> {
+        let owner = self.owner.as_ref().map_or(Some(0), UserId::as_i64)?;
+        let after = self.after.as_ref().map_or(Some(i64::MIN), KeyId::as_i64)?;
+        let numbers = [self.owner.is_some().into(), owner, after, i64::from(self.limit) + 1];
+        Some(numbers.map(Bind::Integer))
+    }
+}
+
+/// A bound value.
+#[derive(Debug)]
+pub(in crate::backend) enum Bind {
+    Text(String),
+    Integer(i64),
+}
+
+impl Bind {
+    /// At most the largest integer that there is in SQL.
+    pub(in crate::backend) fn number(number: u64) -> Self {
+        Self::Integer(i64::try_from(number).unwrap_or(i64::MAX))
+    }
+}
+
+/// What most statements of the stores return: a key's row in JSON, or an id.
+#[derive(Debug, QueryableByName)]
+pub(in crate::backend) struct TextRow {
+    #[diesel(sql_type = Text)]
+    pub(in crate::backend) row: String,
+}
+
+/// A key's row in JSON beside the id, which is there even if the row can't be decoded. As bytes, because
+/// diesel fails the whole result for a text that is not UTF-8.
+#[derive(Debug, QueryableByName)]
+pub(in crate::backend) struct KeyRow {
+    #[diesel(sql_type = BigInt)]
+    id: i64,
+    #[diesel(sql_type = Binary)]
+    row: Vec<u8>,
+}
+
+impl KeyRow {
+    pub(in crate::backend) fn id(&self) -> i64 {
+        self.id
+    }
+
+    /// `None` if the row is not JSON that can be read.
+    pub(in crate::backend) fn columns(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
+        serde_json::from_slice(&self.row).ok()
+    }
+
+    pub(in crate::backend) fn record(&self) -> (KeyId, Result<KeyRecord, StoreError>) {
+        let not_utf8 = |_| StoreError::bad_row(format!("api_keys row {} is not UTF-8", self.id));
+        let text = str::from_utf8(&self.row).map_err(not_utf8);
+        (self.id.into(), text.and_then(|text| Ok(row::decode(text)?.record)))
+    }
+}
+
+impl TextRow {
+    /// The id that was written, if this is one.
+    pub(in crate::backend) fn id(&self) -> Option<i64> {
+        self.row.parse().ok()
+    }
+
+    /// The change that was made, if this is one: the prefix or the user, and the revision.
+    pub(in crate::backend) fn change(&self) -> Result<Change, StoreError> {
+        let prefix = |(prefix, revision)| Change::Prefix(prefix, Revision(revision));
+        let owner = |(user, revision): (i64, u64)| Change::Owner(user.into(), Revision(revision));
+        serde_json::from_str(&self.row)
+            .map(prefix)
+            .or_else(|_| serde_json::from_str(&self.row).map(owner))
+            .map_err(|_| StoreError::bad_row("a row was written, but has no prefix and revision"))
+    }
+}
+
+impl Statement {
+    pub(in crate::backend) fn new(
+        sql: impl Into<Cow<'static, str>>,
+        binds: impl IntoIterator<Item = Bind>,
+    ) -> Self {
+        Self { sql: sql.into(), binds: binds.into_iter().collect() }
+    }
+
+    /// The value that the placeholder at the start of `text` stands for, and the text behind it.
+    /// `None` if there is no placeholder.
+    fn placeholder<'a>(&self, text: &'a str) -> Option<(Option<&Bind>, &'a str)> {
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, rest) = text.split_at(digits);
+        let at = number.parse::<usize>().ok()?.checked_sub(1)?;
+        Some((self.binds.get(at), rest))
+    }
+}
+
+impl<DB> QueryFragment<DB> for Statement
+where
+    DB: Backend,
+    str: ToSql<Text, DB>,
+    i64: ToSql<BigInt, DB>,
+{
+    fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, DB>) -> QueryResult<()> {
+        let mut pieces = self.sql.split('$');
+        out.push_sql(pieces.next().unwrap_or_default());
+        for piece in pieces {
+            let Some((bind, rest)) = self.placeholder(piece) else {
+                // A JSON path.
+                out.push_sql("$");
+                out.push_sql(piece);
+                continue;
+            };
+            match bind {
+                Some(Bind::Text(value)) => out.push_bind_param::<Text, str>(value)?,
+                Some(Bind::Integer(value)) => out.push_bind_param::<BigInt, i64>(value)?,
+                None => {
+                    let missing = "a statement has a placeholder without a value";
+                    return Err(diesel::result::Error::QueryBuilderError(missing.into()));
+                }
+            }
+            out.push_sql(rest);
+        }
+        Ok(())
+    }
+}
+
+impl QueryId for Statement {
+    type QueryId = ();
+
+    // The text decides which prepared statement it is.
+    const HAS_STATIC_QUERY_ID: bool = false;
+}
+
+impl Query for Statement {
+    type SqlType = Untyped;
+}
+
+impl<Conn> RunQueryDsl<Conn> for &Statement {}

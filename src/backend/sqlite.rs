@@ -1,0 +1,366 @@
+//! Keys in an embedded SQLite database: [`SqliteStore`].
+
+mod adopt;
+mod feed;
+#[cfg(unix)]
+mod file;
+mod ledger;
+mod repository;
+mod select;
+mod threads;
+mod triggers;
+mod usage;
+
+use std::{
+    fmt,
+    future::Future,
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant, SystemTime},
+};
+
+use diesel::{
+    Connection, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
+    sqlite::Sqlite,
+};
+use tokio::sync::watch;
+
+use self::{select::keys_where, threads::Threads};
+use super::sql::{
+    fault::{Failure, store_error},
+    gate::LookupGate,
+    migrate::{MigrateError, MigrationReport},
+    review::KeyReview,
+    row,
+    statement::{Bind, Statement, TextRow},
+};
+use crate::{
+    error::StoreError,
+    record::Revision,
+    runtime::{hex, later, within},
+    store::{
+        Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, MAX_CANDIDATES,
+        UsageBatch,
+    },
+    telemetry,
+};
+
+/// Keys in an SQLite database that is compiled in: nothing to install, one file to back up. What one
+/// process on one machine needs.
+///
+/// The file is in WAL mode, so that look-ups go on while something is written. SQLite blocks, so it
+/// has threads of its own: one that writes and a few that read. They end with the last clone.
+///
+/// ```
+/// use tower_api_key::{ApiKeyAuthLayer, SqliteStore};
+///
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let store = SqliteStore::open("keys.db")?;
+/// store.migrate().await?;
+/// let layer = ApiKeyAuthLayer::new(store);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct SqliteStore(Arc<Inner>);
+
+struct Inner {
+    writer: Threads,
+    /// `None` in memory, where a second connection would see another database.
+    readers: Option<Threads>,
+    /// In front of them for look-ups, so that what else they are sent waits for one look-up a thread.
+    gate: Arc<LookupGate>,
+    /// The connection that sees what others write; the writer's in memory.
+    watcher: Option<Threads>,
+    /// Counts what this process has written.
+    written: watch::Sender<u64>,
+    /// Distinguishes a database in memory from all others.
+    name_in_memory: String,
+    deadline: Duration,
+}
+
+/// Builds a [`SqliteStore`].
+#[derive(Debug, Clone)]
+pub struct SqliteStoreBuilder {
+    path: Option<std::path::PathBuf>,
+    readers: usize,
+    deadline: Duration,
+}
+
+impl SqliteStore {
+    /// Opens the database in the file at `path`. If there is none, it is created, on Unix with the mode 0600 whatever
+    /// the umask is; the mode of an existing file is not changed.
+    ///
+    /// # Errors
+    ///
+    /// If the file can't be opened, or is no SQLite database.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, StoreError> {
+        Self::builder(path).open()
+    }
+
+    /// Opens a database in memory, which is gone when the last clone is dropped.
+    ///
+    /// # Errors
+    ///
+    /// If a thread can't be started.
+    pub fn in_memory() -> Result<Self, StoreError> {
+        SqliteStoreBuilder { path: None, readers: 0, deadline: DEADLINE }.open()
+    }
+
+    /// Settings of your own for the database in the file at `path`.
+    pub fn builder(path: impl AsRef<Path>) -> SqliteStoreBuilder {
+        SqliteStoreBuilder { path: Some(path.as_ref().to_owned()), readers: 2, deadline: DEADLINE }
+    }
+
+    /// Brings the schema up to date, and adopts tables `users` and `api_keys` that are already there.
+    /// Safe when several processes do it at once.
+    ///
+    /// # Errors
+    ///
+    /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s)
+    /// the migration may still end well; calling this again tells.
+    pub async fn migrate(&self) -> Result<MigrationReport, MigrateError> {
+        let migrated =
+            self.0.writer.run(MIGRATION_DEADLINE, |connection| Ok(adopt::migrate(connection)));
+        let has_adopted_keys = migrated.await??;
+        Ok(match has_adopted_keys {
+            true => MigrationReport::of_adopted(self.review_keys().await),
+            false => MigrationReport::default(),
+        })
+    }
+
+    /// Lists the keys that fail, and those that change their meaning: for a team that adopted its tables, before it
+    /// switches. Reads all keys, 1,000 at once.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails. A key that can't be decoded is a finding.
+    pub async fn review_keys(&self) -> Result<KeyReview, StoreError> {
+        let (mut review, mut after) = (KeyReview::default(), Some(i64::MIN));
+        while let Some(last) = after {
+            after = review.add(&self.reviewed(last).await?);
+        }
+        Ok(review)
+    }
+
+    /// Runs a statement that only reads.
+    async fn read(&self, statement: Statement) -> Result<Vec<TextRow>, StoreError> {
+        self.read_rows(statement).await
+    }
+
+    /// Runs a statement that only reads, and returns other rows than texts.
+    async fn read_rows<R>(&self, statement: Statement) -> Result<Vec<R>, StoreError>
+    where
+        R: QueryableByName<Sqlite> + Send + 'static,
+    {
+        let read = move |connection: &mut SqliteConnection| {
+            (&statement).load(connection).map_err(store_error)
+        };
+        self.0.run(read).await
+    }
+
+    /// Runs the statement of a look-up, with its wait for a thread in the same time.
+    async fn look_up(
+        &self,
+        lookup: &Lookup,
+        statement: Statement,
+    ) -> Result<Vec<TextRow>, StoreError> {
+        let rows = async {
+            let permit = self.0.gate.pass(lookup).await?;
+            let query = move |connection: &mut SqliteConnection| {
+                let rows = load(connection, &statement);
+                // The thread is free, even if no request waits for the rows any more.
+                drop(permit);
+                rows
+            };
+            self.0.run(query).await
+        };
+        let deadline = self.0.deadline;
+        within(deadline, rows).await.unwrap_or_else(|| Err(StoreError::timeout(deadline)))
+    }
+
+    /// Runs several statements, all or none.
+    async fn in_transaction<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.changed(self.in_silent_transaction(work)).await
+    }
+
+    /// The same for what changes no decision, so that the feed need not know.
+    async fn in_silent_transaction<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let transaction = |connection: &mut SqliteConnection| {
+            let outcome = connection.immediate_transaction(|c| work(c).map_err(Failure));
+            outcome.map_err(|Failure(error)| error)
+        };
+        self.0.writer.run(self.0.deadline, transaction).await
+    }
+
+    /// Runs a statement that may write.
+    async fn write(&self, statement: Statement) -> Result<Vec<TextRow>, StoreError> {
+        let write = move |connection: &mut SqliteConnection| load(connection, &statement);
+        self.changed(self.0.writer.run(self.0.deadline, write)).await
+    }
+
+    /// Wakes the feed once something is written.
+    async fn changed<T>(
+        &self,
+        write: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let outcome = write.await;
+        self.0.written.send_modify(|written| *written += 1);
+        outcome
+    }
+}
+
+impl Inner {
+    /// Runs a query that only reads.
+    async fn run<T: Send + 'static>(
+        &self,
+        query: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        self.readers.as_ref().unwrap_or(&self.writer).run(self.deadline, query).await
+    }
+}
+
+fn load(
+    connection: &mut SqliteConnection,
+    statement: &Statement,
+) -> Result<Vec<TextRow>, StoreError> {
+    statement.load(connection).map_err(store_error)
+}
+
+const DEADLINE: Duration = Duration::from_secs(5);
+/// A migration may have to build an index on a table that was adopted.
+const MIGRATION_DEADLINE: Duration = Duration::from_secs(60);
+
+impl SqliteStoreBuilder {
+    /// How many threads read: 2 by default, 1 to 64 (what is beyond is brought there).
+    #[must_use]
+    pub fn readers(self, readers: usize) -> Self {
+        Self { readers: readers.clamp(1, 64), ..self }
+    }
+
+    /// How long a query may take, its wait for a thread and for other writers included: 5 s by
+    /// default.
+    #[must_use]
+    pub fn timeout(self, timeout: Duration) -> Self {
+        Self { deadline: timeout, ..self }
+    }
+
+    /// Opens the database. Needs no runtime.
+    ///
+    /// # Errors
+    ///
+    /// If the file can't be opened, or is no SQLite database.
+    pub fn open(self) -> Result<SqliteStore, StoreError> {
+        let Self { path, readers: reader_count, deadline } = self;
+        let open = move || open(path.as_deref(), deadline);
+        // The writer first: it makes the file and puts it into WAL mode.
+        let writer = Threads::start(1, &open)?;
+        let (readers, watcher) = match reader_count {
+            0 => (None, None),
+            _ => (Some(Threads::start(reader_count, &open)?), Some(Threads::start(1, &open)?)),
+        };
+        let (written, gate) = (watch::Sender::new(0), LookupGate::new(reader_count.max(1)));
+        let mut name = [0; 16];
+        getrandom::fill(&mut name).map_err(|error| StoreError::unavailable(error.to_string()))?;
+        let name_in_memory = hex(&name);
+        let inner = Inner { writer, readers, gate, watcher, written, name_in_memory, deadline };
+        Ok(SqliteStore(Arc::new(inner)))
+    }
+}
+
+fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, StoreError> {
+    let path = match path.map(Path::to_str) {
+        None => ":memory:",
+        // Each connection would have a database of its own.
+        Some(Some("" | ":memory:")) => {
+            return Err(StoreError::rejected(
+                "a database in memory is made by SqliteStore::in_memory",
+            ));
+        }
+        Some(Some(path)) => path,
+        Some(None) => return Err(StoreError::rejected("the path of the database is not UTF-8")),
+    };
+    #[cfg(unix)]
+    if path != ":memory:" {
+        file::create(path);
+    }
+    let mut connection = SqliteConnection::establish(path).map_err(StoreError::unavailable)?;
+    let busy = deadline.as_millis().min(60_000);
+    // In WAL mode a commit that was not yet written through can be lost with the machine's power, but
+    // the file stays whole: https://sqlite.org/pragma.html#pragma_synchronous
+    let settings = format!(
+        "PRAGMA busy_timeout = {busy}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
+         PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;"
+    );
+    // The busy timeout does not hold for the change to WAL mode, when several open a new file at once.
+    let until = later(deadline);
+    loop {
+        match connection.batch_execute(&settings).map_err(store_error) {
+            Ok(()) => return Ok(connection),
+            Err(error) if error.is_transient() && Instant::now() < until => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+impl KeyStore for SqliteStore {
+    async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
+        // In one statement, so that both are from one snapshot: the keys, and the last change under the
+        // prefix, of a key that is no longer there, too.
+        let select = format!(
+            "SELECT row FROM ({} ORDER BY k.id LIMIT {}) UNION ALL
+            SELECT CAST(coalesce(max(revision), 0) AS TEXT) FROM api_key_changes WHERE key_prefix = $1",
+            keys_where("k.key_prefix = $1"),
+            MAX_CANDIDATES + 1
+        );
+        let binds = [Bind::Text(lookup.id().to_owned())];
+        let rows = self.look_up(lookup, Statement::new(select, binds)).await?;
+        let latest = rows.iter().find_map(TextRow::id).and_then(|id| u64::try_from(id).ok());
+        let keys = rows.iter().filter(|found| found.id().is_none());
+        let answer = lookup.verify_rows(keys.map(|found| row::decode(&found.row))).await?;
+        if let Some(upgrade) = answer.upgrade()
+            && let Err(error) = self.write(upgrade.statement()).await
+        {
+            telemetry::upgrade_failed(&error);
+        }
+        Ok(answer.with_key_revision(Revision(latest.unwrap_or(0))))
+    }
+
+    fn changes(&self, since: SystemTime) -> ChangeStream {
+        feed::changes(self, since)
+    }
+
+    async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
+        self.count_usage(batch).await
+    }
+
+    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+        self.grant_lease(ask).await
+    }
+
+    async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
+        // Whoever polls once to hear that there is none needs no runtime for that.
+        tokio::task::yield_now().await;
+        let select = "SELECT json_array(id, hex(secret), 'sqlite:' || coalesce(
+                nullif((SELECT file FROM pragma_database_list WHERE name = 'main'), ''), $1)) AS row
+            FROM api_key_cache_secrets ORDER BY created_at DESC, id DESC LIMIT 2";
+        let binds = [Bind::Text(self.0.name_in_memory.clone())];
+        let rows = self.read(Statement::new(select, binds)).await?;
+        CacheSecret::from_rows(rows.iter().map(|row| row.row.as_str()))
+    }
+}
+
+impl fmt::Debug for SqliteStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SqliteStore").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,209 @@
+//! Migrations, and whether tables that are already there can be adopted.
+
+use diesel::{
+    QueryResult, QueryableByName, RunQueryDsl, SqliteConnection,
+    connection::SimpleConnection,
+    migration::{Migration, MigrationSource},
+    sql_query,
+    sql_types::{Bool, Text},
+    sqlite::Sqlite,
+};
+use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
+
+use super::triggers;
+use crate::{
+    backend::sql::{
+        fault::Failure,
+        migrate::{ColumnFault, MigrateError},
+    },
+    error::StoreError,
+    telemetry,
+};
+
+const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/sqlite");
+
+/// Returns whether a table of keys was adopted.
+pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<bool, MigrateError> {
+    // IMMEDIATE takes the write lock first, so that of several processes one migrates.
+    let outcome = connection.immediate_transaction(|connection| {
+        let tables = foreign_tables(connection)?;
+        let faults = faults(&tables, &columns(connection)?);
+        if !faults.is_empty() {
+            return Err(Failure(MigrateError::NotAdoptable(faults)));
+        }
+        note_adopted(connection, &tables)?;
+        make(connection).map_err(|error| Failure(StoreError::rejected(error).into()))?;
+        add_columns(connection)?;
+        let made = triggers::make(connection)?;
+        if !made.is_empty() {
+            telemetry::schema_made(&made);
+        }
+        Ok(tables.iter().any(|table| table.name == "api_keys"))
+    });
+    outcome.map_err(|Failure(error)| error)
+}
+
+/// Runs every migration, also those that were run before: they make what is not there, and nothing else.
+fn make(connection: &mut SqliteConnection) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    connection.run_pending_migrations(MIGRATIONS)?;
+    let migrations: Vec<Box<dyn Migration<Sqlite>>> = MIGRATIONS.migrations()?;
+    for migration in migrations {
+        migration.run(connection)?;
+    }
+    Ok(())
+}
+
+/// As the first migration makes it.
+const ADOPTED: &str = "CREATE TABLE IF NOT EXISTS api_key_adopted (name TEXT PRIMARY KEY)";
+
+/// The columns that an adopted table can't be without.
+const REQUIRED: [(&str, &str); 6] = [
+    ("users", "id"),
+    ("users", "email"),
+    ("api_keys", "id"),
+    ("api_keys", "user_id"),
+    ("api_keys", "key_prefix"),
+    ("api_keys", "key_hash"),
+];
+
+/// The columns that an adopted table gets if it lacks them. All have a default or may be NULL, so that
+/// whoever else writes to it goes on as before.
+const ADDED: [(&str, &str, &str); 30] = [
+    ("users", "role", "TEXT DEFAULT 'user'"),
+    ("users", "is_active", "BOOLEAN NOT NULL DEFAULT TRUE"),
+    ("users", "created_at", "TEXT"),
+    ("users", "updated_at", "TEXT"),
+    ("api_keys", "name", "TEXT DEFAULT ''"),
+    ("api_keys", "fast_hash", "TEXT"),
+    ("api_keys", "fast_hash_of", "TEXT"),
+    ("api_keys", "is_active", "BOOLEAN NOT NULL DEFAULT TRUE"),
+    ("api_keys", "permissions", "TEXT"),
+    ("api_keys", "scopes", "TEXT"),
+    ("api_keys", "rate_limit_per_minute", "INTEGER"),
+    ("api_keys", "rate_limit_per_hour", "INTEGER"),
+    ("api_keys", "rate_limit_per_day", "INTEGER"),
+    ("api_keys", "allowed_models", "TEXT"),
+    ("api_keys", "allowed_endpoints", "TEXT"),
+    ("api_keys", "allowed_ips", "TEXT"),
+    ("api_keys", "is_unlimited", "BOOLEAN NOT NULL DEFAULT FALSE"),
+    ("api_keys", "budget_limit_cents", "INTEGER"),
+    ("api_keys", "budget_type", "TEXT"),
+    ("api_keys", "expires_at", "TEXT"),
+    ("api_keys", "total_requests", "INTEGER NOT NULL DEFAULT 0"),
+    ("api_keys", "total_tokens", "INTEGER NOT NULL DEFAULT 0"),
+    ("api_keys", "total_cost", "REAL NOT NULL DEFAULT 0"),
+    ("api_keys", "last_used_at", "TEXT"),
+    ("api_keys", "metadata", "TEXT"),
+    ("api_keys", "created_at", "TEXT"),
+    ("api_keys", "updated_at", "TEXT"),
+    ("users", "api_key_revision", "INTEGER NOT NULL DEFAULT 0"),
+    ("api_keys", "api_key_revision", "INTEGER NOT NULL DEFAULT 0"),
+    // The revision at which the key got its owner.
+    ("api_keys", "api_key_owned_since", "INTEGER NOT NULL DEFAULT 0"),
+];
+
+#[derive(QueryableByName)]
+struct Table {
+    #[diesel(sql_type = Text)]
+    name: String,
+    #[diesel(sql_type = Bool)]
+    is_table: bool,
+}
+
+#[derive(QueryableByName)]
+struct Column {
+    #[diesel(sql_type = Text)]
+    in_table: String,
+    #[diesel(sql_type = Text)]
+    name: String,
+    #[diesel(sql_type = Text)]
+    shown_type: String,
+    /// Whether it alone is the primary key.
+    #[diesel(sql_type = Bool)]
+    is_key: bool,
+}
+
+/// Tables with our names in a database that this crate has not been in yet.
+fn foreign_tables(connection: &mut SqliteConnection) -> QueryResult<Vec<Table>> {
+    sql_query(
+        "SELECT lower(name) AS name, type = 'table' AS is_table FROM sqlite_master
+        WHERE lower(name) IN ('users', 'api_keys') AND type IN ('table', 'view')
+        AND NOT EXISTS (SELECT 1 FROM sqlite_master WHERE name = 'api_key_adopted')",
+    )
+    .load(connection)
+}
+
+fn columns(connection: &mut SqliteConnection) -> QueryResult<Vec<Column>> {
+    sql_query(
+        "SELECT lower(m.name) AS in_table, lower(c.name) AS name, c.type AS shown_type,
+            c.pk = 1 AND (SELECT max(pk) FROM pragma_table_info(m.name)) = 1 AS is_key
+        FROM sqlite_master AS m JOIN pragma_table_info(m.name) AS c
+        WHERE lower(m.name) IN ('users', 'api_keys')",
+    )
+    .load(connection)
+}
+
+fn find<'a>(columns: &'a [Column], table: &str, name: &str) -> Option<&'a Column> {
+    columns.iter().find(|column| column.in_table == table && column.name == name)
+}
+
+/// Everything that stands in the way of adopting the tables that are there.
+fn faults(tables: &[Table], columns: &[Column]) -> Vec<ColumnFault> {
+    let mut faults = Vec::new();
+    let has = |name: &str| tables.iter().any(|table| table.name == name);
+    if has("api_keys") && !has("users") {
+        faults.push(ColumnFault::new("users", "", "is missing, though there is a table api_keys"));
+    }
+    for table in tables.iter().filter(|table| !table.is_table) {
+        faults.push(ColumnFault::new(&table.name, "", "is not a table"));
+    }
+    for (table, name) in REQUIRED.into_iter().filter(|(table, _)| has(table)) {
+        match find(columns, table, name) {
+            None => {
+                let reason = "is missing, and nothing can be made up for it";
+                faults.push(ColumnFault::new(table, name, reason));
+            }
+            // Nothing else is the row id, which SQLite makes up: https://sqlite.org/lang_createtable.html#rowid
+            Some(column)
+                if name == "id"
+                    && !(column.is_key && column.shown_type.eq_ignore_ascii_case("INTEGER")) =>
+            {
+                let reason = "has to be INTEGER and the primary key";
+                faults.push(ColumnFault::new(table, name, reason));
+            }
+            // The rule for the affinity of integers: https://sqlite.org/datatype3.html#determination_of_column_affinity
+            Some(column)
+                if name == "user_id" && !column.shown_type.to_uppercase().contains("INT") =>
+            {
+                let reason = format!("is {}, but has to be an integer", column.shown_type);
+                faults.push(ColumnFault::new(table, name, reason));
+            }
+            Some(_) => {}
+        }
+    }
+    faults
+}
+
+/// Notes which tables are not ours to drop.
+fn note_adopted(connection: &mut SqliteConnection, tables: &[Table]) -> QueryResult<()> {
+    if !tables.is_empty() {
+        connection.batch_execute(ADOPTED)?;
+    }
+    for Table { name, .. } in tables {
+        let adopted = format!("INSERT OR IGNORE INTO api_key_adopted (name) VALUES ('{name}')");
+        connection.batch_execute(&adopted)?;
+    }
+    Ok(())
+}
+
+/// Adds the columns that the tables lack: adopted ones, and those that another service has made anew.
+fn add_columns(connection: &mut SqliteConnection) -> QueryResult<()> {
+    let columns = columns(connection)?;
+    for (table, name, definition) in ADDED {
+        if find(&columns, table, name).is_none() {
+            let add = format!("ALTER TABLE {table} ADD COLUMN {name} {definition}");
+            connection.batch_execute(&add)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,11 @@
+//! What is used on keys, and what may still be used.
+
+mod leases;
+mod recorder;
+mod reservation;
+mod usage;
+mod usage_counter;
+mod usage_queue;
+
+pub(crate) use self::{recorder::Recorder, usage_counter::Tally};
+pub use self::{reservation::Reservation, usage::Usage};

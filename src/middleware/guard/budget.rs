@@ -1,0 +1,65 @@
+//! A fixed cost for each request: [`BudgetLayer`].
+
+use std::{fmt, sync::Arc};
+
+use tower_layer::Layer;
+
+use super::service::{Guard, Pass, Rule, Verdict};
+use crate::{context::AuthContext, middleware::credential::RequestHead};
+
+/// Charges a fixed cost for each request, within the key's budget. A request past it is answered with 429 and the
+/// time at which the period ends (gRPC: `RESOURCE_EXHAUSTED`). It belongs behind an
+/// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer); a service whose cost depends on the work calls
+/// [`AuthContext::reserve`] instead. Requests that the auth layer lets through without a key pass and cost nothing.
+///
+/// ```
+/// use tower::ServiceBuilder;
+/// use tower_api_key::{ApiKeyAuthLayer, BudgetLayer, MemoryStore};
+///
+/// // A fifth of a cent.
+/// let service = ServiceBuilder::new()
+///     .layer(ApiKeyAuthLayer::new(MemoryStore::new()))
+///     .layer(BudgetLayer::new(200_000))
+///     .service_fn(|_request: http::Request<String>| async {
+///         Ok::<_, std::convert::Infallible>(http::Response::new(String::new()))
+///     });
+/// ```
+#[derive(Clone)]
+pub struct BudgetLayer(Arc<dyn Rule>);
+
+impl BudgetLayer {
+    /// Charges `cost` micro-cents a request.
+    pub fn new(cost: u64) -> Self {
+        Self(Arc::new(FixedCost(cost)))
+    }
+}
+
+struct FixedCost(u64);
+
+impl Rule for FixedCost {
+    fn judge(&self, caller: &AuthContext, _: &RequestHead<'_>) -> Verdict {
+        if let Some(reservation) = caller.reserve_now(self.0) {
+            return Verdict::Known(Ok(Pass::Reserved(reservation)));
+        }
+        let (caller, cost) = (caller.clone(), self.0);
+        Verdict::Later(Box::pin(async move { Ok(Pass::Reserved(caller.reserve(cost).await?)) }))
+    }
+
+    fn requires_key(&self) -> bool {
+        false
+    }
+}
+
+impl<S> Layer<S> for BudgetLayer {
+    type Service = Guard<S>;
+
+    fn layer(&self, inner: S) -> Guard<S> {
+        Guard::new(inner, Arc::clone(&self.0))
+    }
+}
+
+impl fmt::Debug for BudgetLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BudgetLayer").finish_non_exhaustive()
+    }
+}

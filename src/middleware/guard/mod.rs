@@ -1,0 +1,13 @@
+//! Layers behind the auth layer that each enforce one rule.
+
+mod budget;
+mod rate_limit;
+mod require;
+mod service;
+
+pub use self::{
+    budget::BudgetLayer,
+    rate_limit::RateLimitLayer,
+    require::RequireLayer,
+    service::{Guard, GuardFuture},
+};

@@ -1,0 +1,299 @@
+//! What is stored about a key: [`KeyRecord`] and its [`User`].
+
+use std::{fmt, sync::Arc};
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{endpoint_rule::EndpointRule, network::AllowedNetwork};
+
+/// Everything that is known of a key but its hash.
+///
+/// The fields are public so that a custom store can fill in what it has; [`KeyRecord::new`] makes
+/// an active key that allows everything and never expires.
+///
+/// ```
+/// use tower_api_key::{KeyRecord, User};
+///
+/// let mut record = KeyRecord::new(1, "a1b2c3d4e5", User::new(7, "a@b.c"));
+/// record.scopes = vec!["chat:write".into()];
+/// record.allowed_endpoints = vec!["POST /v1/chat".parse()?];
+/// # Ok::<(), tower_api_key::EndpointRuleError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct KeyRecord {
+    /// The key's id, stable over rotation.
+    pub id: KeyId,
+    /// What people call the key.
+    pub name: String,
+    /// The public lookup id (column `key_prefix`): no secret, it stands in lists and logs.
+    pub prefix: String,
+    /// Whether the key has not been revoked.
+    pub is_active: bool,
+    /// What the holder may do, in the team's own words.
+    pub permissions: Vec<String>,
+    /// What the holder may do, as OAuth-style scopes.
+    pub scopes: Vec<String>,
+    /// How often the key may be used.
+    pub rate_limits: RateLimits,
+    /// The models that the key may name; empty allows all.
+    pub allowed_models: Vec<String>,
+    /// The endpoints that the key may call; empty allows all.
+    pub allowed_endpoints: Vec<EndpointRule>,
+    /// The networks that the key may be used from; empty allows all.
+    pub allowed_ips: Vec<AllowedNetwork>,
+    /// Whether rate limits do not apply to the key.
+    pub is_unlimited: bool,
+    /// What the key may cost in a period; `None` is no limit.
+    pub budget: Option<Budget>,
+    /// From this moment on the key is refused, by the clock of the node that checks it; `None` is never.
+    pub expires_at: Option<DateTime<Utc>>,
+    /// What has been used, as of the read.
+    pub usage: UsageTotals,
+    /// When the key was last used, to the minute.
+    pub last_used_at: Option<DateTime<Utc>>,
+    /// When the key was made.
+    pub created_at: DateTime<Utc>,
+    /// When the row was last changed.
+    pub updated_at: DateTime<Utc>,
+    /// The revision of the row that this was read from; 0 where a store keeps none. An update can require it.
+    #[serde(default)]
+    pub revision: Revision,
+    /// Whatever a team needs to carry along; `null` if nothing.
+    pub metadata: Value,
+    /// Whose key it is.
+    pub user: User,
+}
+
+impl KeyRecord {
+    /// An active key that allows everything, never expires and was made at the Unix epoch.
+    pub fn new(id: impl Into<KeyId>, prefix: impl Into<String>, user: User) -> Self {
+        Self {
+            id: id.into(),
+            name: String::new(),
+            prefix: prefix.into(),
+            is_active: true,
+            permissions: Vec::new(),
+            scopes: Vec::new(),
+            rate_limits: RateLimits::default(),
+            allowed_models: Vec::new(),
+            allowed_endpoints: Vec::new(),
+            allowed_ips: Vec::new(),
+            is_unlimited: false,
+            budget: None,
+            expires_at: None,
+            usage: UsageTotals::default(),
+            last_used_at: None,
+            created_at: DateTime::UNIX_EPOCH,
+            updated_at: DateTime::UNIX_EPOCH,
+            revision: Revision(0),
+            metadata: Value::Null,
+            user,
+        }
+    }
+}
+
+/// The owner of a key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct User {
+    /// The owner's id.
+    pub id: UserId,
+    /// The owner's e-mail address.
+    pub email: String,
+    /// The owner's role, in the team's own words; `user` where nothing else is said.
+    pub role: String,
+    /// Whether the owner may use keys at all.
+    pub is_active: bool,
+}
+
+impl User {
+    /// An active user with the role `user`.
+    pub fn new(id: impl Into<UserId>, email: impl Into<String>) -> Self {
+        Self { id: id.into(), email: email.into(), role: "user".to_owned(), is_active: true }
+    }
+}
+
+/// How often a key may be used; `None` is no limit, 0 allows nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RateLimits {
+    /// Requests per minute.
+    pub per_minute: Option<u64>,
+    /// Requests per hour.
+    pub per_hour: Option<u64>,
+    /// Requests per day.
+    pub per_day: Option<u64>,
+}
+
+impl RateLimits {
+    /// Sets the number of requests per minute.
+    ///
+    /// ```
+    /// use tower_api_key::{NewKey, RateLimits};
+    ///
+    /// let limits = RateLimits::default().per_minute(60).per_day(10_000);
+    /// let key = NewKey::new(1, "trial").rate_limits(limits);
+    /// ```
+    #[must_use]
+    pub fn per_minute(self, requests: u64) -> Self {
+        Self { per_minute: Some(requests), ..self }
+    }
+
+    /// Sets the number of requests per hour.
+    #[must_use]
+    pub fn per_hour(self, requests: u64) -> Self {
+        Self { per_hour: Some(requests), ..self }
+    }
+
+    /// Sets the number of requests per day.
+    #[must_use]
+    pub fn per_day(self, requests: u64) -> Self {
+        Self { per_day: Some(requests), ..self }
+    }
+}
+
+/// What a key may cost in a period.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budget {
+    /// The limit, in cents (column `budget_limit_cents`).
+    pub limit_cents: u64,
+    /// The period that the limit is for (column `budget_type`).
+    pub period: BudgetPeriod,
+}
+
+/// The period of a [`Budget`], in UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum BudgetPeriod {
+    /// The whole life of the key.
+    Total,
+    /// A calendar day.
+    Daily,
+    /// A week, from Monday.
+    Weekly,
+    /// A calendar month.
+    Monthly,
+}
+
+impl BudgetPeriod {
+    const NAMES: [(&str, Self); 4] = [
+        ("total", Self::Total),
+        ("daily", Self::Daily),
+        ("weekly", Self::Weekly),
+        ("monthly", Self::Monthly),
+    ];
+
+    /// The period by the name that the column `budget_type` has for it, in any case.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::NAMES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|&(_, p)| p)
+    }
+
+    /// The name that the column `budget_type` has for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Total => "total",
+            Self::Daily => "daily",
+            Self::Weekly => "weekly",
+            Self::Monthly => "monthly",
+        }
+    }
+}
+
+/// What has been used on a key so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct UsageTotals {
+    /// Requests.
+    pub requests: u64,
+    /// Tokens.
+    pub tokens: u64,
+    /// Cost in micro-cents, a millionth of a cent (the column `total_cost` is in cents).
+    pub cost_micro_cents: i64,
+}
+
+/// A number that a database gives a row whenever a column that a decision reads changes; larger is
+/// later. 0 where a store keeps none.
+#[derive(
+    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct Revision(pub u64);
+
+/// The revisions behind an answer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Revisions {
+    /// The highest revision of the key rows under the lookup prefix.
+    pub key: Revision,
+    /// The revision of the owner's row.
+    pub owner: Revision,
+}
+
+macro_rules! opaque_id {
+    ($(#[$docs:meta])* $name:ident) => {
+        $(#[$docs])*
+        #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub struct $name(Id);
+
+        impl $name {
+            /// The id as an integer, if it is one; the bundled schema's always are.
+            pub fn as_i64(&self) -> Option<i64> {
+                match self.0 {
+                    Id::Integer(id) => Some(id),
+                    Id::Text(_) => None,
+                }
+            }
+        }
+
+        impl From<i64> for $name {
+            fn from(id: i64) -> Self {
+                Self(Id::Integer(id))
+            }
+        }
+
+        impl From<&str> for $name {
+            fn from(id: &str) -> Self {
+                Self(Id::Text(id.into()))
+            }
+        }
+
+        impl From<String> for $name {
+            fn from(id: String) -> Self {
+                Self(Id::Text(id.into()))
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                match &self.0 {
+                    Id::Integer(id) => fmt::Display::fmt(id, f),
+                    Id::Text(id) => fmt::Display::fmt(id, f),
+                }
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self)
+            }
+        }
+    };
+}
+
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Id {
+    Integer(i64),
+    Text(Arc<str>),
+}
+
+opaque_id! {
+    /// A key's id: an integer in the bundled schema, an integer or a text in yours.
+    KeyId
+}
+opaque_id! {
+    /// A user's id: an integer in the bundled schema, an integer or a text in yours.
+    UserId
+}

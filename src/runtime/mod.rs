@@ -1,0 +1,19 @@
+//! Time, deadlines and background tasks.
+
+mod background;
+mod clock;
+mod deadline;
+mod hex;
+mod moment;
+mod recent;
+
+pub use self::clock::{Clock, ManualClock, SystemClock};
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
+pub(crate) use self::deadline::later;
+pub(crate) use self::{
+    background::Background,
+    deadline::within,
+    hex::{hex, unhex},
+    moment::Moment,
+    recent::RecentMap,
+};
