@@ -169,6 +169,68 @@ fn the_quickstart_shows_its_key_once_and_it_works_after_a_restart() {
     assert!(answer.starts_with("http/1.1 200"), "{answer}");
 }
 
+#[test]
+fn the_axum_stack_lets_through_what_needs_no_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let example = Example::run("axum_stack", folder.path(), &[]);
+    let url = example.url();
+    for (path, body) in [("health", "healthy\n"), ("greeting", "hello, stranger!\n")] {
+        let answer = shell(&format!("curl -i {url}/{path} -H 'Origin: https://example.com'"));
+        assert!(answer.starts_with("http/1.1 200") && answer.ends_with(body), "{answer}");
+        assert!(answer.contains("access-control-allow-origin: *\r\n"), "{answer}");
+    }
+    for path in ["me", "greeting"] {
+        let preflight = shell(&format!(
+            "curl -i -X OPTIONS {url}/{path} -H 'Origin: https://example.com' \
+             -H 'Access-Control-Request-Method: POST' -H 'Access-Control-Request-Headers: authorization'"
+        ));
+        assert!(preflight.starts_with("http/1.1 200"), "{preflight}");
+        assert!(preflight.contains("access-control-allow-headers: authorization"), "{preflight}");
+    }
+    // What needs a key does, and a page from elsewhere can read that.
+    for request in ["me", "greeting -X POST"] {
+        let denied = shell(&format!("curl -i {url}/{request} -H 'Origin: https://example.com'"));
+        assert!(denied.starts_with("http/1.1 401"), "{denied}");
+        assert!(denied.contains("access-control-allow-origin: *\r\n"), "{denied}");
+    }
+    let wrong = shell(&format!("curl -i {url}/greeting -H 'x-api-key: tak_live_wrong'"));
+    assert!(wrong.starts_with("http/1.1 401"), "{wrong}");
+}
+
+#[test]
+fn the_axum_stack_limits_keys_on_all_routes_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let example = Example::run("axum_stack", folder.path(), &[]);
+    let [everything, local, trial, capped] = example.keys()[..] else {
+        panic!("{:?}", example.lines);
+    };
+    let ask = |request: &str, key: &str| {
+        shell(&format!("curl -i {}/{request} -H 'Authorization: Bearer {key}'", example.url()))
+    };
+    for key in [everything, local] {
+        let answer = ask("me", key);
+        assert!(
+            answer.starts_with("http/1.1 200") && answer.ends_with("ada@example.com\n"),
+            "{answer}"
+        );
+    }
+    assert!(ask("greeting", everything).ends_with("hello, ada@example.com!\n"));
+    assert!(ask("greeting -X POST", everything).ends_with("changed\n"));
+    assert!(ask("greeting -X POST", local).starts_with("http/1.1 403"));
+
+    // A minute may end between two requests: six of them have one more than two minutes allow.
+    let denied = std::iter::repeat_with(|| ["me", "greeting"]).flatten().take(6);
+    let denied: Vec<_> =
+        denied.map(|path| ask(path, trial)).filter(|answer| !answer.contains(" 200 ok")).collect();
+    assert!((2..=4).contains(&denied.len()), "{denied:?}");
+    for answer in &denied {
+        assert!(answer.starts_with("http/1.1 429") && answer.contains("retry-after: "), "{answer}");
+    }
+
+    let statuses = ["me", "greeting", "me"].map(|path| ask(path, capped)[9..12].to_owned());
+    assert_eq!(statuses, ["200", "200", "429"]);
+}
+
 #[tokio::test]
 async fn the_tonic_example_answers_a_stock_client_as_the_table_says() {
     let folder = tempfile::tempdir().unwrap();
