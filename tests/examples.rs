@@ -10,9 +10,11 @@ use std::{
     time::Duration,
 };
 
+use http::uri::PathAndQuery;
 use support::servers::Postgres;
 use tonic::{Code, metadata::MetadataValue, transport::Endpoint};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_prost::ProstCodec;
 
 /// A running example; ended when it goes out of scope.
 struct Example {
@@ -232,26 +234,38 @@ fn the_axum_stack_limits_keys_on_all_routes_together() {
 }
 
 #[tokio::test]
-async fn the_tonic_example_answers_a_stock_client_as_the_table_says() {
+async fn the_tonic_example_protects_one_service_of_two() {
     let folder = tempfile::tempdir().unwrap();
     let example = Example::run("tonic", folder.path(), &[]);
     let channel = Endpoint::new(example.url().to_owned()).unwrap().connect().await.unwrap();
-    let mut client = HealthClient::new(channel);
-    let mut check = async |header: &'static str, key: Option<String>| {
-        let mut request = tonic::Request::new(HealthCheckRequest { service: String::new() });
+    HealthClient::new(channel.clone()).check(HealthCheckRequest::default()).await.unwrap();
+
+    let say_hello = async |header: &'static str, key: Option<String>| {
+        let mut request = tonic::Request::new(());
         if let Some(key) = key {
             request.metadata_mut().insert(header, MetadataValue::try_from(key).unwrap());
         }
-        client.check(request).await.map_or_else(|status| status.code(), |_| Code::Ok)
+        let mut client = tonic::client::Grpc::new(channel.clone());
+        client.ready().await.unwrap();
+        let path = PathAndQuery::from_static("/example.Greeter/SayHello");
+        let answer = client.unary(request, path, ProstCodec::<(), String>::default()).await;
+        answer.map(tonic::Response::into_inner).map_err(|status| status.code())
     };
     let keys = example.keys();
     let bearer = |key: &str| Some(format!("Bearer {key}"));
-    assert_eq!(check("authorization", bearer(keys[0])).await, Code::Ok);
-    assert_eq!(check("x-api-key", Some(keys[0].to_owned())).await, Code::Ok);
-    assert_eq!(check("authorization", None).await, Code::Unauthenticated);
-    assert_eq!(check("authorization", bearer("tak_live_wrong")).await, Code::Unauthenticated);
-    assert_eq!(check("authorization", bearer(keys[1])).await, Code::PermissionDenied);
-    assert_eq!(check("authorization", Some("Bearer".to_owned())).await, Code::InvalidArgument);
+    let hello = Ok("Hello, ada@example.com!".to_owned());
+    assert_eq!(say_hello("authorization", bearer(keys[0])).await, hello);
+    assert_eq!(say_hello("x-api-key", Some(keys[0].to_owned())).await, hello);
+    for (value, code) in [
+        (None, Code::Unauthenticated),
+        (bearer("tak_live_wrong"), Code::Unauthenticated),
+        (bearer(keys[1]), Code::PermissionDenied),
+        // By the handler.
+        (bearer(keys[2]), Code::PermissionDenied),
+        (Some("Bearer".to_owned()), Code::InvalidArgument),
+    ] {
+        assert_eq!(say_hello("authorization", value).await, Err(code));
+    }
 }
 
 #[test]
