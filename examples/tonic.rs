@@ -60,13 +60,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
 }
 
 async fn say_hello(request: Request<()>) -> Result<Response<String>, Status> {
-    let caller = request
-        .extensions()
-        .get::<AuthContext>()
-        .ok_or_else(|| Status::internal("no ApiKeyAuthLayer is around the service"))?;
-    if !caller.has_scope("greeting:read") {
-        return Err(Status::permission_denied("the API key lacks the scope greeting:read"));
-    }
+    let caller = AuthContext::from_extensions(request.extensions())?;
+    caller.require_scope("greeting:read")?;
     Ok(Response::new(format!("Hello, {}!", caller.user().email)))
 }
 

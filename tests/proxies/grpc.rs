@@ -2,17 +2,23 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 
+use bytes::Bytes;
 use http::Version;
-use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
 use tokio::process::Command;
 use tonic::{
     Code,
     body::Body,
     client::GrpcService,
+    codegen::StdError,
+    service::LayerExt,
     transport::{Endpoint, Server, server::TcpIncoming},
 };
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
-use tonic_web::{GrpcWebClientLayer, GrpcWebLayer};
+use tonic_web::{GrpcWebClientLayer, GrpcWebClientService, GrpcWebLayer};
 use tower::ServiceBuilder;
 use tower_api_key::{
     Answer, ApiKeyAuthLayer, KeyStore, LocalRateLimiter, Lookup, MemoryStore, RateLimitLayer,
@@ -89,24 +95,47 @@ fn nginx(service: SocketAddr) -> (Nginx, SocketAddr) {
 }
 
 /// Calls the health service with each key, and asserts that the client reads the status.
-async fn assert_reads_each_status<T>(mut client: HealthClient<T>, callers: &[(String, Code)])
-where
-    T: GrpcService<Body>,
-    T::Error: Into<tonic::codegen::StdError>,
-    T::ResponseBody: http_body::Body<Data = bytes::Bytes> + Send + 'static,
-    <T::ResponseBody as http_body::Body>::Error: Into<tonic::codegen::StdError> + Send,
+async fn assert_reads_each_status<T: Transport>(
+    mut client: HealthClient<T>,
+    callers: &[(String, Code)],
+) where
+    <T::ResponseBody as http_body::Body>::Error: Into<StdError> + Send,
 {
     for (key, expected) in callers {
-        let mut request = tonic::Request::new(HealthCheckRequest::default());
-        if !key.is_empty() {
-            request
-                .metadata_mut()
-                .insert("authorization", format!("Bearer {key}").parse().unwrap());
-        }
-        let read = client.check(request).await;
-        let code = read.as_ref().map_or_else(|status| status.code(), |_| Code::Ok);
+        let read = check(&mut client, key).await;
+        let code = read.as_ref().map_or_else(tonic::Status::code, |()| Code::Ok);
         assert_eq!(code, *expected, "{read:?}");
     }
+}
+
+async fn check<T: Transport>(client: &mut HealthClient<T>, key: &str) -> Result<(), tonic::Status>
+where
+    <T::ResponseBody as http_body::Body>::Error: Into<StdError> + Send,
+{
+    let mut request = tonic::Request::new(HealthCheckRequest::default());
+    if !key.is_empty() {
+        request.metadata_mut().insert("authorization", format!("Bearer {key}").parse().unwrap());
+    }
+    client.check(request).await.map(|_| ())
+}
+
+/// What tonic's clients send requests over.
+trait Transport:
+    GrpcService<
+        Body,
+        Error: Into<StdError>,
+        ResponseBody: http_body::Body<Data = Bytes> + Send + 'static,
+    >
+{
+}
+
+impl<T> Transport for T where
+    T: GrpcService<
+            Body,
+            Error: Into<StdError>,
+            ResponseBody: http_body::Body<Data = Bytes> + Send + 'static,
+        >
+{
 }
 
 #[tokio::test]
@@ -138,31 +167,51 @@ async fn grpcio_reads_each_status_directly_and_behind_nginx() {
 }
 
 /// A gRPC-Web client over the HTTP client of hyper-util.
-async fn assert_a_web_client_reads_each_status(address: SocketAddr, callers: &[(String, Code)]) {
-    let http = Client::builder(TokioExecutor::new()).build_http();
+fn web_client(address: SocketAddr, is_http_2: bool) -> WebClient {
+    let http = Client::builder(TokioExecutor::new()).http2_only(is_http_2).build_http();
     let web = ServiceBuilder::new().layer(GrpcWebClientLayer::new()).service(http);
-    let client = HealthClient::with_origin(web, format!("http://{address}").parse().unwrap());
-    assert_reads_each_status(client, callers).await;
+    HealthClient::with_origin(web, format!("http://{address}").parse().unwrap())
 }
+
+type WebClient =
+    HealthClient<GrpcWebClientService<Client<HttpConnector, tonic_web::GrpcWebCall<Body>>>>;
 
 #[tokio::test]
 async fn a_grpc_web_client_reads_each_status_of_a_layer_around_the_translation() {
     let ((auth, limit, require), callers) = guarded().await;
-    let (incoming, address) = listen();
-    let (_, service) = tonic_health::server::health_reporter();
     let layers = (auth, limit, require, GrpcWebLayer::new());
-    let server = Server::builder().accept_http1(true).layer(layers).add_service(service);
-    tokio::spawn(server.serve_with_incoming(incoming));
-    assert_a_web_client_reads_each_status(address, &callers).await;
+    let (_, service) = tonic_health::server::health_reporter();
+
+    // Around a whole server, and around one service.
+    let (whole, whole_address) = listen();
+    let mut server = Server::builder().accept_http1(true).layer(layers.clone());
+    tokio::spawn(server.add_service(service.clone()).serve_with_incoming(whole));
+    let (single, single_address) = listen();
+    let server = Server::builder().accept_http1(true).add_service(layers.named_layer(service));
+    tokio::spawn(server.serve_with_incoming(single));
+
+    for address in [whole_address, single_address] {
+        for is_http_2 in [false, true] {
+            assert_reads_each_status(web_client(address, is_http_2), &callers).await;
+        }
+    }
 }
 
 #[tokio::test]
-async fn a_grpc_web_client_reads_each_status_of_a_layer_inside_the_translation() {
+async fn a_layer_inside_the_translation_has_its_status_read_over_http_2_alone() {
     let ((auth, limit, require), callers) = guarded().await;
     let (incoming, address) = listen();
     let (_, service) = tonic_health::server::health_reporter();
     let layers = (GrpcWebLayer::new(), auth, limit, require);
     let server = Server::builder().accept_http1(true).layer(layers).add_service(service);
     tokio::spawn(server.serve_with_incoming(incoming));
-    assert_a_web_client_reads_each_status(address, &callers).await;
+    assert_reads_each_status(web_client(address, true), &callers).await;
+
+    // The translation leaves a call over HTTP/1.1 that only its content type tells from any other request. It is
+    // denied in HTTP.
+    let mut client = web_client(address, false);
+    for (key, expected) in callers {
+        let read = check(&mut client, &key).await;
+        assert_eq!(read.is_ok(), expected == Code::Ok, "{read:?}");
+    }
 }
