@@ -89,7 +89,9 @@ async fn health() -> (SocketAddr, Vec<(String, Code)>) {
 
 /// nginx in front of it.
 fn nginx(service: SocketAddr) -> (Nginx, SocketAddr) {
-    let nginx = Nginx::start("", &format!("location / {{ grpc_pass grpc://{service}; }}"));
+    // By default, nginx takes messages of at most 1 MB.
+    let server = format!("client_max_body_size 10m; location / {{ grpc_pass grpc://{service}; }}");
+    let nginx = Nginx::start("", &server);
     let address = nginx.address(Version::HTTP_2);
     (nginx, address)
 }
@@ -160,9 +162,12 @@ async fn grpcio_reads_each_status_directly_and_behind_nginx() {
     let keys = callers.iter().map(|(key, _)| key);
     let expected: Vec<_> = callers.iter().map(|(_, code)| (*code as i32).to_string()).collect();
     for address in [service, proxy] {
-        let mut command = Command::new(&python);
-        command.arg(in_crate("tests/clients/check_health.py")).arg(address.to_string());
-        assert_eq!(lines(command.args(keys.clone())).await, expected);
+        for size in ["0", "3000000"] {
+            let mut command = Command::new(&python);
+            command.arg(in_crate("tests/clients/check_health.py"));
+            command.args([&address.to_string(), size]).args(keys.clone());
+            assert_eq!(lines(&mut command).await, expected, "{address}, {size} bytes");
+        }
     }
 }
 

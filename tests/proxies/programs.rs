@@ -1,8 +1,8 @@
 //! The programs that clients are written for.
 
-use std::{path::PathBuf, process::Stdio};
+use std::{path::PathBuf, process::Stdio, time::Duration};
 
-use tokio::process::Command;
+use tokio::{process::Command, time::timeout};
 
 /// A path in the folder of the crate.
 pub(crate) fn in_crate(path: &str) -> PathBuf {
@@ -17,7 +17,9 @@ pub(crate) fn python() -> PathBuf {
 
 /// Runs a program to its end, and returns the lines that it printed.
 pub(crate) async fn lines(command: &mut Command) -> Vec<String> {
-    let output = command.stdin(Stdio::null()).kill_on_drop(true).output().await.unwrap();
+    let output = command.stdin(Stdio::null()).kill_on_drop(true).output();
+    let output = timeout(Duration::from_secs(60), output).await;
+    let output = output.expect("the program ends within a minute").unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.is_empty(), "{command:?}: {errors}");
     String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()

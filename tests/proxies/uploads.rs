@@ -17,12 +17,18 @@ use super::{
 const SIZES: [usize; 2] = [500_000, 5_000_000];
 const TIMES: usize = 30;
 
+/// By default, curl expects a `100 Continue` before a body of more than 1 MB.
+const PLAIN: &[&str] = &["-H", "expect:"];
+/// Without `Content-Length`.
+const CHUNKED: &[&str] = &["-H", "expect:", "-H", "transfer-encoding: chunked"];
+/// The response, or a `100 Continue`, comes before the body is sent.
+const EXPECTING: &[&str] = &["-H", "expect: 100-continue"];
+
 /// A program that sends the same upload several times.
 #[derive(Debug, Clone, Copy)]
 enum Client {
-    Curl,
-    /// It waits for the response, or for a `100 Continue`, before it sends the body.
-    CurlThatExpects,
+    /// With these options.
+    Curl(&'static [&'static str]),
     Node(&'static str),
     Python(&'static str),
     Go,
@@ -34,8 +40,7 @@ impl Client {
         let (bytes_text, times_text) = (bytes.to_string(), times.to_string());
         let arguments = [url, key, &bytes_text, &times_text];
         match self {
-            Self::Curl => curl("expect:", url, key, bytes, times).await,
-            Self::CurlThatExpects => curl("expect: 100-continue", url, key, bytes, times).await,
+            Self::Curl(options) => curl(options, url, key, bytes, times).await,
             Self::Node(client) => {
                 lines(Command::new("node").arg(script("upload.mjs")).arg(client).args(arguments))
                     .await
@@ -63,12 +68,12 @@ impl Client {
     }
 }
 
-async fn curl(expect: &str, url: &str, key: &str, bytes: usize, times: usize) -> Vec<String> {
+async fn curl(options: &[&str], url: &str, key: &str, bytes: usize, times: usize) -> Vec<String> {
     let file = NamedTempFile::new().unwrap();
     fs::write(file.path(), vec![b'x'; bytes]).unwrap();
     let mut command = Command::new("curl");
     command.args(["--silent", "--max-time", "20", "--write-out", "\n=%{http_code} %{exitcode}\n"]);
-    command.args(["-H", expect, "-H", "content-type: application/octet-stream"]);
+    command.args(options).args(["-H", "content-type: application/octet-stream"]);
     if !key.is_empty() {
         command.args(["-H", &format!("x-api-key: {key}")]);
     }
@@ -99,7 +104,7 @@ fn go_program() -> PathBuf {
     in_crate("target/go/upload")
 }
 
-/// A service that reads uploads behind the layer, and counts what guards let through as unauthorised or limited.
+/// A service that reads uploads behind the layer and, on two routes, a guard.
 async fn uploads(fixture: &Fixture) -> String {
     let upload = || post(|body: Bytes| async move { body.len().to_string() });
     let limited = ServiceBuilder::new().layer(RateLimitLayer::new(LocalRateLimiter::new()));
@@ -115,13 +120,9 @@ async fn uploads(fixture: &Fixture) -> String {
 #[tokio::test]
 async fn curl_reads_why_its_upload_is_denied() {
     let url = uploads(&fixture().await).await + "/upload";
-    Client::Curl.assert_reads_every_401(&url).await;
-}
-
-#[tokio::test]
-async fn curl_reads_why_its_upload_is_denied_before_it_is_sent() {
-    let url = uploads(&fixture().await).await + "/upload";
-    Client::CurlThatExpects.assert_reads_every_401(&url).await;
+    for options in [PLAIN, CHUNKED, EXPECTING] {
+        Client::Curl(options).assert_reads_every_401(&url).await;
+    }
 }
 
 #[tokio::test]
@@ -169,24 +170,23 @@ async fn a_guards_denial_of_an_upload_is_read_as_well() {
     let mut none = RateLimits::default();
     none.per_minute = Some(0);
     let limited = fixture.issue(|key| key.rate_limits(none)).await;
-    let mut clients = vec![Client::Curl, Client::CurlThatExpects];
+    let mut clients = vec![Client::Curl(PLAIN), Client::Curl(EXPECTING)];
     if is_there("node", &["--eval", "fetch"]).await {
         clients.extend([Client::Node("http"), Client::Node("fetch")]);
     }
     if is_there(python(), &["--version"]).await {
         clients.extend([Client::Python("http.client"), Client::Python("urllib")]);
     }
+    let bytes = SIZES[1];
     for client in clients {
-        for bytes in SIZES {
-            let read = client.upload(&format!("{url}/scope"), &fixture.key, bytes, 3).await;
-            assert_eq!(read, ["403 403"; 3], "{client:?}, {bytes} bytes");
-            let key = limited.expose_secret();
-            let read = client.upload(&format!("{url}/limited"), key, bytes, 3).await;
-            assert_eq!(read, ["429 429"; 3], "{client:?}, {bytes} bytes");
-        }
+        let read = client.upload(&format!("{url}/scope"), &fixture.key, bytes, 3).await;
+        assert_eq!(read, ["403 403"; 3], "{client:?}");
+        let key = limited.expose_secret();
+        let read = client.upload(&format!("{url}/limited"), key, bytes, 3).await;
+        assert_eq!(read, ["429 429"; 3], "{client:?}");
     }
     // What is let in arrives whole.
-    let read = Client::Curl.upload(&format!("{url}/upload"), &fixture.key, SIZES[1], 1).await;
+    let read = Client::Curl(PLAIN).upload(&format!("{url}/upload"), &fixture.key, bytes, 1).await;
     assert_eq!(read, ["200 null"]);
 }
 
@@ -199,9 +199,10 @@ async fn assert_nginx_passes_every_denial_on(directives: &str) {
     let server = format!("location / {{ proxy_pass {url}; {LIMIT} {directives} }}");
     let nginx = Nginx::start("", &server);
     let url = format!("http://{}", nginx.address(http::Version::HTTP_11));
-    Client::Curl.assert_reads_every_401(&format!("{url}/upload")).await;
+    Client::Curl(PLAIN).assert_reads_every_401(&format!("{url}/upload")).await;
     for bytes in SIZES {
-        let read = Client::Curl.upload(&format!("{url}/scope"), &fixture.key, bytes, TIMES).await;
+        let read =
+            Client::Curl(PLAIN).upload(&format!("{url}/scope"), &fixture.key, bytes, TIMES).await;
         assert_eq!(read, ["403 403"; TIMES], "{bytes} bytes\n{}", nginx.log());
     }
 }
