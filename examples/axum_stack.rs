@@ -1,5 +1,5 @@
-//! axum on an SQLite file with a whole stack: CORS, routes that need a key and routes where it is optional, a health check
-//! that skips the layer, rate limits, a cost for each request, and a method for one scope.
+//! axum on an SQLite file with a whole stack: CORS, routes that need a key and routes where it is optional, a health
+//! check that skips the layer, rate limits, a cost for each request, and a method for one scope.
 //!
 //! `cargo run --example axum_stack`; `ADDR` (default `127.0.0.1:3000`) and `DATABASE_URL` (a file, default
 //! `axum_stack.db`) are read from the environment. On the first start it prints keys.
@@ -35,7 +35,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     }
 
     let authenticator = Authenticator::new(store);
-    // Makes the peer's address known, for keys with address rules.
+    // Adds the peer's address to each request, for keys with address rules.
     let app = app(&authenticator).into_make_service_with_connect_info::<SocketAddr>();
     let listener = tokio::net::TcpListener::bind(&address).await?;
     println!("Listening on http://{}", listener.local_addr()?);
@@ -46,7 +46,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn app(authenticator: &Authenticator) -> Router {
-    // Both groups of routes count together, and share what they know of keys.
+    // Both groups of routes share the cache of keys and the counters.
     let guards = ServiceBuilder::new()
         .layer(RateLimitLayer::new(LocalRateLimiter::new()))
         .layer(BudgetLayer::new(COST));
@@ -75,7 +75,7 @@ fn cors() -> CorsLayer {
         .expose_headers([header::RETRY_AFTER, HeaderName::from_static("ratelimit")])
 }
 
-/// Greets a caller by name, and one without a key too. A key that is not valid is denied all the same.
+/// Greets a caller with or without a key. A key that is not valid is denied.
 async fn greeting(caller: Option<AuthContext>) -> String {
     let name = caller.map_or("stranger".to_owned(), |caller| caller.user().email.clone());
     format!("Hello, {name}!\n")

@@ -1,8 +1,8 @@
 //! tonic: the standard health service, open to everyone, beside a service behind API keys.
 //!
 //! `cargo run --example tonic`; `ADDR` (default `127.0.0.1:3002`) is read from the environment. A gRPC client calls
-//! `example.Greeter/SayHello` with the key in the metadata `authorization: Bearer …` or `x-api-key: …`. The method takes
-//! `google.protobuf.Empty` and returns `google.protobuf.StringValue`.
+//! `example.Greeter/SayHello` with the key in the metadata `authorization: Bearer …` or `x-api-key: …`. The method
+//! takes `google.protobuf.Empty` and returns `google.protobuf.StringValue`.
 
 use std::{
     convert::Infallible,

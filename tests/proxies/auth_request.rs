@@ -1,4 +1,5 @@
-//! nginx asks the service about each request (`auth_request`), and serves files and another service to those let in.
+//! nginx sends a subrequest for each request to a service with the layer (`auth_request`), and serves a file and
+//! another service only after a 2xx status.
 
 use axum::{Router, http::StatusCode, routing::any};
 
@@ -14,15 +15,15 @@ use super::{
 const SECRET: &str = "for holders of a key";
 const PATHS: [&str; 2] = ["/secret.txt", "/app"];
 
-/// A server with a file and another service behind the question at `/auth`, with these directives for the question.
+/// nginx with a file and another service behind the subrequest to `/auth`, which these directives are for.
 async fn protected(fixture: &Fixture, http_only: bool, directives: &str) -> Nginx {
     let layer = fixture.layer();
     let layer = if http_only { layer.http_only() } else { layer };
-    let asked = any(|| async { StatusCode::NO_CONTENT });
-    let asked = serve(Router::new().route("/auth", asked).layer(layer)).await;
+    let auth = any(|| async { StatusCode::NO_CONTENT });
+    let auth = serve(Router::new().route("/auth", auth).layer(layer)).await;
     let app = serve(Router::new().fallback(|| async { SECRET })).await;
     let server = format!(
-        "location = /auth {{ internal; proxy_pass http://{asked}; proxy_pass_request_body off;
+        "location = /auth {{ internal; proxy_pass http://{auth}; proxy_pass_request_body off;
              proxy_set_header Content-Length \"\"; {directives} }}
          location = /secret.txt {{ auth_request /auth; }}
          location /app {{ auth_request /auth; proxy_pass http://{app}; }}"
@@ -30,7 +31,7 @@ async fn protected(fixture: &Fixture, http_only: bool, directives: &str) -> Ngin
     Nginx::with_files(&[("secret.txt", SECRET)], "", &server)
 }
 
-/// Sends every kind of request that is to be denied, and those of a holder of a key.
+/// Sends every kind of request that is to be denied, and some with a valid key.
 async fn assert_protected(fixture: &Fixture, nginx: &Nginx) {
     let mut opened = Vec::new();
     for version in VERSIONS {
@@ -68,7 +69,7 @@ async fn assert_protected(fixture: &Fixture, nginx: &Nginx) {
 }
 
 #[tokio::test]
-async fn a_question_by_get_opens_nothing_to_a_denied_request() {
+async fn a_subrequest_by_get_opens_nothing_to_a_denied_request() {
     let fixture = fixture().await;
     // What nginx does by default: GET over HTTP/1.0.
     assert_protected(&fixture, &protected(&fixture, false, "").await).await;
@@ -76,7 +77,7 @@ async fn a_question_by_get_opens_nothing_to_a_denied_request() {
 }
 
 #[tokio::test]
-async fn a_question_by_the_method_of_the_request_opens_nothing_to_a_denied_request() {
+async fn a_subrequest_by_the_method_of_the_request_opens_nothing_to_a_denied_request() {
     let fixture = fixture().await;
     for method in ["POST", "$request_method"] {
         for version in ["1.0", "1.1"] {

@@ -14,8 +14,8 @@ use super::{
 
 const MINE: &str = "for the holder of this key";
 
-/// A cache in front of the layer, for which these directives say what it stores. The service leaves its answers under
-/// `/stored` to the cache, and keeps the others out of it.
+/// A cache in front of the layer; the directives select what it stores. The service permits caching
+/// of its responses under `/stored`, and of no others.
 async fn cached(fixture: &Fixture, directives: &str) -> Nginx {
     let answers = Router::new()
         .route("/stored/{name}", any(|| async { MINE }))
@@ -42,7 +42,7 @@ async fn no_denial_is_stored_under_a_key_that_all_callers_share() {
     for valid in ["200 1m", "any 1m"] {
         let nginx =
             cached(&fixture, &format!("proxy_cache_key $uri; proxy_cache_valid {valid};")).await;
-        // The cache is in use: what may be stored is.
+        // The cache works: it stores what it may.
         for cache in ["MISS", "HIT"] {
             let stored = get(&nginx, "/stored/by-the-cache", Some(&fixture.key)).await;
             assert_eq!((stored.status(), stored.header("x-cache")), (200, Some(cache)));

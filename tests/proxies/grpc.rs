@@ -212,8 +212,8 @@ async fn a_layer_inside_the_translation_has_its_status_read_over_http_2_alone() 
     tokio::spawn(server.serve_with_incoming(incoming));
     assert_reads_each_status(web_client(address, true), &callers).await;
 
-    // The translation leaves a call over HTTP/1.1 that only its content type tells from any other request. It is
-    // denied in HTTP.
+    // The translation turns a call over HTTP/1.1 into a request that differs from any other in its content type alone.
+    // It is denied in HTTP.
     let mut client = web_client(address, false);
     for (key, expected) in callers {
         let read = check(&mut client, &key).await;

@@ -1,4 +1,4 @@
-//! The programs that clients are written for.
+//! Programs that run the stock clients.
 
 use std::{path::PathBuf, process::Stdio, time::Duration};
 
@@ -9,7 +9,7 @@ pub(crate) fn in_crate(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The one that tests/run makes has more client libraries than the system's.
+/// The interpreter of the environment that tests/run creates, which has more client libraries, or the system's.
 pub(crate) fn python() -> PathBuf {
     let own = in_crate("target/python/bin/python");
     if own.exists() { own } else { "python3".into() }
@@ -25,7 +25,7 @@ pub(crate) async fn lines(command: &mut Command) -> Vec<String> {
     String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
 }
 
-/// Whether a program answers; if not, the test says that it was skipped.
+/// Returns whether a program succeeds. If not, prints that what needs it is skipped.
 pub(crate) async fn is_there(program: impl Into<PathBuf>, arguments: &[&str]) -> bool {
     let program = program.into();
     let mut command = Command::new(&program);
