@@ -315,7 +315,7 @@ fn the_sse_example_ends_its_stream_after_a_revoke() {
     }
     let revoked = shell(revoke);
     assert!(revoked.starts_with("http/1.1 204"), "{revoked}");
-    let last = std::iter::from_fn(|| stream.next_line()).count();
+    let last = std::iter::from_fn(|| stream.next_line()).take(10).count();
     assert!(last <= 2, "{last} events after the revoke");
     let again = shell(&format!("{open} -i"));
     assert!(again.starts_with("http/1.1 401"), "{again}");
