@@ -12,5 +12,6 @@ pub use problem::openai_error;
 pub use refusal::Refusal;
 pub(crate) use {
     asker::Asker,
+    grpc::ContentType,
     presentation::{OnDenial, Presentation, Realm},
 };
