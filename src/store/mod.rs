@@ -119,7 +119,7 @@ pub trait KeyStore: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `Unsupported` by default.
+    /// `Unsupported` by default: a node logs that as a warning, counts no usage from then on, and reserves no budget.
     fn record_usage(
         &self,
         batch: &UsageBatch,
@@ -132,7 +132,7 @@ pub trait KeyStore: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `Unsupported` by default.
+    /// `Unsupported` by default: a reservation for a key with a budget is answered 500, and logged as a warning once.
     fn lease(&self, ask: &LeaseAsk) -> impl Future<Output = Result<Lease, StoreError>> + Send {
         let _ = ask;
         async { Err(StoreError::unsupported("budget leases")) }
