@@ -122,8 +122,20 @@ async fn uploads(fixture: &Fixture) -> String {
 #[tokio::test]
 async fn curl_reads_why_its_upload_is_denied() {
     let url = uploads(&fixture().await).await + "/upload";
-    for options in [PLAIN, CHUNKED, HTTP_2, EXPECTING] {
+    for options in [PLAIN, CHUNKED, EXPECTING] {
         Client::Curl(options).assert_reads_every_401(&url).await;
+    }
+}
+
+#[tokio::test]
+async fn curl_over_http_2_reads_why_its_upload_is_denied() {
+    let url = uploads(&fixture().await).await + "/upload";
+    for bytes in SIZES {
+        for _ in 0..TIMES {
+            // A process for each: curl 7.88 can't use such a connection again, whatever the response is.
+            let read = Client::Curl(HTTP_2).upload(&url, &unknown_key(), bytes, 1).await;
+            assert_eq!(read, ["401 401"], "{bytes} bytes");
+        }
     }
 }
 
