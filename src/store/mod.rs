@@ -86,6 +86,7 @@ const CHANGED_SINCE: &str = "the key was changed after it was read";
 /// Never return an [`Answer`] about another key than the [`Lookup`]'s (it is refused), never
 /// [`vouch`](Lookup::vouch) for a key that was not proven, never say "unknown" when the truth is
 /// "could not ask" (that is an error), and never keep the presented key.
+///
 /// # Dyn compatibility
 ///
 /// This trait is not dyn compatible: there is no `Box<dyn KeyStore>` and no `Arc<dyn KeyStore>`. [`DynKeyStore`] holds any
