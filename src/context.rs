@@ -199,7 +199,7 @@ impl AuthContext {
     /// the store can't be asked, or does not answer because another session keeps the key's row locked (after 2 s
     /// with the defaults of `PostgresStore`). `Unsupported`, 500, if the store has no budget leases
     /// ([`KeyStore::lease`](crate::KeyStore::lease)) or does not record usage, or the authenticator was built with
-    /// [`without_usage`](crate::AuthenticatorBuilder::without_usage); the log says so once.
+    /// [`without_usage`](crate::AuthenticatorBuilder::without_usage); the first one is logged as a warning.
     pub async fn reserve(&self, estimate: u64) -> Result<Reservation, Denial> {
         if let Some(reservation) = self.reserve_now(estimate) {
             return Ok(reservation);

@@ -75,7 +75,7 @@ impl StoreError {
         Self::new(StoreErrorKind::Rejected, "the key store refused the request").caused_by(source)
     }
 
-    /// What is asked for is not to be had with these settings.
+    /// The settings exclude what the request needs.
     pub(crate) fn missing(message: &'static str) -> Self {
         Self::new(StoreErrorKind::Unsupported, message)
     }

@@ -76,7 +76,7 @@ pub(crate) fn unsupported(error: &StoreError, warned: &FirstTime) {
     }
 }
 
-/// A budget can't be reserved with this store or these settings; `remedy` says what to do.
+/// A budget can't be reserved with this store or these settings; `remedy` is what to do.
 pub(crate) fn budget_unsupported(error: &StoreError, remedy: &str, warned: &FirstTime) {
     if warned.is_now() {
         tracing::warn!(error = %error, remedy, "no budget can be reserved: requests are answered 500");

@@ -1,4 +1,4 @@
-//! What a store can't do, or an authenticator was told not to: 500, and one warning that says what to do.
+//! A capability that the store or the settings lack: 500, and one warning with the remedy.
 
 mod support;
 
@@ -18,7 +18,7 @@ use support::{
 };
 use tower_api_key::*;
 
-/// Keys that can be looked up, and whatever else the fields say.
+/// Keys that can be looked up, and leases where `has_leases` is set.
 #[derive(Clone)]
 struct Plain {
     keys: MemoryStore,
@@ -85,7 +85,7 @@ async fn a_store_without_leases_is_a_500_and_one_warning() {
     let debug = log.lines().into_iter().filter(|line| line.contains("no budget can be reserved"));
     assert_eq!(debug.count(), 3);
 
-    // Each authenticator says it once.
+    // One warning for each authenticator.
     let other = Authenticator::new(store);
     let caller = other.authenticate(&key).await.unwrap();
     reserve(&caller).await;
@@ -115,7 +115,7 @@ async fn a_guard_in_front_of_a_store_without_leases_answers_500_without_a_retry_
 }
 
 #[tokio::test]
-async fn an_authenticator_without_usage_reserves_nothing_and_says_which_setting_it_is() {
+async fn an_authenticator_without_usage_reserves_nothing_and_the_warning_names_the_setting() {
     let (log, _guard) = capture();
     let (store, key) = budgeted(true).await;
     let node = Authenticator::builder(store).without_usage().build();

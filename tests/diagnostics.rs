@@ -1,4 +1,4 @@
-//! What the compiler says to usual mistakes.
+//! Messages of the compiler for usual mistakes.
 
 use std::{
     fs,

@@ -105,6 +105,7 @@ async fn the_body_of_a_denied_request_is_read_to_its_end() {
     let layer = fixture().await.layer();
     assert_eq!(Case { ..CASE }.taken_by(&layer).await, 3);
     assert_eq!(Case { version: Version::HTTP_10, ..CASE }.taken_by(&layer).await, 3);
+    assert_eq!(Case { version: Version::HTTP_2, ..CASE }.taken_by(&layer).await, 3);
     assert_eq!(Case { is_declared: true, ..CASE }.taken_by(&layer).await, 3);
     assert_eq!(Case { expect: Some("something"), ..CASE }.taken_by(&layer).await, 3);
 }
@@ -127,12 +128,15 @@ async fn no_more_is_read_than_the_limit_and_a_body_that_declares_more_is_not_rea
 }
 
 #[tokio::test]
-async fn a_client_that_waits_for_a_continue_and_one_over_http_2_are_answered_at_once() {
+async fn a_client_that_waits_for_a_continue_and_a_grpc_call_are_answered_at_once() {
     let layer = fixture().await.layer();
     for expect in ["100-continue", "100-Continue"] {
         assert_eq!(Case { expect: Some(expect), ..CASE }.taken_by(&layer).await, 0);
     }
-    assert_eq!(Case { version: Version::HTTP_2, ..CASE }.taken_by(&layer).await, 0);
+    let service = ServiceBuilder::new().layer(layer).service(probe().0);
+    let (request, taken) = CASE.request("nonsense");
+    let response = service.oneshot(support::grpc(request, "application/grpc")).await.unwrap();
+    assert_eq!((response.status().as_u16(), taken.load(SeqCst)), (200, 0));
 }
 
 #[tokio::test(start_paused = true)]

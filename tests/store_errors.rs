@@ -1,4 +1,4 @@
-//! What the text of a `StoreError` says: the cause, what to do where the schema lacks something, and no secret.
+//! The text of a `StoreError`: the cause, what to do where the schema lacks something, and no secret.
 
 mod support;
 
@@ -29,7 +29,7 @@ fn alter(file: &std::path::Path, sql: &str) {
 }
 
 #[tokio::test]
-async fn sqlite_names_the_table_or_column_that_is_missing_and_what_to_call() {
+async fn sqlite_errors_name_the_missing_table_or_column_and_migrate() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("keys.db");
     let (log, _guard) = capture();
@@ -47,7 +47,7 @@ async fn sqlite_names_the_table_or_column_that_is_missing_and_what_to_call() {
 }
 
 #[tokio::test]
-async fn postgres_says_what_to_call_where_the_schema_lacks_something_in_any_language() {
+async fn postgres_errors_name_migrate_where_the_schema_lacks_something_in_any_language() {
     for server in [Some(Postgres::start()), Postgres::in_german()].into_iter().flatten() {
         let store = || PostgresStore::new(&server.url()).unwrap();
         let missing = refused(store()).await;

@@ -268,8 +268,8 @@ impl AuthenticatorBuilder {
         self
     }
 
-    /// Records no usage: neither requests, tokens and cost, nor when a key was last used. Keys with a budget can't
-    /// reserve anything then.
+    /// Records no usage: neither requests, tokens and cost, nor when a key was last used. A reservation
+    /// for a key with a budget is [`Denial::Unsupported`] then, 500.
     #[must_use]
     pub fn without_usage(mut self) -> Self {
         self.settings.usage_interval = None;

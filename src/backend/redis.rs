@@ -125,7 +125,7 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         let tier = &self.0;
         if !lookup.is_presented() {
-            // Entries that say that a key has matched a hash are named by the key itself.
+            // The name of an entry about a matched hash is derived from the key itself.
             return tier.store.resolve(lookup).await;
         }
         let Some(secret) = tier.secrets.current(self) else {

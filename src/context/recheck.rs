@@ -30,17 +30,20 @@ impl AuthContext {
     /// Checks the key again, without the key: for a stream, a WebSocket or a long job, which outlive the check of
     /// their request. Returns the context as it is now; end the stream at any error.
     ///
-    /// While the local cache has a fresh entry of the key, this is a hit, without I/O. Otherwise the store is asked,
-    /// by the lookup id, and the row has to have the very hash that the key has matched: if `key_hash` was changed
-    /// meanwhile, also to another hash of the same key, the result is `InvalidKey`, and the client has to come with
-    /// the key again. Rechecks of one key at the same time are one look-up.
+    /// While the local cache has a fresh entry of the key, this is a hit, without I/O. Otherwise it is a look-up in
+    /// the store by the lookup id, past shared caches, and the row must have the hash that the key has matched. If
+    /// `key_hash` has changed, also to another hash of the same key, the result is `InvalidKey`, and the client has to
+    /// present the key again. Concurrent rechecks of one key are one look-up.
     ///
-    /// A revoked key is noticed by the first call after this node learns of the change: the bounds are those of a new
-    /// request, from milliseconds where the store notifies to `max_staleness + stale_if_error` (90 s) on a node
-    /// that is cut off, and the interval of the calls is added. This checks what decides whether the key is
-    /// valid: that it and its owner are active, and its expiry by the clock. It counts no request, and checks neither
-    /// endpoint nor address rules; the returned context can ([`can_access_endpoint`](Self::can_access_endpoint),
-    /// [`can_access_from`](Self::can_access_from)). A context made by [`AuthContext::unverified`] returns itself.
+    /// The first call after this node learns of a revocation returns the error. The bounds are those of a new
+    /// request, plus the interval of the calls: milliseconds where the store notifies, `poll_interval` (5 s) where it
+    /// is polled, `max_staleness` (30 s) without a feed, `max_staleness + stale_if_error` (90 s) on a node that is cut
+    /// off.
+    ///
+    /// This checks that the key and its owner are active, and the expiry by the clock. It counts no request, and
+    /// checks neither endpoint nor address rules; for these, the returned context has
+    /// [`can_access_endpoint`](Self::can_access_endpoint) and [`can_access_from`](Self::can_access_from). A context
+    /// made by [`AuthContext::unverified`] returns itself.
     ///
     /// ```
     /// use std::time::Duration;
@@ -60,7 +63,7 @@ impl AuthContext {
     /// # Errors
     ///
     /// `InvalidKey` if the key is no longer valid or its hash has changed. `Unavailable` if the store fails for longer
-    /// than `stale_if_error` allows, or the authenticator was dropped. `Unsupported` if the entry is no longer fresh
+    /// than `stale_if_error` allows, too many look-ups are under way, or the authenticator was dropped. `Unsupported` if the entry is no longer fresh
     /// and the store verifies keys elsewhere ([`Lookup::vouch`](crate::Lookup::vouch)): it needs the key itself.
     pub async fn recheck(&self) -> Result<AuthContext, Denial> {
         let Some(verified) = &self.0.verified else { return Ok(self.clone()) };

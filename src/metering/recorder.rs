@@ -121,7 +121,7 @@ impl Recorder {
         is_on.then(|| self.accounts.reserve_now(key, estimate, tally)).flatten()
     }
 
-    /// Holds `estimate` of a key's budget, and asks the store for a lease if need be.
+    /// Holds `estimate` of a key's budget, with a new lease from the store if need be.
     pub(crate) async fn reserve(
         &self,
         key: &KeyId,

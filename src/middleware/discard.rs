@@ -2,7 +2,8 @@
 //!
 //! A server over HTTP/1.1 closes the connection if it has answered a request whose body it has not read. The kernel
 //! then resets it, and a client or proxy that is still sending sees a broken pipe instead of the response (RFC 9112
-//! §9.6). So the rest of the body is read and discarded first, within limits.
+//! §9.6). Over HTTP/2 the stream is reset after the response (RFC 9113 §8.1), which some clients take for an error:
+//! curl 7.88 exits with 92. So the rest of the body is read and discarded first, within limits.
 
 use std::{
     future::Future,
@@ -18,6 +19,8 @@ use tokio::{
     runtime::Handle,
     time::{Sleep, sleep},
 };
+
+use crate::{credential::RequestHead, respond::ContentType};
 
 /// How much of the body of a denied request is read, and for how long. In the extensions of a request, those of the
 /// layer around a guard, where they are not the default.
@@ -53,18 +56,19 @@ pub(crate) struct UnreadBody<B> {
 }
 
 impl<B: Body> UnreadBody<B> {
-    /// Returns the body if it is to be read: over HTTP/1, if it has not ended, is not larger than the limit, and the
-    /// client does not wait for a `100 Continue`, which it gets if the body is polled (RFC 9110 §10.1.1). HTTP/2
-    /// resets a single stream, after the response (RFC 9113 §8.1).
+    /// Returns the body if it is to be read: if it has not ended, is not larger than the limit, and the client does
+    /// not wait for a `100 Continue`, which it gets if the body is polled (RFC 9110 §10.1.1). A gRPC client may
+    /// wait for the response before it ends its stream, and takes an early one.
     pub(crate) fn of(request: Request<B>, limits: DiscardLimits) -> Option<Self> {
-        let is_http_1 = request.version() <= Version::HTTP_11;
+        let is_grpc = ContentType::of(&RequestHead::of(&request)).is_some()
+            && request.version() == Version::HTTP_2;
         let awaits_continue = request
             .headers()
             .get(header::EXPECT)
             .is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
         let body = request.body();
         let is_worth_reading = !body.is_end_stream() && body.size_hint().lower() <= limits.bytes;
-        if limits.are_off() || !is_http_1 || awaits_continue || !is_worth_reading {
+        if limits.are_off() || is_grpc || awaits_continue || !is_worth_reading {
             return None;
         }
         // Without a runtime there is no timer.

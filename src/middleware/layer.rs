@@ -172,10 +172,10 @@ impl ApiKeyAuthLayer {
         self.with(|options| options.presentation.is_http_only = true)
     }
 
-    /// Sets how much of the body of a denied request is read and discarded before it is answered over HTTP/1:
-    /// at most `max_bytes` (8 MiB by default), for at most `max_time` (2 s). Without this, the server closes the
-    /// connection while the client is still sending, and a client or proxy sees a broken pipe (nginx: 502)
-    /// instead of the denial. 0 turns it off. A body whose declared length is over the limit is not read, nor
+    /// Sets how much of the body of a denied request is read and discarded before it is answered: at most `max_bytes`
+    /// (8 MiB by default), for at most `max_time` (2 s). Without this, the server closes the connection, or resets
+    /// the HTTP/2 stream, while the client is still sending, and a client or proxy sees a broken pipe (nginx: 502)
+    /// instead of the denial. Not for gRPC calls over HTTP/2. 0 turns it off. A body whose declared length is over the limit is not read, nor
     /// is one whose client sends `Expect: 100-continue` and therefore waits. Counts for the guards behind this
     /// layer as well.
     #[must_use]

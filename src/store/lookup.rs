@@ -291,7 +291,7 @@ impl Lookup {
     /// Makes the answer without a check, for a store that proves keys elsewhere: an identity
     /// provider, a hardware module. Call it only where the presented key was verified to be that record's.
     ///
-    /// [`AuthContext::recheck`](crate::AuthContext::recheck) can't ask such a store again, because it has no key
+    /// [`AuthContext::recheck`](crate::AuthContext::recheck) can't query such a store again, because there is no key
     /// to present: an answer made with this is then refused.
     pub fn vouch(&self, record: KeyRecord) -> Answer {
         let candidate = Candidate { record, owner_revision: Revision::default(), proof: None };

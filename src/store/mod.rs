@@ -68,6 +68,7 @@ pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
 /// Never return an [`Answer`] about another key than the [`Lookup`]'s (it is refused), never
 /// [`vouch`](Lookup::vouch) for a key that was not proven, never say "unknown" when the truth is
 /// "could not ask" (that is an error), and never keep the presented key.
+///
 /// # Dyn compatibility
 ///
 /// This trait is not dyn compatible: there is no `Box<dyn KeyStore>` and no `Arc<dyn KeyStore>`. [`DynKeyStore`] holds any
@@ -101,7 +102,7 @@ pub trait KeyStore: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `Unsupported` by default.
+    /// `Unsupported` by default: a node logs that as a warning, counts no usage from then on, and reserves no budget.
     fn record_usage(
         &self,
         batch: &UsageBatch,
@@ -114,7 +115,7 @@ pub trait KeyStore: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// `Unsupported` by default.
+    /// `Unsupported` by default: a reservation for a key with a budget is answered 500, and logged as a warning once.
     fn lease(&self, ask: &LeaseAsk) -> impl Future<Output = Result<Lease, StoreError>> + Send {
         let _ = ask;
         async { Err(StoreError::unsupported("budget leases")) }

@@ -16,6 +16,7 @@ pub mod scripted;
 pub mod servers;
 pub mod stores;
 pub mod verdict;
+pub mod wire;
 
 use std::convert::Infallible;
 

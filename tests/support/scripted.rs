@@ -113,7 +113,7 @@ impl Scripted {
         *row = StoredKey::new(record, row.hash().clone()).with_revisions(revisions);
     }
 
-    /// Replaces the hash of a key; its row gets this revision. Nothing is said of it.
+    /// Replaces the hash of a key; its row gets this revision. Sends no change event.
     pub fn rehash(&self, issued: &Issued, revision: u64, hash: KeyHash) {
         let mut rows = self.0.rows.lock().unwrap();
         let row = rows.get_mut(&issued.prefix).expect("the key is there");

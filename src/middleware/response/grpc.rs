@@ -15,7 +15,7 @@ const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 const ESCAPED: &AsciiSet = &CONTROLS.add(b'%');
 
 /// The content type of a gRPC or gRPC-Web request, which that of the answer has to be.
-pub(super) enum ContentType {
+pub(crate) enum ContentType {
     Usual(&'static str),
     Other(Box<HeaderValue>),
 }
@@ -34,7 +34,7 @@ impl ContentType {
     /// content type, which the caller chooses, is not enough: a call is a `POST` over HTTP/2, one of gRPC-Web a
     /// `POST` over any version.
     #[inline]
-    pub(super) fn of(head: &RequestHead<'_>) -> Option<Self> {
+    pub(crate) fn of(head: &RequestHead<'_>) -> Option<Self> {
         if head.method() != Method::POST {
             return None;
         }

@@ -9,6 +9,7 @@ mod refusal;
 
 pub(super) use self::{
     asker::Asker,
+    grpc::ContentType,
     presentation::{OnDenial, Presentation, Realm},
     rate_limit_fields::RateFields,
 };

@@ -1,6 +1,7 @@
 //! Private servers for tests: each in a temporary folder, on the loopback address, not as root, ended by its
-//! process id when it goes out of scope. PostgreSQL, PgBouncer, and Redis from 7.0 on.
+//! process id when it goes out of scope. PostgreSQL, PgBouncer, nginx, and Redis from 7.0 on.
 
+mod nginx;
 mod pgbouncer;
 mod postgres;
 mod process;
@@ -10,6 +11,7 @@ mod redis_sentinel;
 mod resp;
 
 pub use self::{
+    nginx::Nginx,
     pgbouncer::PgBouncer,
     postgres::Postgres,
     process::{Port, wait_for},

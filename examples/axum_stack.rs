@@ -1,0 +1,107 @@
+//! axum on an SQLite file with a whole stack: CORS, routes that need a key and routes where it is optional, a health
+//! check that skips the layer, rate limits, a cost for each request, and a method for one scope.
+//!
+//! `cargo run --example axum_stack`; `ADDR` (default `127.0.0.1:3000`) and `DATABASE_URL` (a file, default
+//! `axum_stack.db`) are read from the environment. On the first start it prints keys.
+
+use std::{env, error::Error, net::SocketAddr};
+
+use axum::{
+    Router,
+    http::{HeaderName, Method, header},
+    routing::{get, post},
+};
+use tower::ServiceBuilder;
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, Authenticator, Budget, BudgetLayer, BudgetPeriod, KeyManager,
+    KeyRepository, ListKeys, LocalRateLimiter, NewKey, RateLimitLayer, RateLimits, RequireLayer,
+    SqliteStore,
+};
+use tower_http::cors::{Any, CorsLayer};
+
+/// Cost of a request: half a cent, in micro-cents.
+const COST: u64 = 500_000;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    tracing_subscriber::fmt().init();
+    let address = env::var("ADDR").unwrap_or_else(|_| "127.0.0.1:3000".to_owned());
+    let file = env::var("DATABASE_URL").unwrap_or_else(|_| "axum_stack.db".to_owned());
+
+    let store = SqliteStore::open(&file)?;
+    store.migrate().await?;
+    if store.list_keys(&ListKeys::default()).await?.keys.is_empty() {
+        issue_keys(store.clone()).await?;
+    }
+
+    let authenticator = Authenticator::new(store);
+    // Adds the peer's address to each request, for keys with address rules.
+    let app = app(&authenticator).into_make_service_with_connect_info::<SocketAddr>();
+    let listener = tokio::net::TcpListener::bind(&address).await?;
+    println!("Listening on http://{}", listener.local_addr()?);
+    axum::serve(listener, app).with_graceful_shutdown(stopped()).await?;
+    // Writes the usage of the last second.
+    authenticator.shutdown().await;
+    Ok(())
+}
+
+fn app(authenticator: &Authenticator) -> Router {
+    // Both groups of routes share the cache of keys and the counters.
+    let guards = ServiceBuilder::new()
+        .layer(RateLimitLayer::new(LocalRateLimiter::new()))
+        .layer(BudgetLayer::new(COST));
+    let required = ApiKeyAuthLayer::from(authenticator.clone());
+    let optional = required.clone().optional().skip(|head| head.uri().path() == "/health");
+
+    let change_greeting =
+        post(|| async { "changed\n" }).layer(RequireLayer::scope("greeting:write"));
+    let open = Router::new()
+        .route("/health", get(|| async { "healthy\n" }))
+        .route("/greeting", get(greeting).merge(change_greeting))
+        .layer(ServiceBuilder::new().layer(optional).layer(guards.clone()));
+    let closed = Router::new()
+        .route("/me", get(|caller: AuthContext| async move { caller.user().email.clone() + "\n" }))
+        .layer(ServiceBuilder::new().layer(required).layer(guards));
+
+    // Outermost: a preflight carries no key, and a page may read a denial only if it has these fields too.
+    open.merge(closed).layer(cors())
+}
+
+fn cors() -> CorsLayer {
+    CorsLayer::new()
+        .allow_origin(Any)
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers([header::AUTHORIZATION, header::CONTENT_TYPE])
+        .expose_headers([header::RETRY_AFTER, HeaderName::from_static("ratelimit")])
+}
+
+/// Greets a caller with or without a key. A key that is not valid is denied.
+async fn greeting(caller: Option<AuthContext>) -> String {
+    let name = caller.map_or("stranger".to_owned(), |caller| caller.user().email.clone());
+    format!("Hello, {name}!\n")
+}
+
+/// Prints a key for each plan, this once.
+async fn issue_keys(store: SqliteStore) -> Result<(), Box<dyn Error>> {
+    let manager = KeyManager::new(store);
+    let user = manager.create_user("ada@example.com", "user").await?;
+    let key = |name: &str| NewKey::new(user.id.clone(), name);
+    let mut two_a_minute = RateLimits::default();
+    two_a_minute.per_minute = Some(2);
+    let one_cent = Budget { limit_cents: 1, period: BudgetPeriod::Total };
+    let plans = [
+        ("everything", key("everything").scopes(["greeting:write"])),
+        ("from this machine alone", key("local").allowed_ips(["127.0.0.0/8".parse()?])),
+        ("two requests a minute", key("trial").rate_limits(two_a_minute)),
+        ("one cent in all, which is two requests", key("capped").budget(one_cent)),
+    ];
+    for (plan, new) in plans {
+        println!("{plan}:\n  {}", manager.issue(new).await?.expose_secret());
+    }
+    Ok(())
+}
+
+async fn stopped() {
+    // Without a signal handler, the process simply ends.
+    let _ = tokio::signal::ctrl_c().await;
+}
