@@ -20,7 +20,7 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-use crate::{credential::RequestHead, respond::ContentType};
+use super::{credential::RequestHead, response::ContentType};
 
 /// How much of the body of a denied request is read, and for how long. In the extensions of a request, those of the
 /// layer around a guard, where they are not the default.
