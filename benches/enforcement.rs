@@ -131,10 +131,10 @@ async fn limits(redis: &Redis) -> (f64, f64, f64) {
     }
     let client = redis::Client::open(redis.url()).unwrap();
     let mut connection = client.get_multiplexed_async_connection().await.unwrap();
-    let script = redis::Script::new(include_str!("../src/limit/take.lua"));
+    let script = redis::Script::new(include_str!("../src/rate_limit/take.lua"));
     let digest: String = redis::cmd("SCRIPT")
         .arg("LOAD")
-        .arg(include_str!("../src/limit/take.lua"))
+        .arg(include_str!("../src/rate_limit/take.lua"))
         .query_async(&mut connection)
         .await
         .unwrap();

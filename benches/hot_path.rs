@@ -251,7 +251,7 @@ struct Everybody;
 
 impl KeyStore for Everybody {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        Ok(lookup.vouch(record(lookup.expose_secret())))
+        Ok(lookup.assume_verified(record(lookup.expose_secret())))
     }
 }
 

@@ -12,7 +12,7 @@ pub(crate) use self::recheck::{Engine, RecheckFuture, Verified};
 use crate::{
     coherence::Stamp,
     denial::{Denial, Forbidden},
-    metering::{Reservation, Tally, Usage},
+    metering::{Reservation, Usage, UsageCounter},
     policy,
     record::{AllowedNetwork, EndpointRule, KeyRecord, RateLimits, User},
 };
@@ -52,7 +52,7 @@ pub(crate) struct Provenance {
     pub(crate) origin: Origin,
     pub(crate) stamp: Stamp,
     /// `None` if nothing is recorded.
-    pub(crate) tally: Option<Arc<Tally>>,
+    pub(crate) tally: Option<Arc<UsageCounter>>,
 }
 
 /// Tells one authenticator from another.
@@ -226,7 +226,7 @@ impl AuthContext {
         }
     }
 
-    fn tally(&self) -> Option<&Arc<Tally>> {
+    fn tally(&self) -> Option<&Arc<UsageCounter>> {
         self.provenance()?.tally.as_ref()
     }
 

@@ -50,13 +50,13 @@ pub use key::{
 pub use management::{IssuedKey, KeyManager, ManageError, NewKey};
 pub use metering::{Reservation, Usage};
 pub use middleware::{
-    ApiKeyAuth, ApiKeyAuthLayer, BudgetLayer, ClientAddr, Credential, Guard, GuardFuture,
-    InvalidRealm, RateLimitLayer, Refusal, RequestHead, RequireLayer, ResponseBody, ResponseFuture,
-    TrustedProxies, openai_error,
+    ApiKeyAuth, ApiKeyAuthLayer, BudgetLayer, ClientAddr, Credential, DeniedRequest, Guard,
+    GuardFuture, InvalidRealm, RateLimitLayer, RequestHead, RequireLayer, ResponseBody,
+    ResponseFuture, TrustedProxies, openai_error,
 };
 pub use rate_limit::{LocalRateLimiter, RateLimiter};
 #[cfg(feature = "redis")]
-pub use rate_limit::{RedisRateLimiter, RedisRateLimiterBuilder, WhenRedisIsAway};
+pub use rate_limit::{OnRedisFailure, RedisRateLimiter, RedisRateLimiterBuilder};
 pub use record::{
     AllowedNetwork, Budget, BudgetPeriod, EndpointRule, EndpointRuleError, KeyId, KeyRecord,
     NetworkError, Quota, RateLimits, RatePeriod, RateWindow, Revision, Revisions, UsageTotals,
@@ -67,6 +67,6 @@ pub use redis::{RedisServers, RedisState, RedisUrlError};
 pub use runtime::{Clock, ManualClock, SystemClock};
 pub use store::{
     Answer, CacheSecret, Change, ChangeStream, DynKeyStore, FeedFault, FeedStatus, HashUpgrade,
-    KeyPage, KeyRepository, KeyStore, KeyUsage, Lease, LeaseAsk, ListKeys, Lookup, StoredKey,
+    KeyPage, KeyRepository, KeyStore, KeyUsage, Lease, LeaseRequest, ListKeys, Lookup, StoredKey,
     UnreadableKey, UsageBatch,
 };

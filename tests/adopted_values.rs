@@ -101,21 +101,21 @@ async fn rows_that_worked_before_go_on_working(
     assert_eq!((limits.per_minute, limits.per_day), (None, Some(5)));
     for id in 2..=4 {
         assert_eq!(record(id).await.unwrap().budget, None, "{id}");
-        let ask = LeaseAsk::new(id.into(), "node", 1, i64::MAX / 2);
+        let ask = LeaseRequest::new(id.into(), "node", 1, i64::MAX / 2);
         let lease = store.lease(&ask).await.unwrap();
         assert!(lease.amount_micro_cents > i64::MAX / 8, "{id}: {lease:?}");
         assert_eq!(lease.resets_at, None);
     }
     let total = Budget { limit_cents: 15, period: BudgetPeriod::Total };
     assert_eq!(record(5).await.unwrap().budget, Some(total));
-    let mut ask = LeaseAsk::new(5.into(), "node", 1, 20_000_000);
+    let mut ask = LeaseRequest::new(5.into(), "node", 1, 20_000_000);
     ask.needed_micro_cents = 15_000_000;
     assert_eq!(store.lease(&ask).await.unwrap().amount_micro_cents, 15_000_000);
     assert_eq!(record(6).await.unwrap().permissions, ["chat:read", "models:a"]);
     for id in 7..=8 {
         assert!(matches!(record(id).await, Err(Denial::BadRow(_))), "{id}");
     }
-    assert!(store.lease(&LeaseAsk::new(8.into(), "node", 1, 5)).await.is_err());
+    assert!(store.lease(&LeaseRequest::new(8.into(), "node", 1, 5)).await.is_err());
 }
 
 const REVIEWED: [&str; 9] = [

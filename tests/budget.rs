@@ -45,7 +45,7 @@ async fn lease_for(
     lifetime: Duration,
 ) -> Lease {
     static ASKS: AtomicU64 = AtomicU64::new(1);
-    let mut ask = LeaseAsk::new(key.clone(), by, ASKS.fetch_add(1, SeqCst), asked);
+    let mut ask = LeaseRequest::new(key.clone(), by, ASKS.fetch_add(1, SeqCst), asked);
     (ask.needed_micro_cents, ask.lifetime) = (needed, lifetime);
     store.lease(&ask).await.unwrap()
 }
@@ -127,7 +127,7 @@ async fn no_limit_a_limit_of_nothing_and_no_key<R: KeyRepository + Clone>(store:
 async fn an_ask_that_comes_late_changes_nothing<R: KeyRepository + Clone>(store: R) {
     let key = new_key(&store, cents(10, BudgetPeriod::Daily)).await.record().id.clone();
     let ask = async |by: &str, sequence, amount| {
-        let mut ask = LeaseAsk::new(key.clone(), by, sequence, amount);
+        let mut ask = LeaseRequest::new(key.clone(), by, sequence, amount);
         ask.needed_micro_cents = amount;
         store.lease(&ask).await.unwrap()
     };

@@ -39,7 +39,7 @@ impl KeyStore for Plain {
         }
     }
 
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         match self.has_leases {
             true => self.keys.lease(ask).await,
             false => Err(StoreError::unsupported("budget leases")),

@@ -35,7 +35,7 @@ async fn use_it<R: KeyRepository + Clone>(store: R, key: &str, budget: &KeyId, d
             }
         }
     }
-    let mut ask = LeaseAsk::new(budget.clone(), "node", 1, 1);
+    let mut ask = LeaseRequest::new(budget.clone(), "node", 1, 1);
     ask.lifetime = duration;
     let _ = store.lease(&ask).await;
     if duration == Duration::MAX {

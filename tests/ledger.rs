@@ -55,7 +55,7 @@ async fn carry_out<R: KeyRepository + Clone>(
         match *step {
             Step::Ask { holder, asked, needed, is_late } => {
                 let sequence = if is_late { sequence - 9 } else { sequence };
-                let mut ask = LeaseAsk::new(id.clone(), holder.to_string(), sequence, asked);
+                let mut ask = LeaseRequest::new(id.clone(), holder.to_string(), sequence, asked);
                 ask.needed_micro_cents = needed;
                 granted.push(Some(store.lease(&ask).await.unwrap().amount_micro_cents));
             }

@@ -901,13 +901,13 @@ async fn what_is_remembered_is_not_in_the_debug_output() {
     assert!(shown.contains("cached_keys: 1"), "{shown}");
 }
 
-/// Whoever takes the trouble to write a feed may well vouch for keys that are proven elsewhere.
+/// Whoever takes the trouble to write a feed may well assume_verified for keys that are proven elsewhere.
 struct Provider(tokio::sync::broadcast::Sender<Change>);
 
 impl KeyStore for Provider {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         let record = KeyRecord::new(1, lookup.id(), User::new(7, "a@b.c"));
-        Ok(lookup.vouch(record).with_key_revision(Revision(5)))
+        Ok(lookup.assume_verified(record).with_key_revision(Revision(5)))
     }
 
     fn changes(&self, _: SystemTime) -> ChangeStream {

@@ -56,7 +56,7 @@ async fn other_clients_of_the_pooler_keep_their_settings(settings: &str) {
     let node = Authenticator::new(store.clone());
     assert!(node.authenticate(key).await.is_ok());
     in_sync(&node).await;
-    let lease = store.lease(&LeaseAsk::new(id.clone(), "node", 1, 1000)).await.unwrap();
+    let lease = store.lease(&LeaseRequest::new(id.clone(), "node", 1, 1000)).await.unwrap();
     assert_eq!(lease.amount_micro_cents, 1000);
     let mut usage = KeyUsage::new(id.clone());
     (usage.requests, usage.cost_micro_cents) = (1, 10);

@@ -1,4 +1,4 @@
-//! Answers that were read before a revoke and come back after it, ten thousand at a time.
+//! Resolver that were read before a revoke and come back after it, ten thousand at a time.
 
 mod support;
 
@@ -24,7 +24,7 @@ struct Barrier(Arc<Inner>);
 struct Inner {
     store: MemoryStore,
     is_closed: watch::Sender<bool>,
-    /// Answers that were read and are held.
+    /// Resolver that were read and are held.
     held: AtomicUsize,
     /// Whether changes are said.
     has_feed: AtomicBool,

@@ -74,7 +74,7 @@ fn patient(redis: &Redis) -> RedisRateLimiter {
     // 600 callers at once on two cores are more than 100 ms of work.
     RedisRateLimiter::builder(redis.url())
         .timeout(Duration::from_secs(20))
-        .when_away(WhenRedisIsAway::Refuse)
+        .on_redis_failure(OnRedisFailure::Deny)
         .build()
         .unwrap()
 }
@@ -98,13 +98,18 @@ async fn three_nodes_let_exactly_the_limit_through_and_the_fields_add_up() {
 /// So many get through a limit of 1,000 an hour, of 200 callers on each of 3 nodes who go on asking while Redis is
 /// disturbed, until it counts again and refuses them.
 async fn through_a_disturbance(
-    when_away: WhenRedisIsAway,
+    on_redis_failure: OnRedisFailure,
     disturb: impl AsyncFnOnce(&mut Redis, &[RedisRateLimiter], &AtomicU64),
 ) -> u64 {
     let mut redis = Redis::start();
     let nodes = [(); 3].map(|()| {
         let builder = RedisRateLimiter::builder(redis.url());
-        builder.timeout(Duration::from_millis(500)).nodes(3).when_away(when_away).build().unwrap()
+        builder
+            .timeout(Duration::from_millis(500))
+            .nodes(3)
+            .on_redis_failure(on_redis_failure)
+            .build()
+            .unwrap()
     });
     for node in &nodes {
         is_up(node).await;
@@ -165,21 +170,21 @@ async fn nobody_gets_through(nodes: &[RedisRateLimiter], through: &AtomicU64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn by_shares_a_crowd_gets_through_up_to_twice_while_redis_is_frozen() {
-    let through = through_a_disturbance(WhenRedisIsAway::Share, freeze).await;
+    let through = through_a_disturbance(OnRedisFailure::Share, freeze).await;
     assert!((999..=2_003).contains(&through), "{through}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restarted_redis_that_lost_its_memory_counts_the_crowd_once_more() {
-    let through = through_a_disturbance(WhenRedisIsAway::Share, restart).await;
+    let through = through_a_disturbance(OnRedisFailure::Share, restart).await;
     assert!((1_000..=3_003).contains(&through), "{through}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_refusals_a_crowd_never_gets_more_through_than_redis_remembers() {
-    let through = through_a_disturbance(WhenRedisIsAway::Refuse, freeze).await;
+    let through = through_a_disturbance(OnRedisFailure::Deny, freeze).await;
     assert!((200..=1_000).contains(&through), "{through}");
-    let through = through_a_disturbance(WhenRedisIsAway::Refuse, restart).await;
+    let through = through_a_disturbance(OnRedisFailure::Deny, restart).await;
     assert!((1_000..=2_000).contains(&through), "{through}");
 }
 
@@ -293,8 +298,9 @@ async fn a_frozen_redis_costs_little_and_comes_back_by_itself() {
 #[tokio::test]
 async fn what_happens_without_redis_is_a_choice() {
     let mut redis = Redis::start();
-    let with = |when| RedisRateLimiter::builder(redis.url()).when_away(when).build().unwrap();
-    let (allows, refuses) = (with(WhenRedisIsAway::Allow), with(WhenRedisIsAway::Refuse));
+    let with =
+        |when| RedisRateLimiter::builder(redis.url()).on_redis_failure(when).build().unwrap();
+    let (allows, refuses) = (with(OnRedisFailure::Allow), with(OnRedisFailure::Deny));
     for limiter in [&allows, &refuses] {
         is_up(limiter).await;
     }

@@ -53,7 +53,7 @@ impl KeyStore for Ledger {
         self.store.record_usage(batch).await
     }
 
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         self.asked.fetch_add(1, SeqCst);
         self.is_there()?;
         self.store.lease(ask).await
@@ -107,7 +107,7 @@ impl Node {
     /// What another node is granted that wants this much and no less.
     async fn leased_elsewhere(&self, sequence: u64, amount: u64) -> i64 {
         let id = self.caller.key().id.clone();
-        let mut ask = LeaseAsk::new(id, "another", sequence, amount as i64);
+        let mut ask = LeaseRequest::new(id, "another", sequence, amount as i64);
         ask.needed_micro_cents = ask.amount_micro_cents;
         self.ledger.store.lease(&ask).await.unwrap().amount_micro_cents
     }
@@ -345,7 +345,7 @@ impl KeyStore for Unreliable {
         self.answer(()).await
     }
 
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         if self.asked.load(SeqCst) % 5 == 3 {
             let (store, ask) = (self.store.clone(), ask.clone());
             tokio::spawn(async move {

@@ -274,7 +274,7 @@ async fn a_row_whose_totals_cannot_be_written_is_charged_all_the_same() {
     );
     let id = key.record().id.clone();
     let lease = async |sequence, amount| {
-        let mut ask = LeaseAsk::new(id.clone(), "node", sequence, amount);
+        let mut ask = LeaseRequest::new(id.clone(), "node", sequence, amount);
         ask.needed_micro_cents = amount;
         store.lease(&ask).await.unwrap().amount_micro_cents
     };

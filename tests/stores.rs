@@ -500,7 +500,7 @@ async fn an_arc_and_a_dyn_store_answer_like_the_store(
     assert_eq!(format!("{:?}", by_name.cache_secret().await.unwrap()), format!("{secret:?}"));
     let batch = UsageBatch::new("writer", 1);
     by_name.record_usage(&batch).await.unwrap();
-    let ask = LeaseAsk::new(issued.record().id.clone(), "node", 1, 1);
+    let ask = LeaseRequest::new(issued.record().id.clone(), "node", 1, 1);
     assert_eq!(by_name.lease(&ask).await.unwrap().amount_micro_cents, 1);
 }
 

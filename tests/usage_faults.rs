@@ -93,7 +93,7 @@ async fn usage_of_a_key_whose_row_is_locked_arrives_later_in_any_language() {
             assert_eq!((totals(&owner, key).await.0, charged(&server, key).await.0), (0, 0));
         }
         // So is a lease, and an edit.
-        let ask = LeaseAsk::new(keys[1].clone(), "w", 1, 100);
+        let ask = LeaseRequest::new(keys[1].clone(), "w", 1, 100);
         let error = store.lease(&ask).await.unwrap_err();
         assert!(error.is_transient(), "{error:?}");
         let error = store.revoke_key(&keys[1]).await.unwrap_err();

@@ -4,7 +4,7 @@ use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use super::{
     health::Health,
-    resolver::{Answers, LookupFuture, Recall},
+    resolver::{LookupFuture, Recall, Resolver},
     settings::Settings,
 };
 use crate::{
@@ -33,7 +33,7 @@ use crate::{
 /// # }
 /// ```
 #[derive(Clone)]
-pub struct Authenticator(Arc<Answers>);
+pub struct Authenticator(Arc<Resolver>);
 
 impl Authenticator {
     /// An authenticator over `store` with the default settings and the default [`KeyScheme`].
@@ -173,7 +173,7 @@ impl Authenticator {
 
     /// The same store with another scheme. Shares nothing else.
     pub(crate) fn with_scheme(&self, scheme: KeyScheme) -> Self {
-        let Answers { store, settings, .. } = &*self.0;
+        let Resolver { store, settings, .. } = &*self.0;
         AuthenticatorBuilder { store: store.clone(), scheme, settings: *settings }.build()
     }
 }
@@ -279,6 +279,6 @@ impl AuthenticatorBuilder {
     /// Builds the authenticator. Needs no runtime.
     pub fn build(self) -> Authenticator {
         let Self { store, scheme, settings } = self;
-        Authenticator(Answers::new(store, scheme, settings))
+        Authenticator(Resolver::new(store, scheme, settings))
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use futures_core::Stream;
 
 use crate::{
-    coherence::{FLOOR_LIFETIME, View},
+    coherence::{MINIMUM_REVISION_LIFETIME, View},
     runtime::Moment,
     store::{Change, ChangeStream, DynKeyStore, FeedFault, FeedStatus, KeyStore},
     telemetry,
@@ -58,13 +58,13 @@ impl FeedState {
 pub(crate) async fn follow(store: DynKeyStore, feed: Weak<FeedState>, clock: impl Fn() -> Moment) {
     loop {
         // As long as a copy can live anywhere: this node knows of no change yet, or has missed some.
-        let mut changes = store.changes(SystemTime::now() - FLOOR_LIFETIME);
+        let mut changes = store.changes(SystemTime::now() - MINIMUM_REVISION_LIFETIME);
         if let Some(feed) = feed.upgrade()
             && feed
                 .view
                 .freshness
                 .last_sync()
-                .is_some_and(|sync| clock().since(sync) >= FLOOR_LIFETIME)
+                .is_some_and(|sync| clock().since(sync) >= MINIMUM_REVISION_LIFETIME)
         {
             // It looks back no further than that.
             feed.learn(Change::Reset, clock());

@@ -14,7 +14,7 @@ use crate::{
     store::Proof,
 };
 
-/// Answers by the SHA-256 of the whole key, so that a hit has proven the key. Bounded: what is asked for
+/// Resolver by the SHA-256 of the whole key, so that a hit has proven the key. Bounded: what is asked for
 /// seldom makes room.
 pub(crate) struct LocalCache {
     known: Cache<KeyDigest, AuthContext>,

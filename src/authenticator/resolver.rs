@@ -1,4 +1,4 @@
-//! Answers to keys, remembered or looked up once for all who ask: [`Answers`].
+//! Resolver to keys, remembered or looked up once for all who ask: [`Resolver`].
 
 mod judge;
 mod recheck;
@@ -23,7 +23,7 @@ use super::{
     health::Health,
     local_cache::LocalCache,
     settings::Settings,
-    single_flight::{Boarding, Flights, Landed, Outcome, Waiters},
+    single_flight::{Boarding, Landed, Outcome, SingleFlight, Waiters},
 };
 use crate::{
     coherence::{Age, Seen, Subject, View},
@@ -38,7 +38,7 @@ use crate::{
 };
 
 /// The tiers of one node, from the local cache down.
-pub(crate) struct Answers {
+pub(crate) struct Resolver {
     pub(crate) store: DynKeyStore,
     pub(crate) scheme: KeyScheme,
     pub(crate) settings: Settings,
@@ -47,7 +47,7 @@ pub(crate) struct Answers {
     pub(crate) unknown_address: FirstTime,
     view: Arc<View>,
     cache: LocalCache,
-    flights: Arc<Flights>,
+    flights: Arc<SingleFlight>,
     admission: Admission,
     feed: Background,
     feed_state: Arc<FeedState>,
@@ -82,7 +82,7 @@ const RETRIES: [Duration; 4] = [
     Duration::from_millis(400),
 ];
 
-impl Answers {
+impl Resolver {
     pub(crate) fn new(store: DynKeyStore, scheme: KeyScheme, settings: Settings) -> Arc<Self> {
         let view = View::new(settings.max_staleness, settings.stale_if_error);
         Arc::new(Self {
@@ -334,8 +334,8 @@ impl Answers {
     }
 }
 
-impl fmt::Debug for Answers {
+impl fmt::Debug for Resolver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Answers").field("health", &self.health()).finish_non_exhaustive()
+        f.debug_struct("Resolver").field("health", &self.health()).finish_non_exhaustive()
     }
 }

@@ -1,4 +1,4 @@
-//! One look-up a key at a time: [`Flights`].
+//! One look-up a key at a time: [`SingleFlight`].
 
 use std::{
     collections::HashMap,
@@ -28,7 +28,7 @@ pub(crate) type Outcome = Result<AuthContext, Denial>;
 
 /// The look-ups under way.
 #[derive(Default)]
-pub(crate) struct Flights {
+pub(crate) struct SingleFlight {
     joinable: Mutex<HashMap<KeyDigest, Flight>>,
     /// With those that can't be joined any more.
     under_way: AtomicUsize,
@@ -60,7 +60,7 @@ pub(crate) struct Landing {
 /// Those who wait for one flight.
 #[derive(Clone)]
 pub(crate) struct Waiters {
-    flights: Arc<Flights>,
+    flights: Arc<SingleFlight>,
     key: KeyDigest,
     outcome: watch::Sender<Option<Landed>>,
 }
@@ -72,7 +72,7 @@ pub(crate) struct Boarding {
     joined: Seen,
 }
 
-impl Flights {
+impl SingleFlight {
     /// Joins the look-up of `key` that is under way or, if there is none, or it began before a change
     /// that could be about this key, begins one: `admit` is given how many are under way, and `begin` what
     /// was known before, the priority, and the landing.
@@ -210,9 +210,9 @@ fn lost() -> Denial {
     StoreError::unavailable("the look-up panicked, or its runtime was shut down").into()
 }
 
-impl fmt::Debug for Flights {
+impl fmt::Debug for SingleFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Flights").field("under_way", &self.len()).finish()
+        f.debug_struct("SingleFlight").field("under_way", &self.len()).finish()
     }
 }
 

@@ -11,14 +11,14 @@ use std::{
 use chrono::{DateTime, Utc};
 use tokio::{sync::watch, time::timeout};
 
-use self::ledger::Books;
+use self::ledger::LedgerEntry;
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, Revision, Revisions, UsageTotals, User, UserId},
     runtime::{Clock, SystemClock},
     store::{
         Answer, CHANGED_SINCE, Change, ChangeStream, KeyPage, KeyRepository, KeyStore, Lease,
-        LeaseAsk, ListKeys, Lookup, StoredKey, UsageBatch,
+        LeaseRequest, ListKeys, Lookup, StoredKey, UsageBatch,
     },
 };
 
@@ -44,7 +44,7 @@ struct Tables {
     revision: u64,
     /// The last changes, each with its revision.
     changes: VecDeque<(u64, Change)>,
-    books: Books,
+    books: LedgerEntry,
     last_id: i64,
 }
 
@@ -231,7 +231,7 @@ impl KeyStore for MemoryStore {
         Ok(())
     }
 
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         let now = self.now();
         Ok(self.write().lease(ask, now))
     }

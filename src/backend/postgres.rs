@@ -42,7 +42,7 @@ use crate::{
     record::Revision,
     runtime::within,
     store::{
-        Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, MAX_CANDIDATES,
+        Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, MAX_CANDIDATES,
         UsageBatch,
     },
     telemetry,
@@ -243,7 +243,7 @@ impl KeyStore for PostgresStore {
         self.count_usage(batch).await
     }
 
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         let Some(key) = ask.key.as_i64() else { return Ok(Lease::none(SystemTime::now())) };
         let select =
             "SELECT json_build_array(granted, (extract(epoch FROM expires) * 1000)::bigint,

@@ -34,8 +34,8 @@ use crate::{
     redis::{Link, RedisServers, RedisState},
     runtime::Moment,
     store::{
-        Answer, CacheSecret, Candidate, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, Outcome,
-        Proof, Read, Source, UsageBatch,
+        Answer, CacheSecret, Candidate, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup,
+        Outcome, Proof, Read, Source, UsageBatch,
     },
     telemetry,
 };
@@ -170,7 +170,7 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
         self.0.store.record_usage(batch).await
     }
 
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         self.0.store.lease(ask).await
     }
 

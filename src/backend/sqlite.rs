@@ -40,7 +40,7 @@ use crate::{
     record::Revision,
     runtime::{hex, later, within},
     store::{
-        Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseAsk, Lookup, MAX_CANDIDATES,
+        Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, MAX_CANDIDATES,
         UsageBatch,
     },
     telemetry,
@@ -343,7 +343,7 @@ impl KeyStore for SqliteStore {
         self.count_usage(batch).await
     }
 
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         self.grant_lease(ask).await
     }
 

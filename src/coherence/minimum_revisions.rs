@@ -1,4 +1,4 @@
-//! The rule of floors: [`Floors`].
+//! The rule of floors: [`MinimumRevisions`].
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::RandomState},
@@ -27,10 +27,10 @@ pub(crate) enum Subject {
 
 /// What this node has learned of changes. Nothing below a floor is served.
 ///
-/// Floors are looked at when an answer comes up from below. For what is in the local cache there are
+/// MinimumRevisions are looked at when an answer comes up from below. For what is in the local cache there are
 /// generations: a counter a bucket of subjects, which a change moves and every hit compares, so that a
 /// hit takes no lock. Whatever shares a bucket is asked anew, which costs a look-up and nothing else.
-pub(crate) struct Floors {
+pub(crate) struct MinimumRevisions {
     table: Mutex<Table>,
     generations: Box<[AtomicU32; BUCKETS]>,
     hasher: RandomState,
@@ -92,7 +92,7 @@ pub(crate) enum Standing {
 }
 
 /// Longer than any entry lives in Redis.
-pub(crate) const FLOOR_LIFETIME: Duration = Duration::from_secs(3600 + 300);
+pub(crate) const MINIMUM_REVISION_LIFETIME: Duration = Duration::from_secs(3600 + 300);
 /// Past so many floors, one for everything takes their place.
 const MAX_FLOORS: usize = 100_000;
 /// 32 KiB, which stay in a core's nearest cache. A change drops what shares its bucket: one entry in 8,192.
@@ -103,7 +103,7 @@ pub(super) const MARGIN: Duration = Duration::from_secs(1);
 /// A bucket, and its generation.
 pub(crate) type Generation = (u16, u32);
 
-impl Floors {
+impl MinimumRevisions {
     pub(super) fn new() -> Self {
         Self {
             table: Mutex::default(),
@@ -204,7 +204,7 @@ impl Floors {
         self.is_caught_up.load(Ordering::Acquire)
     }
 
-    /// What has been learned so far. Taken before a read, so that [`Floors::judge`] can tell what came
+    /// What has been learned so far. Taken before a read, so that [`MinimumRevisions::judge`] can tell what came
     /// during it.
     pub(crate) fn seen(&self) -> Seen {
         let table = self.table();
@@ -213,7 +213,7 @@ impl Floors {
 
     /// Whether a request may join a look-up of a key under `prefix` that began at `began`. Not if a change
     /// of that prefix is known by now, or a change without a revision of any owner: whose key it will turn
-    /// out to be is not known yet. Changes of owners with a revision don't matter: [`Floors::judge`] finds
+    /// out to be is not known yet. Changes of owners with a revision don't matter: [`MinimumRevisions::judge`] finds
     /// an answer that is from before one of them.
     pub(crate) fn may_join(&self, prefix: Generation, began: Seen) -> bool {
         self.is_current(prefix) && self.table().unordered == began.unordered
@@ -248,7 +248,7 @@ impl Floors {
         for (subject, revision) in subjects {
             let Some(floor) = table.floors.get(subject) else { continue };
             // One that the database has lost is never reached: it ends, as no copy from before it is left.
-            if floor.raised.is_some_and(|raised| now.since(raised) > FLOOR_LIFETIME) {
+            if floor.raised.is_some_and(|raised| now.since(raised) > MINIMUM_REVISION_LIFETIME) {
                 continue;
             }
             if *revision < floor.revision {
@@ -302,7 +302,7 @@ impl Floors {
 impl Table {
     fn forget_old(&mut self, now: Moment) {
         while let Some((raised, subject)) = self.raised.front() {
-            if now.since(*raised) <= FLOOR_LIFETIME {
+            if now.since(*raised) <= MINIMUM_REVISION_LIFETIME {
                 break;
             }
             // Raised again since then?
@@ -329,9 +329,9 @@ impl Table {
     }
 }
 
-impl fmt::Debug for Floors {
+impl fmt::Debug for MinimumRevisions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Floors")
+        f.debug_struct("MinimumRevisions")
             .field("floors", &self.len())
             .field("is_caught_up", &self.is_caught_up())
             .finish_non_exhaustive()

@@ -13,7 +13,7 @@ mod view;
 
 pub(crate) use self::{
     freshness::Age,
-    minimum_revisions::{FLOOR_LIFETIME, Generation, Seen, Standing, Subject},
+    minimum_revisions::{Generation, MINIMUM_REVISION_LIFETIME, Seen, Standing, Subject},
     stamp::Stamp,
     view::View,
 };

@@ -6,7 +6,7 @@ use std::{
 };
 
 use crate::coherence::freshness::{Age, Freshness};
-use crate::coherence::minimum_revisions::{self, Floors, Subject};
+use crate::coherence::minimum_revisions::{self, MinimumRevisions, Subject};
 use crate::{
     record::{Revision, UserId},
     runtime::Moment,
@@ -16,7 +16,7 @@ use crate::{
 /// What a node knows of the changes in the store below it: which ones, and up to when all of them.
 #[derive(Debug)]
 pub(crate) struct View {
-    pub(crate) floors: Floors,
+    pub(crate) floors: MinimumRevisions,
     pub(crate) freshness: Freshness,
     pub(crate) bad_rows: BadRowLog,
 }
@@ -24,7 +24,7 @@ pub(crate) struct View {
 impl View {
     pub(crate) fn new(max_staleness: Duration, stale_if_error: Duration) -> Arc<Self> {
         Arc::new(Self {
-            floors: Floors::new(),
+            floors: MinimumRevisions::new(),
             freshness: Freshness::new(max_staleness, stale_if_error),
             bad_rows: BadRowLog::default(),
         })

@@ -3,12 +3,12 @@
 
 mod base62;
 mod digest;
+mod failure_limiter;
 mod format;
 mod hash;
 mod mint;
 mod pool;
 mod presented;
-mod ration;
 mod scheme;
 
 pub(crate) use self::{

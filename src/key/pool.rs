@@ -10,9 +10,9 @@ use std::{
 use tokio::sync::Semaphore;
 
 use super::{
+    failure_limiter::{FailureLimiter, Standing},
     hash::BcryptHash,
     presented::PresentedKey,
-    ration::{Ration, Standing},
 };
 use crate::{error::StoreError, policy::NetworkSteps, runtime::Clock};
 
@@ -25,7 +25,7 @@ pub(super) struct BcryptPool {
     tickets: Arc<Semaphore>,
     /// One permit a lookup prefix, for as long as somebody wants it.
     turns: Mutex<HashMap<Box<str>, Weak<Semaphore>>>,
-    ration: Mutex<Ration>,
+    ration: Mutex<FailureLimiter>,
     clock: Arc<dyn Clock>,
 }
 
@@ -42,7 +42,7 @@ impl BcryptPool {
             slots: Arc::new(Semaphore::new(slots)),
             tickets: Arc::new(Semaphore::new(slots + queue)),
             turns: Mutex::default(),
-            ration: Mutex::new(Ration::new(slots)),
+            ration: Mutex::new(FailureLimiter::new(slots)),
             clock,
         }
     }
@@ -104,7 +104,7 @@ impl BcryptPool {
         self.ration().turns_away(prefix, source, now).map(rationed)
     }
 
-    fn ration(&self) -> MutexGuard<'_, Ration> {
+    fn ration(&self) -> MutexGuard<'_, FailureLimiter> {
         self.ration.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

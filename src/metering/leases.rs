@@ -1,4 +1,4 @@
-//! The budgets of keys as one node sees them: [`Accounts`].
+//! The budgets of keys as one node sees them: [`BudgetLeases`].
 
 use std::{
     collections::{HashMap, hash_map::RandomState},
@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use super::{
     reservation::{Reservation, held_for},
-    usage_counter::Tally,
+    usage_counter::UsageCounter,
 };
 use crate::{
     denial::{BudgetExceeded, Denial},
@@ -22,11 +22,11 @@ use crate::{
     key::KeyScheme,
     record::KeyId,
     runtime::{Moment, within},
-    store::{DynKeyStore, KeyStore, Lease, LeaseAsk},
+    store::{DynKeyStore, KeyStore, Lease, LeaseRequest},
 };
 
 /// The accounts of the keys that have a budget and were used of late.
-pub(crate) struct Accounts {
+pub(crate) struct BudgetLeases {
     shards: [Mutex<HashMap<KeyId, Arc<Account>>>; SHARDS],
     hasher: RandomState,
     store: DynKeyStore,
@@ -83,7 +83,7 @@ const REFUSED_FOR: Duration = Duration::from_millis(250);
 /// A slice is for about so many reservations at first.
 const RESERVATIONS: i64 = 16;
 
-impl Accounts {
+impl BudgetLeases {
     pub(crate) fn new(
         store: DynKeyStore,
         scheme: KeyScheme,
@@ -108,7 +108,7 @@ impl Accounts {
         &self,
         key: &KeyId,
         estimate: u64,
-        tally: &Arc<Tally>,
+        tally: &Arc<UsageCounter>,
     ) -> Option<Reservation> {
         let account = self.account(key);
         (!self.is_closed() && account.hold(held_for(estimate), self.now(), self.lifetime))
@@ -120,7 +120,7 @@ impl Accounts {
         &self,
         key: &KeyId,
         estimate: u64,
-        tally: &Arc<Tally>,
+        tally: &Arc<UsageCounter>,
     ) -> Result<Reservation, Denial> {
         let account = self.account(key);
         let held = within(DEADLINE, self.hold(&account, held_for(estimate))).await;
@@ -237,8 +237,8 @@ impl Accounts {
         let (ask, written) = {
             let mut state = account.state();
             let (asked, needed) = wish(&mut state);
-            let ask = LeaseAsk::new(account.key.clone(), &*self.holder, sequence, asked);
-            let ask = LeaseAsk { needed_micro_cents: needed, lifetime: self.lifetime, ..ask };
+            let ask = LeaseRequest::new(account.key.clone(), &*self.holder, sequence, asked);
+            let ask = LeaseRequest { needed_micro_cents: needed, lifetime: self.lifetime, ..ask };
             (ask, state.written)
         };
         let outcome = within(DEADLINE, self.store.lease(&ask)).await;
@@ -367,7 +367,7 @@ impl State {
         self.held.saturating_add(self.settled)
     }
 
-    fn take(&mut self, lease: &Lease, ask: &LeaseAsk, asked_at: Moment, written: i64) {
+    fn take(&mut self, lease: &Lease, ask: &LeaseRequest, asked_at: Moment, written: i64) {
         // What was written meanwhile has shrunk the lease before or after it was granted: it was after.
         let meanwhile = self.written.saturating_sub(written);
         self.leased = lease.amount_micro_cents.saturating_sub(meanwhile).max(0);

@@ -7,5 +7,5 @@ mod usage;
 mod usage_counter;
 mod usage_queue;
 
-pub(crate) use self::{recorder::Recorder, usage_counter::Tally};
+pub(crate) use self::{recorder::Recorder, usage_counter::UsageCounter};
 pub use self::{reservation::Reservation, usage::Usage};

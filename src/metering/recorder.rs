@@ -12,7 +12,8 @@ use std::{
 use tokio::runtime::Handle;
 
 use super::{
-    leases::Accounts, reservation::Reservation, usage_counter::Tally, usage_queue::Backlog,
+    leases::BudgetLeases, reservation::Reservation, usage_counter::UsageCounter,
+    usage_queue::UsageQueue,
 };
 use crate::{
     denial::Denial,
@@ -27,7 +28,7 @@ use crate::{
 /// Hears of counters that have moved, and writes what they say behind.
 pub(crate) struct Recorder {
     /// Those that have moved since they were last taken.
-    moved: [Mutex<Vec<Arc<Tally>>>; SHARDS],
+    moved: [Mutex<Vec<Arc<UsageCounter>>>; SHARDS],
     next_shard: AtomicUsize,
     /// Off if nobody wants to know, or the store has no place for it.
     is_on: AtomicBool,
@@ -38,9 +39,9 @@ pub(crate) struct Recorder {
     interval: Duration,
     store: DynKeyStore,
     scheme: KeyScheme,
-    backlog: tokio::sync::Mutex<Backlog>,
+    backlog: tokio::sync::Mutex<UsageQueue>,
     /// The budgets that what is settled is charged to.
-    pub(crate) accounts: Arc<Accounts>,
+    pub(crate) accounts: Arc<BudgetLeases>,
     work: Background,
     tending: Background,
 }
@@ -84,7 +85,8 @@ impl Recorder {
         };
         let is_on = off.is_none();
         let name = hex(&name);
-        let accounts = Accounts::new(store.clone(), scheme.clone(), name.clone(), lease_lifetime);
+        let accounts =
+            BudgetLeases::new(store.clone(), scheme.clone(), name.clone(), lease_lifetime);
         let accounts = Arc::new(accounts);
         Arc::new(Self {
             moved: std::array::from_fn(|_| Mutex::default()),
@@ -96,7 +98,7 @@ impl Recorder {
             interval: interval.unwrap_or(Duration::from_secs(1)).max(Duration::from_millis(1)),
             store,
             scheme,
-            backlog: tokio::sync::Mutex::new(Backlog::new(name)),
+            backlog: tokio::sync::Mutex::new(UsageQueue::new(name)),
             accounts,
             work: Background::default(),
             tending: Background::default(),
@@ -104,9 +106,9 @@ impl Recorder {
     }
 
     /// Counters for a key; `None` if nothing is recorded.
-    pub(crate) fn tally(self: &Arc<Self>, key: &KeyId) -> Option<Arc<Tally>> {
+    pub(crate) fn tally(self: &Arc<Self>, key: &KeyId) -> Option<Arc<UsageCounter>> {
         let is_on = self.is_on.load(Ordering::Relaxed);
-        is_on.then(|| Tally::new(key.clone(), Arc::downgrade(self)))
+        is_on.then(|| UsageCounter::new(key.clone(), Arc::downgrade(self)))
     }
 
     /// Holds `estimate` of a key's budget from the lease in hand, with no I/O.
@@ -114,7 +116,7 @@ impl Recorder {
         &self,
         key: &KeyId,
         estimate: u64,
-        tally: &Arc<Tally>,
+        tally: &Arc<UsageCounter>,
     ) -> Option<Reservation> {
         // A lease that is never charged would be spent again and again.
         let is_on = self.is_on.load(Ordering::Relaxed);
@@ -126,12 +128,12 @@ impl Recorder {
         &self,
         key: &KeyId,
         estimate: u64,
-        tally: Option<&Arc<Tally>>,
+        tally: Option<&Arc<UsageCounter>>,
     ) -> Result<Reservation, Denial> {
         let reserved = match (self.off.get(), tally) {
             (None, Some(tally)) => self.accounts.reserve(key, estimate, tally).await,
             (Some(off), _) if !self.accounts.is_closed() => Err(off.error.clone().into()),
-            _ => Err(Accounts::closed()),
+            _ => Err(BudgetLeases::closed()),
         };
         reserved.inspect_err(|denial| {
             if let Denial::Unsupported(error) = denial {
@@ -143,7 +145,7 @@ impl Recorder {
     }
 
     /// A counter has moved that was still.
-    pub(super) fn hear(self: &Arc<Self>, tally: Arc<Tally>) {
+    pub(super) fn hear(self: &Arc<Self>, tally: Arc<UsageCounter>) {
         if !self.is_on.load(Ordering::Relaxed) {
             return;
         }
@@ -161,7 +163,7 @@ impl Recorder {
     pub(crate) fn ensure_work(self: &Arc<Self>) {
         if self.is_on.load(Ordering::Relaxed) && Handle::try_current().is_ok() {
             self.work.ensure(|| work(Arc::downgrade(self), self.interval));
-            self.tending.ensure(|| Accounts::tend(Arc::downgrade(&self.accounts)));
+            self.tending.ensure(|| BudgetLeases::tend(Arc::downgrade(&self.accounts)));
         }
     }
 

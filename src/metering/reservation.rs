@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{leases::Account, usage::Usage, usage_counter::Tally};
+use super::{leases::Account, usage::Usage, usage_counter::UsageCounter};
 
 /// A part of a key's budget that is held for work to come, made by
 /// [`AuthContext::reserve`](crate::AuthContext::reserve). [`settle`](Reservation::settle) it with what the work has
@@ -16,17 +16,17 @@ pub struct Reservation {
     /// `None` where there is no budget.
     account: Option<Arc<Account>>,
     /// `None` where no usage is recorded.
-    tally: Option<Arc<Tally>>,
+    tally: Option<Arc<UsageCounter>>,
     is_settled: bool,
 }
 
 impl Reservation {
-    pub(super) fn held(estimate: u64, account: Arc<Account>, tally: Arc<Tally>) -> Self {
+    pub(super) fn held(estimate: u64, account: Arc<Account>, tally: Arc<UsageCounter>) -> Self {
         Self { estimate, account: Some(account), tally: Some(tally), is_settled: false }
     }
 
     /// Of a key that has no budget: its cost is counted, and that is all.
-    pub(crate) fn free(estimate: u64, tally: Option<Arc<Tally>>) -> Self {
+    pub(crate) fn free(estimate: u64, tally: Option<Arc<UsageCounter>>) -> Self {
         Self { estimate, account: None, tally, is_settled: false }
     }
 

@@ -1,4 +1,4 @@
-//! The counters of one key: [`Tally`].
+//! The counters of one key: [`UsageCounter`].
 
 use std::{
     fmt,
@@ -13,7 +13,7 @@ use crate::{record::KeyId, store::KeyUsage};
 
 /// What has come together on a key since it was last taken. It lies apart from the record, which is never
 /// written to.
-pub(crate) struct Tally {
+pub(crate) struct UsageCounter {
     key: KeyId,
     requests: AtomicU64,
     tokens: AtomicU64,
@@ -25,7 +25,7 @@ pub(crate) struct Tally {
     recorder: Weak<Recorder>,
 }
 
-impl Tally {
+impl UsageCounter {
     pub(super) fn new(key: KeyId, recorder: Weak<Recorder>) -> Arc<Self> {
         Arc::new(Self {
             key,
@@ -102,8 +102,8 @@ fn add(counter: &AtomicU64, amount: u64) {
     }
 }
 
-impl fmt::Debug for Tally {
+impl fmt::Debug for UsageCounter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Tally").field("key", &self.key).finish_non_exhaustive()
+        f.debug_struct("UsageCounter").field("key", &self.key).finish_non_exhaustive()
     }
 }

@@ -1,4 +1,4 @@
-//! What is still to be written, in batches: [`Backlog`].
+//! What is still to be written, in batches: [`UsageQueue`].
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// What was used and is not in the store yet, as far as this node knows.
-pub(super) struct Backlog {
+pub(super) struct UsageQueue {
     /// Names this process to the store, for as long as it lives.
     writer: String,
     /// Of the last batch.
@@ -46,7 +46,7 @@ const MAX_WAITING: usize = 200_000;
 /// The last use of a key is written no more often.
 const LAST_USED_EVERY: Duration = Duration::from_secs(60);
 
-impl Backlog {
+impl UsageQueue {
     pub(super) fn new(writer: String) -> Self {
         Self {
             writer,

@@ -24,7 +24,7 @@ pin_project! {
     enum Kind<B> {
         Inner { #[pin] body: B },
         // Empty once it has been read.
-        Refusal { body: Bytes },
+        DeniedRequest { body: Bytes },
     }
 }
 
@@ -34,7 +34,7 @@ impl<B> ResponseBody<B> {
     }
 
     pub(crate) fn refusal(body: Bytes) -> Self {
-        Self { kind: Kind::Refusal { body } }
+        Self { kind: Kind::DeniedRequest { body } }
     }
 }
 
@@ -55,8 +55,8 @@ impl<B: Body<Data = Bytes>> Body for ResponseBody<B> {
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         match self.project().kind.project() {
             KindProjection::Inner { body } => body.poll_frame(cx),
-            KindProjection::Refusal { body } if body.is_empty() => Poll::Ready(None),
-            KindProjection::Refusal { body } => {
+            KindProjection::DeniedRequest { body } if body.is_empty() => Poll::Ready(None),
+            KindProjection::DeniedRequest { body } => {
                 Poll::Ready(Some(Ok(Frame::data(std::mem::take(body)))))
             }
         }
@@ -65,14 +65,14 @@ impl<B: Body<Data = Bytes>> Body for ResponseBody<B> {
     fn is_end_stream(&self) -> bool {
         match &self.kind {
             Kind::Inner { body } => body.is_end_stream(),
-            Kind::Refusal { body } => body.is_empty(),
+            Kind::DeniedRequest { body } => body.is_empty(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             Kind::Inner { body } => body.size_hint(),
-            Kind::Refusal { body } => SizeHint::with_exact(body.len() as u64),
+            Kind::DeniedRequest { body } => SizeHint::with_exact(body.len() as u64),
         }
     }
 }

@@ -10,7 +10,7 @@ use super::{
     client_address::{ClientAddress, TrustedProxies},
     credential::{Credential, KeyHeader, MAX_PLACES, RequestHead},
     discard::DiscardLimits,
-    response::{OnDenial, Presentation, Realm, Refusal},
+    response::{DeniedRequest, OnDenial, Presentation, Realm},
     service::ApiKeyAuth,
 };
 use crate::{authenticator::Authenticator, key::KeyScheme, store::KeyStore};
@@ -148,7 +148,7 @@ impl ApiKeyAuthLayer {
 
     /// Makes the responses of denied HTTP requests. gRPC callers get theirs in the protocol's own
     /// shape, whatever this does, and a `HEAD` request gets no body. A response with a status of success gets the
-    /// [status of the denial](Refusal::status) instead, and every one gets `Cache-Control: no-store`.
+    /// [status of the denial](DeniedRequest::status) instead, and every one gets `Cache-Control: no-store`.
     ///
     /// ```
     /// use tower_api_key::{ApiKeyAuthLayer, MemoryStore};
@@ -159,12 +159,12 @@ impl ApiKeyAuthLayer {
     #[must_use]
     pub fn on_denial(
         self,
-        respond: impl Fn(&Refusal<'_>) -> Response<Bytes> + Send + Sync + 'static,
+        respond: impl Fn(&DeniedRequest<'_>) -> Response<Bytes> + Send + Sync + 'static,
     ) -> Self {
         self.with(|options| options.presentation.on_denial = Some(OnDenial(Arc::new(respond))))
     }
 
-    /// Answers every denial in HTTP, gRPC calls too. By default a `POST` over HTTP/2 with a gRPC content type, and
+    /// Resolver every denial in HTTP, gRPC calls too. By default a `POST` over HTTP/2 with a gRPC content type, and
     /// a `POST` with one of gRPC-Web, is answered with the HTTP status 200 and a `grpc-status`. Set this where only
     /// the HTTP status counts: behind nginx's `auth_request`, or for a service that has no gRPC.
     #[must_use]

@@ -20,6 +20,6 @@ pub use self::{
     future::ResponseFuture,
     guard::{BudgetLayer, Guard, GuardFuture, RateLimitLayer, RequireLayer},
     layer::{ApiKeyAuthLayer, InvalidRealm},
-    response::{Refusal, openai_error},
+    response::{DeniedRequest, openai_error},
     service::ApiKeyAuth,
 };

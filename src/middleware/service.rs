@@ -17,7 +17,7 @@ use super::{
     future::ResponseFuture,
     gated_call::{Gate, GatedCall},
     layer::Options,
-    response::{Asker, Presentation},
+    response::{Presentation, RequestSummary},
 };
 use crate::{
     authenticator::{Authenticator, LookupFuture, Recall, check_address},
@@ -69,7 +69,7 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> ResponseFuture<S, B> {
         let head = RequestHead::of(&request);
-        let asker = Asker::new(&head, self.rules.presentation.as_ref());
+        let asker = RequestSummary::new(&head, self.rules.presentation.as_ref());
         let gate = AuthGate { asker, pending: None };
         let admitted = match self.rules.decide(&head) {
             Decision::Pass => Ok(()),
@@ -111,7 +111,7 @@ impl<S: Clone> ApiKeyAuth<S> {
 
 /// The decision about one request, and the shape of its response.
 pub(crate) struct AuthGate {
-    asker: Asker,
+    asker: RequestSummary,
     /// For a request that waits for a look-up.
     pending: Option<Box<Pending>>,
 }

@@ -26,6 +26,7 @@ pub(crate) fn wildcard(held: &str) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use super::grants;
 
     #[test]
     fn a_wildcard_grants_what_goes_on_behind_it_and_nothing_else() {

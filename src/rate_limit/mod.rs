@@ -13,7 +13,7 @@ use std::future::Future;
 
 pub use self::local::LocalRateLimiter;
 #[cfg(feature = "redis")]
-pub use self::redis::{RedisRateLimiter, RedisRateLimiterBuilder, WhenRedisIsAway};
+pub use self::redis::{OnRedisFailure, RedisRateLimiter, RedisRateLimiterBuilder};
 use crate::{
     error::StoreError,
     record::{KeyId, Quota, RateLimits},

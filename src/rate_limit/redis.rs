@@ -23,7 +23,7 @@ use crate::{
 /// Counts the requests of a fleet, in Redis: one script and one round trip a request. At most as many as the
 /// limit get through in a window by Redis's own clock, however many nodes there are. Clones count together.
 ///
-/// While Redis does not answer, [`WhenRedisIsAway`] decides: by default each node keeps its share of the limits by
+/// While Redis does not answer, [`OnRedisFailure`] decides: by default each node keeps its share of the limits by
 /// itself. It counts all that it lets through, so that a node which has used up its share of a window lets nothing more
 /// through when Redis goes away in the middle of it.
 ///
@@ -38,7 +38,7 @@ use crate::{
 /// requests get through in a window in which Redis loses its memory r times (a restart without persistence, an eviction,
 /// a failover to a replica that lacks the last writes) and k nodes are started: L for each memory of Redis, and one
 /// share for each node and for each that replaces one. Without either it is 2 × L + N at most if Redis is away for a
-/// part of the window, and L if it is not. With [`WhenRedisIsAway::Refuse`] it is (1 + r) × L.
+/// part of the window, and L if it is not. With [`OnRedisFailure::Deny`] it is (1 + r) × L.
 ///
 /// N is what [`nodes`](RedisRateLimiterBuilder::nodes) sets. Without that, nodes count each other, and a node that starts
 /// while Redis is away, or in the last 5 s before, counts itself as alone: its share is L. Set it where nodes are
@@ -58,7 +58,7 @@ pub struct RedisRateLimiter(Arc<Inner>);
 
 struct Inner {
     link: Arc<Link>,
-    when_away: WhenRedisIsAway,
+    on_redis_failure: OnRedisFailure,
     /// What this node has let through.
     local: LocalRateLimiter,
     nodes: Arc<Nodes>,
@@ -79,14 +79,14 @@ struct Nodes {
 /// What a [`RedisRateLimiter`] does while Redis does not answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
-pub enum WhenRedisIsAway {
+pub enum OnRedisFailure {
     /// Each node lets through its share: the limit over the number of nodes, at least one request.
     #[default]
     Share,
     /// Every request is let through.
     Allow,
     /// Every request of a key with a limit is answered with 503.
-    Refuse,
+    Deny,
 }
 
 /// Builds a [`RedisRateLimiter`].
@@ -94,7 +94,7 @@ pub enum WhenRedisIsAway {
 pub struct RedisRateLimiterBuilder {
     servers: RedisServers,
     timeout: Duration,
-    when_away: WhenRedisIsAway,
+    on_redis_failure: OnRedisFailure,
     nodes: Option<u64>,
     namespace: String,
 }
@@ -126,7 +126,7 @@ impl RedisRateLimiter {
         RedisRateLimiterBuilder {
             servers: servers.into(),
             timeout: Duration::from_millis(100),
-            when_away: WhenRedisIsAway::default(),
+            on_redis_failure: OnRedisFailure::default(),
             nodes: None,
             namespace: String::new(),
         }
@@ -166,8 +166,8 @@ impl RedisRateLimiter {
     }
 
     fn without_redis(&self, key: &KeyId, limits: RateLimits) -> Result<Quota, StoreError> {
-        match self.0.when_away {
-            WhenRedisIsAway::Share => {
+        match self.0.on_redis_failure {
+            OnRedisFailure::Share => {
                 let nodes = self.nodes();
                 let share = |limit: Option<u64>| Some((limit? / nodes).max(limit?.min(1)));
                 let shares = RateLimits {
@@ -177,8 +177,8 @@ impl RedisRateLimiter {
                 };
                 self.0.local.count_now(key, shares).ok_or_else(away)
             }
-            WhenRedisIsAway::Allow => Ok(Quota::new(true, [])),
-            WhenRedisIsAway::Refuse => Err(away()),
+            OnRedisFailure::Allow => Ok(Quota::new(true, [])),
+            OnRedisFailure::Deny => Err(away()),
         }
     }
 
@@ -197,7 +197,7 @@ impl RateLimiter for RedisRateLimiter {
         let Some(quota) = self.take(key, limits).await else {
             return self.without_redis(key, limits);
         };
-        if quota.is_allowed() && self.0.when_away == WhenRedisIsAway::Share {
+        if quota.is_allowed() && self.0.on_redis_failure == OnRedisFailure::Share {
             self.0.local.note(key, limits);
         }
         Ok(quota)
@@ -257,8 +257,8 @@ impl RedisRateLimiterBuilder {
 
     /// What happens while Redis does not answer.
     #[must_use]
-    pub fn when_away(self, when_away: WhenRedisIsAway) -> Self {
-        Self { when_away, ..self }
+    pub fn on_redis_failure(self, on_redis_failure: OnRedisFailure) -> Self {
+        Self { on_redis_failure, ..self }
     }
 
     /// How many nodes share the limits while Redis is away, at least one. By default they are counted: each one
@@ -287,7 +287,7 @@ impl RedisRateLimiterBuilder {
         let _ = getrandom::fill(&mut name);
         Ok(RedisRateLimiter(Arc::new(Inner {
             link: Link::new(Connector::new(self.servers)?, self.timeout),
-            when_away: self.when_away,
+            on_redis_failure: self.on_redis_failure,
             local: LocalRateLimiter::new(),
             nodes: Arc::new(Nodes {
                 name: hex(&name),

@@ -114,7 +114,7 @@ impl KeyUsage {
 /// Asks for a slice of a key's budget.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct LeaseAsk {
+pub struct LeaseRequest {
     /// The key.
     pub key: KeyId,
     /// Names the node that asks, as [`UsageBatch::writer`] does.
@@ -131,7 +131,7 @@ pub struct LeaseAsk {
     pub lifetime: Duration,
 }
 
-impl LeaseAsk {
+impl LeaseRequest {
     /// Asks for `amount_micro_cents` of the budget of `key`, for `holder`.
     pub fn new(
         key: KeyId,

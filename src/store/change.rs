@@ -83,8 +83,8 @@ impl ChangeStream {
         Self { changes: Some(Box::pin(changes)), is_complete: true }
     }
 
-    /// Wraps a stream that says of changes what it happens to hear. Answers get old all the same.
-    pub fn hints(changes: impl Stream<Item = Change> + Send + 'static) -> Self {
+    /// Wraps a stream that says of changes what it happens to hear. Resolver get old all the same.
+    pub fn best_effort(changes: impl Stream<Item = Change> + Send + 'static) -> Self {
         Self { changes: Some(Box::pin(changes)), is_complete: false }
     }
 

@@ -4,7 +4,7 @@ use std::{fmt, future::Future, pin::Pin, sync::Arc, time::SystemTime};
 
 use super::{
     KeyStore,
-    account::{CacheSecret, Lease, LeaseAsk, UsageBatch},
+    account::{CacheSecret, Lease, LeaseRequest, UsageBatch},
     answer::Answer,
     change::ChangeStream,
     lookup::Lookup,
@@ -45,7 +45,7 @@ impl KeyStore for DynKeyStore {
         self.0.record_usage(batch).await
     }
 
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         self.0.lease(ask).await
     }
 
@@ -73,7 +73,7 @@ impl<S: KeyStore> KeyStore for Arc<S> {
         S::record_usage(self, batch).await
     }
 
-    async fn lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         S::lease(self, ask).await
     }
 
@@ -89,7 +89,7 @@ trait Erased: Send + Sync {
     fn resolve<'a>(&'a self, lookup: &'a Lookup) -> Boxed<'a, Answer>;
     fn changes(&self, since: SystemTime) -> ChangeStream;
     fn record_usage<'a>(&'a self, batch: &'a UsageBatch) -> Boxed<'a, ()>;
-    fn lease<'a>(&'a self, ask: &'a LeaseAsk) -> Boxed<'a, Lease>;
+    fn lease<'a>(&'a self, ask: &'a LeaseRequest) -> Boxed<'a, Lease>;
     fn cache_secret(&self) -> Boxed<'_, Option<CacheSecret>>;
 }
 
@@ -106,7 +106,7 @@ impl<S: KeyStore> Erased for S {
         Box::pin(KeyStore::record_usage(self, batch))
     }
 
-    fn lease<'a>(&'a self, ask: &'a LeaseAsk) -> Boxed<'a, Lease> {
+    fn lease<'a>(&'a self, ask: &'a LeaseRequest) -> Boxed<'a, Lease> {
         Box::pin(KeyStore::lease(self, ask))
     }
 

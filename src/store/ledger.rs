@@ -4,11 +4,11 @@ use std::time::SystemTime;
 
 use chrono::{DateTime, Datelike, Days, Months, NaiveDate, Utc};
 
-use super::account::{Lease, LeaseAsk};
+use super::account::{Lease, LeaseRequest};
 use crate::record::{Budget, BudgetPeriod};
 
 /// What counts for a lease beside the budget, in micro-cents.
-pub(crate) struct Books {
+pub(crate) struct LedgerEntry {
     /// What the period has cost.
     pub(crate) spent: i64,
     /// The leases of others that have not expired.
@@ -44,8 +44,8 @@ impl Slice {
 /// than the last one changes nothing.
 pub(crate) fn grant(
     budget: Option<Budget>,
-    books: &Books,
-    ask: &LeaseAsk,
+    books: &LedgerEntry,
+    ask: &LeaseRequest,
     now: SystemTime,
 ) -> Slice {
     if ask.sequence <= books.own.sequence {
@@ -103,16 +103,16 @@ mod tests {
 
     use super::*;
 
-    fn ask(asked: i64, needed: i64) -> LeaseAsk {
-        let mut ask = LeaseAsk::new(1.into(), "node", 2, asked);
+    fn ask(asked: i64, needed: i64) -> LeaseRequest {
+        let mut ask = LeaseRequest::new(1.into(), "node", 2, asked);
         ask.needed_micro_cents = needed;
         ask
     }
 
-    fn granted(limit_cents: u64, spent: i64, others: i64, own: i64, ask: &LeaseAsk) -> i64 {
+    fn granted(limit_cents: u64, spent: i64, others: i64, own: i64, ask: &LeaseRequest) -> i64 {
         let budget = Budget { limit_cents, period: BudgetPeriod::Total };
         let own = Slice { amount: own, sequence: 1, ..Slice::NONE };
-        let books = Books { spent, others, own };
+        let books = LedgerEntry { spent, others, own };
         grant(Some(budget), &books, ask, SystemTime::UNIX_EPOCH).amount
     }
 
@@ -130,7 +130,7 @@ mod tests {
         assert_eq!(granted(1, 5_000_000, 0, 0, &ask(10, 1)), 0);
         assert_eq!(granted(1, 0, 0, 70, &ask(0, 0)), 0);
         assert_eq!(granted(u64::MAX, i64::MAX - 5, 0, 0, &ask(10, 1)), 2);
-        let books = Books { spent: i64::MAX, others: 0, own: Slice::NONE };
+        let books = LedgerEntry { spent: i64::MAX, others: 0, own: Slice::NONE };
         assert_eq!(grant(None, &books, &ask(10, 0), SystemTime::UNIX_EPOCH).amount, 0);
     }
 

@@ -293,7 +293,7 @@ impl Lookup {
     ///
     /// [`AuthContext::recheck`](crate::AuthContext::recheck) can't query such a store again, because there is no key
     /// to present: an answer made with this is then refused.
-    pub fn vouch(&self, record: KeyRecord) -> Answer {
+    pub fn assume_verified(&self, record: KeyRecord) -> Answer {
         let candidate = Candidate { record, owner_revision: Revision::default(), proof: None };
         // With no hash to tie a copy to, none is made.
         let read = Read { candidates: vec![candidate], key_revision: Revision(0), is_whole: false };
@@ -303,7 +303,9 @@ impl Lookup {
 
 /// A store that verifies keys elsewhere can't check one again without the key.
 pub(crate) fn needs_the_key() -> StoreError {
-    StoreError::unsupported("a recheck without the key: it verifies keys elsewhere (Lookup::vouch)")
+    StoreError::unsupported(
+        "a recheck without the key: it verifies keys elsewhere (Lookup::assume_verified)",
+    )
 }
 
 /// Keeps the first fault: one is enough to refuse, and to name in the log.

@@ -18,7 +18,7 @@ use std::{future::Future, time::SystemTime};
 #[cfg(feature = "redis")]
 pub(crate) use self::answer::{Candidate, Read};
 pub use self::{
-    account::{CacheSecret, KeyUsage, Lease, LeaseAsk, UsageBatch},
+    account::{CacheSecret, KeyUsage, Lease, LeaseRequest, UsageBatch},
     answer::{Answer, HashUpgrade},
     change::{Change, ChangeStream, FeedFault, FeedStatus},
     erased::DynKeyStore,
@@ -29,7 +29,7 @@ pub use self::{
 };
 pub(crate) use self::{
     answer::{Outcome, Source},
-    ledger::{Books, Slice, grant},
+    ledger::{LedgerEntry, Slice, grant},
     lookup::needs_the_key,
     lookup_key::{LookupKey, Proof, VerifiedKey},
     priority::Priority,
@@ -66,7 +66,7 @@ pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
 /// # What an implementer must never do
 ///
 /// Never return an [`Answer`] about another key than the [`Lookup`]'s (it is refused), never
-/// [`vouch`](Lookup::vouch) for a key that was not proven, never say "unknown" when the truth is
+/// [`assume_verified`](Lookup::assume_verified) for a key that was not proven, never say "unknown" when the truth is
 /// "could not ask" (that is an error), and never keep the presented key.
 ///
 /// # Dyn compatibility
@@ -116,7 +116,7 @@ pub trait KeyStore: Send + Sync + 'static {
     /// # Errors
     ///
     /// `Unsupported` by default: a reservation for a key with a budget is answered 500, and logged as a warning once.
-    fn lease(&self, ask: &LeaseAsk) -> impl Future<Output = Result<Lease, StoreError>> + Send {
+    fn lease(&self, ask: &LeaseRequest) -> impl Future<Output = Result<Lease, StoreError>> + Send {
         let _ = ask;
         async { Err(StoreError::unsupported("budget leases")) }
     }

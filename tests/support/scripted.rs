@@ -66,7 +66,7 @@ impl Scripted {
         Self::with(Feed::None)
     }
 
-    /// The feed is made with [`ChangeStream::hints`].
+    /// The feed is made with [`ChangeStream::best_effort`].
     pub fn with_hints() -> Self {
         Self::with(Feed::Hints)
     }
@@ -238,7 +238,7 @@ impl KeyStore for Scripted {
         match self.0.feed {
             Feed::None => ChangeStream::none(),
             Feed::Complete => ChangeStream::new(changes),
-            Feed::Hints => ChangeStream::hints(changes),
+            Feed::Hints => ChangeStream::best_effort(changes),
         }
     }
 }

@@ -23,11 +23,11 @@ pub struct Vouching(pub KeyRecord);
 
 impl KeyStore for Vouching {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        Ok(lookup.vouch(self.0.clone()))
+        Ok(lookup.assume_verified(self.0.clone()))
     }
 }
 
-/// Answers every question with the answer to the first.
+/// Resolver every question with the answer to the first.
 #[derive(Clone)]
 pub struct MixedUp(pub MemoryStore, Arc<Mutex<Option<Lookup>>>);
 

@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 
 use chrono::{DateTime, Utc};
 
-use super::Answers;
+use super::Resolver;
 use crate::{
     authenticator::{local_cache::Refused, single_flight::Outcome},
     coherence::{Seen, Stamp, Standing, Subject},
@@ -16,7 +16,7 @@ use crate::{
     store::{self, Answer, Lookup, LookupKey, Proof, Source, VerifiedKey},
 };
 
-impl Answers {
+impl Resolver {
     /// What the answer comes to; `None` if it is from before a change that is known.
     pub(super) fn judge(
         self: &Arc<Self>,

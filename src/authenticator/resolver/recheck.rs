@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Answers, Recall};
+use super::{Recall, Resolver};
 use crate::{
     context::{Engine, RecheckFuture},
     denial::Denial,
@@ -11,7 +11,7 @@ use crate::{
     telemetry,
 };
 
-impl Engine for Answers {
+impl Engine for Resolver {
     fn recheck(self: Arc<Self>, key: Arc<VerifiedKey>) -> RecheckFuture {
         Box::pin(async move {
             let outcome = match self.recall_digest(&key.digest) {

@@ -10,12 +10,12 @@ use chrono::{DateTime, NaiveDate, TimeDelta, Utc};
 use super::Tables;
 use crate::{
     record::{KeyId, UsageTotals},
-    store::{self, Lease, LeaseAsk, Slice, UsageBatch},
+    store::{self, Lease, LeaseRequest, Slice, UsageBatch},
 };
 
 /// What the tables of the SQL stores have beside users and keys.
 #[derive(Debug, Default)]
-pub(super) struct Books {
+pub(super) struct LedgerEntry {
     /// The last batch of each writer that was counted.
     writers: HashMap<String, u64>,
     /// What each key has cost on each day, in micro-cents.
@@ -60,7 +60,7 @@ impl Tables {
     }
 
     /// Grants a lease in place of the one that the holder has.
-    pub(super) fn lease(&mut self, ask: &LeaseAsk, now: SystemTime) -> Lease {
+    pub(super) fn lease(&mut self, ask: &LeaseRequest, now: SystemTime) -> Lease {
         let Some(row) = self.keys.get(&ask.key) else { return Lease::new(0, now) };
         let record = &row.value.record;
         let days = record.budget.and_then(|budget| budget.period.days(now));
@@ -75,7 +75,7 @@ impl Tables {
         leases.retain(|_, slice| slice.expires_at > now);
         let own = leases.remove(&ask.holder).unwrap_or(Slice::NONE);
         let others = leases.values().fold(0, |sum: i64, it| sum.saturating_add(it.amount));
-        let books = store::Books { spent, others, own };
+        let books = store::LedgerEntry { spent, others, own };
         let slice = store::grant(record.budget, &books, ask, now);
         leases.insert(ask.holder.clone(), slice);
         slice.lease(record.budget, now)

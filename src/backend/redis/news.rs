@@ -32,7 +32,7 @@ pub(super) fn changes<S: KeyStore>(cache: &RedisCache<S>, since: SystemTime) -> 
         return if is_complete {
             ChangeStream::new(deleting)
         } else {
-            ChangeStream::hints(deleting)
+            ChangeStream::best_effort(deleting)
         };
     }
     let listening = Listening { cache: cache.clone(), messages: None };

@@ -12,7 +12,7 @@ use crate::{
     },
     error::StoreError,
     record::BudgetPeriod,
-    store::{Books, Lease, LeaseAsk, Slice, grant},
+    store::{Lease, LeaseRequest, LedgerEntry, Slice, grant},
 };
 
 const BUDGET: &str = "
@@ -45,7 +45,7 @@ const WRITE: &str = "
     RETURNING holder AS row";
 
 impl SqliteStore {
-    pub(super) async fn grant_lease(&self, ask: &LeaseAsk) -> Result<Lease, StoreError> {
+    pub(super) async fn grant_lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
         let now = SystemTime::now();
         let Some(key) = ask.key.as_i64() else { return Ok(Lease::none(now)) };
         let ask = ask.clone();
@@ -57,7 +57,7 @@ impl SqliteStore {
 fn lease(
     connection: &mut SqliteConnection,
     key: i64,
-    ask: &LeaseAsk,
+    ask: &LeaseRequest,
     now: SystemTime,
 ) -> Result<Lease, StoreError> {
     let by_key = || Bind::Integer(key);
@@ -82,7 +82,7 @@ fn lease(
     let others = rows.iter().find_map(TextRow::id).unwrap_or(0);
     let rows = load(connection, &Statement::new(OWN, [by_key(), holder()]))?;
     let own = rows.as_slice().first().map_or(Ok(Slice::NONE), own)?;
-    let slice = grant(budget, &Books { spent, others, own }, ask, now);
+    let slice = grant(budget, &LedgerEntry { spent, others, own }, ask, now);
     let (sequence, amount) = (Bind::number(slice.sequence), Bind::Integer(slice.amount));
     let binds = [by_key(), holder(), sequence, amount, millis(slice.expires_at)];
     load(connection, &Statement::new(WRITE, binds))?;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, Response, Version, header};
 use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 
-use super::refusal::{Refusal, write_limits};
+use super::denied_request::{DeniedRequest, write_limits};
 use crate::{denial::Denial, middleware::credential::RequestHead};
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
@@ -79,7 +79,10 @@ fn strip_prefix<'a>(text: &'a [u8], prefix: &[u8]) -> Option<&'a [u8]> {
     start.eq_ignore_ascii_case(prefix).then_some(rest)
 }
 
-pub(super) fn trailers_only(refusal: &Refusal<'_>, content_type: &ContentType) -> Response<Bytes> {
+pub(super) fn trailers_only(
+    refusal: &DeniedRequest<'_>,
+    content_type: &ContentType,
+) -> Response<Bytes> {
     let mut response = Response::new(Bytes::new());
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, content_type.value());

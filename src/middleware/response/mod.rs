@@ -1,16 +1,16 @@
 //! Why a request is refused, and how that looks in HTTP and in gRPC.
 
-mod asker;
+mod denied_request;
 mod grpc;
 mod presentation;
 mod problem;
 mod rate_limit_fields;
-mod refusal;
+mod request_summary;
 
+pub use self::{denied_request::DeniedRequest, problem::openai_error};
 pub(super) use self::{
-    asker::Asker,
     grpc::ContentType,
     presentation::{OnDenial, Presentation, Realm},
     rate_limit_fields::RateFields,
+    request_summary::RequestSummary,
 };
-pub use self::{problem::openai_error, refusal::Refusal};

@@ -8,7 +8,7 @@ use std::{
 use bytes::Bytes;
 use http::Response;
 
-use super::refusal::Refusal;
+use super::denied_request::DeniedRequest;
 use crate::middleware::discard::DiscardLimits;
 
 /// The realm of a challenge, as it stands between the quotes.
@@ -23,7 +23,7 @@ impl Realm {
     }
 }
 
-type Respond = dyn Fn(&Refusal<'_>) -> Response<Bytes> + Send + Sync;
+type Respond = dyn Fn(&DeniedRequest<'_>) -> Response<Bytes> + Send + Sync;
 
 /// What makes the body of a refusal instead of the default.
 #[derive(Clone)]

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use http::Response;
 use serde::Serialize;
 
-use super::refusal::Refusal;
+use super::denied_request::DeniedRequest;
 use crate::denial::{Denial, Forbidden};
 
 /// RFC 9457, with the error code of RFC 6750 as an extension member.
@@ -18,7 +18,7 @@ struct Problem<'a> {
     error: Option<&'static str>,
 }
 
-pub(super) fn problem_json(refusal: &Refusal<'_>) -> Response<Bytes> {
+pub(super) fn problem_json(refusal: &DeniedRequest<'_>) -> Response<Bytes> {
     let status = refusal.status();
     let problem = Problem {
         r#type: "about:blank",
@@ -43,7 +43,7 @@ struct OpenAiBody {
     code: Option<&'static str>,
 }
 
-/// Answers in the error shape of the OpenAI API, so that its client libraries raise the exceptions
+/// Resolver in the error shape of the OpenAI API, so that its client libraries raise the exceptions
 /// that their users know. For [`on_denial`](crate::ApiKeyAuthLayer::on_denial).
 ///
 /// ```
@@ -51,7 +51,7 @@ struct OpenAiBody {
 ///
 /// let layer = ApiKeyAuthLayer::new(MemoryStore::new()).on_denial(openai_error);
 /// ```
-pub fn openai_error(refusal: &Refusal<'_>) -> Response<Bytes> {
+pub fn openai_error(refusal: &DeniedRequest<'_>) -> Response<Bytes> {
     let (r#type, code) = match refusal.denial() {
         Denial::MissingCredential => ("invalid_request_error", None),
         Denial::MalformedCredential(_) => ("invalid_request_error", Some("invalid_request")),

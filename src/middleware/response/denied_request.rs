@@ -1,4 +1,4 @@
-//! A refusal on its way out: [`Refusal`].
+//! A refusal on its way out: [`DeniedRequest`].
 
 use std::sync::LazyLock;
 
@@ -6,10 +6,10 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, Uri, header};
 
 use super::{
-    asker::Asker,
     grpc,
     presentation::{OnDenial, Presentation, quoted},
     problem,
+    request_summary::RequestSummary,
 };
 use crate::denial::{Denial, Forbidden};
 
@@ -31,13 +31,13 @@ pub(super) fn write_limits(denial: &Denial, headers: &mut HeaderMap) {
 /// What [`on_denial`](crate::ApiKeyAuthLayer::on_denial) gets: the denial, and what is needed to
 /// answer it.
 #[derive(Debug)]
-pub struct Refusal<'a> {
+pub struct DeniedRequest<'a> {
     denial: &'a Denial,
-    asker: &'a Asker,
+    asker: &'a RequestSummary,
 }
 
-impl<'a> Refusal<'a> {
-    pub(super) fn new(denial: &'a Denial, asker: &'a Asker) -> Self {
+impl<'a> DeniedRequest<'a> {
+    pub(super) fn new(denial: &'a Denial, asker: &'a RequestSummary) -> Self {
         Self { denial, asker }
     }
 

@@ -1,11 +1,11 @@
-//! Who is to be answered if a request is refused: [`Asker`].
+//! Who is to be answered if a request is refused: [`RequestSummary`].
 
 use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use http::{Method, Response, Uri, header};
 
-use super::{grpc, presentation::Presentation, refusal::Refusal};
+use super::{denied_request::DeniedRequest, grpc, presentation::Presentation};
 use crate::{
     denial::Denial,
     middleware::{body::ResponseBody, credential::RequestHead},
@@ -13,7 +13,7 @@ use crate::{
 
 /// What must be kept of a request to answer it after it has gone to the inner service.
 #[derive(Default)]
-pub(crate) struct Asker {
+pub(crate) struct RequestSummary {
     pub(super) is_head: bool,
     /// Method and URI; `None` where no responder would look at them: a clone costs on every request.
     pub(super) line: Option<Box<(Method, Uri)>>,
@@ -22,7 +22,7 @@ pub(crate) struct Asker {
     presentation: Option<Arc<Presentation>>,
 }
 
-impl Asker {
+impl RequestSummary {
     pub(crate) fn new(head: &RequestHead<'_>, presentation: Option<&Arc<Presentation>>) -> Self {
         let has_responder = presentation.is_some_and(|it| it.on_denial.is_some());
         Self {
@@ -45,7 +45,7 @@ impl Asker {
 
     /// The response to a request that is refused.
     pub(crate) fn refuse<B>(&self, denial: &Denial) -> Response<ResponseBody<B>> {
-        Refusal::new(denial, self).response().map(ResponseBody::refusal)
+        DeniedRequest::new(denial, self).response().map(ResponseBody::refusal)
     }
 
     /// The response of the inner service, in the right shape if something there has refused the request. What
@@ -60,7 +60,7 @@ impl Asker {
         };
         let (mut head, _) = inner.into_parts();
         head.extensions.remove::<Unshaped>();
-        let (shaped, body) = Refusal::new(&denial, self).response().into_parts();
+        let (shaped, body) = DeniedRequest::new(&denial, self).response().into_parts();
         for name in [header::CONTENT_LENGTH, header::WWW_AUTHENTICATE, header::RETRY_AFTER] {
             head.headers.remove(name);
         }
@@ -79,16 +79,16 @@ impl Denial {
     /// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) around it gives it its own: realm, `on_denial`,
     /// gRPC.
     pub fn response(&self) -> Response<Bytes> {
-        let mut response = Refusal::new(self, &Asker::default()).response();
+        let mut response = DeniedRequest::new(self, &RequestSummary::default()).response();
         response.extensions_mut().insert(Unshaped);
         response
     }
 }
 
 /// A key may stand in the query.
-impl fmt::Debug for Asker {
+impl fmt::Debug for RequestSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Asker")
+        f.debug_struct("RequestSummary")
             .field("is_head", &self.is_head)
             .field("path", &self.line.as_deref().map(|(_, uri)| uri.path()))
             .finish_non_exhaustive()

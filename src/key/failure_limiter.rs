@@ -1,6 +1,6 @@
 //! How many failed slow checks the machine does for strangers.
 //!
-//! The decision apart from the plumbing: [`Ration`] knows nothing of tasks, semaphores or bcrypt.
+//! The decision apart from the plumbing: [`FailureLimiter`] knows nothing of tasks, semaphores or bcrypt.
 
 use std::{borrow::Borrow, hash::Hash, time::Duration};
 
@@ -49,7 +49,7 @@ pub(super) enum Standing {
 /// its hosts are taken for owners, each of which takes at most t of a share that grows by slots / 4 a second;
 /// after that it can't use the overdraft. From an IPv6 /32 the time is twice as long.
 #[derive(Debug)]
-pub(super) struct Ration {
+pub(super) struct FailureLimiter {
     pairs: [Table<(Box<str>, Network)>; STEPS],
     prefixes: Table<Box<str>>,
     sources: [Table<Network>; STEPS],
@@ -60,7 +60,7 @@ pub(super) struct Ration {
     refilled_at: Duration,
 }
 
-impl Ration {
+impl FailureLimiter {
     /// For a pool that runs `slots` checks at once.
     pub(super) fn new(slots: usize) -> Self {
         let refill = SUSPECT_SHARE * slots as f64;
@@ -233,7 +233,7 @@ mod tests {
     }
 
     fn fail(
-        ration: &mut Ration,
+        ration: &mut FailureLimiter,
         prefix: &str,
         source: NetworkSteps,
         now: Duration,
@@ -248,7 +248,7 @@ mod tests {
 
     #[test]
     fn five_failures_a_minute_are_free_and_then_there_is_one_a_second() {
-        let mut ration = Ration::new(1);
+        let mut ration = FailureLimiter::new(1);
         let admitted =
             (0..100).filter(|_| fail(&mut ration, "p", source(1), SECOND, CHECK)).count();
         assert_eq!(admitted, 5);
@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn all_suspects_together_get_a_quarter_of_the_pool() {
-        let mut ration = Ration::new(2);
+        let mut ration = FailureLimiter::new(2);
         let took = Duration::from_millis(100);
         let mut spent = Duration::ZERO;
         // A minute of attacks by 50 sources on 50 prefixes, a thousand times a second.
@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn a_source_that_fails_everywhere_is_rationed_on_fresh_prefixes_too() {
-        let mut ration = Ration::new(1);
+        let mut ration = FailureLimiter::new(1);
         let took = Duration::from_millis(200);
         let admitted = (0..1000)
             .filter(|n| fail(&mut ration, &format!("p{n}"), source(1), SECOND, took))
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn the_owner_of_an_attacked_key_gets_a_check_when_the_share_is_used_up() {
-        let mut ration = Ration::new(1);
+        let mut ration = FailureLimiter::new(1);
         while fail(&mut ration, "p", source(1), SECOND, SECOND / 10) {}
         while fail(&mut ration, "p", source(2), SECOND, SECOND / 10) {}
         assert!(ration.admit("p", source(1), SECOND).is_err());
@@ -306,7 +306,7 @@ mod tests {
 
     #[test]
     fn first_failures_do_not_drive_up_a_debt_that_an_owner_waits_for() {
-        let mut ration = Ration::new(1);
+        let mut ration = FailureLimiter::new(1);
         let took = SECOND * 7;
         for n in 0..200 {
             ration.note(&format!("p{n}"), source(n), SECOND, took, true);
@@ -319,7 +319,7 @@ mod tests {
     /// 25 times a second, each from an address that was not used before. One slot, and a quarter of a second a
     /// check.
     fn lockout(seconds: u64, guess: impl Fn(u32) -> (String, String)) -> u64 {
-        let (mut ration, took) = (Ration::new(1), SECOND / 4);
+        let (mut ration, took) = (FailureLimiter::new(1), SECOND / 4);
         let mut longest = 0;
         let mut waiting_since = 0;
         for step in 0..25 * u32::try_from(seconds).unwrap() {
@@ -353,7 +353,7 @@ mod tests {
 
     #[test]
     fn a_key_whose_slow_check_would_be_turned_away_needs_no_look_up() {
-        let mut ration = Ration::new(1);
+        let mut ration = FailureLimiter::new(1);
         assert_eq!(ration.turns_away("p", source(1), SECOND), None);
         while fail(&mut ration, "p", source(1), SECOND, CHECK) {}
         assert_eq!(ration.turns_away("p", source(1), SECOND), Some(SECOND));
@@ -365,7 +365,7 @@ mod tests {
 
     #[test]
     fn the_tables_stay_bounded() {
-        let mut ration = Ration::new(1);
+        let mut ration = FailureLimiter::new(1);
         for n in 0..2 * MAX_ENTRIES {
             ration.note(&format!("p{n}"), source(1), SECOND, Duration::ZERO, true);
         }
