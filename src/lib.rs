@@ -1,4 +1,11 @@
-#![doc = include_str!("../README.md")]
+// The examples of the README need every feature, and are doctests.
+#![cfg_attr(feature = "full", doc = include_str!("../README.md"))]
+#![cfg_attr(
+    not(feature = "full"),
+    doc = "API-key authentication for tower services: axum, tonic, hyper.\n\n\
+           The layer is [`ApiKeyAuthLayer`]. With the feature `full`, this page is the README, which has examples \
+           for all features."
+)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 // Here and not in Cargo.toml, because tests may.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
