@@ -37,7 +37,7 @@ pub use chrono;
 
 pub use authenticator::{Authenticator, AuthenticatorBuilder, Health};
 pub use backend::MemoryStore;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub use backend::{ColumnFault, FindingKind, KeyFinding, KeyReview, MigrateError, MigrationReport};
 #[cfg(feature = "postgres")]
 pub use backend::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};

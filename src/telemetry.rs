@@ -86,7 +86,7 @@ pub(crate) fn budget_unsupported(error: &StoreError, remedy: &str, warned: &Firs
 }
 
 /// A fast hash could not be written beside a slow one; the key goes on working.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) fn upgrade_failed(error: &StoreError) {
     tracing::warn!(error = %error, "the fast hash of an API key could not be stored");
 }
@@ -113,21 +113,21 @@ pub(crate) fn usage_lost(keys: usize) {
 }
 
 /// Usage of keys that are no longer there counts for nothing.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) fn usage_of_deleted_keys(keys: usize) {
     count("api_key_usage_of_deleted_keys_total");
     tracing::info!(keys, "usage of API keys that are no longer there is not counted");
 }
 
 /// The usage of one key can't be written, and is given up.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) fn usage_of_bad_row(key: &serde_json::Value, error: &StoreError) {
     count("api_key_usage_dropped_total");
     tracing::error!(%key, error = %error, "the usage of an API key can't be written: it is lost");
 }
 
 /// A table of keys was adopted, but its keys could not be read.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) fn not_reviewed(error: &StoreError) {
     tracing::warn!(error = %error, "adopted API keys could not be reviewed");
 }
@@ -138,7 +138,7 @@ pub(crate) fn feed_ended() {
 }
 
 /// The feed lost its connection, or could not get one.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) fn feed_broken(error: &StoreError) {
     tracing::warn!(error = %error, "the feed of API key changes is disconnected; reconnecting");
 }
@@ -154,13 +154,13 @@ pub(crate) fn feed_notified(is_notified: bool) {
 }
 
 /// Parts of the schema were missing, disabled or outdated, and were made.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) fn schema_made(missing: &[String]) {
     tracing::info!(made = missing.join("; "), "the schema of API keys was brought up to date");
 }
 
 /// Rows that are not needed any more could not be deleted.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) fn not_pruned(error: &StoreError) {
     tracing::warn!(error = %error, "old rows of changes, writers or leases can't be deleted");
 }
@@ -229,7 +229,7 @@ pub(crate) fn cache_secret_unknown(error: &StoreError) {
 }
 
 /// A table of keys was adopted.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) fn adopted_keys(failing: u64, changed: u64) {
     if failing + changed > 0 {
         tracing::warn!(failing, changed, "API keys were adopted that fail or change their meaning");

@@ -151,13 +151,13 @@ impl Drop for Landing {
 }
 
 impl Waiting for Waiters {
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[cfg(feature = "_sql")]
     fn have_left(&self) -> crate::store::Left<'_> {
         Box::pin(self.left())
     }
 }
 
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 impl Waiters {
     async fn left(&self) {
         loop {

@@ -5,7 +5,7 @@ mod memory;
 mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 mod sql;
 #[cfg(feature = "sqlite")]
 mod sqlite;
@@ -15,7 +15,7 @@ pub use self::memory::MemoryStore;
 pub use self::postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisCache, RedisCacheBuilder, RedisCacheError};
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub use self::sql::{
     ColumnFault, FindingKind, KeyFinding, KeyReview, MigrateError, MigrationReport,
 };

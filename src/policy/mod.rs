@@ -4,7 +4,7 @@ mod network_steps;
 mod scope;
 mod validity;
 
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) use self::scope::wildcard;
 pub(crate) use self::{
     network_steps::{Network, NetworkSteps, STEPS},

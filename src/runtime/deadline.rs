@@ -1,6 +1,6 @@
 //! Deadlines: [`within`] for look-ups, [`later`] for moments.
 
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 use std::time::Instant;
 use std::{future::Future, pin::pin, time::Duration};
 
@@ -27,12 +27,12 @@ pub(crate) async fn within<F: Future>(limit: Duration, future: F) -> Option<F::O
 }
 
 /// A moment so far away that it does not come, where the sum is more than the clock can hold.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) fn later(after: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(after).unwrap_or_else(|| now + FAR)
 }
 
 /// 30 years.
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);

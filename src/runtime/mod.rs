@@ -8,7 +8,7 @@ mod moment;
 mod recent;
 
 pub use self::clock::{Clock, ManualClock, SystemClock};
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) use self::deadline::later;
 pub(crate) use self::{
     background::Background,

@@ -9,7 +9,7 @@ use std::{
 use chrono::{DateTime, NaiveDate, Utc};
 use zeroize::Zeroizing;
 
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 use crate::error::StoreError;
 use crate::{
     key::{HashFingerprint, hmac_sha256},
@@ -43,7 +43,7 @@ impl UsageBatch {
     }
 
     /// The entries of keys with an integer for an id, in the order of their ids, as the SQL stores read them.
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[cfg(feature = "_sql")]
     pub(crate) fn encoded(&self) -> Vec<serde_json::Value> {
         let fits = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         let mut entries: Vec<_> =
@@ -63,7 +63,7 @@ impl UsageBatch {
     }
 
     /// In UTC; with a zone or without one, columns take it for the same.
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[cfg(feature = "_sql")]
     pub(crate) fn time(&self) -> String {
         DateTime::<Utc>::from(self.gathered_at).format("%Y-%m-%d %H:%M:%S%.3f").to_string()
     }
@@ -163,7 +163,7 @@ impl Lease {
     }
 }
 
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 impl Lease {
     /// Of a key that is not there.
     pub(crate) fn none(now: SystemTime) -> Self {
@@ -247,7 +247,7 @@ impl CacheSecret {
     }
 
     /// Reads the rows of `api_key_cache_secrets`, the newest first: id, secret in hexadecimal, and scope.
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[cfg(feature = "_sql")]
     pub(crate) fn from_rows<'a>(
         rows: impl Iterator<Item = &'a str>,
     ) -> Result<Option<Self>, StoreError> {

@@ -33,9 +33,9 @@ pub struct Lookup {
     view: Arc<View>,
     proofs: Vec<Proof>,
     skips_copies: bool,
-    #[cfg_attr(not(any(feature = "postgres", feature = "sqlite")), expect(dead_code))]
+    #[cfg_attr(not(feature = "_sql"), expect(dead_code))]
     priority: Priority,
-    #[cfg_attr(not(any(feature = "postgres", feature = "sqlite")), expect(dead_code))]
+    #[cfg_attr(not(feature = "_sql"), expect(dead_code))]
     waiters: Option<Arc<dyn Waiting>>,
 }
 
@@ -67,13 +67,13 @@ impl Lookup {
     }
 
     /// Whether others go first.
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[cfg(feature = "_sql")]
     pub(crate) fn priority(&self) -> Priority {
         self.priority
     }
 
     /// The requests that wait for the answer.
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[cfg(feature = "_sql")]
     pub(crate) fn waiting(&self) -> Option<&dyn Waiting> {
         self.waiters.as_deref()
     }

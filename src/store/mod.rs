@@ -35,7 +35,7 @@ pub(crate) use self::{
     priority::Priority,
     waiting::Waiting,
 };
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) use self::{lookup::MAX_CANDIDATES, waiting::Left};
 use crate::error::StoreError;
 

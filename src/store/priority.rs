@@ -11,7 +11,7 @@ pub(crate) enum Priority {
 }
 
 impl Priority {
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[cfg(feature = "_sql")]
     pub(crate) const ALL: [Self; 3] = [Self::Suspect, Self::Ordinary, Self::Known];
 
     /// Number of look-ups under way on a node from which on this one is turned away, of `max` in all. The

@@ -1,15 +1,15 @@
 //! The requests that wait for a look-up: [`Waiting`].
 
 use std::fmt;
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 use std::{future::Future, pin::Pin};
 
 /// The requests that wait for the outcome of a look-up.
 pub(crate) trait Waiting: fmt::Debug + Send + Sync {
     /// Completes when no request waits for the outcome any more. None joins from then on.
-    #[cfg(any(feature = "postgres", feature = "sqlite"))]
+    #[cfg(feature = "_sql")]
     fn have_left(&self) -> Left<'_>;
 }
 
-#[cfg(any(feature = "postgres", feature = "sqlite"))]
+#[cfg(feature = "_sql")]
 pub(crate) type Left<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
