@@ -10,7 +10,7 @@ use serde_json::Value;
 
 pub(crate) use self::recheck::{Engine, RecheckFuture, Verified};
 use crate::{
-    coherence::Stamp,
+    coherence::CoherenceTag,
     denial::{Denial, Forbidden},
     metering::{Reservation, Usage, UsageCounter},
     policy,
@@ -50,9 +50,9 @@ struct Inner {
 /// Where a context comes from, and what a cache has to know to serve it again.
 pub(crate) struct Provenance {
     pub(crate) origin: Origin,
-    pub(crate) stamp: Stamp,
+    pub(crate) tag: CoherenceTag,
     /// `None` if nothing is recorded.
-    pub(crate) tally: Option<Arc<UsageCounter>>,
+    pub(crate) counter: Option<Arc<UsageCounter>>,
 }
 
 /// Tells one authenticator from another.
@@ -172,8 +172,8 @@ impl AuthContext {
     /// [`AuthenticatorBuilder::usage_interval`]: crate::AuthenticatorBuilder::usage_interval
     #[inline]
     pub fn record_usage(&self, usage: Usage) {
-        if let Some(tally) = self.tally() {
-            tally.add(usage);
+        if let Some(counter) = self.counter() {
+            counter.add(usage);
         }
     }
 
@@ -205,29 +205,29 @@ impl AuthContext {
             return Ok(reservation);
         }
         let recorder = Arc::clone(self.engine()?.recorder());
-        recorder.reserve(&self.key().id, estimate, self.tally()).await
+        recorder.reserve(&self.key().id, estimate, self.counter()).await
     }
 
     /// The same from a lease in hand, without waiting.
     pub(crate) fn reserve_now(&self, estimate: u64) -> Option<Reservation> {
         // Nobody has a budget of a test's own.
         if self.key().budget.is_none() || self.provenance().is_none() {
-            return Some(Reservation::free(estimate, self.tally().cloned()));
+            return Some(Reservation::free(estimate, self.counter().cloned()));
         }
-        let tally = self.tally()?;
-        tally.recorder()?.reserve_now(&self.key().id, estimate, tally)
+        let counter = self.counter()?;
+        counter.recorder()?.reserve_now(&self.key().id, estimate, counter)
     }
 
     /// Counts a request that was let in.
     #[inline]
     pub(crate) fn count_request(&self) {
-        if let Some(tally) = self.tally() {
-            tally.count_request();
+        if let Some(counter) = self.counter() {
+            counter.count_request();
         }
     }
 
-    fn tally(&self) -> Option<&Arc<UsageCounter>> {
-        self.provenance()?.tally.as_ref()
+    fn counter(&self) -> Option<&Arc<UsageCounter>> {
+        self.provenance()?.counter.as_ref()
     }
 
     /// Requires [a scope](Self::has_scope).

@@ -4,7 +4,7 @@ use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
 use super::{
     health::Health,
-    resolver::{LookupFuture, Recall, Resolver},
+    resolver::{Cached, LookupFuture, Resolver},
     settings::Settings,
 };
 use crate::{
@@ -78,10 +78,10 @@ impl Authenticator {
 
     async fn find_out(&self, key: &str, address: Option<IpAddr>) -> Result<AuthContext, Denial> {
         let outcome = match token(key.as_bytes()) {
-            Ok(token) => match self.recall(token) {
-                Recall::Known(caller) => Ok(caller),
-                Recall::Refused(reason) => Err(reason.into()),
-                Recall::Nothing => match self.parse(token) {
+            Ok(token) => match self.cached(token) {
+                Cached::Hit(caller) => Ok(caller),
+                Cached::Negative(reason) => Err(reason.into()),
+                Cached::Miss => match self.parse(token) {
                     Ok(key) => self.look_up(key, address).await,
                     Err(denial) => Err(denial),
                 },
@@ -135,14 +135,14 @@ impl Authenticator {
 
     /// Whose key it is, if that is remembered. No lock, no I/O, and no allocation.
     #[inline]
-    pub(crate) fn recall_known(&self, key: &[u8]) -> Option<AuthContext> {
-        self.0.recall_known(&KeyDigest::of(key))
+    pub(crate) fn cached_context(&self, key: &[u8]) -> Option<AuthContext> {
+        self.0.cached_context(&KeyDigest::of(key))
     }
 
     /// What is remembered of the key in `token`.
     #[inline]
-    pub(crate) fn recall(&self, token: &str) -> Recall {
-        self.0.recall(token)
+    pub(crate) fn cached(&self, token: &str) -> Cached {
+        self.0.cached(token)
     }
 
     /// Parses a token of visible ASCII. Nothing is looked up before this.

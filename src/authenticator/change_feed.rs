@@ -72,7 +72,7 @@ pub(crate) async fn follow(store: DynKeyStore, feed: Weak<FeedState>, clock: imp
         if !changes.is_complete()
             && let Some(feed) = feed.upgrade()
         {
-            feed.view.floors.caught_up();
+            feed.view.minimum_revisions.caught_up();
         }
         if !changes.has_feed() {
             // Not the end, or this would begin anew at each look-up.

@@ -6,7 +6,7 @@ use quick_cache::sync::Cache;
 
 use super::settings::Settings;
 use crate::{
-    coherence::{Age, Stamp, View},
+    coherence::{Age, CoherenceTag, View},
     context::AuthContext,
     denial::InvalidKey,
     key::{HashFingerprint, KeyDigest},
@@ -19,14 +19,14 @@ use crate::{
 pub(crate) struct LocalCache {
     known: Cache<KeyDigest, AuthContext>,
     /// Keys that are not valid, apart and few, so that a flood of them drives out no valid one.
-    refused: Cache<KeyDigest, Refused>,
+    refused: Cache<KeyDigest, NegativeEntry>,
 }
 
 /// A key that is not valid.
 #[derive(Clone, Copy)]
-pub(crate) struct Refused {
+pub(crate) struct NegativeEntry {
     pub(crate) reason: InvalidKey,
-    pub(crate) stamp: Stamp,
+    pub(crate) tag: CoherenceTag,
     /// By the wall clock, as `expires_at` is: before this, the reason does not hold.
     pub(crate) from: u64,
     /// Of the hash that the key matched when it was valid: it spares one that comes back its slow check.
@@ -36,9 +36,9 @@ pub(crate) struct Refused {
 /// So many keys that are not valid are remembered.
 const MAX_REFUSED: usize = 10_000;
 
-impl Refused {
+impl NegativeEntry {
     pub(crate) fn holds(&self, view: &View, now: Moment) -> bool {
-        now.wall_nanos() >= self.from && self.stamp.age(view, now) == Age::Fresh
+        now.wall_nanos() >= self.from && self.tag.age(view, now) == Age::Fresh
     }
 }
 
@@ -55,7 +55,7 @@ impl LocalCache {
     }
 
     /// What is remembered of a key that is not valid, however old.
-    pub(crate) fn refused(&self, key: &KeyDigest) -> Option<Refused> {
+    pub(crate) fn refused(&self, key: &KeyDigest) -> Option<NegativeEntry> {
         self.refused.get(key)
     }
 
@@ -76,10 +76,10 @@ impl LocalCache {
     }
 
     /// What was known of the key before is never served again, while the store fails either.
-    pub(crate) fn refuse(&self, key: KeyDigest, refused: Refused) {
+    pub(crate) fn refuse(&self, key: KeyDigest, refused: NegativeEntry) {
         let proof = self.proof(&key);
         self.known.remove(&key);
-        self.refused.insert(key, Refused { proof, ..refused });
+        self.refused.insert(key, NegativeEntry { proof, ..refused });
     }
 
     /// Removes what is cached of a valid key.

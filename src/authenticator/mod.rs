@@ -16,7 +16,7 @@ mod single_flight;
 
 pub(crate) use self::{
     authenticate::check_address,
-    resolver::{LookupFuture, Recall},
+    resolver::{Cached, LookupFuture},
 };
 pub use self::{
     authenticate::{Authenticator, AuthenticatorBuilder},

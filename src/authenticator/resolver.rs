@@ -23,7 +23,7 @@ use super::{
     health::Health,
     local_cache::LocalCache,
     settings::Settings,
-    single_flight::{Boarding, Landed, Outcome, SingleFlight, Waiters},
+    single_flight::{Finished, Outcome, SingleFlight, Waiter, Waiters},
 };
 use crate::{
     coherence::{Age, Seen, Subject, View},
@@ -47,7 +47,7 @@ pub(crate) struct Resolver {
     pub(crate) unknown_address: FirstTime,
     view: Arc<View>,
     cache: LocalCache,
-    flights: Arc<SingleFlight>,
+    single_flight: Arc<SingleFlight>,
     admission: Admission,
     feed: Background,
     feed_state: Arc<FeedState>,
@@ -59,11 +59,11 @@ pub(crate) struct Resolver {
 }
 
 /// What is remembered of a key.
-pub(crate) enum Recall {
-    Known(AuthContext),
-    Refused(InvalidKey),
+pub(crate) enum Cached {
+    Hit(AuthContext),
+    Negative(InvalidKey),
     /// Nothing that may be served: the store has to be asked.
-    Nothing,
+    Miss,
 }
 
 /// A look-up on its way.
@@ -72,7 +72,7 @@ pub(crate) type LookupFuture = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 /// A store that has not answered by then counts as failing, whatever deadlines it has itself.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(15);
 /// Longer than that of the look-up itself with its retries.
-const BOARDING_DEADLINE: Duration = Duration::from_secs(20);
+const WAITING_DEADLINE: Duration = Duration::from_secs(20);
 /// An answer that is older than a change which is known is asked for again so often, after so long: what
 /// answered is a copy of the database that has not caught up.
 const RETRIES: [Duration; 4] = [
@@ -100,7 +100,7 @@ impl Resolver {
             view: Arc::clone(&view),
             feed_state: FeedState::new(view),
             cache: LocalCache::new(&settings),
-            flights: Arc::default(),
+            single_flight: Arc::default(),
             admission: Admission::new(settings.max_lookups),
             feed: Background::default(),
             is_store_failing: AtomicBool::new(false),
@@ -110,24 +110,24 @@ impl Resolver {
 
     /// What is remembered of the key in `token`. No lock, no I/O, and no allocation.
     #[inline]
-    pub(crate) fn recall(&self, token: &str) -> Recall {
-        self.recall_digest(&KeyDigest::of(token.as_bytes()))
+    pub(crate) fn cached(&self, token: &str) -> Cached {
+        self.cached_digest(&KeyDigest::of(token.as_bytes()))
     }
 
     /// Whose key it is, if that is remembered and may be served.
     #[inline]
-    pub(crate) fn recall_known(&self, key: &KeyDigest) -> Option<AuthContext> {
+    pub(crate) fn cached_context(&self, key: &KeyDigest) -> Option<AuthContext> {
         self.cache.known(key).filter(|caller| self.age(caller) == Age::Fresh)
     }
 
     #[inline]
-    fn recall_digest(&self, key: &KeyDigest) -> Recall {
-        if let Some(caller) = self.recall_known(key) {
-            return Recall::Known(caller);
+    fn cached_digest(&self, key: &KeyDigest) -> Cached {
+        if let Some(caller) = self.cached_context(key) {
+            return Cached::Hit(caller);
         }
         match self.cache.refused(key) {
-            Some(it) if it.holds(&self.view, self.now()) => Recall::Refused(it.reason),
-            _ => Recall::Nothing,
+            Some(it) if it.holds(&self.view, self.now()) => Cached::Negative(it.reason),
+            _ => Cached::Miss,
         }
     }
 
@@ -149,8 +149,8 @@ impl Resolver {
             inner.listen();
             let digest = key.cache_digest();
             loop {
-                let boarding = match inner.board(&key, address) {
-                    Ok(boarding) => boarding,
+                let waiter = match inner.join(&key, address) {
+                    Ok(waiter) => waiter,
                     Err(error) => {
                         return inner.while_failing(&digest).ok_or(Denial::Unavailable(error));
                     }
@@ -161,7 +161,7 @@ impl Resolver {
                     // The look-up goes on in the background if it need not wait; its answer shows when the store is back.
                     return Ok(caller);
                 }
-                match boarding.outcome(BOARDING_DEADLINE).await {
+                match waiter.outcome(WAITING_DEADLINE).await {
                     Some(Err(Denial::Unavailable(error))) => {
                         return inner.while_failing(&digest).ok_or(Denial::Unavailable(error));
                     }
@@ -174,7 +174,7 @@ impl Resolver {
 
     /// Forgets what is remembered of the keys under `prefix`, and trusts no copy of them from before.
     pub(crate) fn invalidate(&self, prefix: &str) {
-        self.view.distrust(prefix, self.now());
+        self.view.invalidate(prefix, self.now());
     }
 
     /// Stops listening, for good, and writes what was used.
@@ -187,7 +187,7 @@ impl Resolver {
         let now = self.now();
         Health {
             cached_keys: self.cache.len(),
-            lookups_under_way: self.flights.len(),
+            lookups_under_way: self.single_flight.len(),
             is_store_failing: self.is_store_failing.load(Ordering::Relaxed),
             last_sync: self.view.freshness.last_sync().map(|sync| now.since(sync)),
             feed: self.feed_state.status(),
@@ -201,7 +201,7 @@ impl Resolver {
     #[inline]
     fn age(&self, caller: &AuthContext) -> Age {
         let provenance = caller.provenance();
-        provenance.map_or(Age::Expired, |it| it.stamp.age(&self.view, self.now()))
+        provenance.map_or(Age::Expired, |it| it.tag.age(&self.view, self.now()))
     }
 
     /// Sees to it that somebody listens to the store, and tells it what was used.
@@ -219,18 +219,18 @@ impl Resolver {
         self.cache.known(key).filter(|caller| self.age(caller) != Age::Expired)
     }
 
-    fn board(
+    fn join(
         self: &Arc<Self>,
         key: &LookupKey,
         address: Option<IpAddr>,
-    ) -> Result<Boarding, StoreError> {
+    ) -> Result<Waiter, StoreError> {
         let prefix = Subject::Prefix(key.id().into());
-        let generation = self.view.floors.generation(&prefix);
+        let generation = self.view.minimum_revisions.generation(&prefix);
         let digest = key.cache_digest();
-        let recall = || match self.recall_digest(&digest) {
-            Recall::Known(caller) => Some(Ok(caller)),
-            Recall::Refused(reason) => Some(Err(reason.into())),
-            Recall::Nothing => None,
+        let cached = || match self.cached_digest(&digest) {
+            Cached::Hit(caller) => Some(Ok(caller)),
+            Cached::Negative(reason) => Some(Err(reason.into())),
+            Cached::Miss => None,
         };
         let admit = |under_way| {
             let LookupKey::Presented(key) = key else {
@@ -240,30 +240,31 @@ impl Resolver {
                 self.cache.known(&digest).is_some() || self.cache.proof(&digest).is_some();
             self.admission.admit(&self.scheme, (key, is_known), address, under_way)
         };
-        self.flights.board(
+        self.single_flight.join(
             key.lookup_digest(),
             generation,
             &self.view,
-            recall,
+            cached,
             admit,
-            |seen, priority, landing| {
+            |seen, priority, leader| {
                 let (inner, key) = (Arc::clone(self), key.clone());
                 tokio::spawn(async move {
-                    let waiters = landing.waiters().clone();
-                    let flight = inner.fly(key, prefix, address, seen, priority, waiters);
-                    let landed = flight.await;
+                    let waiters = leader.waiters().clone();
+                    let flight =
+                        inner.look_up_in_store(key, prefix, address, seen, priority, waiters);
+                    let finished = flight.await;
                     if priority != Priority::Known {
                         let now = inner.scheme.clock().monotonic();
-                        inner.admission.count(&landed.outcome, address, now);
+                        inner.admission.count(&finished.outcome, address, now);
                     }
-                    landing.land(landed);
+                    leader.finish_with(finished);
                 });
             },
         )
     }
 
     /// Asks the store, judges what does not depend on the request, and remembers the answer.
-    async fn fly(
+    async fn look_up_in_store(
         self: &Arc<Self>,
         key: LookupKey,
         prefix: Subject,
@@ -271,7 +272,7 @@ impl Resolver {
         mut seen: Seen,
         priority: Priority,
         waiters: Waiters,
-    ) -> Landed {
+    ) -> Finished {
         let mut proofs: Vec<_> =
             self.cache.proof(&key.cache_digest()).map(Proof::Seen).into_iter().collect();
         if let LookupKey::Verified(key) = &key {
@@ -280,7 +281,7 @@ impl Resolver {
         for (attempt, pause) in RETRIES.into_iter().enumerate() {
             if attempt > 0 {
                 tokio::time::sleep(pause).await;
-                seen = self.view.floors.seen();
+                seen = self.view.minimum_revisions.seen();
             }
             let as_of = self.now();
             let mut lookup =
@@ -294,16 +295,16 @@ impl Resolver {
             }
             let answer = match self.ask(&lookup).await {
                 Ok(answer) => answer,
-                Err(denial) => return Landed { outcome: Err(denial), judged: None },
+                Err(denial) => return Finished { outcome: Err(denial), judged: None },
             };
             // Before it is judged: of what comes after this, the judgement need not know.
-            let judged = Some(self.view.floors.seen());
+            let judged = Some(self.view.minimum_revisions.seen());
             if let Some(outcome) = self.judge(answer, &lookup, &prefix, as_of, seen) {
-                return Landed { outcome, judged };
+                return Finished { outcome, judged };
             }
         }
         let behind = "what answers is older than changes that are known: a replica that lags";
-        Landed { outcome: Err(StoreError::unavailable(behind).into()), judged: None }
+        Finished { outcome: Err(StoreError::unavailable(behind).into()), judged: None }
     }
 
     async fn ask(&self, lookup: &Lookup) -> Result<Answer, Denial> {

@@ -29,45 +29,45 @@ pub(crate) type Outcome = Result<AuthContext, Denial>;
 /// The look-ups under way.
 #[derive(Default)]
 pub(crate) struct SingleFlight {
-    joinable: Mutex<HashMap<KeyDigest, Flight>>,
+    joinable: Mutex<HashMap<KeyDigest, InFlight>>,
     /// With those that can't be joined any more.
     under_way: AtomicUsize,
 }
 
 /// One of them. It runs on a task of its own, so that it goes on when the caller that began it goes
 /// away.
-struct Flight {
+struct InFlight {
     /// What was known when it began.
     seen: Seen,
     prefix: Generation,
-    outcome: watch::Sender<Option<Landed>>,
+    outcome: watch::Sender<Option<Finished>>,
 }
 
 /// An outcome, and what was known when it was judged; `None` for an error, which holds for all who wait.
 #[derive(Clone)]
-pub(crate) struct Landed {
+pub(crate) struct Finished {
     pub(crate) outcome: Outcome,
     pub(crate) judged: Option<Seen>,
 }
 
 /// Where a flight puts its outcome. Dropped without one, because the look-up panicked or its runtime
 /// ended, it lets those who wait know.
-pub(crate) struct Landing {
+pub(crate) struct Leader {
     waiters: Waiters,
-    has_landed: bool,
+    has_finished: bool,
 }
 
 /// Those who wait for one flight.
 #[derive(Clone)]
 pub(crate) struct Waiters {
-    flights: Arc<SingleFlight>,
+    single_flight: Arc<SingleFlight>,
     key: KeyDigest,
-    outcome: watch::Sender<Option<Landed>>,
+    outcome: watch::Sender<Option<Finished>>,
 }
 
 /// What a request does that waits for an outcome.
-pub(crate) struct Boarding {
-    outcome: watch::Receiver<Option<Landed>>,
+pub(crate) struct Waiter {
+    outcome: watch::Receiver<Option<Finished>>,
     /// What was known when it began to wait.
     joined: Seen,
 }
@@ -75,42 +75,42 @@ pub(crate) struct Boarding {
 impl SingleFlight {
     /// Joins the look-up of `key` that is under way or, if there is none, or it began before a change
     /// that could be about this key, begins one: `admit` is given how many are under way, and `begin` what
-    /// was known before, the priority, and the landing.
+    /// was known before, the priority, and the leader.
     ///
     /// # Errors
     ///
     /// That of `admit`.
-    pub(crate) fn board(
+    pub(crate) fn join(
         self: &Arc<Self>,
         key: KeyDigest,
         prefix: Generation,
         view: &View,
-        recall: impl FnOnce() -> Option<Outcome>,
+        cached: impl FnOnce() -> Option<Outcome>,
         admit: impl FnOnce(usize) -> Result<Priority, StoreError>,
-        begin: impl FnOnce(Seen, Priority, Landing),
-    ) -> Result<Boarding, StoreError> {
+        begin: impl FnOnce(Seen, Priority, Leader),
+    ) -> Result<Waiter, StoreError> {
         let mut joinable = self.joinable();
-        let joined = view.floors.seen();
+        let joined = view.minimum_revisions.seen();
         if let Some(flight) = joinable.get(&key)
             && flight.prefix == prefix
-            && view.floors.may_join(flight.prefix, flight.seen)
+            && view.minimum_revisions.may_join(flight.prefix, flight.seen)
         {
-            return Ok(Boarding { outcome: flight.outcome.subscribe(), joined });
+            return Ok(Waiter { outcome: flight.outcome.subscribe(), joined });
         }
-        // One may have landed since the cache was looked at.
-        if let Some(outcome) = recall() {
-            let known = Landed { outcome, judged: None };
-            return Ok(Boarding { outcome: watch::channel(Some(known)).1, joined });
+        // One may have finished since the cache was looked at.
+        if let Some(outcome) = cached() {
+            let known = Finished { outcome, judged: None };
+            return Ok(Waiter { outcome: watch::channel(Some(known)).1, joined });
         }
         let priority = admit(self.len())?;
         let (sender, outcome) = watch::channel(None);
         // An overtaken one is no longer found, but lands for those who are on it.
-        joinable.insert(key, Flight { seen: joined, prefix, outcome: sender.clone() });
+        joinable.insert(key, InFlight { seen: joined, prefix, outcome: sender.clone() });
         self.under_way.fetch_add(1, Ordering::Relaxed);
         drop(joinable);
-        let waiters = Waiters { flights: Arc::clone(self), key, outcome: sender };
-        begin(joined, priority, Landing { waiters, has_landed: false });
-        Ok(Boarding { outcome, joined })
+        let waiters = Waiters { single_flight: Arc::clone(self), key, outcome: sender };
+        begin(joined, priority, Leader { waiters, has_finished: false });
+        Ok(Waiter { outcome, joined })
     }
 
     /// How many there are.
@@ -118,34 +118,34 @@ impl SingleFlight {
         self.under_way.load(Ordering::Relaxed)
     }
 
-    fn joinable(&self) -> MutexGuard<'_, HashMap<KeyDigest, Flight>> {
+    fn joinable(&self) -> MutexGuard<'_, HashMap<KeyDigest, InFlight>> {
         self.joinable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Landing {
+impl Leader {
     pub(crate) fn waiters(&self) -> &Waiters {
         &self.waiters
     }
 
     /// Nobody joins any more once the outcome is there: whoever comes after it looks into the cache.
-    pub(crate) fn land(mut self, landed: Landed) {
-        self.finish(landed);
+    pub(crate) fn finish_with(mut self, finished: Finished) {
+        self.finish(finished);
     }
 
-    fn finish(&mut self, landed: Landed) {
-        self.has_landed = true;
-        let Waiters { flights, key, outcome } = &self.waiters;
-        remove(&mut flights.joinable(), key, outcome);
-        flights.under_way.fetch_sub(1, Ordering::Relaxed);
-        outcome.send_replace(Some(landed));
+    fn finish(&mut self, finished: Finished) {
+        self.has_finished = true;
+        let Waiters { single_flight, key, outcome } = &self.waiters;
+        remove(&mut single_flight.joinable(), key, outcome);
+        single_flight.under_way.fetch_sub(1, Ordering::Relaxed);
+        outcome.send_replace(Some(finished));
     }
 }
 
-impl Drop for Landing {
+impl Drop for Leader {
     fn drop(&mut self) {
-        if !self.has_landed {
-            self.finish(Landed { outcome: Err(lost()), judged: None });
+        if !self.has_finished {
+            self.finish(Finished { outcome: Err(lost()), judged: None });
         }
     }
 }
@@ -162,7 +162,7 @@ impl Waiters {
     async fn left(&self) {
         loop {
             self.outcome.closed().await;
-            let mut joinable = self.flights.joinable();
+            let mut joinable = self.single_flight.joinable();
             if self.outcome.borrow().is_some() {
                 break;
             }
@@ -172,23 +172,23 @@ impl Waiters {
                 return;
             }
         }
-        // The look-up has landed, and is not dropped any more.
+        // The look-up has finished, and is not dropped any more.
         std::future::pending().await
     }
 }
 
 /// Removes the flight. A later one of the same key may be there by now.
 fn remove(
-    joinable: &mut HashMap<KeyDigest, Flight>,
+    joinable: &mut HashMap<KeyDigest, InFlight>,
     key: &KeyDigest,
-    outcome: &watch::Sender<Option<Landed>>,
+    outcome: &watch::Sender<Option<Finished>>,
 ) {
     if joinable.get(key).is_some_and(|flight| flight.outcome.same_channel(outcome)) {
         joinable.remove(key);
     }
 }
 
-impl Boarding {
+impl Waiter {
     /// Waits for the outcome, at most for `limit`: the runtime of the flight may not be driven any more.
     ///
     /// `None` if the outcome was judged before a change that was known when this request came: it has to
@@ -199,9 +199,9 @@ impl Boarding {
             let no_timer = "the Tokio runtime has no timer: build it with enable_all";
             return Some(Err(StoreError::unavailable(no_timer).into()));
         }
-        let landed = within(limit, self.outcome.wait_for(Option::is_some)).await;
-        let landed = landed.and_then(Result::ok).and_then(|landed| landed.clone());
-        let Some(Landed { outcome, judged }) = landed else { return Some(Err(lost())) };
+        let finished = within(limit, self.outcome.wait_for(Option::is_some)).await;
+        let finished = finished.and_then(Result::ok).and_then(|finished| finished.clone());
+        let Some(Finished { outcome, judged }) = finished else { return Some(Err(lost())) };
         judged.is_none_or(|judged| judged.includes(self.joined)).then_some(outcome)
     }
 }

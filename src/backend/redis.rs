@@ -4,7 +4,7 @@ mod builder;
 mod deletes;
 mod entry;
 mod names;
-mod news;
+mod pub_sub;
 mod repository;
 mod script;
 mod secret;
@@ -133,7 +133,7 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
         };
         let names = Names::new(lookup, &secret);
         let mut found = Found::default();
-        if !lookup.skips_copies() && lookup.view().floors.is_caught_up() {
+        if !lookup.skips_copies() && lookup.view().minimum_revisions.is_caught_up() {
             found = self.find(lookup, &names, &secret).await;
         }
         let old = match found.answer {
@@ -163,7 +163,7 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
     }
 
     fn changes(&self, since: SystemTime) -> ChangeStream {
-        news::changes(self, since)
+        pub_sub::changes(self, since)
     }
 
     async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {

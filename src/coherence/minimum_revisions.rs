@@ -1,4 +1,4 @@
-//! The rule of floors: [`MinimumRevisions`].
+//! The rule of by_subject: [`MinimumRevisions`].
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::RandomState},
@@ -25,7 +25,7 @@ pub(crate) enum Subject {
     Owner(UserId),
 }
 
-/// What this node has learned of changes. Nothing below a floor is served.
+/// What this node has learned of changes. Nothing below a minimum is served.
 ///
 /// MinimumRevisions are looked at when an answer comes up from below. For what is in the local cache there are
 /// generations: a counter a bucket of subjects, which a change moves and every hit compares, so that a
@@ -40,8 +40,8 @@ pub(crate) struct MinimumRevisions {
 
 #[derive(Debug, Default)]
 struct Table {
-    floors: HashMap<Subject, Floor>,
-    /// The subjects in the order in which their floors were raised, to forget them in.
+    by_subject: HashMap<Subject, Minimum>,
+    /// The subjects in the order in which their minimum revisions were raised, to forget them in.
     raised: VecDeque<(Moment, Subject)>,
     /// Copies from before this are trusted for no key.
     everything: Option<SystemTime>,
@@ -54,7 +54,7 @@ struct Table {
 }
 
 #[derive(Debug, Default, Clone, Copy)]
-struct Floor {
+struct Minimum {
     revision: Revision,
     /// Copies from before this are not trusted whatever their revision: a change came that revisions do
     /// not order.
@@ -79,7 +79,7 @@ impl Seen {
     }
 }
 
-/// What the floors say of an answer from the store.
+/// What the minimum revisions say of an answer from the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
     /// It may be kept.
@@ -93,8 +93,8 @@ pub(crate) enum Standing {
 
 /// Longer than any entry lives in Redis.
 pub(crate) const MINIMUM_REVISION_LIFETIME: Duration = Duration::from_secs(3600 + 300);
-/// Past so many floors, one for everything takes their place.
-const MAX_FLOORS: usize = 100_000;
+/// Past so many minimum revisions, one for everything takes their place.
+const MAX_SUBJECTS: usize = 100_000;
 /// 32 KiB, which stay in a core's nearest cache. A change drops what shares its bucket: one entry in 8,192.
 const BUCKETS: usize = 1 << 13;
 /// How far the database's time may be off that a node knows.
@@ -113,8 +113,8 @@ impl MinimumRevisions {
         }
     }
 
-    /// Learns of a change. The floor is raised before the generation moves: whoever sees the new
-    /// generation finds the new floor.
+    /// Learns of a change. The minimum is raised before the generation moves: whoever sees the new
+    /// generation finds the new minimum.
     pub(super) fn raise(
         &self,
         subject: Subject,
@@ -126,14 +126,14 @@ impl MinimumRevisions {
             // Said twice: by the store, and by a tombstone.
             return;
         }
-        self.change(subject, now, database_now, |floor, table_seen| {
-            if revision > floor.revision {
-                floor.revision = revision;
-            } else if revision < floor.revision || revision == Revision(0) {
+        self.change(subject, now, database_now, |minimum, table_seen| {
+            if revision > minimum.revision {
+                minimum.revision = revision;
+            } else if revision < minimum.revision || revision == Revision(0) {
                 // Two rows under one prefix were committed in another order than they were numbered, or
                 // the store has no revisions at all.
-                floor.as_of = Some(database_now + MARGIN);
-                floor.since = table_seen;
+                minimum.as_of = Some(database_now + MARGIN);
+                minimum.since = table_seen;
             }
         });
     }
@@ -152,7 +152,7 @@ impl MinimumRevisions {
     }
 
     /// Learns of a change that has no revision.
-    pub(super) fn distrust(&self, subject: Subject, now: Moment, database_now: SystemTime) {
+    pub(super) fn invalidate(&self, subject: Subject, now: Moment, database_now: SystemTime) {
         self.raise(subject, Revision(0), now, database_now);
     }
 
@@ -161,7 +161,7 @@ impl MinimumRevisions {
         subject: Subject,
         now: Moment,
         database_now: SystemTime,
-        change: impl FnOnce(&mut Floor, u64),
+        change: impl FnOnce(&mut Minimum, u64),
     ) {
         let bucket = self.bucket(&subject);
         let is_owner = matches!(subject, Subject::Owner(_));
@@ -170,13 +170,13 @@ impl MinimumRevisions {
             table.seen += 1;
             let seen = table.seen;
             table.forget_old(now);
-            if table.floors.len() >= MAX_FLOORS && !table.floors.contains_key(&subject) {
+            if table.by_subject.len() >= MAX_SUBJECTS && !table.by_subject.contains_key(&subject) {
                 table.forget_all(database_now);
             }
-            let floor = table.floors.entry(subject.clone()).or_default();
-            change(floor, seen);
-            floor.raised = Some(now);
-            let is_unordered = floor.since == seen;
+            let minimum = table.by_subject.entry(subject.clone()).or_default();
+            change(minimum, seen);
+            minimum.raised = Some(now);
+            let is_unordered = minimum.since == seen;
             table.unordered += u64::from(is_owner && is_unordered);
             table.raised.push_back((now, subject));
         }
@@ -246,15 +246,15 @@ impl MinimumRevisions {
             standing = Standing::Overtaken;
         }
         for (subject, revision) in subjects {
-            let Some(floor) = table.floors.get(subject) else { continue };
+            let Some(minimum) = table.by_subject.get(subject) else { continue };
             // One that the database has lost is never reached: it ends, as no copy from before it is left.
-            if floor.raised.is_some_and(|raised| now.since(raised) > MINIMUM_REVISION_LIFETIME) {
+            if minimum.raised.is_some_and(|raised| now.since(raised) > MINIMUM_REVISION_LIFETIME) {
                 continue;
             }
-            if *revision < floor.revision {
+            if *revision < minimum.revision {
                 return Standing::Below;
             }
-            if floor.since > began.all {
+            if minimum.since > began.all {
                 standing = Standing::Overtaken;
             }
         }
@@ -267,26 +267,27 @@ impl MinimumRevisions {
             return false;
         }
         let table = self.table();
-        table.everything.is_none_or(|floor| as_of >= floor)
+        table.everything.is_none_or(|minimum| as_of >= minimum)
             && subjects.iter().all(|(subject, revision)| {
-                table.floors.get(subject).is_none_or(|floor| {
-                    *revision >= floor.revision && floor.as_of.is_none_or(|floor| as_of >= floor)
+                table.by_subject.get(subject).is_none_or(|minimum| {
+                    *revision >= minimum.revision
+                        && minimum.as_of.is_none_or(|minimum| as_of >= minimum)
                 })
             })
     }
 
     /// Whether a tombstone from then may be believed.
     pub(super) fn accept_delete(&self, made_at: SystemTime) -> bool {
-        self.table().everything.is_none_or(|floor| made_at >= floor)
+        self.table().everything.is_none_or(|minimum| made_at >= minimum)
     }
 
     fn revision_of(&self, subject: &Subject) -> Option<Revision> {
-        self.table().floors.get(subject).map(|floor| floor.revision)
+        self.table().by_subject.get(subject).map(|minimum| minimum.revision)
     }
 
-    /// How many floors there are.
+    /// How many minimum revisions there are.
     pub(crate) fn len(&self) -> usize {
-        self.table().floors.len()
+        self.table().by_subject.len()
     }
 
     fn bucket(&self, subject: &Subject) -> usize {
@@ -306,22 +307,22 @@ impl Table {
                 break;
             }
             // Raised again since then?
-            if self.floors.get(subject).is_some_and(|floor| floor.raised == Some(*raised)) {
-                self.floors.remove(subject);
+            if self.by_subject.get(subject).is_some_and(|minimum| minimum.raised == Some(*raised)) {
+                self.by_subject.remove(subject);
             }
             self.raised.pop_front();
         }
         // The same few subjects over and over: the queue is longer than the table.
-        if self.raised.len() > 2 * self.floors.len() + 1024 {
-            let floors = &self.floors;
+        if self.raised.len() > 2 * self.by_subject.len() + 1024 {
+            let minimums = &self.by_subject;
             self.raised.retain(|(raised, subject)| {
-                floors.get(subject).is_some_and(|floor| floor.raised == Some(*raised))
+                minimums.get(subject).is_some_and(|minimum| minimum.raised == Some(*raised))
             });
         }
     }
 
     fn forget_all(&mut self, database_now: SystemTime) {
-        self.floors.clear();
+        self.by_subject.clear();
         self.raised.clear();
         self.everything = Some(database_now + MARGIN);
         self.everything_since = self.seen;
@@ -332,7 +333,7 @@ impl Table {
 impl fmt::Debug for MinimumRevisions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("MinimumRevisions")
-            .field("floors", &self.len())
+            .field("minimum revisions", &self.len())
             .field("is_caught_up", &self.is_caught_up())
             .finish_non_exhaustive()
     }

@@ -6,14 +6,14 @@
 //! ([`freshness`]): an answer is served only for a limited time after it was read, or after the node was last in sync
 //! with the changes of the store.
 
+mod coherence_tag;
 mod freshness;
 mod minimum_revisions;
-mod stamp;
 mod view;
 
 pub(crate) use self::{
+    coherence_tag::CoherenceTag,
     freshness::Age,
     minimum_revisions::{Generation, MINIMUM_REVISION_LIFETIME, Seen, Standing, Subject},
-    stamp::Stamp,
     view::View,
 };

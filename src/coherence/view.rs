@@ -16,7 +16,7 @@ use crate::{
 /// What a node knows of the changes in the store below it: which ones, and up to when all of them.
 #[derive(Debug)]
 pub(crate) struct View {
-    pub(crate) floors: MinimumRevisions,
+    pub(crate) minimum_revisions: MinimumRevisions,
     pub(crate) freshness: Freshness,
     pub(crate) bad_rows: BadRowLog,
 }
@@ -24,7 +24,7 @@ pub(crate) struct View {
 impl View {
     pub(crate) fn new(max_staleness: Duration, stale_if_error: Duration) -> Arc<Self> {
         Arc::new(Self {
-            floors: MinimumRevisions::new(),
+            minimum_revisions: MinimumRevisions::new(),
             freshness: Freshness::new(max_staleness, stale_if_error),
             bad_rows: BadRowLog::default(),
         })
@@ -33,29 +33,34 @@ impl View {
     /// The rows under a lookup prefix have changed.
     pub(crate) fn prefix_changed(&self, prefix: String, revision: Revision, now: Moment) {
         let database_now = self.freshness.database_now(now);
-        self.floors.raise(Subject::Prefix(prefix.into()), revision, now, database_now);
+        self.minimum_revisions.raise(Subject::Prefix(prefix.into()), revision, now, database_now);
     }
 
     /// An owner has changed.
     pub(crate) fn owner_changed(&self, owner: UserId, revision: Revision, now: Moment) {
-        self.floors.raise(Subject::Owner(owner), revision, now, self.freshness.database_now(now));
+        self.minimum_revisions.raise(
+            Subject::Owner(owner),
+            revision,
+            now,
+            self.freshness.database_now(now),
+        );
     }
 
     /// All changes up to `as_of`, a time of the database, are known.
     pub(crate) fn synced(&self, as_of: SystemTime, now: Moment) {
         self.freshness.synced(as_of, now);
-        self.floors.caught_up();
+        self.minimum_revisions.caught_up();
     }
 
     /// Changes may have been missed.
     pub(crate) fn reset(&self, now: Moment) {
-        self.floors.reset(self.freshness.database_now(now));
+        self.minimum_revisions.reset(self.freshness.database_now(now));
     }
 
     /// Forgets what is known of keys under `prefix`, in every tier, though no change was said.
-    pub(crate) fn distrust(&self, prefix: &str, now: Moment) {
+    pub(crate) fn invalidate(&self, prefix: &str, now: Moment) {
         let subject = Subject::Prefix(prefix.into());
-        self.floors.distrust(subject, now, self.freshness.database_now(now));
+        self.minimum_revisions.invalidate(subject, now, self.freshness.database_now(now));
     }
 
     /// Learns of a change from a tombstone that lies in place of a copy, if it is news.
@@ -68,9 +73,15 @@ impl View {
     ) {
         // Whoever is in sync knows better: a database that was restored has given up the revision.
         let is_in_sync = |sync| self.freshness.age(sync, now) == Age::Fresh;
-        if !self.freshness.last_sync().is_some_and(is_in_sync) && self.floors.accept_delete(made_at)
+        if !self.freshness.last_sync().is_some_and(is_in_sync)
+            && self.minimum_revisions.accept_delete(made_at)
         {
-            self.floors.raise_to(subject, revision, now, self.freshness.database_now(now));
+            self.minimum_revisions.raise_to(
+                subject,
+                revision,
+                now,
+                self.freshness.database_now(now),
+            );
         }
     }
 
@@ -87,7 +98,7 @@ impl View {
         as_of: SystemTime,
         now: Moment,
     ) -> Option<Age> {
-        self.floors
+        self.minimum_revisions
             .accept_copy(subjects, as_of)
             .then(|| self.freshness.age(self.freshness.moment_of(as_of, now), now))
     }

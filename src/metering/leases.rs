@@ -108,11 +108,11 @@ impl BudgetLeases {
         &self,
         key: &KeyId,
         estimate: u64,
-        tally: &Arc<UsageCounter>,
+        counter: &Arc<UsageCounter>,
     ) -> Option<Reservation> {
         let account = self.account(key);
         (!self.is_closed() && account.hold(held_for(estimate), self.now(), self.lifetime))
-            .then(|| Reservation::held(estimate, account, Arc::clone(tally)))
+            .then(|| Reservation::held(estimate, account, Arc::clone(counter)))
     }
 
     /// Holds `estimate`, asking the store for a lease if need be.
@@ -120,12 +120,12 @@ impl BudgetLeases {
         &self,
         key: &KeyId,
         estimate: u64,
-        tally: &Arc<UsageCounter>,
+        counter: &Arc<UsageCounter>,
     ) -> Result<Reservation, Denial> {
         let account = self.account(key);
         let held = within(DEADLINE, self.hold(&account, held_for(estimate))).await;
         held.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE).into()))?;
-        Ok(Reservation::held(estimate, account, Arc::clone(tally)))
+        Ok(Reservation::held(estimate, account, Arc::clone(counter)))
     }
 
     async fn hold(&self, account: &Account, wanted: i64) -> Result<(), Denial> {
@@ -167,7 +167,7 @@ impl BudgetLeases {
     }
 
     /// Renews the leases that are in use, and hands back those that are not, until nobody wants it any more.
-    pub(crate) async fn tend(accounts: Weak<Self>) {
+    pub(crate) async fn maintain(accounts: Weak<Self>) {
         loop {
             let Some(all) = accounts.upgrade() else { return };
             let mut asked = JoinSet::new();
@@ -177,7 +177,7 @@ impl BudgetLeases {
                 }
                 let all = Arc::clone(&all);
                 // What can't be asked for now is asked for again; the others do not wait for it.
-                asked.spawn(async move { all.tend_to(&account).await });
+                asked.spawn(async move { all.maintain_lease(&account).await });
             }
             while asked.join_next().await.is_some() {}
             let pause = all.lifetime / 6;
@@ -186,7 +186,7 @@ impl BudgetLeases {
         }
     }
 
-    async fn tend_to(&self, account: &Arc<Account>) {
+    async fn maintain_lease(&self, account: &Arc<Account>) {
         let Ok(_asking) = account.asking.try_lock() else { return };
         let now = self.now();
         let (is_idle, is_old) = {
@@ -210,7 +210,7 @@ impl BudgetLeases {
     }
 
     /// Hands back everything that is not held.
-    pub(crate) async fn hand_back(&self) {
+    pub(crate) async fn return_all(&self) {
         for account in self.all() {
             let _asking = account.asking.lock().await;
             // What is not handed back expires.
@@ -273,7 +273,7 @@ impl BudgetLeases {
     fn forget(&self, account: &Arc<Account>) {
         let mut shard = lock(self.shard(&account.key));
         let state = account.state();
-        // The shard, `tend` and nobody else has it.
+        // The shard, `maintain` and nobody else has it.
         if state.due() == 0 && Arc::strong_count(account) <= 2 {
             shard.remove(&account.key);
         }

@@ -39,11 +39,11 @@ pub(crate) struct Recorder {
     interval: Duration,
     store: DynKeyStore,
     scheme: KeyScheme,
-    backlog: tokio::sync::Mutex<UsageQueue>,
+    queue: tokio::sync::Mutex<UsageQueue>,
     /// The budgets that what is settled is charged to.
     pub(crate) accounts: Arc<BudgetLeases>,
     work: Background,
-    tending: Background,
+    maintaining: Background,
 }
 
 /// Why no usage is recorded.
@@ -98,15 +98,15 @@ impl Recorder {
             interval: interval.unwrap_or(Duration::from_secs(1)).max(Duration::from_millis(1)),
             store,
             scheme,
-            backlog: tokio::sync::Mutex::new(UsageQueue::new(name)),
+            queue: tokio::sync::Mutex::new(UsageQueue::new(name)),
             accounts,
             work: Background::default(),
-            tending: Background::default(),
+            maintaining: Background::default(),
         })
     }
 
     /// Counters for a key; `None` if nothing is recorded.
-    pub(crate) fn tally(self: &Arc<Self>, key: &KeyId) -> Option<Arc<UsageCounter>> {
+    pub(crate) fn counter(self: &Arc<Self>, key: &KeyId) -> Option<Arc<UsageCounter>> {
         let is_on = self.is_on.load(Ordering::Relaxed);
         is_on.then(|| UsageCounter::new(key.clone(), Arc::downgrade(self)))
     }
@@ -116,11 +116,11 @@ impl Recorder {
         &self,
         key: &KeyId,
         estimate: u64,
-        tally: &Arc<UsageCounter>,
+        counter: &Arc<UsageCounter>,
     ) -> Option<Reservation> {
         // A lease that is never charged would be spent again and again.
         let is_on = self.is_on.load(Ordering::Relaxed);
-        is_on.then(|| self.accounts.reserve_now(key, estimate, tally)).flatten()
+        is_on.then(|| self.accounts.reserve_now(key, estimate, counter)).flatten()
     }
 
     /// Holds `estimate` of a key's budget, with a new lease from the store if need be.
@@ -128,10 +128,10 @@ impl Recorder {
         &self,
         key: &KeyId,
         estimate: u64,
-        tally: Option<&Arc<UsageCounter>>,
+        counter: Option<&Arc<UsageCounter>>,
     ) -> Result<Reservation, Denial> {
-        let reserved = match (self.off.get(), tally) {
-            (None, Some(tally)) => self.accounts.reserve(key, estimate, tally).await,
+        let reserved = match (self.off.get(), counter) {
+            (None, Some(counter)) => self.accounts.reserve(key, estimate, counter).await,
             (Some(off), _) if !self.accounts.is_closed() => Err(off.error.clone().into()),
             _ => Err(BudgetLeases::closed()),
         };
@@ -145,14 +145,14 @@ impl Recorder {
     }
 
     /// A counter has moved that was still.
-    pub(super) fn hear(self: &Arc<Self>, tally: Arc<UsageCounter>) {
+    pub(super) fn mark_dirty(self: &Arc<Self>, counter: Arc<UsageCounter>) {
         if !self.is_on.load(Ordering::Relaxed) {
             return;
         }
         let at = self.next_shard.fetch_add(1, Ordering::Relaxed) % SHARDS;
         let mut moved = self.moved[at].lock().unwrap_or_else(PoisonError::into_inner);
         let is_first = moved.is_empty();
-        moved.push(tally);
+        moved.push(counter);
         drop(moved);
         if is_first {
             self.ensure_work();
@@ -163,28 +163,28 @@ impl Recorder {
     pub(crate) fn ensure_work(self: &Arc<Self>) {
         if self.is_on.load(Ordering::Relaxed) && Handle::try_current().is_ok() {
             self.work.ensure(|| work(Arc::downgrade(self), self.interval));
-            self.tending.ensure(|| BudgetLeases::tend(Arc::downgrade(&self.accounts)));
+            self.maintaining.ensure(|| BudgetLeases::maintain(Arc::downgrade(&self.accounts)));
         }
     }
 
     /// Writes what has come together. What the store does not take now is kept for the next time.
     async fn flush(&self) -> Result<(), StoreError> {
-        let mut backlog = self.backlog.lock().await;
+        let mut queue = self.queue.lock().await;
         let clock = self.scheme.clock();
         let now = clock.now();
         for shard in &self.moved {
             let moved = mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
-            for tally in moved {
-                if let Some(dropped) = backlog.add(tally.take(), now) {
+            for counter in moved {
+                if let Some(dropped) = queue.add(counter.take(), now) {
                     self.settled(&dropped);
                 }
             }
         }
-        while let Some(batch) = backlog.next_batch(clock.now()) {
+        while let Some(batch) = queue.next_batch(clock.now()) {
             let outcome = within(DEADLINE, self.store.record_usage(batch)).await;
             match outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE))) {
                 Ok(()) => {
-                    backlog.arrived().iter().for_each(|usage| self.settled(usage));
+                    queue.arrived().iter().for_each(|usage| self.settled(usage));
                 }
                 Err(error) if error.kind() == StoreErrorKind::Unsupported => {
                     telemetry::usage_unsupported(&error);
@@ -192,11 +192,11 @@ impl Recorder {
                         "implement KeyStore::record_usage, or remove the budgets of the keys";
                     let _ = self.off.set(Off { error, remedy });
                     self.is_on.store(false, Ordering::Relaxed);
-                    backlog.clear();
+                    queue.clear();
                     return Ok(());
                 }
                 Err(error) => {
-                    telemetry::usage_not_written(&error, backlog.waiting());
+                    telemetry::usage_not_written(&error, queue.waiting());
                     return Err(error);
                 }
             }
@@ -216,7 +216,7 @@ impl Recorder {
         // First, so that nothing is granted that would not be charged.
         self.accounts.close();
         self.work.stop();
-        self.tending.stop();
+        self.maintaining.stop();
         if !self.is_on.swap(false, Ordering::Relaxed) {
             return;
         }
@@ -232,9 +232,9 @@ impl Recorder {
         });
         if written.await == Some(true) {
             let left = LAST_FLUSH.saturating_sub(began.elapsed());
-            let _ = within(left, self.accounts.hand_back()).await;
+            let _ = within(left, self.accounts.return_all()).await;
         } else {
-            telemetry::usage_lost(self.backlog.lock().await.waiting());
+            telemetry::usage_lost(self.queue.lock().await.waiting());
         }
     }
 }

@@ -16,18 +16,18 @@ pub struct Reservation {
     /// `None` where there is no budget.
     account: Option<Arc<Account>>,
     /// `None` where no usage is recorded.
-    tally: Option<Arc<UsageCounter>>,
+    counter: Option<Arc<UsageCounter>>,
     is_settled: bool,
 }
 
 impl Reservation {
-    pub(super) fn held(estimate: u64, account: Arc<Account>, tally: Arc<UsageCounter>) -> Self {
-        Self { estimate, account: Some(account), tally: Some(tally), is_settled: false }
+    pub(super) fn held(estimate: u64, account: Arc<Account>, counter: Arc<UsageCounter>) -> Self {
+        Self { estimate, account: Some(account), counter: Some(counter), is_settled: false }
     }
 
     /// Of a key that has no budget: its cost is counted, and that is all.
-    pub(crate) fn free(estimate: u64, tally: Option<Arc<UsageCounter>>) -> Self {
-        Self { estimate, account: None, tally, is_settled: false }
+    pub(crate) fn free(estimate: u64, counter: Option<Arc<UsageCounter>>) -> Self {
+        Self { estimate, account: None, counter, is_settled: false }
     }
 
     /// What is held, in micro-cents.
@@ -44,13 +44,13 @@ impl Reservation {
         if std::mem::replace(&mut self.is_settled, true) {
             return;
         }
-        match (&self.account, &self.tally) {
-            (Some(account), Some(tally)) => {
-                // Before the tally: what is taken from there has been settled here.
+        match (&self.account, &self.counter) {
+            (Some(account), Some(counter)) => {
+                // Before the counter: what is taken from there has been settled here.
                 account.settle(held_for(self.estimate), amount(cost));
-                tally.settle(cost);
+                counter.settle(cost);
             }
-            (_, Some(tally)) => tally.add(Usage::cost(cost)),
+            (_, Some(counter)) => counter.add(Usage::cost(cost)),
             (_, None) => {}
         }
     }

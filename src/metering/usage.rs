@@ -1,7 +1,7 @@
 //! What is used on keys, counted in memory and written behind: [`Usage`].
 //!
 //! Every request that is let in counts one, and handlers add tokens and cost. Both are an addition to a counter
-//! of the key ([`tally`]); a [`worker`] takes what has come together, by default every second, and tells the
+//! of the key ([`counter`]); a [`worker`] takes what has come together, by default every second, and tells the
 //! store. A batch that was sent is sent again as it is until the store has it, and stores count it once. When a
 //! process is killed, what came in since its last write is lost: one interval at most while the store takes it.
 

@@ -70,7 +70,7 @@ impl UsageCounter {
         if !self.is_told.load(SeqCst) && !self.is_told.swap(true, SeqCst) {
             // Nobody writes any more if it is gone.
             if let Some(recorder) = self.recorder.upgrade() {
-                recorder.hear(Arc::clone(self));
+                recorder.mark_dirty(Arc::clone(self));
             }
         }
     }

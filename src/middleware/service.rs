@@ -20,7 +20,7 @@ use super::{
     response::{Presentation, RequestSummary},
 };
 use crate::{
-    authenticator::{Authenticator, LookupFuture, Recall, check_address},
+    authenticator::{Authenticator, Cached, LookupFuture, check_address},
     context::{AuthContext, LetThrough},
     denial::{Denial, Forbidden, MalformedCredential},
 };
@@ -185,7 +185,7 @@ impl Rules {
         }
         let credentials = &self.options.credentials;
         if let Some((bytes, places)) = credential::at_a_glance(credentials, head.headers())
-            && let Some(caller) = self.authenticator.recall_known(bytes)
+            && let Some(caller) = self.authenticator.cached_context(bytes)
         {
             return Decision::Known { caller, places };
         }
@@ -199,10 +199,10 @@ impl Rules {
             Err(denial) => return Decision::Refuse(denial),
         };
         let places = found.places;
-        match self.authenticator.recall(&found.token) {
-            Recall::Known(caller) => Decision::Known { caller, places },
-            Recall::Refused(reason) => Decision::Refuse(reason.into()),
-            Recall::Nothing => match self.authenticator.parse(&found.token) {
+        match self.authenticator.cached(&found.token) {
+            Cached::Hit(caller) => Decision::Known { caller, places },
+            Cached::Negative(reason) => Decision::Refuse(reason.into()),
+            Cached::Miss => match self.authenticator.parse(&found.token) {
                 Ok(key) => {
                     let address = self.options.client.find(head);
                     let lookup = self.authenticator.look_up(key, address);

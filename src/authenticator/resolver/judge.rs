@@ -6,8 +6,8 @@ use chrono::{DateTime, Utc};
 
 use super::Resolver;
 use crate::{
-    authenticator::{local_cache::Refused, single_flight::Outcome},
-    coherence::{Seen, Stamp, Standing, Subject},
+    authenticator::{local_cache::NegativeEntry, single_flight::Outcome},
+    coherence::{CoherenceTag, Seen, Standing, Subject},
     context::{AuthContext, Engine, Provenance, Verified},
     denial::InvalidKey,
     policy,
@@ -27,24 +27,24 @@ impl Resolver {
         seen: Seen,
     ) -> Option<Outcome> {
         let now = self.now();
-        let floors = &self.view.floors;
+        let minimums = &self.view.minimum_revisions;
         let owner = answer.record().map(|record| Subject::Owner(record.user.id.clone()));
         let revisions = answer.revisions();
         // The generations first: a change that comes after this makes what is remembered useless.
-        let mut stamp = Stamp {
+        let mut tag = CoherenceTag {
             as_of: match answer.source() {
                 Source::Store => asked,
                 Source::Copy => self.view.freshness.moment_of(answer.as_of(), now),
             },
-            prefix: floors.generation(prefix),
-            owner: owner.as_ref().map(|owner| floors.generation(owner)),
+            prefix: minimums.generation(prefix),
+            owner: owner.as_ref().map(|owner| minimums.generation(owner)),
             expires_at: u64::MAX,
         };
         let subjects: Vec<_> = [(prefix.clone(), revisions.key)]
             .into_iter()
             .chain(owner.map(|owner| (owner, revisions.owner)))
             .collect();
-        let standing = floors.judge(&subjects, seen, now);
+        let standing = minimums.judge(&subjects, seen, now);
         // A copy may be from before a reset that came meanwhile, even if it was read just now.
         let is_overtaken_copy = standing == Standing::Overtaken && answer.source() == Source::Copy;
         if standing == Standing::Below || is_overtaken_copy {
@@ -66,8 +66,8 @@ impl Resolver {
                     refused_from = expiry.map_or(0, wall_nanos);
                 }
                 verdict.map(|()| {
-                    stamp.expires_at = expiry.map_or(u64::MAX, wall_nanos);
-                    self.context(found.record, stamp, lookup.key(), proof)
+                    tag.expires_at = expiry.map_or(u64::MAX, wall_nanos);
+                    self.context(found.record, tag, lookup.key(), proof)
                 })
             }
             (store::Outcome::Unknown, _) => Err(InvalidKey::Unknown),
@@ -85,7 +85,8 @@ impl Resolver {
             Err(reason) => {
                 match lookup.key() {
                     LookupKey::Presented(_) if is_kept => {
-                        let refused = Refused { reason, stamp, from: refused_from, proof: None };
+                        let refused =
+                            NegativeEntry { reason, tag, from: refused_from, proof: None };
                         self.cache.refuse(digest, refused);
                     }
                     // Not a negative entry: the key itself may match a hash that the proof does not.
@@ -100,12 +101,15 @@ impl Resolver {
     fn context(
         self: &Arc<Self>,
         record: KeyRecord,
-        stamp: Stamp,
+        tag: CoherenceTag,
         key: &LookupKey,
         proof: Option<Proof>,
     ) -> AuthContext {
-        let provenance =
-            Provenance { origin: self.origin.clone(), stamp, tally: self.usage.tally(&record.id) };
+        let provenance = Provenance {
+            origin: self.origin.clone(),
+            tag,
+            counter: self.usage.counter(&record.id),
+        };
         let engine: Weak<Self> = Arc::downgrade(self);
         let key = VerifiedKey { id: key.id().into(), digest: key.cache_digest(), proof };
         let verified = Verified { key: Arc::new(key), engine: engine as Weak<dyn Engine> };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Recall, Resolver};
+use super::{Cached, Resolver};
 use crate::{
     context::{Engine, RecheckFuture},
     denial::Denial,
@@ -14,11 +14,11 @@ use crate::{
 impl Engine for Resolver {
     fn recheck(self: Arc<Self>, key: Arc<VerifiedKey>) -> RecheckFuture {
         Box::pin(async move {
-            let outcome = match self.recall_digest(&key.digest) {
-                Recall::Known(caller) => Ok(caller),
-                Recall::Refused(reason) => Err(reason.into()),
-                Recall::Nothing if key.proof.is_none() => Err(needs_the_key().into()),
-                Recall::Nothing => self.look_up_key(LookupKey::Verified(key), None).await,
+            let outcome = match self.cached_digest(&key.digest) {
+                Cached::Hit(caller) => Ok(caller),
+                Cached::Negative(reason) => Err(reason.into()),
+                Cached::Miss if key.proof.is_none() => Err(needs_the_key().into()),
+                Cached::Miss => self.look_up_key(LookupKey::Verified(key), None).await,
             };
             if let Err(Denial::Unsupported(error)) = &outcome {
                 telemetry::unsupported(error, &self.warned);

@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// The object that is bound first, with the time in columns that have it; as text in UTC it fits a
-/// time stamp with a zone and one without. Metadata for a column that is text is JSON in text, also if it is a
+/// time tag with a zone and one without. Metadata for a column that is text is JSON in text, also if it is a
 /// JSON text itself.
 const VALUES: &str = "$1::jsonb || CASE WHEN $1::jsonb ? 'metadata' AND NOT (
     SELECT coalesce(nullif(t.typbasetype, 0), t.oid) IN ('json'::regtype, 'jsonb'::regtype)

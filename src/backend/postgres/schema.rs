@@ -93,7 +93,7 @@ fn make(connection: &mut BlockingConnection) -> Result<(), MigrationError> {
         migration.run(connection)?;
     }
     connection.batch_execute(TRIGGERS)?;
-    Ok(connection.batch_execute(&stamp())?)
+    Ok(connection.batch_execute(&tag())?)
 }
 
 /// What is made goes where the adopted tables are, which need not be the first schema of the `search_path`: the
@@ -215,7 +215,7 @@ struct Missing {
 }
 
 #[derive(QueryableByName)]
-struct Stamp {
+struct CoherenceTag {
     #[diesel(sql_type = Nullable<BigInt>)]
     version: Option<i64>,
     /// Whether the functions are as they were when the comment was made.
@@ -250,20 +250,20 @@ fn digest() -> String {
 }
 
 /// Records which version of the functions was made, and their digest.
-fn stamp() -> String {
+fn tag() -> String {
     format!(
-        "DO $stamp$ BEGIN
+        "DO $tag$ BEGIN
             EXECUTE format('COMMENT ON TABLE api_key_changes IS %L', 'tower-api-key {VERSION} ' || {});
-        END $stamp$",
+        END $tag$",
         digest()
     )
 }
 
 fn read_stamp() -> String {
     format!(
-        r"SELECT split_part(stamp, ' ', 2)::bigint AS version, split_part(stamp, ' ', 3) = {} AS is_intact
-        FROM (SELECT obj_description(to_regclass('api_key_changes'), 'pg_class') AS stamp) AS s
-        WHERE stamp ~ '^tower-api-key \d+ \w+$'",
+        r"SELECT split_part(tag, ' ', 2)::bigint AS version, split_part(tag, ' ', 3) = {} AS is_intact
+        FROM (SELECT obj_description(to_regclass('api_key_changes'), 'pg_class') AS tag) AS s
+        WHERE tag ~ '^tower-api-key \d+ \w+$'",
         digest()
     )
 }
@@ -301,10 +301,12 @@ fn missing(connection: &mut BlockingConnection) -> QueryResult<Vec<String>> {
     );
     let rows = sql_query(select).load::<Missing>(connection)?;
     let mut missing: Vec<_> = rows.into_iter().map(|row| row.what).collect();
-    match sql_query(read_stamp()).load::<Stamp>(connection)?.first() {
+    match sql_query(read_stamp()).load::<CoherenceTag>(connection)?.first() {
         // Newer nodes see to it; what this one would make is older.
-        Some(Stamp { version: Some(version), .. }) if *version > VERSION => return Ok(Vec::new()),
-        Some(Stamp { version: Some(VERSION), is_intact: Some(true) }) => {}
+        Some(CoherenceTag { version: Some(version), .. }) if *version > VERSION => {
+            return Ok(Vec::new());
+        }
+        Some(CoherenceTag { version: Some(VERSION), is_intact: Some(true) }) => {}
         _ => missing.push(format!("version {VERSION} of the functions")),
     }
     Ok(missing)

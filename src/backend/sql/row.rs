@@ -1,7 +1,7 @@
 //! A key's row as one JSON object, the form in which both SQL stores read and write it.
 //!
 //! The tables may be another service's, whose ORM chose `json` or `jsonb`, `integer` or `bigint`, a
-//! time stamp with or without a zone. The databases turn any of those into JSON and back by
+//! time tag with or without a zone. The databases turn any of those into JSON and back by
 //! themselves, so that one decoder serves all of them and names what it can't read.
 
 use chrono::{DateTime, NaiveDateTime, Utc};
@@ -262,7 +262,7 @@ impl Row {
         budget.map_err(|(column, reason)| fault(column, reason))
     }
 
-    /// A time stamp; one without a zone is UTC.
+    /// A time tag; one without a zone is UTC.
     fn instant(&mut self, column: &'static str) -> Result<Option<DateTime<Utc>>, Fault> {
         let Some(text) = self.text(column)? else { return Ok(None) };
         let instant = match text.as_str() {
@@ -276,7 +276,7 @@ impl Row {
                 })
             }
         };
-        instant.map(Some).ok_or_else(|| fault(column, "is not a time stamp"))
+        instant.map(Some).ok_or_else(|| fault(column, "is not a time tag"))
     }
 
     fn hash(&mut self, column: &'static str) -> Result<Option<KeyHash>, Fault> {

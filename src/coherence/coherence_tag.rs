@@ -1,11 +1,11 @@
-//! What is kept beside an answer: [`Stamp`].
+//! What is kept beside an answer: [`CoherenceTag`].
 
 use super::{freshness::Age, minimum_revisions::Generation, view::View};
 use crate::runtime::Moment;
 
 /// What counts for serving an answer again.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Stamp {
+pub(crate) struct CoherenceTag {
     /// When the read was sent.
     pub(crate) as_of: Moment,
     /// Those of the prefix and the owner from before the answer was judged.
@@ -15,12 +15,12 @@ pub(crate) struct Stamp {
     pub(crate) expires_at: u64,
 }
 
-impl Stamp {
+impl CoherenceTag {
     /// How old the answer is; expired if a change has come since, or the key's time is over.
     #[inline]
     pub(crate) fn age(&self, view: &View, now: Moment) -> Age {
-        let is_current = view.floors.is_current(self.prefix)
-            && self.owner.is_none_or(|owner| view.floors.is_current(owner));
+        let is_current = view.minimum_revisions.is_current(self.prefix)
+            && self.owner.is_none_or(|owner| view.minimum_revisions.is_current(owner));
         if !is_current || now.wall_nanos() >= self.expires_at {
             return Age::Expired;
         }

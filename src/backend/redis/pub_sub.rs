@@ -65,7 +65,7 @@ impl<S: KeyStore> Stream for Deleting<S> {
 
 impl<S: KeyStore> RedisCache<S> {
     /// Deletes in Redis what a change is about, in the background. Of an owner's keys, the prefixes are not
-    /// known here: for those there are floors.
+    /// known here: for those there are minimum revisions.
     pub(super) fn delete(&self, change: &Change) {
         if let (Change::Prefix(prefix, revision), Some(secret)) =
             (change, self.0.secrets.current(self))
