@@ -264,6 +264,10 @@ impl KeyStore for PostgresStore {
         Lease::from_row(rows.as_slice().first().map(|row| row.row.as_str()))
     }
 
+    fn has_cache_secret(&self) -> bool {
+        true
+    }
+
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
         // Whoever polls once to hear that there is none needs no runtime for that.
         tokio::task::yield_now().await;

@@ -174,6 +174,10 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
         self.0.store.lease(ask).await
     }
 
+    fn has_cache_secret(&self) -> bool {
+        self.0.store.has_cache_secret()
+    }
+
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
         self.0.store.cache_secret().await
     }

@@ -347,6 +347,10 @@ impl KeyStore for SqliteStore {
         self.grant_lease(ask).await
     }
 
+    fn has_cache_secret(&self) -> bool {
+        true
+    }
+
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
         // Whoever polls once to hear that there is none needs no runtime for that.
         tokio::task::yield_now().await;

@@ -184,12 +184,6 @@ impl ApiKeyAuthLayer {
         self.with(|options| options.presentation.discard = discard)
     }
 
-    /// Forgets what this node remembers of the keys under a lookup prefix: see
-    /// [`Authenticator::invalidate`].
-    pub fn invalidate(&self, prefix: &str) {
-        self.authenticator.invalidate(prefix);
-    }
-
     /// The engine of this layer, to ask it about its health or to share it.
     pub fn authenticator(&self) -> &Authenticator {
         &self.authenticator

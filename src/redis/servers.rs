@@ -75,6 +75,12 @@ impl From<&str> for RedisServers {
     }
 }
 
+impl From<&String> for RedisServers {
+    fn from(url: &String) -> Self {
+        Self::single(url)
+    }
+}
+
 impl From<String> for RedisServers {
     fn from(url: String) -> Self {
         Self::single(url)

@@ -49,6 +49,10 @@ impl KeyStore for DynKeyStore {
         self.0.lease(ask).await
     }
 
+    fn has_cache_secret(&self) -> bool {
+        self.0.has_cache_secret()
+    }
+
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
         self.0.cache_secret().await
     }
@@ -77,6 +81,10 @@ impl<S: KeyStore> KeyStore for Arc<S> {
         S::lease(self, ask).await
     }
 
+    fn has_cache_secret(&self) -> bool {
+        S::has_cache_secret(self)
+    }
+
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
         S::cache_secret(self).await
     }
@@ -90,6 +98,7 @@ trait Erased: Send + Sync {
     fn changes(&self, since: SystemTime) -> ChangeStream;
     fn record_usage<'a>(&'a self, batch: &'a UsageBatch) -> Boxed<'a, ()>;
     fn lease<'a>(&'a self, ask: &'a LeaseRequest) -> Boxed<'a, Lease>;
+    fn has_cache_secret(&self) -> bool;
     fn cache_secret(&self) -> Boxed<'_, Option<CacheSecret>>;
 }
 
@@ -108,6 +117,10 @@ impl<S: KeyStore> Erased for S {
 
     fn lease<'a>(&'a self, ask: &'a LeaseRequest) -> Boxed<'a, Lease> {
         Box::pin(KeyStore::lease(self, ask))
+    }
+
+    fn has_cache_secret(&self) -> bool {
+        KeyStore::has_cache_secret(self)
     }
 
     fn cache_secret(&self) -> Boxed<'_, Option<CacheSecret>> {

@@ -133,11 +133,6 @@ impl Lookup {
         self.key.presented().is_some()
     }
 
-    /// When the question was asked, by the clock of this node.
-    pub fn asked_at(&self) -> SystemTime {
-        self.asked_at
-    }
-
     /// Checks the presented key against the keys that are stored under its lookup id, at most 8, and
     /// makes the answer; with no candidates, the answer "unknown". Fast hashes are compared first, in
     /// constant time; bcrypt runs on the scheme's pool.
@@ -159,7 +154,8 @@ impl Lookup {
     /// # Errors
     ///
     /// Those of [`Lookup::verify`], and the first row's that could not be decoded.
-    pub fn verify_rows(
+    #[cfg(feature = "_sql")]
+    pub(crate) fn verify_rows(
         &self,
         rows: impl IntoIterator<Item = Result<StoredKey, StoreError>>,
     ) -> impl Future<Output = Result<Answer, StoreError>> + Send {

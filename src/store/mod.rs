@@ -121,14 +121,18 @@ pub trait KeyStore: Send + Sync + 'static {
         async { Err(StoreError::unsupported("budget leases")) }
     }
 
-    /// The secret that authenticates shared cache entries; asked at first use, and again until it
-    /// answers. By default there is none, which is said at once: that is how
-    /// `RedisCache` knows when it is built, so that a store that has one must not answer "none" before
-    /// it has been asked.
+    /// Whether [`cache_secret`](Self::cache_secret) returns a secret. `RedisCache` requires one when it is built, from
+    /// the store or from its builder. `false` by default.
+    fn has_cache_secret(&self) -> bool {
+        false
+    }
+
+    /// Returns the secret that authenticates shared cache entries. Called at first use, and again until it succeeds.
+    /// `None` by default.
     ///
     /// # Errors
     ///
-    /// When the store could not be asked.
+    /// When the store can't be reached.
     fn cache_secret(&self) -> impl Future<Output = Result<Option<CacheSecret>, StoreError>> + Send {
         async { Ok(None) }
     }

@@ -4,11 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
 
-use super::{
-    RedisCache, Tier,
-    deletes::Deletes,
-    secret::{self, Secrets},
-};
+use super::{RedisCache, Tier, deletes::Deletes, secret::Secrets};
 use crate::{
     redis::{Connector, Link, RedisServers, RedisUrlError},
     store::{CacheSecret, KeyStore},
@@ -66,7 +62,7 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
     /// If a URL can't be read, or the store has no secret and none was given.
     pub fn build(self) -> Result<RedisCache<S>, RedisCacheError> {
         let Self { store, servers, timeout, secret, namespace } = self;
-        if secret.is_none() && secret::has_none(&store) {
+        if secret.is_none() && !store.has_cache_secret() {
             return Err(RedisCacheError::NoSecret);
         }
         let link = Link::new(Connector::new(servers).map_err(RedisCacheError::Url)?, timeout);

@@ -1,13 +1,10 @@
 //! The secret that entries are authenticated with: [`Secrets`].
 
 use std::{
-    future::Future,
-    pin::pin,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -38,12 +35,6 @@ struct Found {
 const PAUSE: Duration = Duration::from_millis(500);
 /// No secret is asked for more often because of entries under another one.
 const ASKED_EVERY: Duration = Duration::from_secs(10);
-
-/// Whether the store says at once that it has no secret, as it does by default.
-pub(super) fn has_none(store: &impl KeyStore) -> bool {
-    let answer = pin!(store.cache_secret());
-    matches!(answer.poll(&mut Context::from_waker(Waker::noop())), Poll::Ready(Ok(None)))
-}
 
 /// Derived once, and not for each request.
 fn within(namespace: &str, secret: CacheSecret) -> CacheSecret {
