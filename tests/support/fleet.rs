@@ -13,7 +13,6 @@ use tower_api_key::*;
 
 use super::{
     door::Told,
-    log::Log,
     servers::{Redis, RedisCluster, RedisSentinel},
 };
 
@@ -32,13 +31,6 @@ pub async fn eventually_within(
         assert!(Instant::now() < deadline, "waited in vain until {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-}
-
-/// Takes what this thread logs. Somebody listens in every thread, so that no other test's end can make
-/// `tracing` believe that nobody does.
-pub fn capture() -> (Log, tracing::subscriber::DefaultGuard) {
-    let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry());
-    super::log::capture()
 }
 
 /// What Redis a fleet shares.

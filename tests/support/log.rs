@@ -9,6 +9,7 @@ use tracing_subscriber::{filter::LevelFilter, fmt::MakeWriter};
 
 /// Takes everything that this thread logs, down to `trace`, until the guard is dropped.
 pub fn capture() -> (Log, tracing::subscriber::DefaultGuard) {
+    super::checks::subscribe();
     let log = Log::default();
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(LevelFilter::TRACE)

@@ -1,6 +1,8 @@
 //! What several test files use. Each uses a part of it.
 #![allow(dead_code, unused_imports, unused_macros, unreachable_pub, missing_docs)]
 
+pub mod alone;
+pub mod checks;
 pub mod counted;
 pub mod database;
 pub mod door;
