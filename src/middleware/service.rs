@@ -176,7 +176,7 @@ enum Decision {
 impl Rules {
     fn decide(&self, head: &RequestHead<'_>) -> Decision {
         if let Some(caller) = head.extensions().get::<AuthContext>()
-            && self.authenticator.made(caller)
+            && self.authenticator.is_origin_of(caller)
         {
             return Decision::Pass;
         }
@@ -248,7 +248,7 @@ impl Rules {
             let address = || {
                 let address = self.options.client.find(&head);
                 if address.is_none() && !self.options.client.has_peer(&head) {
-                    self.authenticator.address_is_unknown(UNKNOWN_PEER);
+                    self.authenticator.log_unknown_address(UNKNOWN_PEER);
                 }
                 address
             };
