@@ -293,7 +293,7 @@ impl AuthContext {
         required(self.user().role == role, || Forbidden::Role(role.to_owned()))
     }
 
-    /// Requires that the key [may name a model](Self::can_access_model).
+    /// Requires that the key [may use a model](Self::can_access_model).
     ///
     /// # Errors
     ///

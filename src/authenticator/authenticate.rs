@@ -106,7 +106,7 @@ impl Authenticator {
     }
 
     /// Invalidates the entries of the keys under a lookup id, in the local cache and in shared caches as seen by this
-    /// node: later look-ups read the store. Use it for changes is_origin_of outside the store's knowledge. Revoking through a
+    /// node: later look-ups read the store. Use it for changes made outside the store's knowledge. Revoking through a
     /// [`KeyManager`](crate::KeyManager) or in the database does not require it.
     pub fn invalidate(&self, prefix: &str) {
         self.0.invalidate(prefix);

@@ -212,7 +212,7 @@ impl Resolver {
 
     /// Starts the tasks that follow the change feed and write usage, if they do not run.
     fn ensure_tasks(&self) {
-        self.usage.ensure_work();
+        self.usage.ensure_tasks();
         self.feed.ensure(|| {
             let scheme = self.scheme.clone();
             let now = move || Moment::now(scheme.clock());

@@ -10,20 +10,20 @@ impl Denial {
         match self {
             // Logged by the resolver, which has the lookup id.
             Self::BadRow(_) => {}
-            // Logged by the code that knows the remedy.
+            // Logged by the code that has the remedy.
             Self::Unsupported(_) => {}
             // An attack can cause thousands of these a second.
             Self::Unavailable(error) if error.kind() == StoreErrorKind::Overloaded => {
-                tracing::debug!(error = %error, "request turned away");
+                tracing::debug!(error = %error, "request rejected: overloaded");
             }
             Self::Unavailable(error) => {
                 tracing::warn!(error = %error, "API keys can't be checked");
             }
             Self::LayerMissing => tracing::error!(
-                "a handler asked for an AuthContext, but no ApiKeyAuthLayer is around it: \
+                "a handler requires an AuthContext, but no ApiKeyAuthLayer wraps it: \
                  add .layer(ApiKeyAuthLayer::new(store)) to the router, after the route"
             ),
-            _ => tracing::debug!(reason = %self, "request refused"),
+            _ => tracing::debug!(reason = %self, "request denied"),
         }
     }
 }

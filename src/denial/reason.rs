@@ -200,7 +200,7 @@ impl fmt::Display for Denial {
             Self::Unavailable(error) | Self::BadRow(error) | Self::Unsupported(error) => {
                 error.fmt(f)
             }
-            Self::LayerMissing => f.write_str("no ApiKeyAuthLayer is around the handler"),
+            Self::LayerMissing => f.write_str("no ApiKeyAuthLayer wraps the handler"),
         }
     }
 }

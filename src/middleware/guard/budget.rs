@@ -16,7 +16,7 @@ use crate::{context::AuthContext, middleware::credential::RequestHead};
 /// use tower::ServiceBuilder;
 /// use tower_api_key::{ApiKeyAuthLayer, BudgetLayer, MemoryStore};
 ///
-/// // A fifth of a cent.
+/// // 200,000 micro-cents are a fifth of a cent.
 /// let service = ServiceBuilder::new()
 ///     .layer(ApiKeyAuthLayer::new(MemoryStore::new()))
 ///     .layer(BudgetLayer::new(200_000))
