@@ -1,8 +1,8 @@
-//! axum on an SQLite file with a whole stack: CORS, routes that need a key and routes where it is optional, a health
-//! check that skips the layer, rate limits, a cost for each request, and a method for one scope.
+//! axum on an SQLite file with a complete stack: CORS, routes that require a key and routes with an optional key, a
+//! health check that skips the layer, rate limits, a cost for each request, and a method that requires a scope.
 //!
 //! `cargo run --example axum_stack`; `ADDR` (default `127.0.0.1:3000`) and `DATABASE_URL` (a file, default
-//! `axum_stack.db`) are read from the environment. On the first start it prints keys.
+//! `axum_stack.db`) are read from the environment. It prints keys on the first start.
 
 use std::{env, error::Error, net::SocketAddr};
 
@@ -63,7 +63,7 @@ fn app(authenticator: &Authenticator) -> Router {
         .route("/me", get(|caller: AuthContext| async move { caller.user().email.clone() + "\n" }))
         .layer(ServiceBuilder::new().layer(required).layer(guards));
 
-    // Outermost: a preflight carries no key, and a page may read a denial only if it has these fields too.
+    // Outermost, because a preflight has no key, and because a page can read a denial only if it has the CORS fields.
     open.merge(closed).layer(cors())
 }
 
@@ -77,11 +77,11 @@ fn cors() -> CorsLayer {
 
 /// Greets a caller with or without a key. A key that is not valid is denied.
 async fn greeting(caller: Option<AuthContext>) -> String {
-    let name = caller.map_or("stranger".to_owned(), |caller| caller.user().email.clone());
+    let name = caller.map_or("guest".to_owned(), |caller| caller.user().email.clone());
     format!("Hello, {name}!\n")
 }
 
-/// Prints a key for each plan, this once.
+/// Issues a key for each plan and prints it once.
 async fn issue_keys(store: SqliteStore) -> Result<(), Box<dyn Error>> {
     let manager = KeyManager::new(store);
     let user = manager.create_user("ada@example.com", "user").await?;
@@ -91,9 +91,9 @@ async fn issue_keys(store: SqliteStore) -> Result<(), Box<dyn Error>> {
     let one_cent = Budget { limit_cents: 1, period: BudgetPeriod::Total };
     let plans = [
         ("everything", key("everything").scopes(["greeting:write"])),
-        ("from this machine alone", key("local").allowed_ips(["127.0.0.0/8".parse()?])),
+        ("only from this machine", key("local").allowed_ips(["127.0.0.0/8".parse()?])),
         ("two requests a minute", key("trial").rate_limits(two_a_minute)),
-        ("one cent in all, which is two requests", key("capped").budget(one_cent)),
+        ("one cent in total, which is two requests", key("capped").budget(one_cent)),
     ];
     for (plan, new) in plans {
         println!("{plan}:\n  {}", manager.issue(new).await?.expose_secret());
@@ -102,6 +102,6 @@ async fn issue_keys(store: SqliteStore) -> Result<(), Box<dyn Error>> {
 }
 
 async fn stopped() {
-    // Without a signal handler, the process simply ends.
+    // If no signal handler can be installed, the server shuts down at once.
     let _ = tokio::signal::ctrl_c().await;
 }

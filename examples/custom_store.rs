@@ -1,4 +1,4 @@
-//! A key store of your own in a few lines: keys in a text, which only a restart changes.
+//! A custom key store in a few lines. The keys are in a text, which only a restart changes.
 //!
 //! `cargo run --example custom_store`; `ADDR` (default `127.0.0.1:3003`) is read from the
 //! environment.
@@ -11,7 +11,7 @@ use tower_api_key::{
     Lookup, MintedKey, StoreError, StoredKey, User,
 };
 
-/// Lookup id, e-mail address and hash of each key. Only the hash of a key is ever written down.
+/// Lookup id, e-mail address and hash of each key. Only the hash of a key is stored.
 ///
 /// The keys are `team-one-7Bz1nYl0` and `team-two-c9QmXw42`.
 const KEYS: &str = "
@@ -31,7 +31,7 @@ impl TextFile {
         Self(keys.collect())
     }
 
-    /// Adds a key that was minted: a line as in [`KEYS`], without the key itself.
+    /// Adds a minted key as a line like those in [`KEYS`], without the key itself.
     fn add(&mut self, key: &MintedKey, email: &str) {
         let line = (email.to_owned(), key.hash().expose_hash());
         self.0.insert(key.lookup_id().to_owned(), line);
@@ -52,7 +52,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     tracing_subscriber::fmt().init();
     let address = env::var("ADDR").unwrap_or_else(|_| "127.0.0.1:3003".to_owned());
     let scheme = KeyScheme::builder()
-        // New keys are minted in the structured format; those of the text have the other one.
+        // New keys are minted in the structured format. The keys in the text have the other format.
         .format(KeyFormat::structured("acme", "live")?)
         .format(KeyFormat::first_chars(8)?)
         .build()?;
@@ -60,9 +60,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let minted = scheme.mint()?;
     store.add(&minted, "eve@example.com");
 
-    // A text has no place for usage, and none for budgets.
+    // The store records no usage and has no budgets.
     let authenticator = Authenticator::builder(store).scheme(scheme).without_usage().build();
-    // With the peer's address, so that guesses at one key are not held against everybody.
+    // Provides the peer's address, so that failed guesses of one client do not limit other clients.
     let app = Router::new()
         .route("/", get(hello))
         .layer(ApiKeyAuthLayer::from(authenticator))

@@ -1,4 +1,4 @@
-//! hyper alone: HTTP/1.1 and h2c on one port, no framework.
+//! hyper without a framework: HTTP/1.1 and h2c on one port.
 //!
 //! `cargo run --example hyper`; `ADDR` (default `127.0.0.1:3001`) is read from the environment.
 
@@ -23,7 +23,7 @@ use tower_api_key::{
 async fn main() -> Result<(), Box<dyn Error>> {
     let address = env::var("ADDR").unwrap_or_else(|_| "127.0.0.1:3001".to_owned());
 
-    // In memory, so the key is another one each time.
+    // The store is in memory, so the key changes at each start.
     let store = MemoryStore::new();
     let manager = KeyManager::new(store.clone());
     let user = manager.create_user("ada@example.com", "admin").await?;
@@ -39,7 +39,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("Listening on http://{address}");
     loop {
         let (stream, peer) = listener.accept().await?;
-        // Nobody else tells the layer where a request comes from.
+        // Provides the peer's address to the layer; hyper does not insert it.
         let service = ServiceBuilder::new()
             .map_request(move |mut request: Request<Incoming>| {
                 request.extensions_mut().insert(ClientAddr::from(peer));
@@ -58,8 +58,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
 }
 
 async fn hello(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
-    // The layer lets nobody through without one.
+    // The layer only lets requests with a key through, so the context is always there.
     let email =
         request.extensions().get::<AuthContext>().map(|caller| caller.user().email.as_str());
-    Ok(Response::new(Full::from(format!("Hello, {}!\n", email.unwrap_or("nobody")))))
+    Ok(Response::new(Full::from(format!("Hello, {}!\n", email.unwrap_or_default()))))
 }

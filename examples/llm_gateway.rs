@@ -1,8 +1,8 @@
-//! An OpenAI-compatible gateway in front of a model that only echoes: keys, allowed models, rate limits and
-//! budgets, as the `openai` client libraries expect them.
+//! OpenAI-compatible gateway for a model that echoes the prompt: keys, allowed models, rate limits and budgets, in
+//! the formats that the `openai` client libraries expect.
 //!
 //! `cargo run --example llm_gateway`; `ADDR` (default `127.0.0.1:3000`) and `DATABASE_URL` (a file, default
-//! `llm_gateway.db`) are read from the environment. On the first start it prints keys, each for another plan.
+//! `llm_gateway.db`) are read from the environment. On the first start it prints a key for each plan.
 
 use std::{collections::VecDeque, convert::Infallible, env, error::Error};
 
@@ -23,10 +23,10 @@ use tower_api_key::{
     Reservation, SqliteStore, Usage, openai_error,
 };
 
-/// Names, and micro-cents a token.
+/// Names of models, and prices in micro-cents per token.
 const MODELS: [(&str, u64); 2] = [("echo-small", 50), ("echo-large", 500)];
 const DEFAULT_MAX_TOKENS: usize = 256;
-const MOST_TOKENS: usize = 100_000;
+const MAX_TOKENS: usize = 100_000;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -37,7 +37,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let store = SqliteStore::open(&file)?;
     store.migrate().await?;
     if store.list_keys(&ListKeys::default()).await?.keys.is_empty() {
-        make_keys(store.clone()).await?;
+        issue_keys(store.clone()).await?;
     }
 
     let authenticator = Authenticator::new(store);
@@ -51,20 +51,20 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let listener = tokio::net::TcpListener::bind(&address).await?;
     println!("Listening on http://{}", listener.local_addr()?);
     axum::serve(listener, app).with_graceful_shutdown(stopped()).await?;
-    // What was used in the last second.
+    // Writes the usage of the last second.
     authenticator.shutdown().await;
     Ok(())
 }
 
-/// A key for each plan, printed this once.
-async fn make_keys(store: SqliteStore) -> Result<(), Box<dyn Error>> {
+/// Issues a key for each plan and prints it once.
+async fn issue_keys(store: SqliteStore) -> Result<(), Box<dyn Error>> {
     let manager = KeyManager::new(store);
     let user = manager.create_user("ada@example.com", "user").await?;
     let key = |name: &str| NewKey::new(user.id.clone(), name).scopes(["chat:*"]);
     let two_a_minute = RateLimits::default().per_minute(2);
     let plans = [
         ("everything", key("everything")),
-        ("echo-small alone", key("small").allowed_models(["echo-small"])),
+        ("only echo-small", key("small").allowed_models(["echo-small"])),
         ("two requests a minute", key("trial").rate_limits(two_a_minute)),
         ("a cent a day", {
             key("capped").budget(Budget { limit_cents: 1, period: BudgetPeriod::Daily })
@@ -84,7 +84,7 @@ async fn models(caller: AuthContext) -> Json<Value> {
 }
 
 #[derive(Deserialize)]
-struct Ask {
+struct ChatRequest {
     model: String,
     messages: Vec<Message>,
     max_tokens: Option<usize>,
@@ -132,43 +132,43 @@ impl Message {
 
 async fn complete(
     caller: AuthContext,
-    ask: Result<Json<Ask>, JsonRejection>,
+    chat: Result<Json<ChatRequest>, JsonRejection>,
 ) -> Result<Response, GatewayError> {
-    let Json(ask) = ask.map_err(|rejection| GatewayError::Request(rejection.body_text()))?;
-    caller.require_model(&ask.model)?;
-    let Some((_, price)) = MODELS.iter().find(|(name, _)| *name == ask.model) else {
-        return Err(GatewayError::NoSuchModel(ask.model));
+    let Json(chat) = chat.map_err(|rejection| GatewayError::Request(rejection.body_text()))?;
+    caller.require_model(&chat.model)?;
+    let Some((_, price)) = MODELS.iter().find(|(name, _)| *name == chat.model) else {
+        return Err(GatewayError::NoSuchModel(chat.model));
     };
-    let messages: Vec<_> = ask.messages.iter().map(Message::text).collect();
+    let messages: Vec<_> = chat.messages.iter().map(Message::text).collect();
     let prompt_tokens = messages.iter().map(|text| text.split_whitespace().count()).sum();
     let prompt = messages.last().map_or("", String::as_str);
-    let max_tokens = ask.max_completion_tokens.or(ask.max_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
-    if max_tokens > MOST_TOKENS {
-        return Err(GatewayError::Request(format!("max_tokens is {MOST_TOKENS} at most")));
+    let max_tokens = chat.max_completion_tokens.or(chat.max_tokens).unwrap_or(DEFAULT_MAX_TOKENS);
+    if max_tokens > MAX_TOKENS {
+        return Err(GatewayError::Request(format!("max_tokens must be at most {MAX_TOKENS}")));
     }
 
-    // Held before the model runs, by the most that it can cost.
-    let most = (max_tokens.saturating_add(prompt_tokens) as u64).saturating_mul(*price);
-    let reservation = caller.reserve(most).await?;
+    // Holds the maximum cost before the model runs.
+    let max_cost = (max_tokens.saturating_add(prompt_tokens) as u64).saturating_mul(*price);
+    let reservation = caller.reserve(max_cost).await?;
     let mut words: VecDeque<_> = prompt.split_inclusive(' ').map(str::to_owned).collect();
     let finish_reason = if words.len() > max_tokens { "length" } else { "stop" };
     words.truncate(max_tokens);
     let answer = Answer {
         words,
         finish_reason,
-        model: ask.model,
-        includes_usage: ask.stream_options.include_usage,
+        model: chat.model,
+        includes_usage: chat.stream_options.include_usage,
         prompt_tokens,
         completion_tokens: 0,
         price: *price,
         caller,
         reservation: Some(reservation),
     };
-    Ok(if ask.stream { answer.streamed().into_response() } else { answer.whole().into_response() })
+    Ok(if chat.stream { answer.streamed().into_response() } else { answer.whole().into_response() })
 }
 
-/// An answer on its way. If it is dropped before its last word, because the client has gone, the reservation
-/// charges what was held.
+/// Answer that is being sent. If it is dropped before its last word, because the client has disconnected, the
+/// reservation charges the estimate.
 struct Answer {
     words: VecDeque<String>,
     finish_reason: &'static str,
@@ -230,7 +230,7 @@ impl Answer {
         Some(word)
     }
 
-    /// What was held becomes what it has cost, once.
+    /// Settles the reservation with the actual cost, once.
     fn settle(&mut self) {
         let tokens = (self.prompt_tokens + self.completion_tokens) as u64;
         if let Some(reservation) = self.reservation.take() {
@@ -249,7 +249,7 @@ impl Answer {
 }
 
 enum GatewayError {
-    /// The layer gives it the shape of the others.
+    /// The layer formats it like its own denials.
     Denied(Denial),
     Request(String),
     NoSuchModel(String),
@@ -279,6 +279,6 @@ impl IntoResponse for GatewayError {
 }
 
 async fn stopped() {
-    // Without a signal handler, the process simply ends.
+    // If no signal handler can be installed, the server shuts down at once.
     let _ = tokio::signal::ctrl_c().await;
 }

@@ -1,4 +1,4 @@
-//! axum on PostgreSQL, with keys of a brand of its own and keys from before.
+//! axum on PostgreSQL, with keys of a custom brand and keys in an older format.
 //!
 //! `cargo run --example postgres`; `ADDR` (default `127.0.0.1:3004`) and `DATABASE_URL` (default
 //! `postgres://postgres@localhost/postgres`) are read from the environment.
@@ -19,10 +19,10 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .unwrap_or_else(|_| "postgres://postgres@localhost/postgres".to_owned());
 
     let store = PostgresStore::builder(&url).max_connections(8).build()?;
-    // Makes the tables, or adopts those that are there. Every node may do it at every start.
+    // Creates the tables, or adopts existing ones. Every node can run it at every start.
     store.migrate().await?;
 
-    // A pepper lies anywhere but in the database; here it is only an example's.
+    // A real pepper is stored outside the database. This default is for the example only.
     let pepper = env::var("KEY_PEPPER").unwrap_or_else(|_| "only for this example".to_owned());
     let scheme = KeyScheme::builder()
         .format(KeyFormat::structured("acme", "live")?)
@@ -46,7 +46,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
             let key = issued.expose_secret();
             println!("  curl -i http://{address}/ -H 'Authorization: Bearer {key}'");
         }
-        // The second start finds the user there, and the keys of the first still work.
+        // At the second start the user exists, and the keys of the first start are still valid.
         Err(ManageError::Store(error)) if error.kind() == StoreErrorKind::Conflict => {}
         Err(error) => return Err(error.into()),
     }

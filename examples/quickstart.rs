@@ -1,8 +1,9 @@
 //! axum on an SQLite file. On the first start it creates a user and a key, and prints the key once.
 //!
-//! `cargo run -p quickstart` in the repository: that package has only the dependencies of this file, so that it compiles
-//! in a fraction of the time. In the published crate, `cargo run --example quickstart --features axum,sqlite`. `ADDR`
-//! (default `127.0.0.1:3000`) and `DATABASE_URL` (a file, default `quickstart.db`) are read from the environment.
+//! In the repository, run `cargo run -p quickstart`: that package has only the dependencies of this file, so it
+//! compiles faster than the crate with all its examples. In the published crate, run `cargo run --example quickstart
+//! --features axum,sqlite`. `ADDR` (default `127.0.0.1:3000`) and `DATABASE_URL` (a file, default `quickstart.db`)
+//! are read from the environment.
 
 use std::{env, error::Error, net::SocketAddr};
 
@@ -46,7 +47,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Says who calls.
+/// Returns the authenticated caller.
 async fn me(caller: AuthContext) -> Json<Value> {
     Json(json!({
         "email": caller.user().email,
@@ -57,6 +58,6 @@ async fn me(caller: AuthContext) -> Json<Value> {
 }
 
 async fn stopped() {
-    // Without a signal handler, the process simply ends.
+    // If no signal handler can be installed, the server shuts down at once.
     let _ = tokio::signal::ctrl_c().await;
 }

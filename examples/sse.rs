@@ -1,4 +1,4 @@
-//! A stream of server-sent events that ends when its key is revoked: the handler checks the key again each second.
+//! Stream of server-sent events that ends when its key is revoked: the handler rechecks the key every second.
 //!
 //! `cargo run --example sse`; `ADDR` (default `127.0.0.1:3004`) is read from the environment. It prints two curl
 //! lines: one opens the stream, the other revokes its key.
@@ -16,8 +16,8 @@ use futures_util::{Stream, stream};
 use tokio::time::interval;
 use tower_api_key::{ApiKeyAuthLayer, AuthContext, KeyManager, MemoryStore, NewKey};
 
-/// The stream outlives a revocation by this at most, beside what the node needs to learn of it.
-const RECHECKED_EVERY: Duration = Duration::from_secs(1);
+/// Interval between two rechecks. A stream ends at most this long after the node has received the revocation.
+const RECHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -45,12 +45,13 @@ async fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// An event each second, for as long as the key is valid.
+/// Sends an event every second while the key is valid.
 async fn events(caller: AuthContext) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
-    let start = (caller, interval(RECHECKED_EVERY), 1_u64);
+    let start = (caller, interval(RECHECK_INTERVAL), 1_u64);
     Sse::new(stream::unfold(start, |(caller, mut ticks, number)| async move {
         ticks.tick().await;
-        // Any denial ends the stream: past the bounds of an outage, nothing shows that the key is still valid.
+        // Any denial ends the stream. When the bounds of an outage are exceeded, the key can no longer be assumed to
+        // be valid.
         let caller = caller
             .recheck()
             .await

@@ -1,4 +1,4 @@
-//! tonic: the standard health service, open to everyone, beside a service behind API keys.
+//! tonic: the standard health service, which is open to everyone, beside a service that requires API keys.
 //!
 //! `cargo run --example tonic`; `ADDR` (default `127.0.0.1:3002`) is read from the environment. A gRPC client calls
 //! `example.Greeter/SayHello` with the key in the metadata `authorization: Bearer …` or `x-api-key: …`. The method
@@ -29,7 +29,7 @@ use tower_api_key::{ApiKeyAuthLayer, AuthContext, KeyManager, MemoryStore, NewKe
 async fn main() -> Result<(), Box<dyn Error>> {
     let address = env::var("ADDR").unwrap_or_else(|_| "127.0.0.1:3002".to_owned());
 
-    // In memory, so the keys are others each time.
+    // The store is in memory, so the keys change at each start.
     let store = MemoryStore::new();
     let manager = KeyManager::new(store.clone());
     let user = manager.create_user("ada@example.com", "admin").await?.id;
@@ -37,7 +37,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let goodbye = ["/example.Greeter/SayGoodbye".parse()?];
     let plans = [
         ("for the greeting", key("greeting").scopes(["greeting:read"])),
-        ("for another method alone", key("goodbye").allowed_endpoints(goodbye)),
+        ("only for another method", key("goodbye").allowed_endpoints(goodbye)),
         ("without the scope", key("no scope")),
     ];
     for (plan, new) in plans {
@@ -65,7 +65,7 @@ async fn say_hello(request: Request<()>) -> Result<Response<String>, Status> {
     Ok(Response::new(format!("Hello, {}!", caller.user().email)))
 }
 
-/// What `tonic-prost-build` generates from a `.proto` file.
+/// Equivalent of the code that `tonic-prost-build` generates from a `.proto` file.
 #[derive(Clone)]
 struct Greeter;
 

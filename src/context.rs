@@ -1,4 +1,4 @@
-//! What a handler sees of who calls: [`AuthContext`].
+//! The authenticated caller, as handlers see it: [`AuthContext`].
 
 mod recheck;
 
@@ -17,10 +17,10 @@ use crate::{
     record::{AllowedNetwork, EndpointRule, KeyRecord, RateLimits, User},
 };
 
-/// Who calls, and what the key allows. The layer puts it into the extensions of each request that it
-/// lets through; cheap to clone.
+/// The authenticated caller and what the key allows. The layer inserts it into the extensions of each request that it
+/// lets in. Cheap to clone.
 ///
-/// In axum it is an extractor; elsewhere:
+/// In axum it is an extractor. Elsewhere, read it from the extensions:
 ///
 /// ```
 /// use tower_api_key::AuthContext;
@@ -31,31 +31,31 @@ use crate::{
 /// }
 /// ```
 ///
-/// It never holds the key itself.
+/// It never contains the key itself.
 #[derive(Clone)]
-pub struct AuthContext(Arc<Inner>);
+pub struct AuthContext(Arc<ContextInner>);
 
-/// Its fields in this order: a hit reads what stands beside the reference counts and nothing else.
+/// The order of the fields is fixed, so that a cache hit reads only the memory next to the reference counts.
 #[repr(C)]
-struct Inner {
-    /// Whether there are rules for addresses or endpoints.
+struct ContextInner {
+    /// Whether the key has rules for addresses or endpoints.
     is_restricted: bool,
-    /// `None` for a context that no authenticator made.
+    /// `None` for a context that was not created by an authenticator.
     provenance: Option<Provenance>,
     record: KeyRecord,
-    /// For another check. Last, because a hit does not read it; `None` with the provenance.
+    /// Used for a recheck. Last, because a hit does not read it. `None` if `provenance` is `None`.
     verified: Option<Verified>,
 }
 
-/// Where a context comes from, and what a cache has to know to serve it again.
+/// Origin of a context, and what a cache needs to serve it again.
 pub(crate) struct Provenance {
     pub(crate) origin: Origin,
     pub(crate) tag: CoherenceTag,
-    /// `None` if nothing is recorded.
+    /// `None` if no usage is recorded.
     pub(crate) counter: Option<Arc<UsageCounter>>,
 }
 
-/// Tells one authenticator from another.
+/// Identity of an authenticator.
 #[derive(Clone, Default)]
 pub(crate) struct Origin(Arc<()>);
 
@@ -67,20 +67,24 @@ impl PartialEq for Origin {
 
 impl AuthContext {
     pub(crate) fn new(record: KeyRecord, provenance: Provenance, verified: Verified) -> Self {
-        Self::make(record, Some(provenance), Some(verified))
+        Self::with_parts(record, Some(provenance), Some(verified))
     }
 
-    /// A context for the tests of a handler, made without a key. No layer takes it for its own.
+    /// Creates a context without a key, for tests of handlers. No layer accepts it as its own.
     pub fn unverified(record: KeyRecord) -> Self {
-        Self::make(record, None, None)
+        Self::with_parts(record, None, None)
     }
 
-    fn make(record: KeyRecord, provenance: Option<Provenance>, verified: Option<Verified>) -> Self {
+    fn with_parts(
+        record: KeyRecord,
+        provenance: Option<Provenance>,
+        verified: Option<Verified>,
+    ) -> Self {
         let is_restricted = !(record.allowed_ips.is_empty() && record.allowed_endpoints.is_empty());
-        Self(Arc::new(Inner { is_restricted, provenance, record, verified }))
+        Self(Arc::new(ContextInner { is_restricted, provenance, record, verified }))
     }
 
-    /// Whether it depends on the request whether the key may be used.
+    /// Returns whether the key has rules that depend on the request.
     pub(crate) fn is_restricted(&self) -> bool {
         self.0.is_restricted
     }
@@ -93,81 +97,82 @@ impl AuthContext {
         self.provenance().is_some_and(|it| it.origin == *origin)
     }
 
-    /// The owner of the key: id, e-mail, role.
+    /// Returns the owner of the key: id, e-mail, role.
     pub fn user(&self) -> &User {
         &self.0.record.user
     }
 
-    /// The key: id, name, prefix, expiry, budget, usage totals as of the read.
+    /// Returns the key: id, name, lookup id, expiry, budget, and the usage totals at the time of the read.
     pub fn key(&self) -> &KeyRecord {
         &self.0.record
     }
 
-    /// The scopes of the key.
+    /// Returns the scopes of the key.
     pub fn scopes(&self) -> &[String] {
         &self.0.record.scopes
     }
 
-    /// The permissions of the key.
+    /// Returns the permissions of the key.
     pub fn permissions(&self) -> &[String] {
         &self.0.record.permissions
     }
 
-    /// How often the key may be used.
+    /// Returns the rate limits of the key, in requests per minute, hour and day.
     pub fn rate_limits(&self) -> RateLimits {
         self.0.record.rate_limits
     }
 
-    /// The models that the key may name; empty allows all.
+    /// Returns the models that the key may use; empty allows all.
     pub fn allowed_models(&self) -> &[String] {
         &self.0.record.allowed_models
     }
 
-    /// The endpoints that the key may call; empty allows all.
+    /// Returns the endpoints that the key may call; empty allows all.
     pub fn allowed_endpoints(&self) -> &[EndpointRule] {
         &self.0.record.allowed_endpoints
     }
 
-    /// The networks that the key may be used from; empty allows all.
+    /// Returns the networks from which the key may be used; empty allows all.
     pub fn allowed_ips(&self) -> &[AllowedNetwork] {
         &self.0.record.allowed_ips
     }
 
-    /// What the team stored along with the key; `null` if nothing.
+    /// Returns the metadata that is stored with the key; `null` if there is none.
     pub fn metadata(&self) -> &Value {
         &self.0.record.metadata
     }
 
-    /// Whether the key has this scope. One that it holds may end in a wildcard: `models:*` grants every scope
-    /// that begins with `models:` and goes on, `*` every one; the asterisk stands alone or behind a `:`, `.`
-    /// or `/`, and anywhere else is a character like others. Compared byte by byte.
+    /// Returns whether the key has this scope. A scope of the key may end in a wildcard: `models:*` grants every
+    /// longer scope that begins with `models:`, and `*` grants every scope. The asterisk is a wildcard only alone or
+    /// after a `:`, `.` or `/`; elsewhere it is an ordinary character. Scopes are compared byte by byte.
     pub fn has_scope(&self, scope: &str) -> bool {
         self.scopes().iter().any(|held| policy::grants(held, scope))
     }
 
-    /// Whether the key has exactly this permission.
+    /// Returns whether the key has exactly this permission.
     pub fn has_permission(&self, permission: &str) -> bool {
         self.permissions().iter().any(|held| held == permission)
     }
 
-    /// Whether the key may name this model: one of the list, or any if the list is empty.
+    /// Returns whether the key may use this model: the model is in the list, or the list is empty.
     pub fn can_access_model(&self, model: &str) -> bool {
         policy::allowed(self.allowed_models(), |allowed| allowed == model)
     }
 
-    /// Whether the key may call this endpoint. The layer has asked this for the request's own.
+    /// Returns whether the key may call this endpoint. The layer has checked this for the request's own endpoint.
     pub fn can_access_endpoint(&self, method: &Method, path: &str) -> bool {
         policy::allowed(self.allowed_endpoints(), |rule| rule.matches(method, path))
     }
 
-    /// Whether the key may be used from this address. The layer has asked this for the request's own.
+    /// Returns whether the key may be used from this address. The layer has checked this for the request's own
+    /// address.
     pub fn can_access_from(&self, address: IpAddr) -> bool {
         policy::allowed(self.allowed_ips(), |network| network.contains(address))
     }
 
-    /// Adds what was used on behalf of the key, beside the request itself, which is counted already. An addition
-    /// to a counter: it waits for nothing, may be made many times, and also after the response has begun. It
-    /// reaches the store within a second (see [`AuthenticatorBuilder::usage_interval`]); sums saturate.
+    /// Adds usage to the key, beside the request itself, which is already counted. This adds to a counter in memory:
+    /// it does not wait, and can be called many times, also after the response has begun. The usage is written to the
+    /// store within a second (see [`AuthenticatorBuilder::usage_interval`]). Sums saturate.
     ///
     /// [`AuthenticatorBuilder::usage_interval`]: crate::AuthenticatorBuilder::usage_interval
     #[inline]
@@ -177,9 +182,9 @@ impl AuthContext {
         }
     }
 
-    /// Holds `estimate` micro-cents of the key's budget for work to come, before it begins; settle what comes back
-    /// with what the work has cost. With a lease in hand this waits for nothing; otherwise for the store. A key
-    /// without a budget holds nothing, and what is settled is counted.
+    /// Holds `estimate` micro-cents of the key's budget before work begins. Settle the returned reservation with the
+    /// actual cost. If this node has a sufficient lease, this does not wait; otherwise it waits for the store. For a
+    /// key without a budget nothing is held, and the settled cost is counted.
     ///
     /// ```
     /// use tower_api_key::{AuthContext, Denial};
@@ -195,11 +200,12 @@ impl AuthContext {
     ///
     /// # Errors
     ///
-    /// 429 if less is left in the period, with the time at which it ends; 503 if there is no lease in hand and
-    /// the store can't be asked, or does not answer because another session keeps the key's row locked (after 2 s
-    /// with the defaults of `PostgresStore`). `Unsupported`, 500, if the store has no budget leases
-    /// ([`KeyStore::lease`](crate::KeyStore::lease)) or does not record usage, or the authenticator was built with
-    /// [`without_usage`](crate::AuthenticatorBuilder::without_usage); the first one is logged as a warning.
+    /// 429 if the remaining budget of the period is too small, with the time at which the period ends. 503 if this
+    /// node has no sufficient lease and the store is unavailable, or does not answer because another session has
+    /// locked the key's row (after 2 s with the defaults of `PostgresStore`). `Unsupported` (500) if the store has no
+    /// budget leases ([`KeyStore::lease`](crate::KeyStore::lease)) or does not record usage, or the authenticator was
+    /// built with [`without_usage`](crate::AuthenticatorBuilder::without_usage). The first such error is logged as a
+    /// warning.
     pub async fn reserve(&self, estimate: u64) -> Result<Reservation, Denial> {
         if let Some(reservation) = self.reserve_now(estimate) {
             return Ok(reservation);
@@ -208,9 +214,9 @@ impl AuthContext {
         recorder.reserve(&self.key().id, estimate, self.counter()).await
     }
 
-    /// The same from a lease in hand, without waiting.
+    /// Holds `estimate` from the lease of this node, without waiting.
     pub(crate) fn reserve_now(&self, estimate: u64) -> Option<Reservation> {
-        // Nobody has a budget of a test's own.
+        // A context that was created for a test has no budget.
         if self.key().budget.is_none() || self.provenance().is_none() {
             return Some(Reservation::free(estimate, self.counter().cloned()));
         }
@@ -258,7 +264,7 @@ impl AuthContext {
         required(has_all, || Forbidden::Scope(listed(scopes)))
     }
 
-    /// Requires at least one of these scopes; none of them lets nobody through.
+    /// Requires at least one of these scopes. An empty list denies every request.
     ///
     /// # Errors
     ///
@@ -287,7 +293,7 @@ impl AuthContext {
         required(self.user().role == role, || Forbidden::Role(role.to_owned()))
     }
 
-    /// Requires that the key [may name a model](Self::can_access_model).
+    /// Requires that the key [may use a model](Self::can_access_model).
     ///
     /// # Errors
     ///
@@ -296,7 +302,7 @@ impl AuthContext {
         required(self.can_access_model(model), || Forbidden::Model(model.to_owned()))
     }
 
-    /// Returns the context in the extensions of a request, for handlers that have no extractor: tonic, hyper.
+    /// Returns the context in the extensions of a request, for frameworks without an extractor: tonic, hyper.
     ///
     /// ```
     /// use tower_api_key::{AuthContext, Denial};
@@ -309,19 +315,19 @@ impl AuthContext {
     ///
     /// # Errors
     ///
-    /// 401 behind a layer that let the request through without a key, and 500 if there is no layer at all; the log
-    /// then names the one to add.
+    /// 401 behind a layer that let the request through without a key, and 500 if no auth layer wraps the handler. In
+    /// the second case the log message names the layer to add.
     pub fn from_extensions(extensions: &Extensions) -> Result<&Self, Denial> {
         let caller = Self::of(extensions).inspect_err(Denial::log)?;
         caller.ok_or(Denial::MissingCredential)
     }
 
-    /// The context in the extensions of a request; `None` behind a layer that let the request through without
+    /// Returns the context in the extensions of a request; `None` behind a layer that let the request through without
     /// a key.
     ///
     /// # Errors
     ///
-    /// `LayerMissing` if no layer is around at all; the log says so.
+    /// `LayerMissing` if no auth layer wraps the handler.
     pub(crate) fn of(extensions: &Extensions) -> Result<Option<&Self>, Denial> {
         match extensions.get() {
             Some(caller) => Ok(Some(caller)),
@@ -330,7 +336,7 @@ impl AuthContext {
         }
     }
 
-    /// Whether key and owner are active and the key has not expired at `time`.
+    /// Returns whether the key and its owner are active and the key has not expired at `time`.
     pub fn is_valid_at(&self, time: DateTime<Utc>) -> bool {
         policy::validity(&self.0.record, time).is_ok()
     }
@@ -340,7 +346,7 @@ fn required(is_met: bool, missing: impl FnOnce() -> Forbidden) -> Result<(), Den
     if is_met { Ok(()) } else { Err(missing().into()) }
 }
 
-/// As a scope list is written (RFC 6749 §3.3).
+/// Formats scopes as a scope list (RFC 6749 §3.3).
 fn listed(scopes: &[impl AsRef<str>]) -> String {
     scopes.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(" ")
 }
@@ -355,6 +361,6 @@ impl fmt::Debug for AuthContext {
     }
 }
 
-/// In a request's extensions: a layer let it pass without a key, as its options say.
+/// Extension of a request that a layer let through without a key.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LetThrough;

@@ -7,9 +7,9 @@
            for all features."
 )]
 #![cfg_attr(docsrs, feature(doc_cfg))]
-// Here and not in Cargo.toml, because tests may.
+// Set here and not in Cargo.toml, because tests may use these.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
-// What serves shared caches alone.
+// Some items are used by shared caches only.
 #![cfg_attr(not(feature = "redis"), allow(dead_code))]
 
 mod authenticator;
@@ -31,8 +31,8 @@ mod runtime;
 mod store;
 mod telemetry;
 
-/// The crate whose types stand for time stamps in this API, such as [`KeyRecord::expires_at`], in the version of those
-/// types.
+/// The crate that defines the time stamp types of this API, such as [`KeyRecord::expires_at`], in the version that
+/// this crate uses.
 pub use chrono;
 
 pub use authenticator::{Authenticator, AuthenticatorBuilder, Health};

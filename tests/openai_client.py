@@ -69,7 +69,7 @@ ask(capped)
 error = raises(
     openai.RateLimitError, "insufficient_quota", lambda: ask(capped, max_tokens=30_000)
 )
-assert "begins anew at 20" in error.message, error.message
+assert "resets at 20" in error.message, error.message
 assert int(error.response.headers["retry-after"]) <= 86_400
 
 print("all is well")

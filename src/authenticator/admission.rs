@@ -1,4 +1,4 @@
-//! Which look-ups begin, and in which order they go: [`Admission`].
+//! Admits look-ups and sets their priority: [`Admission`].
 
 use std::{
     net::IpAddr,
@@ -15,7 +15,7 @@ use crate::{
     store::Priority,
 };
 
-/// Bounds the look-ups of a node.
+/// Limits the concurrent look-ups of a node.
 #[derive(Debug)]
 pub(super) struct Admission {
     limiter: Mutex<LookupLimiter>,
@@ -27,12 +27,13 @@ impl Admission {
         Self { limiter: Mutex::new(LookupLimiter::new()), max_lookups }
     }
 
-    /// The priority of a look-up, of which there are `under_way` others. `is_known` says whether this node
-    /// has verified the key before.
+    /// Returns the priority of a look-up while `under_way` other look-ups are in progress. `is_known` is true if this
+    /// node has verified the key before.
     ///
     /// # Errors
     ///
-    /// `Overloaded` if there are too many others, or the key has a slow hash whose check would be turned away.
+    /// `Overloaded` if too many other look-ups are in progress, or if the key has a slow hash and its check would be
+    /// rejected.
     pub(super) fn admit(
         &self,
         scheme: &KeyScheme,
@@ -50,24 +51,25 @@ impl Admission {
         self.admit_as(priority, under_way)
     }
 
-    /// The priority of a look-up of a key that this node has verified, of which there are `under_way` others.
+    /// Returns the priority of a look-up of a key that this node has verified, while `under_way` others are in
+    /// progress.
     ///
     /// # Errors
     ///
-    /// `Overloaded` if there are too many others.
+    /// `Overloaded` if too many other look-ups are in progress.
     pub(super) fn admit_verified(&self, under_way: usize) -> Result<Priority, StoreError> {
         self.admit_as(Priority::Known, under_way)
     }
 
     fn admit_as(&self, priority: Priority, under_way: usize) -> Result<Priority, StoreError> {
         if under_way >= priority.bound(self.max_lookups) {
-            let message = "too many look-ups are under way";
+            let message = "too many concurrent look-ups";
             return Err(StoreError::overloaded(message, Duration::from_secs(1)));
         }
         Ok(priority)
     }
 
-    /// Counts look-ups that find no key, by the network of the client.
+    /// Counts look-ups that find no such key or another secret, by the network of the client.
     pub(super) fn count(&self, outcome: &Outcome, address: Option<IpAddr>, now: Duration) {
         let source = NetworkSteps::of(address);
         match outcome {

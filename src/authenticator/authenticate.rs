@@ -1,4 +1,4 @@
-//! The engine, free of HTTP: a key in, an [`AuthContext`] or a [`Denial`] out.
+//! The engine without HTTP: takes a key and returns an [`AuthContext`] or a [`Denial`].
 
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
@@ -15,10 +15,10 @@ use crate::{
     telemetry,
 };
 
-/// Finds out whose a key is. The layer is this over HTTP; use it directly for sockets and queues.
+/// Authenticates keys. The layer applies it to HTTP requests; use it directly for sockets and queues.
 ///
-/// Cheap to clone; clones, and layers made from them, share everything. Building one needs no runtime;
-/// a look-up needs a Tokio runtime with its timer (`enable_all`).
+/// Cheap to clone. Clones, and layers created from them, share the cache, the look-ups and the background tasks.
+/// Building an authenticator requires no runtime. A look-up requires a Tokio runtime with a timer (`enable_all`).
 ///
 /// ```
 /// use tower_api_key::{ApiKeyAuthLayer, Authenticator, Denial, MemoryStore};
@@ -36,12 +36,12 @@ use crate::{
 pub struct Authenticator(Arc<Resolver>);
 
 impl Authenticator {
-    /// An authenticator over `store` with the default settings and the default [`KeyScheme`].
+    /// Creates an authenticator over `store` with the default settings and the default [`KeyScheme`].
     pub fn new(store: impl KeyStore) -> Self {
         Self::builder(store).build()
     }
 
-    /// An authenticator over `store` with settings of your own.
+    /// Creates a builder of an authenticator over `store`.
     pub fn builder(store: impl KeyStore) -> AuthenticatorBuilder {
         AuthenticatorBuilder {
             store: DynKeyStore::new(store),
@@ -50,33 +50,36 @@ impl Authenticator {
         }
     }
 
-    /// Finds out whose `key` is.
+    /// Authenticates `key`.
     ///
-    /// Endpoint rules are not asked, because there is no endpoint: see
-    /// [`AuthContext::can_access_endpoint`]. A key with address rules is refused; for one, use
-    /// [`Authenticator::authenticate_from`].
+    /// Endpoint rules are not checked, because there is no endpoint: see [`AuthContext::can_access_endpoint`]. A key
+    /// with address rules is denied; use [`Authenticator::authenticate_from`] for such keys.
     ///
     /// # Errors
     ///
-    /// Why the key is refused, or that it could not be checked.
+    /// Returns the reason for which the key is denied, or `Unavailable` if it could not be checked.
     pub async fn authenticate(&self, key: &str) -> Result<AuthContext, Denial> {
-        self.find_out(key, None).await
+        self.authenticate_key(key, None).await
     }
 
-    /// Finds out whose `key` is that a peer at `address` presents.
+    /// Authenticates `key`, which a peer at `address` presents.
     ///
     /// # Errors
     ///
-    /// Those of [`Authenticator::authenticate`].
+    /// Returns the errors of [`Authenticator::authenticate`].
     pub async fn authenticate_from(
         &self,
         key: &str,
         address: IpAddr,
     ) -> Result<AuthContext, Denial> {
-        self.find_out(key, Some(address)).await
+        self.authenticate_key(key, Some(address)).await
     }
 
-    async fn find_out(&self, key: &str, address: Option<IpAddr>) -> Result<AuthContext, Denial> {
+    async fn authenticate_key(
+        &self,
+        key: &str,
+        address: Option<IpAddr>,
+    ) -> Result<AuthContext, Denial> {
         let outcome = match token(key.as_bytes()) {
             Ok(token) => match self.cached(token) {
                 Cached::Hit(caller) => Ok(caller),
@@ -91,7 +94,7 @@ impl Authenticator {
         let outcome = outcome.and_then(|caller| {
             let known_address = || {
                 if address.is_none() {
-                    self.address_is_unknown("call authenticate_from with the address of the peer");
+                    self.log_unknown_address("call authenticate_from with the address of the peer");
                 }
                 address
             };
@@ -102,23 +105,23 @@ impl Authenticator {
         outcome.inspect_err(Denial::log)
     }
 
-    /// Forgets what this node remembers of the keys under a lookup prefix, and trusts no copy of them
-    /// from before. For callers who know of a change that the store does not say: revoking through a
-    /// [`KeyManager`](crate::KeyManager) or in the database needs no such word.
+    /// Invalidates the entries of the keys under a lookup id, in the local cache and in shared caches as seen by this
+    /// node: later look-ups read the store. Use it for changes made outside the store's knowledge. Revoking through a
+    /// [`KeyManager`](crate::KeyManager) or in the database does not require it.
     pub fn invalidate(&self, prefix: &str) {
         self.0.invalidate(prefix);
     }
 
-    /// How the caches stand, for a health check or a dashboard.
+    /// Returns the state of the caches, for a health check or a dashboard.
     pub fn health(&self) -> Health {
         self.0.health()
     }
 
-    /// Ends the work in the background: writes the usage that is not written yet and hands back the leases of
-    /// budgets, within 10 s (what the store does not take until then is lost, and the log says of how many keys),
-    /// and stops listening to the store. Requests are still answered, from then on like those of a node that is cut
-    /// off from changes, and no longer counted; nothing can be reserved. Without this, the work ends with the last
-    /// clone, and the usage of the last interval is lost.
+    /// Stops the background tasks within 10 s: writes the pending usage, returns the budget leases, and stops
+    /// following the change feed. Usage that the store does not accept in this time is lost, and the number of its
+    /// keys is logged. Requests are still answered afterwards, like on a node that is cut off from changes. They are
+    /// no longer counted, and reservations fail. Without this call, the tasks end when the last clone is dropped, and
+    /// the usage of the last interval is lost.
     ///
     /// ```
     /// # async fn run(app: axum::Router, authenticator: tower_api_key::Authenticator) -> std::io::Result<()> {
@@ -133,52 +136,52 @@ impl Authenticator {
         self.0.stop().await;
     }
 
-    /// Whose key it is, if that is remembered. No lock, no I/O, and no allocation.
+    /// Returns the context of a key if the local cache has a fresh entry. No lock, no I/O, and no allocation.
     #[inline]
     pub(crate) fn cached_context(&self, key: &[u8]) -> Option<AuthContext> {
         self.0.cached_context(&KeyDigest::of(key))
     }
 
-    /// What is remembered of the key in `token`.
+    /// Returns the local cache's result for the key in `token`.
     #[inline]
     pub(crate) fn cached(&self, token: &str) -> Cached {
         self.0.cached(token)
     }
 
-    /// Parses a token of visible ASCII. Nothing is looked up before this.
+    /// Parses a token of visible ASCII. Only parsed keys are looked up.
     pub(crate) fn parse(&self, token: &str) -> Result<PresentedKey, Denial> {
         Ok(self.0.scheme.parse(token)?)
     }
 
-    /// Whether `text` is a key of a structured format: its brand and its check are right.
+    /// Returns whether `text` is a key of a structured format, with a valid brand and checksum.
     pub(crate) fn has_structured_key(&self, text: &str) -> bool {
         self.0.scheme.parse(text).is_ok_and(|key| key.is_structured)
     }
 
-    /// A key with address rules is denied because the address of its caller is not known. `remedy` is what makes
-    /// it known; it is logged once.
-    pub(crate) fn address_is_unknown(&self, remedy: &'static str) {
+    /// Logs once that a key with address rules is denied because its caller's address is unknown. `remedy` describes
+    /// how to configure the address.
+    pub(crate) fn log_unknown_address(&self, remedy: &'static str) {
         telemetry::address_unknown(remedy, &self.0.unknown_address);
     }
 
-    /// Asks the store, together with everybody else who wants to know the same.
+    /// Looks up a key in the store. Concurrent look-ups of one key share one flight.
     pub(crate) fn look_up(&self, key: PresentedKey, address: Option<IpAddr>) -> LookupFuture {
         self.0.look_up(key, address)
     }
 
-    /// Whether this authenticator made the context.
-    pub(crate) fn made(&self, caller: &AuthContext) -> bool {
+    /// Returns whether this authenticator created the context.
+    pub(crate) fn is_origin_of(&self, caller: &AuthContext) -> bool {
         caller.is_from(&self.0.origin)
     }
 
-    /// The same store with another scheme. Shares nothing else.
+    /// Creates an authenticator over the same store with another scheme. Nothing else is shared.
     pub(crate) fn with_scheme(&self, scheme: KeyScheme) -> Self {
         let Resolver { store, settings, .. } = &*self.0;
         AuthenticatorBuilder { store: store.clone(), scheme, settings: *settings }.build()
     }
 }
 
-/// A key with address rules is refused where the address is not known.
+/// Checks the address rules of a key. A key with address rules is denied if the address is unknown.
 pub(crate) fn check_address(
     caller: &AuthContext,
     address: impl FnOnce() -> Option<IpAddr>,
@@ -203,64 +206,63 @@ pub struct AuthenticatorBuilder {
 }
 
 impl AuthenticatorBuilder {
-    /// Sets how keys look and are hashed, and the clock.
+    /// Sets the formats and hashes of keys, and the clock.
     #[must_use]
     pub fn scheme(self, scheme: KeyScheme) -> Self {
         Self { scheme, ..self }
     }
 
-    /// How many valid keys are remembered: 100,000 by default, at about 1 KiB each; 0 for none.
+    /// Sets the capacity of the local cache in valid keys: 100,000 by default, at about 1 KiB each; 0 disables it.
     #[must_use]
     pub fn cache_capacity(mut self, keys: usize) -> Self {
         self.settings.capacity = keys;
         self
     }
 
-    /// Sets how many look-ups may be under way: 4,096 by default, at about 3 KiB each. Past that, a key that
-    /// is not in the local cache is answered 503.
+    /// Sets the maximum number of concurrent look-ups: 4,096 by default, at about 3 KiB each. When it is reached, a
+    /// request whose key is not in the local cache is answered with 503.
     ///
-    /// The last quarter is kept for keys that this node has verified before. Half is the most that clients
-    /// may take up whose network presents keys that don't exist: beyond 10 at once and one in two seconds
-    /// for an IPv4 address or an IPv6 /64, beyond 4 times as many for a /24 or /56, 8 times for a /48 and 32
-    /// times for an IPv6 /32. Where look-ups wait for the store, theirs go last, one at a time. Behind a
-    /// proxy, set [`trusted_proxies`](crate::ApiKeyAuthLayer::trusted_proxies), or all clients are one.
+    /// The last quarter is reserved for keys that this node has verified before. Clients whose network presents keys
+    /// that don't exist may use at most half. The allowance of an IPv4 address or an IPv6 /64 is 10 failures at once
+    /// and one in two seconds; that of a /24 or /56 is 4 times as large, of a /48 8 times, and of an IPv6 /32 32
+    /// times. While look-ups wait for the store, the look-ups of such clients go last, one at a time. Behind a proxy,
+    /// set [`trusted_proxies`](crate::ApiKeyAuthLayer::trusted_proxies); otherwise all clients count as one.
     #[must_use]
     pub fn max_lookups(mut self, lookups: usize) -> Self {
         self.settings.max_lookups = lookups.max(1);
         self
     }
 
-    /// For how long an answer is served after it was read, or after this node was last in sync with the
-    /// store's changes: 30 s by default. A node in sync goes on serving it; a node that is cut off from
-    /// changes, or whose store has no feed, asks again after this. Less than the interval at which the feed
-    /// is polled (5 s in PostgreSQL) makes idle nodes ask between polls.
+    /// Sets how long an answer is served after it was read, or after this node was last in sync with the change feed:
+    /// 30 s by default. A node in sync continues to serve it. A node that is cut off from changes, or whose store has
+    /// no feed, reads the store again after this time. If it is less than the interval at which the feed is polled (5
+    /// s in PostgreSQL), idle nodes read the store between polls.
     #[must_use]
     pub fn max_staleness(mut self, limit: Duration) -> Self {
         self.settings.max_staleness = limit;
         self
     }
 
-    /// For how much longer a valid key is served while the store fails: 60 s by default, 0 turns it off. A
-    /// node that is cut off from everything serves a revoked key for `max_staleness + stale_if_error` at
-    /// most. The first request after `max_staleness` waits until the store's own timeout shows that it
-    /// fails, so that a time shorter than that is of no use.
+    /// Sets how much longer a valid key is served while the store fails: 60 s by default; 0 disables it. A node that
+    /// is cut off from the store and the feed serves a revoked key for at most `max_staleness + stale_if_error`. The
+    /// first request after `max_staleness` waits for the store's own timeout, so a shorter time has no effect.
     #[must_use]
     pub fn stale_if_error(mut self, limit: Duration) -> Self {
         self.settings.stale_if_error = limit;
         self
     }
 
-    /// How often usage is written to the store: every second by default. When the process is killed, what was
-    /// used since the last write is lost: one interval at most, or all since the store went away.
+    /// Sets the interval at which usage is written to the store: one second by default. If the process is killed, the
+    /// usage since the last write is lost: at most one interval, or everything since the store became unavailable.
     #[must_use]
     pub fn usage_interval(mut self, interval: Duration) -> Self {
         self.settings.usage_interval = Some(interval);
         self
     }
 
-    /// For how long this node may spend a slice of a budget without a word of the store: 30 s by default. So long
-    /// holds go on while the store is away, and so long what a killed node had leased is lost to the others. Between
-    /// a second and a day.
+    /// Sets the lifetime of a budget lease: 30 s by default, clamped to between one second and one day. While the
+    /// store is unavailable, reservations succeed from the lease for this time. The leased amount of a killed node is
+    /// unavailable to other nodes for this time.
     #[must_use]
     pub fn lease_lifetime(mut self, lifetime: Duration) -> Self {
         const DAY: Duration = Duration::from_secs(86_400);
@@ -268,15 +270,15 @@ impl AuthenticatorBuilder {
         self
     }
 
-    /// Records no usage: neither requests, tokens and cost, nor when a key was last used. A reservation
-    /// for a key with a budget is [`Denial::Unsupported`] then, 500.
+    /// Disables usage recording: requests, tokens, cost, and when a key was last used. A reservation for a key with a
+    /// budget then fails with [`Denial::Unsupported`] (500).
     #[must_use]
     pub fn without_usage(mut self) -> Self {
         self.settings.usage_interval = None;
         self
     }
 
-    /// Builds the authenticator. Needs no runtime.
+    /// Builds the authenticator. No runtime is required.
     pub fn build(self) -> Authenticator {
         let Self { store, scheme, settings } = self;
         Authenticator(Resolver::new(store, scheme, settings))

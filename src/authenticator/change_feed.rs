@@ -1,4 +1,4 @@
-//! Listening to the store: [`follow`].
+//! Follows the change feed of the store: [`follow`].
 
 use std::{
     future::poll_fn,
@@ -16,14 +16,14 @@ use crate::{
     telemetry,
 };
 
-/// How long a feed that ended is left alone before it is listened to again.
+/// Pause before a feed that has ended is read again.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What a node learns from the change feed of its store.
+/// State of a node that is updated from the change feed of its store.
 #[derive(Debug)]
 pub(crate) struct FeedState {
     view: Arc<View>,
-    /// As the feed has reported it last.
+    /// Last status that the feed has reported.
     status: Mutex<FeedStatus>,
 }
 
@@ -32,13 +32,13 @@ impl FeedState {
         Arc::new(Self { view, status: Mutex::default() })
     }
 
-    /// The status of the store's feed.
+    /// Returns the status of the store's feed.
     pub(crate) fn status(&self) -> FeedStatus {
         self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Takes in a change event at the moment `now`.
-    fn learn(&self, change: Change, now: Moment) {
+    /// Applies a change event at the moment `now`.
+    fn apply(&self, change: Change, now: Moment) {
         match change {
             Change::Prefix(prefix, revision) => self.view.prefix_changed(prefix, revision, now),
             Change::Owner(owner, revision) => self.view.owner_changed(owner, revision, now),
@@ -53,11 +53,11 @@ impl FeedState {
     }
 }
 
-/// Takes in what `store` says for as long as `feed` is wanted. A store without a feed says nothing:
-/// there is nothing to catch up with either, and the rule of age is all that bounds its answers.
+/// Applies the change events of `store` until `feed` is dropped. A store without a feed sends no events. There are no
+/// changes to catch up with then, and only the maximum age bounds its answers.
 pub(crate) async fn follow(store: DynKeyStore, feed: Weak<FeedState>, clock: impl Fn() -> Moment) {
     loop {
-        // As long as a copy can live anywhere: this node knows of no change yet, or has missed some.
+        // Copies live at most this long. This node has read no changes yet, or may have missed some.
         let mut changes = store.changes(SystemTime::now() - MINIMUM_REVISION_LIFETIME);
         if let Some(feed) = feed.upgrade()
             && feed
@@ -66,8 +66,8 @@ pub(crate) async fn follow(store: DynKeyStore, feed: Weak<FeedState>, clock: imp
                 .last_sync()
                 .is_some_and(|sync| clock().since(sync) >= MINIMUM_REVISION_LIFETIME)
         {
-            // It looks back no further than that.
-            feed.learn(Change::Reset, clock());
+            // The feed starts no further back than this.
+            feed.apply(Change::Reset, clock());
         }
         if !changes.is_complete()
             && let Some(feed) = feed.upgrade()
@@ -75,15 +75,15 @@ pub(crate) async fn follow(store: DynKeyStore, feed: Weak<FeedState>, clock: imp
             feed.view.minimum_revisions.caught_up();
         }
         if !changes.has_feed() {
-            // Not the end, or this would begin anew at each look-up.
+            // Never returns, because the task would otherwise be started again by each look-up.
             return std::future::pending().await;
         }
         while let Some(change) = next(&mut changes).await {
             let Some(feed) = feed.upgrade() else { return };
             log_change(&change);
-            // Whoever only hears hints is never in sync.
+            // A node that receives only notifications is never in sync.
             if changes.is_complete() || !matches!(change, Change::Synced(_)) {
-                feed.learn(change, clock());
+                feed.apply(change, clock());
             }
         }
         if feed.strong_count() == 0 {
@@ -98,24 +98,26 @@ async fn next(changes: &mut ChangeStream) -> Option<Change> {
     poll_fn(|cx| Pin::new(&mut *changes).poll_next(cx)).await
 }
 
-/// The store reports a change.
+/// Logs and counts a change event.
 fn log_change(change: &Change) {
     if !matches!(change, Change::Synced(_) | Change::Status(_)) {
         telemetry::count("api_key_changes_total");
     }
     match change {
         Change::Prefix(prefix, revision) => {
-            tracing::debug!(key_prefix = prefix, revision = revision.0, "an API key has changed");
+            tracing::debug!(key_prefix = prefix, revision = revision.0, "API key changed");
         }
         Change::Owner(owner, revision) => {
-            tracing::debug!(%owner, revision = revision.0, "an owner of API keys has changed");
+            tracing::debug!(%owner, revision = revision.0, "owner of API keys changed");
         }
         Change::Synced(_) | Change::Status(_) => {}
-        Change::Reset => tracing::info!("changes may have been missed: API keys are read anew"),
+        Change::Reset => {
+            tracing::info!("changes may have been missed: cached API keys are invalidated")
+        }
     }
 }
 
-/// The status of a change feed differs from the last one.
+/// Updates the metrics of the feed status, and logs a change of its fault.
 fn log_status(before: &FeedStatus, status: &FeedStatus) {
     telemetry::gauge("api_key_feed_complete", if status.fault.is_none() { 1.0 } else { 0.0 });
     if let Some(rows) = status.rows {
@@ -130,7 +132,7 @@ fn log_status(before: &FeedStatus, status: &FeedStatus) {
             "changes of API keys may be missed: call migrate() of the store, which restores the triggers; \
              until then cached keys are served no longer than max_staleness"
         ),
-        // Logged where the connection is.
+        // Logged by the code that handles the connection.
         Some(FeedFault::Disconnected(_)) => {}
         None => tracing::info!("the feed of API key changes is complete"),
     }

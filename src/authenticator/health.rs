@@ -1,4 +1,4 @@
-//! The state of the caches: [`Health`].
+//! State of the caches: [`Health`].
 
 use std::time::Duration;
 
@@ -8,17 +8,16 @@ use crate::store::FeedStatus;
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Health {
-    /// Valid keys that this node remembers.
+    /// Number of valid keys in the local cache.
     pub cached_keys: usize,
-    /// Look-ups that wait for the store: at most as many as
-    /// [`max_lookups`](crate::AuthenticatorBuilder::max_lookups).
+    /// Number of concurrent look-ups: at most [`max_lookups`](crate::AuthenticatorBuilder::max_lookups).
     pub lookups_under_way: usize,
-    /// Whether the store failed when it was last asked. Keys that are remembered are served within
-    /// `max_staleness + stale_if_error`.
+    /// Whether the store failed at the last look-up. Cached keys are then served for at most `max_staleness +
+    /// stale_if_error`.
     pub is_store_failing: bool,
-    /// How long ago this node was last in sync with the changes of its store. `None` before the first
-    /// look-up, and for a store that has no feed.
+    /// Time since this node was last in sync with the change feed of its store. `None` before the first look-up, and
+    /// for a store without a feed.
     pub last_sync: Option<Duration>,
-    /// Status of the change feed: why changes may not arrive, and how large its table is.
+    /// Status of the change feed: why changes may not arrive, and the size of its table.
     pub feed: FeedStatus,
 }

@@ -1,4 +1,4 @@
-//! The first tier: [`LocalCache`].
+//! The local cache, which is the first tier: [`LocalCache`].
 
 use std::fmt;
 
@@ -14,87 +14,93 @@ use crate::{
     store::Proof,
 };
 
-/// Resolver by the SHA-256 of the whole key, so that a hit has proven the key. Bounded: what is asked for
-/// seldom makes room.
+/// Entries by the SHA-256 of the whole key, so that a hit proves the key. Bounded: entries that are rarely used are
+/// evicted.
 pub(crate) struct LocalCache {
-    known: Cache<KeyDigest, AuthContext>,
-    /// Keys that are not valid, apart and few, so that a flood of them drives out no valid one.
-    refused: Cache<KeyDigest, NegativeEntry>,
+    valid: Cache<KeyDigest, AuthContext>,
+    /// Negative entries. They have a cache of their own, which is small, so that a flood of invalid keys evicts no
+    /// valid ones.
+    negative: Cache<KeyDigest, NegativeEntry>,
 }
 
-/// A key that is not valid.
+/// Negative entry of a key that is not valid.
 #[derive(Clone, Copy)]
 pub(crate) struct NegativeEntry {
     pub(crate) reason: InvalidKey,
     pub(crate) tag: CoherenceTag,
-    /// By the wall clock, as `expires_at` is: before this, the reason does not hold.
+    /// Time from which on the reason applies, by the wall clock like `expires_at`.
     pub(crate) from: u64,
-    /// Of the hash that the key matched when it was valid: it spares one that comes back its slow check.
+    /// Fingerprint of the hash that the key matched when it was valid. If the key becomes valid again, it needs no
+    /// slow check.
     pub(crate) proof: Option<HashFingerprint>,
 }
 
-/// So many keys that are not valid are remembered.
-const MAX_REFUSED: usize = 10_000;
+/// Maximum number of negative entries.
+const MAX_NEGATIVE_ENTRIES: usize = 10_000;
 
 impl NegativeEntry {
-    pub(crate) fn holds(&self, view: &View, now: Moment) -> bool {
+    /// Returns whether the entry may be served.
+    pub(crate) fn is_servable(&self, view: &View, now: Moment) -> bool {
         now.wall_nanos() >= self.from && self.tag.age(view, now) == Age::Fresh
     }
 }
 
 impl LocalCache {
     pub(crate) fn new(settings: &Settings) -> Self {
-        let refused = settings.capacity.min(MAX_REFUSED);
-        Self { known: Cache::new(settings.capacity), refused: Cache::new(refused) }
+        let max_negative = settings.capacity.min(MAX_NEGATIVE_ENTRIES);
+        Self { valid: Cache::new(settings.capacity), negative: Cache::new(max_negative) }
     }
 
-    /// What is remembered of a valid key, however old.
+    /// Returns the entry of a valid key, of any age.
     #[inline]
-    pub(crate) fn known(&self, key: &KeyDigest) -> Option<AuthContext> {
-        self.known.get(key)
+    pub(crate) fn valid(&self, key: &KeyDigest) -> Option<AuthContext> {
+        self.valid.get(key)
     }
 
-    /// What is remembered of a key that is not valid, however old.
-    pub(crate) fn refused(&self, key: &KeyDigest) -> Option<NegativeEntry> {
-        self.refused.get(key)
+    /// Returns the negative entry of a key, of any age.
+    pub(crate) fn negative(&self, key: &KeyDigest) -> Option<NegativeEntry> {
+        self.negative.get(key)
     }
 
-    /// The hash that the key has matched, as far as that is remembered.
+    /// Returns the fingerprint of the hash that the key has matched, if it is cached.
     pub(crate) fn proof(&self, key: &KeyDigest) -> Option<HashFingerprint> {
-        match self.known.get(key) {
-            // Not that of a shared cache: its entry may have lost its trust since, with the secret.
+        match self.valid.get(key) {
+            // The proof of a shared cache is not used: that cache may have become untrusted since, by a change of the
+            // secret.
             Some(caller) => match caller.verified_key()?.proof {
                 Some(Proof::Seen(fingerprint)) => Some(fingerprint),
                 _ => None,
             },
-            None => self.refused.get(key)?.proof,
+            None => self.negative.get(key)?.proof,
         }
     }
 
-    pub(crate) fn remember(&self, key: KeyDigest, caller: AuthContext) {
-        self.known.insert(key, caller);
+    /// Inserts the entry of a valid key.
+    pub(crate) fn insert_valid(&self, key: KeyDigest, caller: AuthContext) {
+        self.valid.insert(key, caller);
     }
 
-    /// What was known of the key before is never served again, while the store fails either.
-    pub(crate) fn refuse(&self, key: KeyDigest, refused: NegativeEntry) {
+    /// Inserts a negative entry, and removes the entry of the valid key, which is never served again, even while the
+    /// store fails.
+    pub(crate) fn insert_negative(&self, key: KeyDigest, entry: NegativeEntry) {
         let proof = self.proof(&key);
-        self.known.remove(&key);
-        self.refused.insert(key, NegativeEntry { proof, ..refused });
+        self.valid.remove(&key);
+        self.negative.insert(key, NegativeEntry { proof, ..entry });
     }
 
-    /// Removes what is cached of a valid key.
-    pub(crate) fn forget(&self, key: &KeyDigest) {
-        self.known.remove(key);
+    /// Removes the entry of a valid key.
+    pub(crate) fn remove_valid(&self, key: &KeyDigest) {
+        self.valid.remove(key);
     }
 
-    /// How many valid keys are remembered.
+    /// Returns the number of valid keys in the cache.
     pub(crate) fn len(&self) -> usize {
-        self.known.len()
+        self.valid.len()
     }
 }
 
 impl fmt::Debug for LocalCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LocalCache").field("known", &self.known.len()).finish_non_exhaustive()
+        f.debug_struct("LocalCache").field("valid", &self.valid.len()).finish_non_exhaustive()
     }
 }

@@ -1,6 +1,6 @@
-//! Limits of look-ups that find no key: [`LookupLimiter`].
+//! Limits look-ups that find no key: [`LookupLimiter`].
 //!
-//! The decision apart from the plumbing: no tasks, no locks, no clock.
+//! Contains only the decision: no tasks, no locks, no clock.
 
 use std::time::Duration;
 
@@ -10,43 +10,44 @@ use crate::{
     store::Priority,
 };
 
-/// Failures that are free: at most `burst` at once, and then `per_second`.
+/// Allowance of failures: at most `burst` at once, and then `per_second`.
 #[derive(Debug, Clone, Copy)]
 struct Allowance {
     burst: f64,
     per_second: f64,
-    /// Failures that are counted at most. Those beyond the burst keep it used up for longer.
-    most: f64,
+    /// Maximum number of failures that are counted. Failures beyond the burst extend the time in which the allowance
+    /// is used up.
+    max: f64,
 }
 
-/// Allowances by step. A wider network has more clients, and four steps' worth of hosts must not have four
-/// hosts' worth of free look-ups.
+/// Allowances by step. A wider network has more clients, but its allowance grows more slowly than its number of
+/// hosts.
 const NETWORKS: [Allowance; STEPS] = [
-    Allowance { burst: 10.0, per_second: 0.5, most: 10.0 },
-    Allowance { burst: 40.0, per_second: 2.0, most: 40.0 },
-    Allowance { burst: 80.0, per_second: 4.0, most: 80.0 },
-    Allowance { burst: 320.0, per_second: 16.0, most: 320.0 },
+    Allowance { burst: 10.0, per_second: 0.5, max: 10.0 },
+    Allowance { burst: 40.0, per_second: 2.0, max: 40.0 },
+    Allowance { burst: 80.0, per_second: 4.0, max: 80.0 },
+    Allowance { burst: 320.0, per_second: 16.0, max: 320.0 },
 ];
-/// The allowance of all networks together, for floods that come from many of them.
-/// What failed while a flood began keeps it used up for 15 s, or each hundredth of a second a gap would let in
-/// all that come at once.
-const EVERYONE: Allowance = Allowance { burst: 500.0, per_second: 100.0, most: 2000.0 };
-/// Number of failures within [`MEMORY`] from which on a host is suspect while that of everyone is used up.
-const FEW: u32 = 2;
-/// Failures of a host are counted for this long after the last one.
+/// Allowance of all networks together, for floods from many networks. The failures of a beginning flood keep it used
+/// up for 15 s. Otherwise it would have a gap every 10 ms, in which all concurrent look-ups would be admitted.
+const ALL_NETWORKS: Allowance = Allowance { burst: 500.0, per_second: 100.0, max: 2000.0 };
+/// Number of failures within [`MEMORY`] from which on a host is suspect while the allowance of all networks is used
+/// up.
+const SUSPECT_FAILURES: u32 = 2;
+/// Time after its last failure for which the failures of a host are counted.
 const MEMORY: Duration = Duration::from_secs(60);
-/// Most entries of each table: 5 MiB in all.
+/// Maximum number of entries per table: 5 MiB in all.
 const MAX_ENTRIES: usize = 16_384;
 
 /// Counts look-ups in the store that found no such key, or another secret, by the client's network.
 ///
-/// A network that is beyond its allowance is suspect, with all keys that this node does not know. A look-up
-/// that finds a valid key gives one failure back, so that a network of many users with some bad keys among
-/// them does not become suspect.
+/// A network that exceeds its allowance is suspect, for all keys that this node has not verified. A look-up that
+/// finds a valid key subtracts one failure, so that a network of many users with some invalid keys does not become
+/// suspect.
 #[derive(Debug)]
 pub(crate) struct LookupLimiter {
     networks: [RecentMap<Network, Failures>; STEPS],
-    everyone: Level,
+    all_networks: Level,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,7 +57,7 @@ struct Failures {
     last: Duration,
 }
 
-/// How much of an allowance is used.
+/// Used part of an allowance.
 #[derive(Debug, Clone, Copy, Default)]
 struct Level {
     used: f64,
@@ -74,7 +75,7 @@ impl Level {
     }
 
     fn add(&mut self, failures: f64, allowance: Allowance, now: Duration) {
-        self.used = (self.used(allowance, now) + failures).clamp(0.0, allowance.most);
+        self.used = (self.used(allowance, now) + failures).clamp(0.0, allowance.max);
         self.at = self.at.max(now);
     }
 }
@@ -89,17 +90,17 @@ impl LookupLimiter {
     pub(crate) fn new() -> Self {
         Self {
             networks: std::array::from_fn(|_| RecentMap::new(MAX_ENTRIES)),
-            everyone: Level::default(),
+            all_networks: Level::default(),
         }
     }
 
-    /// The priority of a look-up of a key that this node does not know.
+    /// Returns the priority of a look-up of a key that this node has not verified.
     pub(crate) fn priority(&self, source: NetworkSteps, now: Duration) -> Priority {
-        let is_flood = self.everyone.is_used_up(EVERYONE, now);
+        let is_flood = self.all_networks.is_used_up(ALL_NETWORKS, now);
         let is_suspect = source.iter().any(|(step, network)| {
             self.networks[step].get(&network).is_some_and(|failures| {
                 failures.level.is_used_up(NETWORKS[step], now)
-                    || (is_flood && step == 0 && failures.recent(now) >= FEW)
+                    || (is_flood && step == 0 && failures.recent(now) >= SUSPECT_FAILURES)
             })
         });
         if is_suspect { Priority::Suspect } else { Priority::Ordinary }
@@ -107,7 +108,7 @@ impl LookupLimiter {
 
     /// Counts a look-up that found no such key, or another secret.
     pub(crate) fn failed(&mut self, source: NetworkSteps, now: Duration) {
-        self.everyone.add(1.0, EVERYONE, now);
+        self.all_networks.add(1.0, ALL_NETWORKS, now);
         for (step, network) in source.iter() {
             let failures = self.networks[step].entry(network, Failures::default);
             failures.level.add(1.0, NETWORKS[step], now);
@@ -139,7 +140,7 @@ mod tests {
         NetworkSteps::of(Some(text.parse().unwrap()))
     }
 
-    /// How many of `guesses` at once, each from the next address, are ordinary.
+    /// Returns how many of `guesses` concurrent look-ups, each from the next address, are ordinary.
     fn ordinary(
         limiter: &mut LookupLimiter,
         guesses: usize,

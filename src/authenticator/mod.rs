@@ -1,8 +1,9 @@
-//! The engine, free of HTTP: a key in, an [`AuthContext`](crate::AuthContext) or a [`Denial`](crate::Denial) out.
+//! The engine without HTTP: takes a key and returns an [`AuthContext`](crate::AuthContext) or a
+//! [`Denial`](crate::Denial).
 //!
-//! Read [`resolver`] first, which has the way down and up again; [`local_cache`] is the first tier, [`single_flight`] is
-//! what is under way for a key that is not in it, [`lookup_limiter`] decides whose look-ups go first, and
-//! [`change_feed`] follows the changes of the store.
+//! Read [`resolver`] first: it contains the path of a look-up. [`local_cache`] is the first tier, [`single_flight`]
+//! shares concurrent look-ups of one key, [`lookup_limiter`] decides on the priority of look-ups, and [`change_feed`]
+//! follows the changes of the store.
 
 mod admission;
 mod authenticate;

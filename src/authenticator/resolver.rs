@@ -1,4 +1,4 @@
-//! Resolver to keys, remembered or looked up once for all who ask: [`Resolver`].
+//! Resolves keys from the local cache, or by one look-up for all concurrent requests: [`Resolver`].
 
 mod judge;
 mod recheck;
@@ -37,13 +37,13 @@ use crate::{
     telemetry::{self, FirstTime},
 };
 
-/// The tiers of one node, from the local cache down.
+/// Tiers of one node, from the local cache down.
 pub(crate) struct Resolver {
     pub(crate) store: DynKeyStore,
     pub(crate) scheme: KeyScheme,
     pub(crate) settings: Settings,
     pub(crate) origin: Origin,
-    /// Whether it was logged that a client's address is not known.
+    /// Whether an unknown client address was logged.
     pub(crate) unknown_address: FirstTime,
     view: Arc<View>,
     cache: LocalCache,
@@ -52,29 +52,29 @@ pub(crate) struct Resolver {
     feed: Background,
     feed_state: Arc<FeedState>,
     usage: Arc<Recorder>,
-    /// Whether the store failed when it was last asked.
+    /// Whether the store failed at the last look-up.
     is_store_failing: AtomicBool,
-    /// Whether a capability that the store lacks was logged.
+    /// Whether a missing capability of the store was logged.
     warned: FirstTime,
 }
 
-/// What is remembered of a key.
+/// Result of a probe of the local cache.
 pub(crate) enum Cached {
     Hit(AuthContext),
     Negative(InvalidKey),
-    /// Nothing that may be served: the store has to be asked.
+    /// There is no entry that may be served: a look-up is required.
     Miss,
 }
 
-/// A look-up on its way.
+/// Look-up in progress.
 pub(crate) type LookupFuture = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
-/// A store that has not answered by then counts as failing, whatever deadlines it has itself.
+/// Deadline of a call of the store. A store that exceeds it is failing, whatever deadlines it has itself.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(15);
-/// Longer than that of the look-up itself with its retries.
+/// Deadline of a waiter. Longer than that of the look-up with its retries.
 const WAITING_DEADLINE: Duration = Duration::from_secs(20);
-/// An answer that is older than a change which is known is asked for again so often, after so long: what
-/// answered is a copy of the database that has not caught up.
+/// Pauses before the attempts of a look-up. It is retried if the answer is older than a known change, because a
+/// replica then lags behind.
 const RETRIES: [Duration; 4] = [
     Duration::ZERO,
     Duration::from_millis(20),
@@ -108,16 +108,16 @@ impl Resolver {
         })
     }
 
-    /// What is remembered of the key in `token`. No lock, no I/O, and no allocation.
+    /// Returns the local cache's result for the key in `token`. No lock, no I/O, and no allocation.
     #[inline]
     pub(crate) fn cached(&self, token: &str) -> Cached {
         self.cached_digest(&KeyDigest::of(token.as_bytes()))
     }
 
-    /// Whose key it is, if that is remembered and may be served.
+    /// Returns the context of a key if the local cache has a fresh entry.
     #[inline]
     pub(crate) fn cached_context(&self, key: &KeyDigest) -> Option<AuthContext> {
-        self.cache.known(key).filter(|caller| self.age(caller) == Age::Fresh)
+        self.cache.valid(key).filter(|caller| self.age(caller) == Age::Fresh)
     }
 
     #[inline]
@@ -125,13 +125,13 @@ impl Resolver {
         if let Some(caller) = self.cached_context(key) {
             return Cached::Hit(caller);
         }
-        match self.cache.refused(key) {
-            Some(it) if it.holds(&self.view, self.now()) => Cached::Negative(it.reason),
+        match self.cache.negative(key) {
+            Some(it) if it.is_servable(&self.view, self.now()) => Cached::Negative(it.reason),
             _ => Cached::Miss,
         }
     }
 
-    /// Asks the store, together with everybody else who wants to know the same.
+    /// Looks up a key in the store. Concurrent look-ups of one key share one flight.
     pub(crate) fn look_up(
         self: &Arc<Self>,
         key: PresentedKey,
@@ -141,29 +141,34 @@ impl Resolver {
     }
 
     fn look_up_key(self: &Arc<Self>, key: LookupKey, address: Option<IpAddr>) -> LookupFuture {
-        let inner = Arc::clone(self);
+        let resolver = Arc::clone(self);
         Box::pin(async move {
             if Handle::try_current().is_err() {
-                return Err(StoreError::unavailable("there is no Tokio runtime here").into());
+                return Err(StoreError::unavailable("not called within a Tokio runtime").into());
             }
-            inner.listen();
+            resolver.ensure_tasks();
             let digest = key.cache_digest();
             loop {
-                let waiter = match inner.join(&key, address) {
+                let waiter = match resolver.join(&key, address) {
                     Ok(waiter) => waiter,
                     Err(error) => {
-                        return inner.while_failing(&digest).ok_or(Denial::Unavailable(error));
+                        return resolver
+                            .context_while_failing(&digest)
+                            .ok_or(Denial::Unavailable(error));
                     }
                 };
-                if inner.is_store_failing.load(Ordering::Relaxed)
-                    && let Some(caller) = inner.while_failing(&digest)
+                if resolver.is_store_failing.load(Ordering::Relaxed)
+                    && let Some(caller) = resolver.context_while_failing(&digest)
                 {
-                    // The look-up goes on in the background if it need not wait; its answer shows when the store is back.
+                    // The look-up continues in the background if it need not wait. Its result shows when the store
+                    // has recovered.
                     return Ok(caller);
                 }
                 match waiter.outcome(WAITING_DEADLINE).await {
                     Some(Err(Denial::Unavailable(error))) => {
-                        return inner.while_failing(&digest).ok_or(Denial::Unavailable(error));
+                        return resolver
+                            .context_while_failing(&digest)
+                            .ok_or(Denial::Unavailable(error));
                     }
                     Some(outcome) => return outcome,
                     None => {}
@@ -172,12 +177,13 @@ impl Resolver {
         })
     }
 
-    /// Forgets what is remembered of the keys under `prefix`, and trusts no copy of them from before.
+    /// Invalidates the entries of the keys under `prefix`, in the local cache and in shared caches as seen by this
+    /// node.
     pub(crate) fn invalidate(&self, prefix: &str) {
         self.view.invalidate(prefix, self.now());
     }
 
-    /// Stops listening, for good, and writes what was used.
+    /// Stops following the change feed permanently, and writes the pending usage.
     pub(crate) async fn stop(&self) {
         self.feed.stop();
         self.usage.stop().await;
@@ -204,9 +210,9 @@ impl Resolver {
         provenance.map_or(Age::Expired, |it| it.tag.age(&self.view, self.now()))
     }
 
-    /// Sees to it that somebody listens to the store, and tells it what was used.
-    fn listen(&self) {
-        self.usage.ensure_work();
+    /// Starts the tasks that follow the change feed and write usage, if they do not run.
+    fn ensure_tasks(&self) {
+        self.usage.ensure_tasks();
         self.feed.ensure(|| {
             let scheme = self.scheme.clone();
             let now = move || Moment::now(scheme.clock());
@@ -214,9 +220,9 @@ impl Resolver {
         });
     }
 
-    /// A valid key that may be served because the store fails.
-    fn while_failing(&self, key: &KeyDigest) -> Option<AuthContext> {
-        self.cache.known(key).filter(|caller| self.age(caller) != Age::Expired)
+    /// Returns the context of a valid key that may be served because the store fails.
+    fn context_while_failing(&self, key: &KeyDigest) -> Option<AuthContext> {
+        self.cache.valid(key).filter(|caller| self.age(caller) != Age::Expired)
     }
 
     fn join(
@@ -237,7 +243,7 @@ impl Resolver {
                 return self.admission.admit_verified(under_way);
             };
             let is_known =
-                self.cache.known(&digest).is_some() || self.cache.proof(&digest).is_some();
+                self.cache.valid(&digest).is_some() || self.cache.proof(&digest).is_some();
             self.admission.admit(&self.scheme, (key, is_known), address, under_way)
         };
         self.single_flight.join(
@@ -247,15 +253,15 @@ impl Resolver {
             cached,
             admit,
             |seen, priority, leader| {
-                let (inner, key) = (Arc::clone(self), key.clone());
+                let (resolver, key) = (Arc::clone(self), key.clone());
                 tokio::spawn(async move {
                     let waiters = leader.waiters().clone();
-                    let flight =
-                        inner.look_up_in_store(key, prefix, address, seen, priority, waiters);
-                    let finished = flight.await;
+                    let look_up =
+                        resolver.look_up_in_store(key, prefix, address, seen, priority, waiters);
+                    let finished = look_up.await;
                     if priority != Priority::Known {
-                        let now = inner.scheme.clock().monotonic();
-                        inner.admission.count(&finished.outcome, address, now);
+                        let now = resolver.scheme.clock().monotonic();
+                        resolver.admission.count(&finished.outcome, address, now);
                     }
                     leader.finish_with(finished);
                 });
@@ -263,7 +269,7 @@ impl Resolver {
         )
     }
 
-    /// Asks the store, judges what does not depend on the request, and remembers the answer.
+    /// Reads the store, checks what does not depend on the request, and caches the answer.
     async fn look_up_in_store(
         self: &Arc<Self>,
         key: LookupKey,
@@ -293,21 +299,21 @@ impl Resolver {
             if attempt > 0 || !lookup.is_presented() {
                 lookup = lookup.without_copies();
             }
-            let answer = match self.ask(&lookup).await {
+            let answer = match self.resolve_in_store(&lookup).await {
                 Ok(answer) => answer,
                 Err(denial) => return Finished { outcome: Err(denial), judged: None },
             };
-            // Before it is judged: of what comes after this, the judgement need not know.
+            // Taken before the answer is judged: the outcome need not include later changes.
             let judged = Some(self.view.minimum_revisions.seen());
             if let Some(outcome) = self.judge(answer, &lookup, &prefix, as_of, seen) {
                 return Finished { outcome, judged };
             }
         }
-        let behind = "what answers is older than changes that are known: a replica that lags";
-        Finished { outcome: Err(StoreError::unavailable(behind).into()), judged: None }
+        let lagging = "the answer is older than known changes: a replica lags behind";
+        Finished { outcome: Err(StoreError::unavailable(lagging).into()), judged: None }
     }
 
-    async fn ask(&self, lookup: &Lookup) -> Result<Answer, Denial> {
+    async fn resolve_in_store(&self, lookup: &Lookup) -> Result<Answer, Denial> {
         let answer = within(LOOKUP_DEADLINE, self.store.resolve(lookup)).await;
         let answer = answer.unwrap_or_else(|| Err(StoreError::timeout(LOOKUP_DEADLINE)));
         match &answer {
@@ -328,8 +334,8 @@ impl Resolver {
         }
         let answer = answer?;
         if !answer.answers(lookup) {
-            let mixed_up = "the key store gave the answer to another question";
-            return Err(StoreError::rejected(mixed_up).into());
+            let mismatch = "the key store returned the answer to another look-up";
+            return Err(StoreError::rejected(mismatch).into());
         }
         Ok(answer)
     }

@@ -1,17 +1,17 @@
-//! The settings of an authenticator: [`Settings`].
+//! Settings of an authenticator: [`Settings`].
 
 use std::time::Duration;
 
-/// How much a node remembers and for how long, and how often it writes what was used.
+/// Sizes, staleness bounds and intervals of a node.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Settings {
-    /// So many keys.
+    /// Maximum number of valid keys in the local cache.
     pub(crate) capacity: usize,
-    /// Number of look-ups that may be under way.
+    /// Maximum number of concurrent look-ups.
     pub(crate) max_lookups: usize,
     pub(crate) max_staleness: Duration,
     pub(crate) stale_if_error: Duration,
-    /// `None` records no usage.
+    /// Interval of usage writes; `None` disables usage recording.
     pub(crate) usage_interval: Option<Duration>,
     pub(crate) lease_lifetime: Duration,
 }

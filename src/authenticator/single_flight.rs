@@ -1,4 +1,4 @@
-//! One look-up a key at a time: [`SingleFlight`].
+//! Shares one look-up between concurrent requests with the same key: [`SingleFlight`].
 
 use std::{
     collections::HashMap,
@@ -23,41 +23,40 @@ use crate::{
     store::{Priority, Waiting},
 };
 
-/// What a look-up comes to.
+/// Outcome of a look-up.
 pub(crate) type Outcome = Result<AuthContext, Denial>;
 
-/// The look-ups under way.
+/// Look-ups in progress.
 #[derive(Default)]
 pub(crate) struct SingleFlight {
     joinable: Mutex<HashMap<KeyDigest, InFlight>>,
-    /// With those that can't be joined any more.
+    /// Number of look-ups in progress, including those that can't be joined any more.
     under_way: AtomicUsize,
 }
 
-/// One of them. It runs on a task of its own, so that it goes on when the caller that began it goes
-/// away.
+/// A look-up in progress. It runs on a task of its own, so that it continues when its first caller is dropped.
 struct InFlight {
-    /// What was known when it began.
+    /// Changes that were known when it began.
     seen: Seen,
     prefix: Generation,
     outcome: watch::Sender<Option<Finished>>,
 }
 
-/// An outcome, and what was known when it was judged; `None` for an error, which holds for all who wait.
+/// An outcome, and the changes that were known when it was judged; `None` for an error, which applies to all waiters.
 #[derive(Clone)]
 pub(crate) struct Finished {
     pub(crate) outcome: Outcome,
     pub(crate) judged: Option<Seen>,
 }
 
-/// Where a flight puts its outcome. Dropped without one, because the look-up panicked or its runtime
-/// ended, it lets those who wait know.
+/// Leader of a flight, which sets its outcome. If it is dropped without one, because the look-up panicked or its
+/// runtime ended, the waiters get an error.
 pub(crate) struct Leader {
     waiters: Waiters,
     has_finished: bool,
 }
 
-/// Those who wait for one flight.
+/// Waiters of one flight.
 #[derive(Clone)]
 pub(crate) struct Waiters {
     single_flight: Arc<SingleFlight>,
@@ -65,21 +64,21 @@ pub(crate) struct Waiters {
     outcome: watch::Sender<Option<Finished>>,
 }
 
-/// What a request does that waits for an outcome.
+/// Request that waits for an outcome.
 pub(crate) struct Waiter {
     outcome: watch::Receiver<Option<Finished>>,
-    /// What was known when it began to wait.
+    /// Changes that were known when it began to wait.
     joined: Seen,
 }
 
 impl SingleFlight {
-    /// Joins the look-up of `key` that is under way or, if there is none, or it began before a change
-    /// that could be about this key, begins one: `admit` is given how many are under way, and `begin` what
-    /// was known before, the priority, and the leader.
+    /// Joins the look-up of `key` that is in progress. If there is none, or it began before a change that may concern
+    /// this key, begins a look-up: `admit` gets the number of look-ups in progress, and `begin` gets the changes that
+    /// were known before, the priority, and the leader.
     ///
     /// # Errors
     ///
-    /// That of `admit`.
+    /// Returns the error of `admit`.
     pub(crate) fn join(
         self: &Arc<Self>,
         key: KeyDigest,
@@ -97,14 +96,14 @@ impl SingleFlight {
         {
             return Ok(Waiter { outcome: flight.outcome.subscribe(), joined });
         }
-        // One may have finished since the cache was looked at.
+        // A look-up may have finished since the cache was probed.
         if let Some(outcome) = cached() {
             let known = Finished { outcome, judged: None };
             return Ok(Waiter { outcome: watch::channel(Some(known)).1, joined });
         }
         let priority = admit(self.len())?;
         let (sender, outcome) = watch::channel(None);
-        // An overtaken one is no longer found, but lands for those who are on it.
+        // An overtaken flight can't be joined any more, but still delivers its outcome to its waiters.
         joinable.insert(key, InFlight { seen: joined, prefix, outcome: sender.clone() });
         self.under_way.fetch_add(1, Ordering::Relaxed);
         drop(joinable);
@@ -113,7 +112,7 @@ impl SingleFlight {
         Ok(Waiter { outcome, joined })
     }
 
-    /// How many there are.
+    /// Returns the number of look-ups in progress.
     pub(crate) fn len(&self) -> usize {
         self.under_way.load(Ordering::Relaxed)
     }
@@ -128,7 +127,7 @@ impl Leader {
         &self.waiters
     }
 
-    /// Nobody joins any more once the outcome is there: whoever comes after it looks into the cache.
+    /// Sets the outcome. The flight can't be joined afterwards: later requests find the cached entry.
     pub(crate) fn finish_with(mut self, finished: Finished) {
         self.finish(finished);
     }
@@ -145,7 +144,7 @@ impl Leader {
 impl Drop for Leader {
     fn drop(&mut self) {
         if !self.has_finished {
-            self.finish(Finished { outcome: Err(lost()), judged: None });
+            self.finish(Finished { outcome: Err(no_outcome()), judged: None });
         }
     }
 }
@@ -166,18 +165,18 @@ impl Waiters {
             if self.outcome.borrow().is_some() {
                 break;
             }
-            // Requests join under the lock: there is none that this misses.
+            // Requests join under the lock, so this misses none.
             if self.outcome.receiver_count() == 0 {
                 remove(&mut joinable, &self.key, &self.outcome);
                 return;
             }
         }
-        // The look-up has finished, and is not dropped any more.
+        // The look-up has finished, so it must not be dropped any more.
         std::future::pending().await
     }
 }
 
-/// Removes the flight. A later one of the same key may be there by now.
+/// Removes the flight, unless a later flight of the same key has replaced it.
 fn remove(
     joinable: &mut HashMap<KeyDigest, InFlight>,
     key: &KeyDigest,
@@ -191,22 +190,22 @@ fn remove(
 impl Waiter {
     /// Waits for the outcome, at most for `limit`: the runtime of the flight may not be driven any more.
     ///
-    /// `None` if the outcome was judged before a change that was known when this request came: it has to
-    /// board anew.
+    /// Returns `None` if the outcome was judged before a change that was known when this request arrived: it has to
+    /// join again.
     pub(crate) async fn outcome(mut self, limit: Duration) -> Option<Outcome> {
-        // tokio panics where the runtime has no timer.
+        // tokio panics if the runtime has no timer.
         if catch_unwind(|| sleep(limit)).is_err() {
             let no_timer = "the Tokio runtime has no timer: build it with enable_all";
             return Some(Err(StoreError::unavailable(no_timer).into()));
         }
         let finished = within(limit, self.outcome.wait_for(Option::is_some)).await;
         let finished = finished.and_then(Result::ok).and_then(|finished| finished.clone());
-        let Some(Finished { outcome, judged }) = finished else { return Some(Err(lost())) };
+        let Some(Finished { outcome, judged }) = finished else { return Some(Err(no_outcome())) };
         judged.is_none_or(|judged| judged.includes(self.joined)).then_some(outcome)
     }
 }
 
-fn lost() -> Denial {
+fn no_outcome() -> Denial {
     StoreError::unavailable("the look-up panicked, or its runtime was shut down").into()
 }
 

@@ -1,28 +1,28 @@
-//! Why a credential is no key.
+//! Reasons for which a credential is not a key.
 
 use std::fmt;
 
-/// A credential that breaks the grammar of its header: 400 `invalid_request`.
+/// Reason for which a credential breaks the grammar of its header field: 400 `invalid_request`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MalformedCredential {
-    /// There is nothing after the scheme, or nothing in the header.
+    /// The credential is empty: nothing follows the scheme, or the header field is empty.
     Empty,
-    /// There are bytes in it other than visible ASCII.
+    /// The credential contains bytes other than visible ASCII.
     ForbiddenBytes,
     /// The `Authorization` header does not start with a scheme and a space.
     NoScheme,
-    /// The `Authorization` header has a key, but not behind the scheme `Bearer`: the scheme is missing, not followed
-    /// by a space, or another one.
+    /// The `Authorization` header has a key that does not follow the scheme `Bearer`: the scheme is missing, is not
+    /// followed by a space, or is another scheme.
     NoBearer,
-    /// What follows `Bearer` is no `b64token` (RFC 6750 §2.1), nor a key of an accepted format: it has quotes, commas
-    /// or brackets around it.
+    /// The text after `Bearer` is neither a `b64token` (RFC 6750 §2.1) nor a key of an accepted format: it contains
+    /// quotes, commas or brackets.
     NotB64Token,
     /// There is more than one `Authorization` header.
     Repeated,
     /// The request carries two different credentials.
     Conflicting,
-    /// The user-pass of HTTP Basic is not base64 of a user name and a password (RFC 7617 §2).
+    /// The user-pass of HTTP Basic is not the base64 encoding of a user name and a password (RFC 7617 §2).
     NotBasic,
 }
 
@@ -47,17 +47,17 @@ impl fmt::Display for MalformedCredential {
     }
 }
 
-/// A well-formed credential that is no key of an accepted format: 401 `invalid_token`.
+/// Reason for which a well-formed credential is not a key of an accepted format: 401 `invalid_token`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum UnrecognizedKey {
-    /// It is longer than 512 bytes.
+    /// The key is longer than 512 bytes.
     TooLong,
-    /// No accepted format looks like this.
+    /// The key matches no accepted format.
     UnknownFormat,
-    /// Its brand is known, but its environment or its length is not.
+    /// The key has a known brand, but an unknown environment or a wrong length.
     WrongShape,
-    /// The check at its end is wrong: a typo, or a forged key.
+    /// The checksum at the end of the key is wrong: a typo, or a forged key.
     WrongCheck,
 }
 

@@ -1,29 +1,29 @@
-//! Denials in the log.
+//! Logs denials.
 
 use super::Denial;
 use crate::{error::StoreErrorKind, telemetry};
 
 impl Denial {
-    /// Logs and counts the denial. Faults of this side are loud, denials of strangers are not.
+    /// Logs and counts the denial. Faults of the service are logged at WARN or ERROR, and faults of callers at DEBUG.
     pub(crate) fn log(&self) {
         telemetry::count("api_key_denials_total");
         match self {
-            // Logged where the lookup prefix is known.
+            // Logged by the resolver, which has the lookup id.
             Self::BadRow(_) => {}
-            // Logged where it is known what to do.
+            // Logged by the code that has the remedy.
             Self::Unsupported(_) => {}
-            // Under an attack there are thousands of them a second.
+            // An attack can cause thousands of these a second.
             Self::Unavailable(error) if error.kind() == StoreErrorKind::Overloaded => {
-                tracing::debug!(error = %error, "request turned away");
+                tracing::debug!(error = %error, "request rejected: overloaded");
             }
             Self::Unavailable(error) => {
                 tracing::warn!(error = %error, "API keys can't be checked");
             }
             Self::LayerMissing => tracing::error!(
-                "a handler asked for an AuthContext, but no ApiKeyAuthLayer is around it: \
+                "a handler requires an AuthContext, but no ApiKeyAuthLayer wraps it: \
                  add .layer(ApiKeyAuthLayer::new(store)) to the router, after the route"
             ),
-            _ => tracing::debug!(reason = %self, "request refused"),
+            _ => tracing::debug!(reason = %self, "request denied"),
         }
     }
 }

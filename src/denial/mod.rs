@@ -1,4 +1,4 @@
-//! Why a request is denied.
+//! Reasons for which a request is denied.
 
 mod credential;
 mod log;

@@ -1,4 +1,4 @@
-//! Why a request is refused: [`Denial`].
+//! Reasons for which a request is denied: [`Denial`].
 
 use std::{
     fmt,
@@ -14,75 +14,75 @@ use crate::{
     record::Quota,
 };
 
-/// Why a request is refused. An outcome, not an error, though a handler can return it with `?`.
+/// Reason for which a request is denied. It is an outcome, not an error, though a handler can return it with `?`.
 ///
-/// `Display` says everything, for logs; a caller is told less (see
-/// [`ApiKeyAuthLayer::verbose`](crate::ApiKeyAuthLayer::verbose)). It goes into the extensions of
-/// every refusal, for trace layers.
+/// `Display` contains all details, for logs. Callers get fewer details (see
+/// [`ApiKeyAuthLayer::verbose`](crate::ApiKeyAuthLayer::verbose)). Every response to a denied request has its denial
+/// in the extensions, for trace layers.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum Denial {
-    /// There is no credential: 401 without an error code (RFC 6750 §3.1).
+    /// The request has no credential: 401 without an error code (RFC 6750 §3.1).
     MissingCredential,
     /// The credential breaks the grammar: 400 `invalid_request`.
     MalformedCredential(MalformedCredential),
-    /// The credential is not a key that is valid now: 401 `invalid_token`.
+    /// The credential is not a valid key: 401 `invalid_token`.
     InvalidKey(InvalidKey),
-    /// The key is valid, but not for this: 403.
+    /// The key is valid, but does not allow this request: 403.
     Forbidden(Forbidden),
-    /// A rate limit is used up: 429, with what is left of each in the fields of the response.
+    /// A rate limit is used up: 429, with the remaining requests of each window in the response fields.
     RateLimited(Box<Quota>),
-    /// The budget of the period is used up, or has less left than was to be reserved: 429, with the time at which
-    /// the period ends.
+    /// The remaining budget of the period is smaller than the reservation: 429, with the time at which the period
+    /// ends.
     BudgetExceeded(BudgetExceeded),
-    /// The store is out of reach or overloaded: 503.
+    /// The store is unavailable or overloaded: 503.
     Unavailable(StoreError),
     /// The key's row can't be decoded: 500.
     BadRow(StoreError),
-    /// The key store, or the authenticator's settings, lack what the handler calls for, such as budget leases: 500.
-    /// Trying again does not help.
+    /// The key store, or the authenticator's settings, lack a capability that the handler requires, such as budget
+    /// leases: 500. Retrying does not help.
     Unsupported(StoreError),
-    /// A handler wants to know who calls, and no layer is there to say it: 500.
+    /// A handler requires an [`AuthContext`](crate::AuthContext), but no auth layer wraps it: 500.
     LayerMissing,
 }
 
-/// Why a key is not valid now.
+/// Reason for which a key is not valid.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InvalidKey {
-    /// It is no key of an accepted format.
+    /// The credential is not a key of an accepted format.
     Unrecognized(UnrecognizedKey),
-    /// Nobody has such a key.
+    /// There is no such key.
     Unknown,
-    /// There is a key with its lookup id, but this is not it.
+    /// A key with this lookup id exists, but its secret is another one.
     WrongSecret,
-    /// It was revoked.
+    /// The key was revoked.
     Revoked,
-    /// Its time is over.
+    /// The key has expired.
     Expired,
-    /// Its owner is not active.
+    /// The owner of the key is not active.
     OwnerInactive,
 }
 
-/// Until when a budget has too little left.
+/// When a budget that is exceeded resets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BudgetExceeded {
-    /// When the period ends; `None` if it never does.
+    /// Time at which the period ends; `None` for a budget that never resets.
     pub resets_at: Option<SystemTime>,
-    /// How long that is from when the request was refused.
+    /// Time from the denial until the period ends.
     pub wait: Option<Duration>,
 }
 
-/// What a valid key was refused for.
+/// Reason for which a request with a valid key is denied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Forbidden {
     /// The key may not call this endpoint.
     Endpoint,
-    /// The key may not be used from this address, or the address is not known.
+    /// The key may not be used from this address, or the address is unknown.
     Address,
-    /// The key may not name this model.
+    /// The key may not use this model.
     Model(String),
     /// The key does not have this scope.
     Scope(String),
@@ -93,7 +93,7 @@ pub enum Forbidden {
 }
 
 impl Denial {
-    /// The HTTP status.
+    /// Returns the HTTP status.
     pub fn status(&self) -> StatusCode {
         match self {
             Self::MalformedCredential(_) => StatusCode::BAD_REQUEST,
@@ -107,7 +107,7 @@ impl Denial {
         }
     }
 
-    /// The error code of RFC 6750 §3.1, where there is one for this.
+    /// Returns the error code of RFC 6750 §3.1, if it defines one for this denial.
     pub fn error_code(&self) -> Option<&'static str> {
         match self {
             Self::MalformedCredential(_) => Some("invalid_request"),
@@ -117,7 +117,7 @@ impl Denial {
         }
     }
 
-    /// How long the caller should wait before trying again, where that helps.
+    /// Returns how long the caller should wait before it retries; `None` if retrying does not help.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::RateLimited(quota) => Some(quota.retry_after()),
@@ -127,8 +127,8 @@ impl Denial {
         }
     }
 
-    /// Returns a sentence that is safe for the caller: it has neither the reason for which a key is not valid nor
-    /// anything of the store. It is what the default response has as `detail`, and gRPC as message.
+    /// Returns a sentence that is safe for the caller: it contains neither the reason for which a key is not valid
+    /// nor details of the store. The default response has it as `detail`, and gRPC as message.
     pub fn detail(&self) -> String {
         match self {
             Self::InvalidKey(_) => "the API key is not valid".to_owned(),
@@ -142,7 +142,7 @@ impl Denial {
         }
     }
 
-    /// The same, with the reason for which a key is not valid.
+    /// Returns the sentence of [`detail`](Self::detail), with the reason for which a key is not valid.
     pub(crate) fn verbose_detail(&self) -> String {
         if let Self::InvalidKey(_) = self { self.to_string() } else { self.detail() }
     }
@@ -194,13 +194,13 @@ impl fmt::Display for Denial {
                 f.write_str("the API key's budget has too little left for this")?;
                 let end = budget.resets_at.map(DateTime::<Utc>::from);
                 end.map_or(Ok(()), |end| {
-                    write!(f, "; it begins anew at {}", end.format("%Y-%m-%dT%H:%M:%SZ"))
+                    write!(f, "; it resets at {}", end.format("%Y-%m-%dT%H:%M:%SZ"))
                 })
             }
             Self::Unavailable(error) | Self::BadRow(error) | Self::Unsupported(error) => {
                 error.fmt(f)
             }
-            Self::LayerMissing => f.write_str("no ApiKeyAuthLayer is around the handler"),
+            Self::LayerMissing => f.write_str("no ApiKeyAuthLayer wraps the handler"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Users and keys are made and revoked here: [`KeyManager`].
+//! Creates and revokes users and keys: [`KeyManager`].
 
 use std::fmt;
 
@@ -12,9 +12,9 @@ use crate::{
     store::{KeyRepository, StoredKey},
 };
 
-/// Makes users, issues keys and revokes them.
+/// Creates users, and issues and revokes keys.
 ///
-/// Give it the same [`KeyScheme`] as the layer, or the layer won't know its keys.
+/// Use the same [`KeyScheme`] as the layer; otherwise the layer does not accept the keys.
 ///
 /// ```
 /// use tower_api_key::{KeyManager, MemoryStore, NewKey};
@@ -35,33 +35,33 @@ pub struct KeyManager<R> {
 }
 
 impl<R: KeyRepository> KeyManager<R> {
-    /// A manager with the default scheme.
+    /// Creates a manager with the default scheme.
     pub fn new(repository: R) -> Self {
         Self { repository, scheme: KeyScheme::default() }
     }
 
-    /// Sets the scheme in which keys are minted and hashed.
+    /// Sets the scheme with which keys are minted and hashed.
     #[must_use]
     pub fn scheme(self, scheme: KeyScheme) -> Self {
         Self { scheme, ..self }
     }
 
-    /// Makes an active user.
+    /// Creates an active user.
     ///
     /// # Errors
     ///
-    /// If the e-mail address is taken, or the store fails.
+    /// Returns an error if the e-mail address is taken, or the store fails.
     pub async fn create_user(&self, email: &str, role: &str) -> Result<User, ManageError> {
         Ok(self.repository.insert_user(email, role).await?)
     }
 
-    /// Makes a key in the scheme's first structured format and stores its hash. This is the only
-    /// time that the key itself is seen.
+    /// Mints a key in the scheme's first structured format and stores its hash. The key itself is available only from
+    /// the returned value.
     ///
     /// # Errors
     ///
-    /// If the scheme has no structured format, there is no such user, the operating system has no
-    /// random bytes, or the store fails.
+    /// Returns an error if the scheme has no structured format, the user does not exist, the operating system
+    /// provides no random bytes, or the store fails.
     pub async fn issue(&self, new: NewKey) -> Result<IssuedKey, ManageError> {
         let key = self.scheme.mint()?;
         let record = KeyRecord { prefix: key.lookup_id().to_owned(), ..new.record };
@@ -70,39 +70,40 @@ impl<R: KeyRepository> KeyManager<R> {
         Ok(IssuedKey { record, key })
     }
 
-    /// Makes a key useless, for good. Returns whether there is such a key.
+    /// Revokes a key permanently. Returns whether the key exists.
     ///
     /// # Errors
     ///
-    /// If the store fails. Then the key may still work, or, after a timeout, be revoked a little later.
+    /// Returns an error if the store fails. The key may then still be valid, or, after a timeout, be revoked a little
+    /// later.
     pub async fn revoke(&self, key: &KeyId) -> Result<bool, ManageError> {
         Ok(self.repository.revoke_key(key).await?.is_some())
     }
 }
 
-/// What a new key is to be: a name, and what it may do. Everything is allowed that is not said.
+/// Settings of a new key. Settings that are not set allow everything.
 #[derive(Debug, Clone)]
 pub struct NewKey {
-    /// Without an id and a prefix.
+    /// Record without an id and a lookup id.
     record: KeyRecord,
 }
 
 impl NewKey {
-    /// A key for `user` that people call `name`.
+    /// Creates the settings of a key for `user` with the display name `name`.
     pub fn new(user: impl Into<UserId>, name: impl Into<String>) -> Self {
         let mut record = KeyRecord::new(0, "", User::new(user, ""));
         record.name = name.into();
         Self { record }
     }
 
-    /// Sets the scopes.
+    /// Sets the scopes of the key.
     #[must_use]
     pub fn scopes<T: Into<String>>(mut self, scopes: impl IntoIterator<Item = T>) -> Self {
         self.record.scopes = scopes.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Sets the permissions.
+    /// Sets the permissions of the key.
     #[must_use]
     pub fn permissions<T: Into<String>>(
         mut self,
@@ -112,14 +113,14 @@ impl NewKey {
         self
     }
 
-    /// Sets how often the key may be used.
+    /// Sets the rate limits, in requests per minute, hour and day.
     #[must_use]
     pub fn rate_limits(mut self, limits: RateLimits) -> Self {
         self.record.rate_limits = limits;
         self
     }
 
-    /// Sets the models that the key may name.
+    /// Sets the models that the key may use.
     #[must_use]
     pub fn allowed_models<T: Into<String>>(mut self, models: impl IntoIterator<Item = T>) -> Self {
         self.record.allowed_models = models.into_iter().map(Into::into).collect();
@@ -133,35 +134,35 @@ impl NewKey {
         self
     }
 
-    /// Sets the networks that the key may be used from.
+    /// Sets the networks from which the key may be used.
     #[must_use]
     pub fn allowed_ips(mut self, networks: impl IntoIterator<Item = AllowedNetwork>) -> Self {
         self.record.allowed_ips = networks.into_iter().collect();
         self
     }
 
-    /// Lets the key be used without rate limits.
+    /// Disables the rate limits of the key.
     #[must_use]
     pub fn unlimited(mut self) -> Self {
         self.record.is_unlimited = true;
         self
     }
 
-    /// Sets what the key may cost in a period.
+    /// Sets the budget of the key in each period.
     #[must_use]
     pub fn budget(mut self, budget: Budget) -> Self {
         self.record.budget = Some(budget);
         self
     }
 
-    /// Sets the moment from which on the key is refused.
+    /// Sets the time from which on the key is denied.
     #[must_use]
     pub fn expires_at(mut self, expiry: DateTime<Utc>) -> Self {
         self.record.expires_at = Some(expiry);
         self
     }
 
-    /// Sets what is carried along with the key.
+    /// Sets the metadata that is stored with the key.
     #[must_use]
     pub fn metadata(mut self, metadata: Value) -> Self {
         self.record.metadata = metadata;
@@ -169,19 +170,19 @@ impl NewKey {
     }
 }
 
-/// A key that was just made. `Debug` does not show it.
+/// Newly issued key. `Debug` does not show the key itself.
 pub struct IssuedKey {
     record: KeyRecord,
     key: MintedKey,
 }
 
 impl IssuedKey {
-    /// What was stored.
+    /// Returns the stored record.
     pub fn record(&self) -> &KeyRecord {
         &self.record
     }
 
-    /// The key itself, to be shown to its owner once.
+    /// Returns the key itself, which is shown to its owner once.
     pub fn expose_secret(&self) -> &str {
         self.key.expose_secret()
     }
@@ -193,13 +194,13 @@ impl fmt::Debug for IssuedKey {
     }
 }
 
-/// Why a user or a key could not be made or changed.
+/// Reason for which a user or a key could not be created or changed.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum ManageError {
-    /// No key could be made.
+    /// No key could be minted.
     Mint(MintError),
-    /// The store failed or refused.
+    /// The store failed or rejected the change.
     Store(StoreError),
 }
 

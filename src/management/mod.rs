@@ -1,4 +1,4 @@
-//! Users and keys are made and revoked here.
+//! Management of users and keys.
 
 mod key_manager;
 

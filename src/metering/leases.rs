@@ -1,4 +1,4 @@
-//! The budgets of keys as one node sees them: [`BudgetLeases`].
+//! Budget leases of one node: [`BudgetLeases`].
 
 use std::{
     collections::{HashMap, hash_map::RandomState},
@@ -25,63 +25,65 @@ use crate::{
     store::{DynKeyStore, KeyStore, Lease, LeaseRequest},
 };
 
-/// The accounts of the keys that have a budget and were used of late.
+/// Leases of the keys that have a budget and were used recently.
 pub(crate) struct BudgetLeases {
-    shards: [Mutex<HashMap<KeyId, Arc<Account>>>; SHARDS],
+    shards: [Mutex<HashMap<KeyId, Arc<KeyLease>>>; SHARDS],
     hasher: RandomState,
     store: DynKeyStore,
     scheme: KeyScheme,
-    /// Names this node, as it does in usage.
+    /// Name of this node, the same as in usage batches.
     holder: String,
-    /// Of the last ask for a lease: one that the store comes to late is then known to be old.
+    /// Sequence number of the last lease request, so that the store can ignore requests that arrive late.
     sequence: AtomicU64,
     lifetime: Duration,
     is_closed: AtomicBool,
 }
 
-/// A slice of a key's budget, and what was done with it. Amounts are in micro-cents.
-pub(crate) struct Account {
+/// Lease of a part of a key's budget, with the amounts that are held and settled. Amounts are in micro-cents.
+pub(crate) struct KeyLease {
     key: KeyId,
-    state: Mutex<State>,
-    /// Held while the store is asked: the others wait for the answer.
-    asking: tokio::sync::Mutex<()>,
+    state: Mutex<LeaseState>,
+    /// Held during a lease request. Other reservations wait for its response.
+    request_lock: tokio::sync::Mutex<()>,
 }
 
 #[derive(Default)]
-struct State {
+struct LeaseState {
     leased: i64,
-    /// By this moment the lease may have expired. It was asked for a lifetime before: the store counts from later.
-    asked_at: Option<Moment>,
-    /// By reservations that live.
+    /// Time of the last lease request. The lease may expire one lifetime after it; the store's lifetime starts later.
+    requested_at: Option<Moment>,
+    /// Sum of the estimates of live reservations.
     held: i64,
-    /// Charged here, but not in the store yet.
+    /// Settled on this node, but not yet written to the store.
     settled: i64,
-    /// All that was ever written to the store.
+    /// Total that was ever written to the store.
     written: i64,
-    /// How much was last asked for beside what was needed.
-    slice: i64,
+    /// Amount that was last requested beyond what was needed.
+    margin: i64,
     resets_at: Option<SystemTime>,
     used_at: Option<Moment>,
-    /// The store had less than this left.
-    refused: Option<(Moment, i64)>,
-    /// It could not be asked.
+    /// Time and amount of the last reservation that the remaining budget did not cover.
+    denied: Option<(Moment, i64)>,
+    /// Time and error of the last lease request that failed.
     failed: Option<(Moment, StoreError)>,
 }
 
-/// So that cores seldom meet.
+/// Number of shards. Sharded to avoid contention.
 const SHARDS: usize = 16;
-/// The longest that a reservation waits for the store.
+/// Maximum time that a reservation waits for the store.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// So many leases are renewed at once.
-const AT_ONCE: usize = 16;
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// A lease that others have used up is asked for again so often.
+/// Maximum number of leases that are renewed concurrently.
+const MAX_CONCURRENT_RENEWALS: usize = 16;
+/// Maximum pause between two rounds of renewals.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// Maximum number of lease requests for one reservation: concurrent reservations may use up the granted lease.
 const ATTEMPTS: usize = 5;
-const PAUSE: Duration = Duration::from_millis(20);
-/// What was refused is refused for so long without asking.
-const REFUSED_FOR: Duration = Duration::from_millis(250);
-/// A slice is for about so many reservations at first.
-const RESERVATIONS: i64 = 16;
+/// Pause before a lease request is retried.
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// Time for which a denied amount is denied again without a lease request.
+const DENIAL_LIFETIME: Duration = Duration::from_millis(250);
+/// Number of reservations of the requested amount that the first margin covers.
+const MARGIN_RESERVATIONS: i64 = 16;
 
 impl BudgetLeases {
     pub(crate) fn new(
@@ -103,118 +105,121 @@ impl BudgetLeases {
         }
     }
 
-    /// Holds `estimate` from the lease in hand, with no I/O.
+    /// Holds `estimate` from the current lease, without I/O. Returns `None` if the lease does not cover it.
     pub(crate) fn reserve_now(
         &self,
         key: &KeyId,
         estimate: u64,
         counter: &Arc<UsageCounter>,
     ) -> Option<Reservation> {
-        let account = self.account(key);
-        (!self.is_closed() && account.hold(held_for(estimate), self.now(), self.lifetime))
-            .then(|| Reservation::held(estimate, account, Arc::clone(counter)))
+        let lease = self.lease(key);
+        (!self.is_closed() && lease.hold(held_for(estimate), self.now(), self.lifetime))
+            .then(|| Reservation::held(estimate, lease, Arc::clone(counter)))
     }
 
-    /// Holds `estimate`, asking the store for a lease if need be.
+    /// Holds `estimate`, and requests a lease from the store if needed.
     pub(crate) async fn reserve(
         &self,
         key: &KeyId,
         estimate: u64,
         counter: &Arc<UsageCounter>,
     ) -> Result<Reservation, Denial> {
-        let account = self.account(key);
-        let held = within(DEADLINE, self.hold(&account, held_for(estimate))).await;
+        let lease = self.lease(key);
+        let held = within(DEADLINE, self.hold(&lease, held_for(estimate))).await;
         held.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE).into()))?;
-        Ok(Reservation::held(estimate, account, Arc::clone(counter)))
+        Ok(Reservation::held(estimate, lease, Arc::clone(counter)))
     }
 
-    async fn hold(&self, account: &Account, wanted: i64) -> Result<(), Denial> {
-        let came = self.now();
-        let _asking = account.asking.lock().await;
-        // Under the lock: what is granted after the leases were handed back, nobody would hand back.
+    async fn hold(&self, lease: &KeyLease, wanted: i64) -> Result<(), Denial> {
+        let arrived_at = self.now();
+        let _request_guard = lease.request_lock.lock().await;
+        // Checked under the lock: a lease that is granted after `return_all` would not be returned.
         if self.is_closed() {
             return Err(Self::closed());
         }
         for attempt in 0..ATTEMPTS {
             let now = self.now();
-            // The one before may have asked for more than it needed, or in vain.
-            if account.hold(wanted, now, self.lifetime) {
+            // The previous request may have requested more than it needed, or may have failed.
+            if lease.hold(wanted, now, self.lifetime) {
                 return Ok(());
             }
-            account.was_in_vain(wanted, came, now)?;
-            let has_room = self.ask(account, |state| state.wish(wanted)).await?;
+            lease.check_recent_failure(wanted, arrived_at, now)?;
+            let has_room = self.request_lease(lease, |state| state.grow(wanted)).await?;
             if !has_room {
-                // What was settled may have been charged already without our knowing it yet.
-                if attempt > 0 || account.state().settled == 0 {
-                    return Err(account.refuse(wanted, self.now()));
+                // Settled costs may already be charged in the store, although this node has not received the
+                // acknowledgement yet.
+                if attempt > 0 || lease.state().settled == 0 {
+                    return Err(lease.deny(wanted, self.now()));
                 }
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(RETRY_PAUSE).await;
             }
         }
-        // Others were quicker each time.
-        Err(StoreError::overloaded("too many reservations at once", Duration::from_secs(1)).into())
+        // Concurrent reservations have used up the lease each time.
+        Err(StoreError::overloaded("too many concurrent reservations", Duration::from_secs(1))
+            .into())
     }
 
-    /// Settled costs have been written to the store, which has taken them from the lease, or are given up.
+    /// Subtracts settled costs from the lease: they have been written to the store, which has subtracted them from
+    /// the lease, or they were dropped.
     pub(crate) fn written(&self, key: &KeyId, settled: i64) {
-        let account = lock(self.shard(key)).get(key).cloned();
-        let Some(account) = account else { return };
-        let mut state = account.state();
-        // Two of the largest number that there is are one, but are written one by one.
+        let lease = lock(self.shard(key)).get(key).cloned();
+        let Some(lease) = lease else { return };
+        let mut state = lease.state();
+        // Saturated sums are written one by one, so the total may exceed `settled`.
         state.settled = state.settled.saturating_sub(settled).max(0);
         state.leased = state.leased.saturating_sub(settled).max(0);
         state.written = state.written.saturating_add(settled);
     }
 
-    /// Renews the leases that are in use, and hands back those that are not, until nobody wants it any more.
-    pub(crate) async fn maintain(accounts: Weak<Self>) {
+    /// Renews the leases that are in use, and returns the others, until `leases` is dropped.
+    pub(crate) async fn maintain(leases: Weak<Self>) {
         loop {
-            let Some(all) = accounts.upgrade() else { return };
-            let mut asked = JoinSet::new();
-            for account in all.all() {
-                if asked.len() == AT_ONCE {
-                    asked.join_next().await;
+            let Some(all) = leases.upgrade() else { return };
+            let mut renewals = JoinSet::new();
+            for lease in all.all() {
+                if renewals.len() == MAX_CONCURRENT_RENEWALS {
+                    renewals.join_next().await;
                 }
                 let all = Arc::clone(&all);
-                // What can't be asked for now is asked for again; the others do not wait for it.
-                asked.spawn(async move { all.maintain_lease(&account).await });
+                // A failed request is retried in the next round; other leases do not wait for it.
+                renewals.spawn(async move { all.maintain_lease(&lease).await });
             }
-            while asked.join_next().await.is_some() {}
+            while renewals.join_next().await.is_some() {}
             let pause = all.lifetime / 6;
             drop(all);
-            tokio::time::sleep(pause.min(LONGEST_PAUSE)).await;
+            tokio::time::sleep(pause.min(MAX_PAUSE)).await;
         }
     }
 
-    async fn maintain_lease(&self, account: &Arc<Account>) {
-        let Ok(_asking) = account.asking.try_lock() else { return };
+    async fn maintain_lease(&self, lease: &Arc<KeyLease>) {
+        let Ok(_request_guard) = lease.request_lock.try_lock() else { return };
         let now = self.now();
         let (is_idle, is_old) = {
-            let state = account.state();
+            let state = lease.state();
             let passed = |moment: Option<Moment>| {
                 moment.is_none_or(|moment| now.since(moment) > self.lifetime / 3)
             };
-            (state.due() == 0 && passed(state.used_at), passed(state.asked_at))
+            (state.due() == 0 && passed(state.used_at), passed(state.requested_at))
         };
-        if is_idle && self.ask(account, State::give_up).await.is_ok() {
-            self.forget(account);
+        if is_idle && self.request_lease(lease, LeaseState::shrink).await.is_ok() {
+            self.remove(lease);
         } else if !is_idle && is_old {
-            // Logged with the usage, if it goes on.
-            let _ = self.ask(account, State::renew).await;
+            // If the error persists, it is logged when usage is written.
+            let _ = self.request_lease(lease, LeaseState::renew).await;
         }
     }
 
-    /// Holds nothing any more.
+    /// Rejects further reservations.
     pub(crate) fn close(&self) {
         self.is_closed.store(true, Ordering::SeqCst);
     }
 
-    /// Hands back everything that is not held.
+    /// Returns all leased amounts that are not held.
     pub(crate) async fn return_all(&self) {
-        for account in self.all() {
-            let _asking = account.asking.lock().await;
-            // What is not handed back expires.
-            let _ = self.ask(&account, State::give_up).await;
+        for lease in self.all() {
+            let _request_guard = lease.request_lock.lock().await;
+            // A lease that is not returned expires.
+            let _ = self.request_lease(&lease, LeaseState::shrink).await;
         }
     }
 
@@ -226,60 +231,62 @@ impl BudgetLeases {
         StoreError::unavailable("this node is shutting down").into()
     }
 
-    /// Asks the store for as much as `wish` says, and needs; returns whether that much was left.
-    async fn ask(
+    /// Requests a lease of the amounts that `amounts` returns: the requested and the needed one. Returns whether the
+    /// needed amount was granted.
+    async fn request_lease(
         &self,
-        account: &Account,
-        wish: impl FnOnce(&mut State) -> (i64, i64),
+        lease: &KeyLease,
+        amounts: impl FnOnce(&mut LeaseState) -> (i64, i64),
     ) -> Result<bool, StoreError> {
-        let asked_at = self.now();
+        let requested_at = self.now();
         let sequence = self.sequence.fetch_add(1, Ordering::Relaxed) + 1;
-        let (ask, written) = {
-            let mut state = account.state();
-            let (asked, needed) = wish(&mut state);
-            let ask = LeaseRequest::new(account.key.clone(), &*self.holder, sequence, asked);
-            let ask = LeaseRequest { needed_micro_cents: needed, lifetime: self.lifetime, ..ask };
-            (ask, state.written)
+        let (request, written) = {
+            let mut state = lease.state();
+            let (requested, needed) = amounts(&mut state);
+            let request = LeaseRequest::new(lease.key.clone(), &*self.holder, sequence, requested);
+            let request =
+                LeaseRequest { needed_micro_cents: needed, lifetime: self.lifetime, ..request };
+            (request, state.written)
         };
-        let outcome = within(DEADLINE, self.store.lease(&ask)).await;
+        let outcome = within(DEADLINE, self.store.lease(&request)).await;
         let outcome = outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE)));
-        let mut state = account.state();
+        let mut state = lease.state();
         match &outcome {
-            Ok(lease) => state.take(lease, &ask, asked_at, written),
+            Ok(lease) => state.take(lease, &request, requested_at, written),
             Err(error) => state.failed = Some((self.now(), error.clone())),
         }
-        Ok(outcome?.amount_micro_cents >= ask.needed_micro_cents)
+        Ok(outcome?.amount_micro_cents >= request.needed_micro_cents)
     }
 
-    fn all(&self) -> Vec<Arc<Account>> {
+    fn all(&self) -> Vec<Arc<KeyLease>> {
         self.shards.iter().flat_map(|it| lock(it).values().cloned().collect::<Vec<_>>()).collect()
     }
 
-    fn account(&self, key: &KeyId) -> Arc<Account> {
+    fn lease(&self, key: &KeyId) -> Arc<KeyLease> {
         let mut shard = lock(self.shard(key));
-        if let Some(account) = shard.get(key) {
-            return Arc::clone(account);
+        if let Some(lease) = shard.get(key) {
+            return Arc::clone(lease);
         }
-        let account = Arc::new(Account {
+        let lease = Arc::new(KeyLease {
             key: key.clone(),
             state: Mutex::default(),
-            asking: tokio::sync::Mutex::default(),
+            request_lock: tokio::sync::Mutex::default(),
         });
-        shard.insert(key.clone(), Arc::clone(&account));
-        account
+        shard.insert(key.clone(), Arc::clone(&lease));
+        lease
     }
 
-    /// Unless somebody has come in between.
-    fn forget(&self, account: &Arc<Account>) {
-        let mut shard = lock(self.shard(&account.key));
-        let state = account.state();
-        // The shard, `maintain` and nobody else has it.
-        if state.due() == 0 && Arc::strong_count(account) <= 2 {
-            shard.remove(&account.key);
+    /// Removes a lease, unless a reservation has obtained it in the meantime.
+    fn remove(&self, lease: &Arc<KeyLease>) {
+        let mut shard = lock(self.shard(&lease.key));
+        let state = lease.state();
+        // Two references: one of the shard, one of `maintain`.
+        if state.due() == 0 && Arc::strong_count(lease) <= 2 {
+            shard.remove(&lease.key);
         }
     }
 
-    fn shard(&self, key: &KeyId) -> &Mutex<HashMap<KeyId, Arc<Account>>> {
+    fn shard(&self, key: &KeyId) -> &Mutex<HashMap<KeyId, Arc<KeyLease>>> {
         &self.shards[self.hasher.hash_one(key) as usize % SHARDS]
     }
 
@@ -288,12 +295,12 @@ impl BudgetLeases {
     }
 }
 
-impl Account {
+impl KeyLease {
     fn hold(&self, wanted: i64, now: Moment, lifetime: Duration) -> bool {
         let mut state = self.state();
-        let is_good = state.asked_at.is_some_and(|asked| now.since(asked) < lifetime);
+        let is_live = state.requested_at.is_some_and(|requested| now.since(requested) < lifetime);
         let free = state.leased.saturating_sub(state.due());
-        let fits = is_good && wanted <= free;
+        let fits = is_live && wanted <= free;
         if fits {
             state.held += wanted;
             state.used_at = Some(now);
@@ -307,75 +314,85 @@ impl Account {
         state.settled = state.settled.saturating_add(cost);
     }
 
-    /// Whether somebody who asked after `came` has found out that there is no use in asking.
-    fn was_in_vain(&self, wanted: i64, came: Moment, now: Moment) -> Result<(), Denial> {
+    /// Returns an error if a lease request would be useless: one has failed since `arrived_at`, or a reservation of
+    /// at most this amount was denied recently.
+    fn check_recent_failure(
+        &self,
+        wanted: i64,
+        arrived_at: Moment,
+        now: Moment,
+    ) -> Result<(), Denial> {
         let state = self.state();
         if let Some((at, error)) = &state.failed
-            && at.later(came) == *at
+            && at.later(arrived_at) == *at
         {
             return Err(error.clone().into());
         }
-        match state.refused {
-            Some((at, least)) if wanted >= least && now.since(at) < REFUSED_FOR => {
+        match state.denied {
+            Some((at, least)) if wanted >= least && now.since(at) < DENIAL_LIFETIME => {
                 Err(state.exceeded(now))
             }
             _ => Ok(()),
         }
     }
 
-    fn refuse(&self, wanted: i64, now: Moment) -> Denial {
+    fn deny(&self, wanted: i64, now: Moment) -> Denial {
         let mut state = self.state();
-        state.refused = Some((now, wanted));
+        state.denied = Some((now, wanted));
         state.exceeded(now)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, LeaseState> {
         lock(&self.state)
     }
 }
 
-impl State {
-    /// For a reservation, and some more: the more often it is asked, the larger.
-    fn wish(&mut self, wanted: i64) -> (i64, i64) {
+impl LeaseState {
+    /// Returns the amounts for a reservation of `wanted`. The margin doubles with each request.
+    fn grow(&mut self, wanted: i64) -> (i64, i64) {
         let needed = self.due().saturating_add(wanted);
-        let slice = self.slice.saturating_mul(2).max(wanted.saturating_mul(RESERVATIONS));
-        (needed.saturating_add(slice), needed)
+        let margin = self.margin.saturating_mul(2).max(wanted.saturating_mul(MARGIN_RESERVATIONS));
+        (needed.saturating_add(margin), needed)
     }
 
-    /// For what is held and, if anybody has held something since it was last asked, for the rest; else for half of
-    /// it. Lowered before the store does it, so that nobody holds meanwhile what is handed back.
+    /// Returns the amounts for a renewal. If the lease was used since the last request, it keeps its whole amount;
+    /// otherwise it keeps what is due and half of the rest. The local amount is lowered before the request, so that
+    /// no reservation holds what is being returned.
     fn renew(&mut self) -> (i64, i64) {
-        let is_wanted =
-            self.used_at.zip(self.asked_at).is_some_and(|(used, asked)| used.later(asked) == used);
+        let is_used = self
+            .used_at
+            .zip(self.requested_at)
+            .is_some_and(|(used, requested)| used.later(requested) == used);
         let free = self.leased.saturating_sub(self.due()).max(0);
-        if !is_wanted {
+        if !is_used {
             self.leased = self.due().saturating_add(free / 2);
-            self.slice = 0;
+            self.margin = 0;
         }
         let kept = self.leased.max(self.due());
         (kept, kept)
     }
 
-    /// For nothing but what is held.
-    fn give_up(&mut self) -> (i64, i64) {
-        (self.leased, self.slice) = (self.leased.min(self.due()), 0);
+    /// Lowers the lease to the amount that is due, and returns the amounts.
+    fn shrink(&mut self) -> (i64, i64) {
+        (self.leased, self.margin) = (self.leased.min(self.due()), 0);
         (self.due(), self.due())
     }
 
-    /// What the lease has to be good for.
+    /// Returns the amount that the lease has to cover.
     fn due(&self) -> i64 {
         self.held.saturating_add(self.settled)
     }
 
-    fn take(&mut self, lease: &Lease, ask: &LeaseRequest, asked_at: Moment, written: i64) {
-        // What was written meanwhile has shrunk the lease before or after it was granted: it was after.
+    fn take(&mut self, lease: &Lease, request: &LeaseRequest, requested_at: Moment, written: i64) {
+        // It is not known whether the store granted the lease before or after the writes in the meantime. The safe
+        // assumption is before: the writes reduce the lease.
         let meanwhile = self.written.saturating_sub(written);
         self.leased = lease.amount_micro_cents.saturating_sub(meanwhile).max(0);
-        if lease.amount_micro_cents >= ask.needed_micro_cents {
-            self.slice = ask.amount_micro_cents.saturating_sub(ask.needed_micro_cents);
-            self.refused = None;
+        if lease.amount_micro_cents >= request.needed_micro_cents {
+            self.margin = request.amount_micro_cents.saturating_sub(request.needed_micro_cents);
+            self.denied = None;
         }
-        self.asked_at = Some(asked_at);
+        self.requested_at = Some(requested_at);
         self.resets_at = lease.resets_at;
         self.failed = None;
     }

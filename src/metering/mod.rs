@@ -1,4 +1,4 @@
-//! What is used on keys, and what may still be used.
+//! Usage accounting and budgets of keys.
 
 mod leases;
 mod recorder;

@@ -1,4 +1,4 @@
-//! From counters to the store: [`Recorder`].
+//! Writes usage counters to the store: [`Recorder`].
 
 use std::{
     fmt, mem,
@@ -25,45 +25,45 @@ use crate::{
     telemetry::{self, FirstTime},
 };
 
-/// Hears of counters that have moved, and writes what they say behind.
+/// Collects the counters that have changed, and writes their usage to the store asynchronously.
 pub(crate) struct Recorder {
-    /// Those that have moved since they were last taken.
-    moved: [Mutex<Vec<Arc<UsageCounter>>>; SHARDS],
+    /// Counters that have changed since they were last taken.
+    dirty: [Mutex<Vec<Arc<UsageCounter>>>; SHARDS],
     next_shard: AtomicUsize,
-    /// Off if nobody wants to know, or the store has no place for it.
+    /// False if usage recording is disabled, or the store does not support it.
     is_on: AtomicBool,
-    /// Why it is off, unless the node is shutting down.
+    /// Reason for which recording is off, unless the node is shutting down.
     off: OnceLock<Off>,
-    /// Whether it was logged that no budget can be reserved.
+    /// Whether an unsupported reservation was logged.
     warned: FirstTime,
     interval: Duration,
     store: DynKeyStore,
     scheme: KeyScheme,
     queue: tokio::sync::Mutex<UsageQueue>,
-    /// The budgets that what is settled is charged to.
-    pub(crate) accounts: Arc<BudgetLeases>,
-    work: Background,
+    /// Budget leases to which settled costs are charged.
+    pub(crate) leases: Arc<BudgetLeases>,
+    flushing: Background,
     maintaining: Background,
 }
 
-/// Why no usage is recorded.
+/// Reason for which no usage is recorded.
 #[derive(Debug)]
 struct Off {
     error: StoreError,
     remedy: &'static str,
 }
 
-/// So that cores seldom meet.
+/// Number of shards. Sharded to avoid contention.
 const SHARDS: usize = 16;
-/// A store that takes longer has failed; the batch is sent again.
+/// Deadline of a write. When it is exceeded, the batch is retried.
 const DEADLINE: Duration = Duration::from_secs(30);
-/// At the end, what the store does not take in this time is given up.
+/// Deadline of the last flush on shutdown. Usage that is not written by then is dropped.
 const LAST_FLUSH: Duration = Duration::from_secs(10);
-/// Between two attempts then.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Pause between two attempts of the last flush.
+const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 impl Recorder {
-    /// `None` for `interval` records nothing.
+    /// Creates a recorder. `None` for `interval` disables usage recording.
     pub(crate) fn new(
         store: DynKeyStore,
         scheme: KeyScheme,
@@ -71,7 +71,8 @@ impl Recorder {
         lease_lifetime: Duration,
     ) -> Arc<Self> {
         let mut name = [0; 16];
-        // Nothing is counted twice under a name that others have as well.
+        // Without a unique name, the store would treat batches of different nodes as duplicates, so nothing is
+        // recorded.
         let off = if interval.is_none() {
             Some(Off {
                 error: StoreError::missing("the authenticator was built with without_usage()"),
@@ -85,45 +86,45 @@ impl Recorder {
         };
         let is_on = off.is_none();
         let name = hex(&name);
-        let accounts =
-            BudgetLeases::new(store.clone(), scheme.clone(), name.clone(), lease_lifetime);
-        let accounts = Arc::new(accounts);
+        let leases = BudgetLeases::new(store.clone(), scheme.clone(), name.clone(), lease_lifetime);
+        let leases = Arc::new(leases);
         Arc::new(Self {
-            moved: std::array::from_fn(|_| Mutex::default()),
+            dirty: std::array::from_fn(|_| Mutex::default()),
             next_shard: AtomicUsize::new(0),
             is_on: AtomicBool::new(is_on),
             off: off.map_or_else(OnceLock::new, OnceLock::from),
             warned: FirstTime::default(),
-            // Without a pause, the worker would keep a core busy.
+            // Without a pause, the task would keep a core busy.
             interval: interval.unwrap_or(Duration::from_secs(1)).max(Duration::from_millis(1)),
             store,
             scheme,
             queue: tokio::sync::Mutex::new(UsageQueue::new(name)),
-            accounts,
-            work: Background::default(),
+            leases,
+            flushing: Background::default(),
             maintaining: Background::default(),
         })
     }
 
-    /// Counters for a key; `None` if nothing is recorded.
+    /// Creates the counter of a key; `None` if no usage is recorded.
     pub(crate) fn counter(self: &Arc<Self>, key: &KeyId) -> Option<Arc<UsageCounter>> {
         let is_on = self.is_on.load(Ordering::Relaxed);
         is_on.then(|| UsageCounter::new(key.clone(), Arc::downgrade(self)))
     }
 
-    /// Holds `estimate` of a key's budget from the lease in hand, with no I/O.
+    /// Holds `estimate` of a key's budget from the current lease, without I/O. Returns `None` if the lease does not
+    /// cover it.
     pub(crate) fn reserve_now(
         &self,
         key: &KeyId,
         estimate: u64,
         counter: &Arc<UsageCounter>,
     ) -> Option<Reservation> {
-        // A lease that is never charged would be spent again and again.
+        // A lease that is never charged could be spent repeatedly.
         let is_on = self.is_on.load(Ordering::Relaxed);
-        is_on.then(|| self.accounts.reserve_now(key, estimate, counter)).flatten()
+        is_on.then(|| self.leases.reserve_now(key, estimate, counter)).flatten()
     }
 
-    /// Holds `estimate` of a key's budget, with a new lease from the store if need be.
+    /// Holds `estimate` of a key's budget, and requests a lease from the store if needed.
     pub(crate) async fn reserve(
         &self,
         key: &KeyId,
@@ -131,8 +132,8 @@ impl Recorder {
         counter: Option<&Arc<UsageCounter>>,
     ) -> Result<Reservation, Denial> {
         let reserved = match (self.off.get(), counter) {
-            (None, Some(counter)) => self.accounts.reserve(key, estimate, counter).await,
-            (Some(off), _) if !self.accounts.is_closed() => Err(off.error.clone().into()),
+            (None, Some(counter)) => self.leases.reserve(key, estimate, counter).await,
+            (Some(off), _) if !self.leases.is_closed() => Err(off.error.clone().into()),
             _ => Err(BudgetLeases::closed()),
         };
         reserved.inspect_err(|denial| {
@@ -144,39 +145,39 @@ impl Recorder {
         })
     }
 
-    /// A counter has moved that was still.
+    /// Queues a counter that has changed for the next flush.
     pub(super) fn mark_dirty(self: &Arc<Self>, counter: Arc<UsageCounter>) {
         if !self.is_on.load(Ordering::Relaxed) {
             return;
         }
         let at = self.next_shard.fetch_add(1, Ordering::Relaxed) % SHARDS;
-        let mut moved = self.moved[at].lock().unwrap_or_else(PoisonError::into_inner);
-        let is_first = moved.is_empty();
-        moved.push(counter);
-        drop(moved);
+        let mut dirty = self.dirty[at].lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = dirty.is_empty();
+        dirty.push(counter);
+        drop(dirty);
         if is_first {
-            self.ensure_work();
+            self.ensure_tasks();
         }
     }
 
-    /// Sees to it that somebody writes, where there is a runtime.
-    pub(crate) fn ensure_work(self: &Arc<Self>) {
+    /// Starts the tasks that write usage and renew leases, if they do not run and there is a runtime.
+    pub(crate) fn ensure_tasks(self: &Arc<Self>) {
         if self.is_on.load(Ordering::Relaxed) && Handle::try_current().is_ok() {
-            self.work.ensure(|| work(Arc::downgrade(self), self.interval));
-            self.maintaining.ensure(|| BudgetLeases::maintain(Arc::downgrade(&self.accounts)));
+            self.flushing.ensure(|| flush_periodically(Arc::downgrade(self), self.interval));
+            self.maintaining.ensure(|| BudgetLeases::maintain(Arc::downgrade(&self.leases)));
         }
     }
 
-    /// Writes what has come together. What the store does not take now is kept for the next time.
+    /// Writes the collected usage. Usage that the store does not accept is kept for the next flush.
     async fn flush(&self) -> Result<(), StoreError> {
         let mut queue = self.queue.lock().await;
         let clock = self.scheme.clock();
         let now = clock.now();
-        for shard in &self.moved {
-            let moved = mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
-            for counter in moved {
+        for shard in &self.dirty {
+            let dirty = mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
+            for counter in dirty {
                 if let Some(dropped) = queue.add(counter.take(), now) {
-                    self.settled(&dropped);
+                    self.release_settled(&dropped);
                 }
             }
         }
@@ -184,7 +185,7 @@ impl Recorder {
             let outcome = within(DEADLINE, self.store.record_usage(batch)).await;
             match outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE))) {
                 Ok(()) => {
-                    queue.arrived().iter().for_each(|usage| self.settled(usage));
+                    queue.acknowledge().iter().for_each(|usage| self.release_settled(usage));
                 }
                 Err(error) if error.kind() == StoreErrorKind::Unsupported => {
                     telemetry::usage_unsupported(&error);
@@ -204,18 +205,18 @@ impl Recorder {
         Ok(())
     }
 
-    /// What was settled from a lease is charged, or given up.
-    fn settled(&self, usage: &KeyUsage) {
+    /// Subtracts settled costs, which were charged or dropped, from their lease.
+    fn release_settled(&self, usage: &KeyUsage) {
         if usage.settled_micro_cents > 0 {
-            self.accounts.written(&usage.key, usage.settled_micro_cents);
+            self.leases.written(&usage.key, usage.settled_micro_cents);
         }
     }
 
-    /// Ends the work, writes what is left and hands back the leases, within 10 s.
+    /// Stops the tasks, writes the pending usage and returns the leases, within 10 s.
     pub(crate) async fn stop(&self) {
-        // First, so that nothing is granted that would not be charged.
-        self.accounts.close();
-        self.work.stop();
+        // First, so that no reservation is granted whose cost would not be charged.
+        self.leases.close();
+        self.flushing.stop();
         self.maintaining.stop();
         if !self.is_on.swap(false, Ordering::Relaxed) {
             return;
@@ -226,25 +227,25 @@ impl Recorder {
                 if !error.is_transient() {
                     return false;
                 }
-                tokio::time::sleep(PAUSE).await;
+                tokio::time::sleep(RETRY_PAUSE).await;
             }
             true
         });
         if written.await == Some(true) {
             let left = LAST_FLUSH.saturating_sub(began.elapsed());
-            let _ = within(left, self.accounts.return_all()).await;
+            let _ = within(left, self.leases.return_all()).await;
         } else {
             telemetry::usage_lost(self.queue.lock().await.waiting());
         }
     }
 }
 
-/// Writes every `interval`, until nobody wants it any more.
-async fn work(recorder: Weak<Recorder>, interval: Duration) {
+/// Flushes every `interval`, until the recorder is dropped.
+async fn flush_periodically(recorder: Weak<Recorder>, interval: Duration) {
     loop {
         tokio::time::sleep(interval).await;
         let Some(recorder) = recorder.upgrade() else { return };
-        // What failed was logged, and is tried again.
+        // Failures are logged, and retried at the next flush.
         let _ = recorder.flush().await;
     }
 }

@@ -1,41 +1,41 @@
-//! A hold on a budget: [`Reservation`].
+//! Reservation of a budget: [`Reservation`].
 
 use std::{fmt, sync::Arc};
 
-use super::{leases::Account, usage::Usage, usage_counter::UsageCounter};
+use super::{leases::KeyLease, usage::Usage, usage_counter::UsageCounter};
 
-/// A part of a key's budget that is held for work to come, made by
-/// [`AuthContext::reserve`](crate::AuthContext::reserve). [`settle`](Reservation::settle) it with what the work has
-/// cost; dropped without that, because the work was given up or panicked, it charges the estimate. While it lives,
-/// this node keeps what it holds.
+/// Part of a key's budget that is held for future work, created by
+/// [`AuthContext::reserve`](crate::AuthContext::reserve). [`settle`](Reservation::settle) it with the actual cost. If
+/// it is dropped without being settled, because the work was cancelled or panicked, it charges the estimate. The
+/// amount stays held while the reservation lives.
 ///
-/// What is settled is charged in full, also past the estimate, and in the period in which it is settled.
+/// The settled cost is charged in full, even if it exceeds the estimate, and in the period in which it is settled.
 #[must_use = "a reservation that is dropped charges its estimate at once"]
 pub struct Reservation {
     estimate: u64,
-    /// `None` where there is no budget.
-    account: Option<Arc<Account>>,
-    /// `None` where no usage is recorded.
+    /// `None` for a key without a budget.
+    lease: Option<Arc<KeyLease>>,
+    /// `None` if no usage is recorded.
     counter: Option<Arc<UsageCounter>>,
     is_settled: bool,
 }
 
 impl Reservation {
-    pub(super) fn held(estimate: u64, account: Arc<Account>, counter: Arc<UsageCounter>) -> Self {
-        Self { estimate, account: Some(account), counter: Some(counter), is_settled: false }
+    pub(super) fn held(estimate: u64, lease: Arc<KeyLease>, counter: Arc<UsageCounter>) -> Self {
+        Self { estimate, lease: Some(lease), counter: Some(counter), is_settled: false }
     }
 
-    /// Of a key that has no budget: its cost is counted, and that is all.
+    /// Creates a reservation for a key without a budget. Its cost is only counted.
     pub(crate) fn free(estimate: u64, counter: Option<Arc<UsageCounter>>) -> Self {
-        Self { estimate, account: None, counter, is_settled: false }
+        Self { estimate, lease: None, counter, is_settled: false }
     }
 
-    /// What is held, in micro-cents.
+    /// Returns the amount that is held, in micro-cents.
     pub fn estimate(&self) -> u64 {
         self.estimate
     }
 
-    /// Charges what the work has cost, in micro-cents, and lets go of the rest.
+    /// Charges the actual cost, in micro-cents, and releases the hold.
     pub fn settle(mut self, cost: u64) {
         self.charge(cost);
     }
@@ -44,10 +44,11 @@ impl Reservation {
         if std::mem::replace(&mut self.is_settled, true) {
             return;
         }
-        match (&self.account, &self.counter) {
-            (Some(account), Some(counter)) => {
-                // Before the counter: what is taken from there has been settled here.
-                account.settle(held_for(self.estimate), amount(cost));
+        match (&self.lease, &self.counter) {
+            (Some(lease), Some(counter)) => {
+                // Before the counter is changed: costs that are taken from the counter must already be settled in the
+                // lease.
+                lease.settle(held_for(self.estimate), amount(cost));
                 counter.settle(cost);
             }
             (_, Some(counter)) => counter.add(Usage::cost(cost)),
@@ -56,12 +57,13 @@ impl Reservation {
     }
 }
 
-/// What is taken from a lease: for nothing as well, so that there is none where nothing is left.
+/// Returns the amount that is held for an estimate. It is at least 1, so that an estimate of 0 is denied when the
+/// budget is used up.
 pub(super) fn held_for(estimate: u64) -> i64 {
     amount(estimate).max(1)
 }
 
-/// No budget is larger.
+/// Converts an amount. `i64::MAX` is larger than any budget.
 fn amount(micro_cents: u64) -> i64 {
     i64::try_from(micro_cents).unwrap_or(i64::MAX)
 }

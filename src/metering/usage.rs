@@ -1,11 +1,11 @@
-//! What is used on keys, counted in memory and written behind: [`Usage`].
+//! Usage of keys, which is counted in memory and written asynchronously: [`Usage`].
 //!
-//! Every request that is let in counts one, and handlers add tokens and cost. Both are an addition to a counter
-//! of the key ([`counter`]); a [`worker`] takes what has come together, by default every second, and tells the
-//! store. A batch that was sent is sent again as it is until the store has it, and stores count it once. When a
-//! process is killed, what came in since its last write is lost: one interval at most while the store takes it.
+//! Each request that is let in adds one to a counter of its key, and handlers add tokens and cost. A background task
+//! flushes the counters to the store, by default every second. Batches are retried unchanged until the store has
+//! them, and they are idempotent. If the process is killed, the usage since the last write is lost: at most one
+//! interval while the store accepts writes.
 
-/// What a handler has used on behalf of a key, beside the request itself, which is counted already.
+/// Usage of a handler on behalf of a key, beside the request itself, which is already counted.
 ///
 /// ```
 /// use tower_api_key::{AuthContext, Usage};
@@ -17,19 +17,19 @@
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Usage {
-    /// Tokens.
+    /// Number of tokens.
     pub tokens: u64,
-    /// Cost in micro-cents, a millionth of a cent: an integer, so that sums are exact.
+    /// Cost in micro-cents (millionths of a cent): an integer, so that sums are exact.
     pub cost: u64,
 }
 
 impl Usage {
-    /// Tokens alone.
+    /// Creates a usage of tokens only.
     pub fn tokens(tokens: u64) -> Self {
         Self { tokens, cost: 0 }
     }
 
-    /// Cost alone, in micro-cents.
+    /// Creates a usage of a cost only, in micro-cents.
     pub fn cost(micro_cents: u64) -> Self {
         Self { tokens: 0, cost: micro_cents }
     }

@@ -1,4 +1,4 @@
-//! The counters of one key: [`UsageCounter`].
+//! Usage counters of one key: [`UsageCounter`].
 
 use std::{
     fmt,
@@ -11,17 +11,16 @@ use std::{
 use super::{recorder::Recorder, usage::Usage};
 use crate::{record::KeyId, store::KeyUsage};
 
-/// What has come together on a key since it was last taken. It lies apart from the record, which is never
-/// written to.
+/// Usage of a key since it was last taken. Stored separately from the record, which is immutable.
 pub(crate) struct UsageCounter {
     key: KeyId,
     requests: AtomicU64,
     tokens: AtomicU64,
     cost: AtomicU64,
-    /// As much of the cost as was settled from a lease.
+    /// Part of the cost that was settled from a lease.
     settled: AtomicU64,
-    /// Whether the recorder has been told.
-    is_told: AtomicBool,
+    /// Whether the counter is queued in the recorder.
+    is_queued: AtomicBool,
     recorder: Weak<Recorder>,
 }
 
@@ -33,7 +32,7 @@ impl UsageCounter {
             tokens: AtomicU64::new(0),
             cost: AtomicU64::new(0),
             settled: AtomicU64::new(0),
-            is_told: AtomicBool::new(false),
+            is_queued: AtomicBool::new(false),
             recorder,
         })
     }
@@ -41,49 +40,50 @@ impl UsageCounter {
     #[inline]
     pub(crate) fn count_request(self: &Arc<Self>) {
         self.requests.fetch_add(1, SeqCst);
-        self.tell();
+        self.enqueue();
     }
 
     #[inline]
     pub(crate) fn add(self: &Arc<Self>, usage: Usage) {
         add(&self.tokens, usage.tokens);
         add(&self.cost, usage.cost);
-        self.tell();
+        self.enqueue();
     }
 
-    /// Adds a cost that was held before: first as a cost, so that it is charged before it shrinks a lease.
+    /// Adds a cost that was held. The cost is added before the settled amount, so that it is charged before it
+    /// reduces a lease.
     pub(crate) fn settle(self: &Arc<Self>, cost: u64) {
         add(&self.cost, cost);
         add(&self.settled, cost);
-        self.tell();
+        self.enqueue();
     }
 
-    /// `None` if it has gone.
+    /// Returns the recorder; `None` if it was dropped.
     pub(crate) fn recorder(&self) -> Option<Arc<Recorder>> {
         self.recorder.upgrade()
     }
 
-    /// After the counters: whoever finds the recorder told has added before it takes them, which is after it
-    /// clears the mark.
+    /// Queues the counter in the recorder. Call after adding to the counters: `take` clears the flag before it swaps
+    /// them, so no addition is lost.
     #[inline]
-    fn tell(self: &Arc<Self>) {
-        if !self.is_told.load(SeqCst) && !self.is_told.swap(true, SeqCst) {
-            // Nobody writes any more if it is gone.
+    fn enqueue(self: &Arc<Self>) {
+        if !self.is_queued.load(SeqCst) && !self.is_queued.swap(true, SeqCst) {
+            // If the recorder was dropped, usage is no longer written.
             if let Some(recorder) = self.recorder.upgrade() {
                 recorder.mark_dirty(Arc::clone(self));
             }
         }
     }
 
-    /// Takes what has come together.
+    /// Takes the usage since the last call.
     pub(super) fn take(&self) -> KeyUsage {
-        self.is_told.store(false, SeqCst);
+        self.is_queued.store(false, SeqCst);
         let amount =
             |counter: &AtomicU64| i64::try_from(counter.swap(0, SeqCst)).unwrap_or(i64::MAX);
         KeyUsage {
             requests: self.requests.swap(0, SeqCst),
             tokens: self.tokens.swap(0, SeqCst),
-            // In this order, for the same reason.
+            // The settled amount is taken before the cost, so that it never exceeds the cost.
             settled_micro_cents: amount(&self.settled),
             cost_micro_cents: amount(&self.cost),
             ..KeyUsage::new(self.key.clone())
@@ -91,7 +91,7 @@ impl UsageCounter {
     }
 }
 
-/// Adds, and stays at the largest number that there is.
+/// Adds to a counter, and saturates at the maximum.
 #[inline]
 fn add(counter: &AtomicU64, amount: u64) {
     if amount == 0 {

@@ -1,4 +1,4 @@
-//! What is still to be written, in batches: [`UsageQueue`].
+//! Queue of usage that is not yet written, in batches: [`UsageQueue`].
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -14,36 +14,36 @@ use crate::{
     telemetry,
 };
 
-/// What was used and is not in the store yet, as far as this node knows.
+/// Usage that is not in the store yet, as far as this node knows.
 pub(super) struct UsageQueue {
-    /// Names this process to the store, for as long as it lives.
+    /// Name of this process in usage batches. It never changes.
     writer: String,
-    /// Of the last batch.
+    /// Sequence number of the last batch.
     sequence: u64,
-    /// The batch that was sent and may or may not have arrived. What it says never changes.
+    /// Batch that was sent and not yet acknowledged. Its entries never change.
     sent: Option<UsageBatch>,
     today: Day,
-    /// The oldest first; there is something only while the store is away.
+    /// Earlier days, the oldest first. Empty unless the store is unavailable.
     earlier: VecDeque<Day>,
-    /// When the last use of a key was last written.
+    /// Time at which the last use of each key was last written.
     last_used: HashMap<KeyId, SystemTime>,
-    /// When that was last looked through for what is old.
+    /// Time at which old entries of `last_used` were last removed.
     swept_at: SystemTime,
 }
 
-/// What was used on one day (UTC): a store charges it to the day that a batch was gathered on.
+/// Usage of one day (UTC). A store charges a batch to the day on which it was gathered.
 #[derive(Default)]
 struct Day {
-    /// The last time that something was added.
+    /// Time of the last addition.
     at: Option<SystemTime>,
     usage: HashMap<KeyId, KeyUsage>,
 }
 
-/// So many keys go into one batch: few enough for the deadline that a store has for a statement.
+/// Maximum number of keys per batch, so that a write finishes within the statement deadline of a store.
 const MAX_BATCH: usize = 1_000;
-/// While the store fails, what was used is kept for so many keys; that of others is dropped, and counted.
+/// Maximum number of keys whose usage is kept while the store fails. Usage of further keys is dropped and counted.
 const MAX_WAITING: usize = 200_000;
-/// The last use of a key is written no more often.
+/// Minimum interval between two writes of the last use of a key.
 const LAST_USED_EVERY: Duration = Duration::from_secs(60);
 
 impl UsageQueue {
@@ -59,9 +59,9 @@ impl UsageQueue {
         }
     }
 
-    /// Gives back what there is no room for.
+    /// Adds usage. Returns it if the queue is full and it is dropped.
     pub(super) fn add(&mut self, usage: KeyUsage, now: SystemTime) -> Option<KeyUsage> {
-        self.turn_to(now);
+        self.roll_over(now);
         let is_full = self.waiting() >= MAX_WAITING;
         if is_full && !self.today.usage.contains_key(&usage.key) {
             log_dropped(&usage);
@@ -76,7 +76,7 @@ impl UsageQueue {
         None
     }
 
-    fn turn_to(&mut self, now: SystemTime) {
+    fn roll_over(&mut self, now: SystemTime) {
         let day = |time: SystemTime| DateTime::<Utc>::from(time).date_naive();
         let is_over = self.today.at.is_some_and(|at| day(at) != day(now));
         if is_over && !self.today.usage.is_empty() {
@@ -85,14 +85,14 @@ impl UsageQueue {
         self.today.at = Some(now);
     }
 
-    /// How many keys there is something to write of, by the day.
+    /// Returns the number of pending entries, one per key and day.
     pub(super) fn waiting(&self) -> usize {
         let sent = self.sent.as_ref().map_or(0, |batch| batch.entries.len());
         let earlier: usize = self.earlier.iter().map(|day| day.usage.len()).sum();
         sent + earlier + self.today.usage.len()
     }
 
-    /// The batch that was sent already, or a new one of what is there; `None` if there is nothing.
+    /// Returns the unacknowledged batch, or a new batch of pending usage; `None` if the queue is empty.
     pub(super) fn next_batch(&mut self, now: SystemTime) -> Option<&UsageBatch> {
         if self.sent.is_none() {
             let day = self.earlier.front_mut().unwrap_or(&mut self.today);
@@ -117,22 +117,22 @@ impl UsageQueue {
         Some(batch)
     }
 
-    /// The batch that was sent has: returns what was in it.
-    pub(super) fn arrived(&mut self) -> Vec<KeyUsage> {
+    /// Removes the batch that was sent, because the store has it. Returns its entries.
+    pub(super) fn acknowledge(&mut self) -> Vec<KeyUsage> {
         self.sent.take().map(|batch| batch.entries).unwrap_or_default()
     }
 
-    /// Nobody wants it.
+    /// Drops all usage, because the store does not record it.
     pub(super) fn clear(&mut self) {
         self.sent = None;
         self.earlier.clear();
         self.today.usage.clear();
     }
 
-    /// Whether it is time to write the last use of a key again.
+    /// Returns whether the last use of a key has to be written again.
     fn is_due(&mut self, key: &KeyId, now: SystemTime) -> bool {
         let is_recent = |written: &SystemTime| {
-            // A clock that was set back makes it due.
+            // If the clock was set back, the write is due.
             now.duration_since(*written).is_ok_and(|age| age < LAST_USED_EVERY)
         };
         if self.last_used.get(key).is_some_and(is_recent) {
@@ -149,9 +149,9 @@ impl UsageQueue {
     }
 }
 
-/// The store was away for so long that there is no room for the usage of more keys.
+/// Logs and counts dropped usage: the store was unavailable for too long, and the queue is full.
 fn log_dropped(usage: &KeyUsage) {
     telemetry::count("api_key_usage_dropped_total");
     let KeyUsage { key, requests, tokens, cost_micro_cents, .. } = usage;
-    tracing::error!(%key, requests, tokens, cost_micro_cents, "usage of an API key is lost");
+    tracing::error!(%key, requests, tokens, cost_micro_cents, "usage of an API key was dropped");
 }

@@ -10,35 +10,35 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
 pin_project! {
-    /// The inner service's body, or that of a refusal.
+    /// Response body: the body of the inner service, or the body of a denial.
     #[derive(Debug)]
     pub struct ResponseBody<B> {
         #[pin]
-        kind: Kind<B>,
+        kind: BodyKind<B>,
     }
 }
 
 pin_project! {
     #[derive(Debug)]
-    #[project = KindProjection]
-    enum Kind<B> {
+    #[project = BodyProjection]
+    enum BodyKind<B> {
         Inner { #[pin] body: B },
         // Empty once it has been read.
-        DeniedRequest { body: Bytes },
+        Denial { body: Bytes },
     }
 }
 
 impl<B> ResponseBody<B> {
     pub(crate) fn inner(body: B) -> Self {
-        Self { kind: Kind::Inner { body } }
+        Self { kind: BodyKind::Inner { body } }
     }
 
-    pub(crate) fn refusal(body: Bytes) -> Self {
-        Self { kind: Kind::DeniedRequest { body } }
+    pub(crate) fn denial(body: Bytes) -> Self {
+        Self { kind: BodyKind::Denial { body } }
     }
 }
 
-/// An inner body, for layers that make an empty response of their own.
+/// Creates an inner body, for layers that create an empty response.
 impl<B: Default> Default for ResponseBody<B> {
     fn default() -> Self {
         Self::inner(B::default())
@@ -54,9 +54,9 @@ impl<B: Body<Data = Bytes>> Body for ResponseBody<B> {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
         match self.project().kind.project() {
-            KindProjection::Inner { body } => body.poll_frame(cx),
-            KindProjection::DeniedRequest { body } if body.is_empty() => Poll::Ready(None),
-            KindProjection::DeniedRequest { body } => {
+            BodyProjection::Inner { body } => body.poll_frame(cx),
+            BodyProjection::Denial { body } if body.is_empty() => Poll::Ready(None),
+            BodyProjection::Denial { body } => {
                 Poll::Ready(Some(Ok(Frame::data(std::mem::take(body)))))
             }
         }
@@ -64,15 +64,15 @@ impl<B: Body<Data = Bytes>> Body for ResponseBody<B> {
 
     fn is_end_stream(&self) -> bool {
         match &self.kind {
-            Kind::Inner { body } => body.is_end_stream(),
-            Kind::DeniedRequest { body } => body.is_empty(),
+            BodyKind::Inner { body } => body.is_end_stream(),
+            BodyKind::Denial { body } => body.is_empty(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
-            Kind::Inner { body } => body.size_hint(),
-            Kind::DeniedRequest { body } => SizeHint::with_exact(body.len() as u64),
+            BodyKind::Inner { body } => body.size_hint(),
+            BodyKind::Denial { body } => SizeHint::with_exact(body.len() as u64),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Where a request comes from: [`ClientAddr`], the connection, or a header of a trusted proxy.
+//! Finds the client's address of a request: [`ClientAddr`], the connection, or a header field of a trusted proxy.
 
 use std::{
     fmt,
@@ -11,9 +11,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 use super::credential::RequestHead;
 use crate::record::{AllowedNetwork, NetworkError, canonical};
 
-/// A request extension: the address of the peer at the other end of the connection.
+/// Request extension with the address of the peer, the other end of the connection.
 ///
-/// Whoever accepts connections puts it there; axum's `ConnectInfo<SocketAddr>` does as well.
+/// The code that accepts connections inserts it. axum's `ConnectInfo<SocketAddr>` is used as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClientAddr(pub IpAddr);
 
@@ -23,12 +23,12 @@ impl From<SocketAddr> for ClientAddr {
     }
 }
 
-/// The proxies in front of the service whose word on the client's address is taken, and the header
-/// field that they say it in. It has to be one: a proxy passes on the other one as the client sent it.
+/// Trusted proxies in front of the service, and the header field in which they write the client's address. There is
+/// only one such field, because a proxy passes on the other one as the client sent it.
 ///
-/// The client is the right-most address that is not a trusted proxy's. If the peer is no trusted
-/// proxy, the field is not looked at. If the field can't be read from the right up to there, the
-/// address is unknown, and keys with address rules are refused.
+/// The client's address is the right-most address that is not a trusted proxy's. If the peer is not a trusted proxy,
+/// the field is ignored. If the field can't be parsed from the right up to that address, the address is unknown, and
+/// keys with address rules are denied.
 ///
 /// ```
 /// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, TrustedProxies};
@@ -50,22 +50,22 @@ enum ProxyHeader {
 }
 
 impl TrustedProxies {
-    /// Proxies in these networks that write `Forwarded` (RFC 7239).
+    /// Trusts proxies in these networks, which write `Forwarded` (RFC 7239).
     ///
     /// # Errors
     ///
-    /// If one of them is neither an address nor a CIDR network.
+    /// Returns an error if a network is neither an address nor a CIDR network.
     pub fn forwarded<'a>(
         networks: impl IntoIterator<Item = &'a str>,
     ) -> Result<Self, NetworkError> {
         Self::new(networks, ProxyHeader::Forwarded)
     }
 
-    /// Proxies in these networks that write `X-Forwarded-For`.
+    /// Trusts proxies in these networks, which write `X-Forwarded-For`.
     ///
     /// # Errors
     ///
-    /// If one of them is neither an address nor a CIDR network.
+    /// Returns an error if a network is neither an address nor a CIDR network.
     pub fn x_forwarded_for<'a>(
         networks: impl IntoIterator<Item = &'a str>,
     ) -> Result<Self, NetworkError> {
@@ -80,21 +80,21 @@ impl TrustedProxies {
         Ok(Self { networks, header })
     }
 
-    fn trusts(&self, address: IpAddr) -> bool {
+    fn is_trusted(&self, address: IpAddr) -> bool {
         self.networks.iter().any(|network| network.contains(address))
     }
 
     fn client(&self, peer: IpAddr, headers: &HeaderMap) -> Option<IpAddr> {
-        if !self.trusts(peer) {
+        if !self.is_trusted(peer) {
             return Some(peer);
         }
         let mut client = peer;
-        // Several fields are one list (RFC 9110 §5.3); the last field has its right end.
+        // Several fields form one list (RFC 9110 §5.3). The right end of the list is in the last field.
         let fields: Vec<&HeaderValue> = headers.get_all(self.header.name()).iter().collect();
         for field in fields.into_iter().rev() {
             for hop in self.header.hops(field.to_str().ok()?)?.into_iter().rev() {
                 client = hop?;
-                if !self.trusts(client) {
+                if !self.is_trusted(client) {
                     return Some(client);
                 }
             }
@@ -103,7 +103,7 @@ impl TrustedProxies {
     }
 }
 
-/// The address that a proxy names, if it names one that can be read.
+/// Address that a proxy writes for a hop; `None` if it can't be parsed.
 type Hop = Option<IpAddr>;
 
 impl ProxyHeader {
@@ -114,7 +114,7 @@ impl ProxyHeader {
         }
     }
 
-    /// The hops that a field lists, the client first; `None` if it can't be taken apart.
+    /// Returns the hops that a field lists, the client first; `None` if the field can't be parsed.
     fn hops(self, list: &str) -> Option<Vec<Hop>> {
         match self {
             Self::Forwarded => forwarded_hops(list),
@@ -127,12 +127,12 @@ fn x_forwarded_for_hops(list: &str) -> Vec<Hop> {
     list.split(',').map(|hop| node_address(hop.trim())).collect()
 }
 
-/// RFC 7239 §4: elements with commas between them. `None` if the list can't be taken apart.
+/// Parses a list of elements that are separated by commas (RFC 7239 §4). Returns `None` if the list can't be parsed.
 fn forwarded_hops(list: &str) -> Option<Vec<Hop>> {
     split_unquoted(list, ',')?.into_iter().map(forwarded_hop).collect()
 }
 
-/// The `for` of an element: pairs with semicolons between them, each name at most once.
+/// Returns the `for` parameter of an element: pairs that are separated by semicolons, each name at most once.
 fn forwarded_hop(element: &str) -> Option<Hop> {
     let mut hop = None;
     for pair in split_unquoted(element, ';')?.into_iter().filter(|pair| !pair.trim().is_empty()) {
@@ -147,7 +147,7 @@ fn forwarded_hop(element: &str) -> Option<Hop> {
     Some(hop.flatten())
 }
 
-/// Splits at separators outside of quoted strings; `None` if a quoted string does not end.
+/// Splits the text at separators outside of quoted strings. Returns `None` if a quoted string is not closed.
 fn split_unquoted(text: &str, separator: char) -> Option<Vec<&str>> {
     let (mut parts, mut start, mut is_quoted, mut is_escaped) = (Vec::new(), 0, false, false);
     for (at, c) in text.char_indices() {
@@ -166,7 +166,8 @@ fn split_unquoted(text: &str, separator: char) -> Option<Vec<&str>> {
     (!is_quoted).then_some(parts)
 }
 
-/// A token as it is, a quoted string without its quotes. No address needs an escape.
+/// Returns a token unchanged, and a quoted string without its quotes. Addresses need no escapes, so values with
+/// escapes are rejected.
 fn unquote(value: &str) -> Option<&str> {
     match value.strip_prefix('"') {
         Some(rest) => rest.strip_suffix('"').filter(|inner| !inner.contains(['"', '\\'])),
@@ -174,8 +175,8 @@ fn unquote(value: &str) -> Option<&str> {
     }
 }
 
-/// An address with or without a port: `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]`,
-/// `[2001:db8::1]:80`. Nothing else is one: not `unknown`, not an obfuscated name.
+/// Parses an address with or without a port: `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]`,
+/// `[2001:db8::1]:80`. Returns `None` for everything else, such as `unknown` and obfuscated names.
 fn node_address(node: &str) -> Hop {
     let bare = node.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(node);
     let address = bare.parse::<IpAddr>().ok();
@@ -184,7 +185,7 @@ fn node_address(node: &str) -> Hop {
 
 type FindAddress = dyn Fn(&RequestHead<'_>) -> Option<IpAddr> + Send + Sync;
 
-/// How a layer learns where a request comes from.
+/// Settings with which a layer finds the client's address.
 #[derive(Clone, Default)]
 pub(crate) struct ClientAddress {
     pub(crate) closure: Option<Arc<FindAddress>>,
@@ -200,7 +201,7 @@ impl ClientAddress {
         }
     }
 
-    /// Whether the other end of the connection is known.
+    /// Returns whether the address of the peer is known.
     pub(crate) fn has_peer(&self, head: &RequestHead<'_>) -> bool {
         self.peer(head).is_some()
     }
@@ -208,12 +209,12 @@ impl ClientAddress {
     fn peer(&self, head: &RequestHead<'_>) -> Option<IpAddr> {
         match &self.closure {
             Some(closure) => closure(head),
-            None => connection(head),
+            None => connection_address(head),
         }
     }
 }
 
-fn connection(head: &RequestHead<'_>) -> Option<IpAddr> {
+fn connection_address(head: &RequestHead<'_>) -> Option<IpAddr> {
     if let Some(ClientAddr(address)) = head.extensions().get() {
         return Some(*address);
     }
@@ -223,7 +224,7 @@ fn connection(head: &RequestHead<'_>) -> Option<IpAddr> {
         if let Some(ConnectInfo(peer)) = head.extensions().get::<ConnectInfo<SocketAddr>>() {
             return Some(peer.ip());
         }
-        // What axum's users put there in tests.
+        // Tests of axum services use this extension.
         if let Some(MockConnectInfo(peer)) = head.extensions().get::<MockConnectInfo<SocketAddr>>()
         {
             return Some(peer.ip());

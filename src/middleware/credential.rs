@@ -1,4 +1,4 @@
-//! Where a key sits in a request: [`Credential`], over a [`RequestHead`].
+//! Finds the key in a request: [`Credential`], which reads a [`RequestHead`].
 
 mod authorization;
 
@@ -13,9 +13,9 @@ use crate::{
     key::token,
 };
 
-/// What a closure sees of a request: everything but the body.
+/// Head of a request, as closures get it: everything but the body.
 ///
-/// `Debug` shows method and path alone: a key may stand in a header field or in the query.
+/// `Debug` shows only method and path, because a header field or the query may contain a key.
 #[derive(Clone, Copy)]
 pub struct RequestHead<'a> {
     method: &'a Method,
@@ -26,7 +26,7 @@ pub struct RequestHead<'a> {
 }
 
 impl<'a> RequestHead<'a> {
-    /// The head of `request`.
+    /// Returns the head of `request`.
     pub fn of<B>(request: &'a Request<B>) -> Self {
         Self {
             method: request.method(),
@@ -37,18 +37,18 @@ impl<'a> RequestHead<'a> {
         }
     }
 
-    /// The method.
+    /// Returns the method.
     pub fn method(&self) -> &'a Method {
         self.method
     }
 
-    /// The URI, as the service around this layer passed it on.
+    /// Returns the URI, as the outer service passed it on.
     pub fn uri(&self) -> &'a Uri {
         self.uri
     }
 
-    /// The path that endpoint rules are about: of axum's `OriginalUri` where there is one, because
-    /// `nest` strips the path.
+    /// Returns the path that endpoint rules are matched against. It is the path of axum's `OriginalUri` if the
+    /// request has one, because `nest` strips the path.
     pub fn endpoint(&self) -> &'a str {
         #[cfg(feature = "axum")]
         if let Some(original) = self.extensions.get::<axum::extract::OriginalUri>() {
@@ -57,17 +57,17 @@ impl<'a> RequestHead<'a> {
         self.uri.path()
     }
 
-    /// The HTTP version.
+    /// Returns the HTTP version.
     pub fn version(&self) -> Version {
         self.version
     }
 
-    /// The header fields.
+    /// Returns the header fields.
     pub fn headers(&self) -> &'a HeaderMap {
         self.headers
     }
 
-    /// The extensions.
+    /// Returns the extensions.
     pub fn extensions(&self) -> &'a Extensions {
         self.extensions
     }
@@ -82,7 +82,7 @@ impl fmt::Debug for RequestHead<'_> {
     }
 }
 
-/// A place in a request where a key may be.
+/// Place in a request where a key may be.
 ///
 /// The default is `Authorization: Bearer KEY`, then `x-api-key: KEY`:
 ///
@@ -100,33 +100,33 @@ enum Place {
     Bearer,
     Basic,
     Header(HeaderName),
-    Closure(Arc<Extract>),
+    Closure(Arc<ExtractKey>),
 }
 
-type Extract = dyn for<'a> Fn(&RequestHead<'a>) -> Option<Cow<'a, str>> + Send + Sync;
+type ExtractKey = dyn for<'a> Fn(&RequestHead<'a>) -> Option<Cow<'a, str>> + Send + Sync;
 type Token<'a> = Cow<'a, str>;
 
 impl Credential {
-    /// `Authorization: Bearer KEY` (RFC 6750 §2.1), the scheme in any case.
+    /// Reads `Authorization: Bearer KEY` (RFC 6750 §2.1). The scheme is case-insensitive.
     pub fn bearer() -> Self {
         Self(Place::Bearer)
     }
 
-    /// `Authorization: Basic …` with the key as user name (RFC 7617); the password is not looked at.
-    /// This is what `curl -u KEY:` sends.
+    /// Reads `Authorization: Basic …` with the key as user name (RFC 7617). The password is ignored. `curl -u KEY:`
+    /// sends this form.
     pub fn basic() -> Self {
         Self(Place::Basic)
     }
 
-    /// The whole value of another header field.
+    /// Reads the whole value of another header field.
     pub fn header(name: HeaderName) -> Self {
         Self(Place::Header(name))
     }
 
-    /// Whatever `extract` finds. Nothing is removed from the request then.
+    /// Reads the key with a closure. The layer then removes nothing from the request.
     ///
-    /// A key in the query string is left to this, because URLs end up in the logs of every proxy on
-    /// the way, in browser histories and in `Referer` fields. Where a client can't do otherwise:
+    /// Use this for a key in the query string. There is no built-in way, because URLs end up in the logs of proxies,
+    /// in browser histories and in `Referer` fields. For clients that can't send a header field:
     ///
     /// ```
     /// use tower_api_key::Credential;
@@ -151,7 +151,7 @@ impl Credential {
         matches!(self.0, Place::Basic)
     }
 
-    /// The header field that may hold the key.
+    /// Returns the header field that may hold the key.
     pub(crate) fn header_name(&self) -> Option<&HeaderName> {
         match &self.0 {
             Place::Bearer | Place::Basic => Some(&header::AUTHORIZATION),
@@ -160,8 +160,9 @@ impl Credential {
         }
     }
 
-    /// What this place has in the form in which nearly everybody writes it; `None` where that takes the grammar.
-    fn at_a_glance<'a>(&self, value: &'a HeaderValue) -> Option<&'a [u8]> {
+    /// Returns the credential in `value` if it has the most common form; `None` if the value has to be parsed by the
+    /// grammar.
+    fn common_form<'a>(&self, value: &'a HeaderValue) -> Option<&'a [u8]> {
         match &self.0 {
             Place::Bearer => after_bearer(value),
             Place::Header(_) => Some(value.as_bytes()),
@@ -184,7 +185,7 @@ impl Credential {
                     if name == header::AUTHORIZATION {
                         return Err(MalformedCredential::Repeated.into());
                     }
-                    same(first, token(other)?)?;
+                    require_same(first, token(other)?)?;
                 }
                 Ok(Some(Cow::Borrowed(first)))
             }
@@ -199,15 +200,15 @@ impl Credential {
     }
 }
 
-/// A credential that a request carries.
-pub(crate) struct Found<'a> {
+/// Credential of a request.
+pub(crate) struct FoundCredential<'a> {
     pub(crate) token: Cow<'a, str>,
-    /// The places that it is in, a bit each.
+    /// Bit set of the places that contain the credential.
     pub(crate) places: u64,
 }
 
-impl Found<'_> {
-    /// Whether the key stands behind `Bearer`, but breaks the grammar that RFC 6750 §2.1 has for it.
+impl FoundCredential<'_> {
+    /// Returns whether the key follows `Bearer` and breaks the grammar of RFC 6750 §2.1.
     pub(crate) fn breaks_bearer_grammar(&self, places: &[Credential]) -> bool {
         let is_found = |at: usize| self.places & (1 << at) != 0;
         let is_bearer = places.iter().enumerate().any(|(at, it)| it.is_bearer() && is_found(at));
@@ -215,60 +216,59 @@ impl Found<'_> {
     }
 }
 
-/// So many places are told apart.
+/// Maximum number of places: the places are a bit set in a `u64`.
 pub(crate) const MAX_PLACES: usize = 64;
 
-/// The bytes of the credential, and the bit of its place, where only one place has one and no field is
-/// there twice: what nearly all requests look like. Nothing else of the grammar is looked at: it is enough
-/// to find out whether a key is remembered, which then is well-formed.
-pub(crate) fn at_a_glance<'a>(
+/// Returns the bytes of the credential and the bit of its place, for the most common form of requests: one place has
+/// a credential and no field is repeated. The grammar is not checked. This is sufficient for a look-up in the local
+/// cache, because cached keys are well-formed.
+pub(crate) fn common_form<'a>(
     places: &[Credential],
     headers: &'a HeaderMap,
 ) -> Option<(&'a [u8], u64)> {
     if headers.len() > headers.keys_len() {
         return None;
     }
-    let mut sole = None;
+    let mut only = None;
     for (at, place) in places.iter().enumerate() {
         if let Some(value) = headers.get(place.header_name()?)
-            && sole.replace((place.at_a_glance(value)?, 1 << at)).is_some()
+            && only.replace((place.common_form(value)?, 1 << at)).is_some()
         {
             return None;
         }
     }
-    sole
+    only
 }
 
-/// What stands behind the scheme in the form in which nearly everybody writes it.
+/// Returns the text after `Bearer` and one space, the most common form.
 fn after_bearer(value: &HeaderValue) -> Option<&[u8]> {
     const BEARER: &[u8] = b"Bearer ";
     let (scheme, rest) = value.as_bytes().split_at_checked(BEARER.len())?;
     (scheme == BEARER || scheme.eq_ignore_ascii_case(BEARER)).then_some(rest)
 }
 
-/// Finds the one credential that the request carries in any of the places. The same one in two
-/// places is fine.
+/// Returns the credential that the request carries in any of the places. The same credential may be in two places.
 pub(crate) fn find<'a>(
     places: &[Credential],
     head: &RequestHead<'a>,
-) -> Result<Option<Found<'a>>, Denial> {
-    let mut found: Option<Found<'a>> = None;
+) -> Result<Option<FoundCredential<'a>>, Denial> {
+    let mut found: Option<FoundCredential<'a>> = None;
     for (at, place) in places.iter().enumerate() {
         if let Some(token) = place.find(head)? {
             match &mut found {
                 Some(first) => {
-                    same(&first.token, &token)?;
+                    require_same(&first.token, &token)?;
                     first.places |= 1 << at;
                 }
-                None => found = Some(Found { token, places: 1 << at }),
+                None => found = Some(FoundCredential { token, places: 1 << at }),
             }
         }
     }
     Ok(found)
 }
 
-fn same(first: &str, second: &str) -> Result<(), MalformedCredential> {
-    // Both come from the caller, so there is nothing to learn from the time that this takes.
+fn require_same(first: &str, second: &str) -> Result<(), MalformedCredential> {
+    // The caller sent both, so the comparison need not be in constant time.
     if first == second { Ok(()) } else { Err(MalformedCredential::Conflicting) }
 }
 
@@ -283,7 +283,7 @@ impl fmt::Debug for Credential {
     }
 }
 
-/// What becomes of the header fields that held the key before the inner service sees the request.
+/// Action for the header fields that held the key, before the inner service gets the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum KeyHeader {
     Remove,
@@ -291,12 +291,13 @@ pub(crate) enum KeyHeader {
 }
 
 impl KeyHeader {
-    /// Treats the fields in which a key was found. Leaves `Authorization` fields of another scheme alone.
-    pub(crate) fn treat(self, places: &[Credential], found: u64, headers: &mut HeaderMap) {
+    /// Applies the action to the fields in which a key was found. `Authorization` fields of another scheme are not
+    /// changed.
+    pub(crate) fn apply(self, places: &[Credential], found: u64, headers: &mut HeaderMap) {
         let with_key = places.iter().enumerate().filter(|(at, _)| found & (1 << at) != 0);
         for name in with_key.filter_map(|(_, place)| place.header_name()) {
             match self {
-                // With all its values.
+                // Removes all values of the field.
                 Self::Remove => drop(headers.remove(name)),
                 Self::MarkSensitive => {
                     if let header::Entry::Occupied(mut field) = headers.entry(name) {

@@ -1,9 +1,9 @@
-//! What becomes of the body of a denied request: [`UnreadBody`].
+//! Discards the body of a denied request: [`UnreadBody`].
 //!
 //! A server over HTTP/1.1 closes the connection if it has answered a request whose body it has not read. The kernel
-//! then resets it, and a client or proxy that is still sending sees a broken pipe instead of the response (RFC 9112
-//! §9.6). Over HTTP/2 the stream is reset after the response (RFC 9113 §8.1), which some clients take for an error:
-//! curl 7.88 exits with 92. So the rest of the body is read and discarded first, within limits.
+//! then resets the connection, and a client or proxy that is still sending gets a broken pipe instead of the response
+//! (RFC 9112 §9.6). Over HTTP/2 the stream is reset after the response (RFC 9113 §8.1), which some clients treat as
+//! an error: curl 7.88 exits with 92. Therefore the rest of the body is read and discarded first, within limits.
 
 use std::{
     future::Future,
@@ -22,8 +22,8 @@ use tokio::{
 
 use super::{credential::RequestHead, response::ContentType};
 
-/// How much of the body of a denied request is read, and for how long. In the extensions of a request, those of the
-/// layer around a guard, where they are not the default.
+/// Limits for reading the body of a denied request. The auth layer inserts its limits into the extensions of a
+/// request, for guards, if they are not the default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct DiscardLimits {
     pub(crate) bytes: u64,
@@ -37,7 +37,7 @@ impl Default for DiscardLimits {
 }
 
 impl DiscardLimits {
-    /// Those of the layer around, or the default.
+    /// Returns the limits of the outer auth layer, or the default.
     pub(crate) fn of<B>(request: &Request<B>) -> Self {
         request.extensions().get().copied().unwrap_or_default()
     }
@@ -47,18 +47,19 @@ impl DiscardLimits {
     }
 }
 
-/// The rest of a body that is read and discarded before the response.
+/// Rest of a request body, which is read and discarded before the response.
 pub(crate) struct UnreadBody<B> {
     body: Pin<Box<B>>,
     bytes_left: u64,
-    /// The most that is waited for the client.
+    /// Limits how long the client is waited for.
     timer: Pin<Box<Sleep>>,
 }
 
 impl<B: Body> UnreadBody<B> {
-    /// Returns the body if it is to be read: if it has not ended, is not larger than the limit, and the client does
-    /// not wait for a `100 Continue`, which it gets if the body is polled (RFC 9110 §10.1.1). A gRPC client may
-    /// wait for the response before it ends its stream, and takes an early one.
+    /// Returns the body if it has to be read: it has not ended, its declared length is within the limit, and the
+    /// client does not wait for a `100 Continue`, which polling the body would send (RFC 9110 §10.1.1). The body of a
+    /// gRPC call is not read: a gRPC client may wait for the response before it ends its stream, and accepts an early
+    /// response.
     pub(crate) fn of(request: Request<B>, limits: DiscardLimits) -> Option<Self> {
         let is_grpc = ContentType::of(&RequestHead::of(&request)).is_some()
             && request.version() == Version::HTTP_2;
@@ -80,7 +81,7 @@ impl<B: Body> UnreadBody<B> {
         })
     }
 
-    /// Reads on. Ready at the end of the body, at an error, or when a limit is reached.
+    /// Reads and discards frames. Ready at the end of the body, on an error, or when a limit is reached.
     pub(crate) fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             if self.timer.as_mut().poll(cx).is_ready() {
@@ -90,7 +91,7 @@ impl<B: Body> UnreadBody<B> {
                 return Poll::Pending;
             };
             let Some(Ok(frame)) = frame else { return Poll::Ready(()) };
-            // At least one, so that a body of empty frames ends as well.
+            // Each frame counts as at least one byte, so that a body of empty frames reaches the limit as well.
             let bytes = frame.data_ref().map_or(0, |data| data.remaining() as u64).max(1);
             match self.bytes_left.checked_sub(bytes) {
                 Some(left) => self.bytes_left = left,

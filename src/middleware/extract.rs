@@ -1,4 +1,4 @@
-//! [`AuthContext`] as an axum extractor.
+//! Implements the axum extractor for [`AuthContext`].
 
 use axum::{
     extract::{FromRequestParts, OptionalFromRequestParts},
@@ -7,8 +7,8 @@ use axum::{
 
 use crate::{context::AuthContext, denial::Denial};
 
-/// Refuses with 401 behind a layer that let the request through without a key, and with 500 where no
-/// layer is around the handler at all; the log line then names the one to add.
+/// Rejects with 401 behind a layer that let the request through without a key, and with 500 if no auth layer wraps
+/// the handler. In the second case the log message names the layer to add.
 impl<S: Send + Sync> FromRequestParts<S> for AuthContext {
     type Rejection = Denial;
 
@@ -17,7 +17,7 @@ impl<S: Send + Sync> FromRequestParts<S> for AuthContext {
     }
 }
 
-/// `None` behind a layer that let the request through without a key.
+/// Returns `None` behind a layer that let the request through without a key.
 impl<S: Send + Sync> OptionalFromRequestParts<S> for AuthContext {
     type Rejection = Denial;
 

@@ -1,4 +1,4 @@
-//! [`ResponseFuture`]: what happens to a request until it is answered.
+//! The response future of the auth layer: [`ResponseFuture`].
 
 use std::{
     fmt,
@@ -15,8 +15,8 @@ use tower_service::Service;
 use super::{body::ResponseBody, gated_call::GatedCall, service::AuthGate};
 
 pin_project! {
-    /// The response future of [`ApiKeyAuth`](crate::ApiKeyAuth). Dropping it at any moment leaves
-    /// nothing behind but a look-up that has begun, which ends on its own: others may wait for it.
+    /// Response future of [`ApiKeyAuth`](crate::ApiKeyAuth). It can be dropped at any time. A look-up that has begun
+    /// then continues, because other requests may wait for it; nothing else is left behind.
     pub struct ResponseFuture<S, B>
     where
         S: Service<Request<B>>,

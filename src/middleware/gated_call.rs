@@ -1,4 +1,4 @@
-//! [`GatedCall`]: a request from the decision about it to its response. The auth layer and its guards share it.
+//! Handles a request from the decision to the response: [`GatedCall`]. The auth layer and its guards share it.
 
 use std::{
     future::Future,
@@ -17,9 +17,9 @@ use super::{
 };
 use crate::denial::Denial;
 
-/// What a layer does with a request that waits for a decision, and with its response.
+/// Layer-specific steps for a request that waits for a decision, and for its response.
 pub(crate) trait Gate {
-    /// What a positive decision is made of.
+    /// Result of a positive decision.
     type Permission;
 
     /// Prepares the request for the inner service.
@@ -29,20 +29,20 @@ pub(crate) trait Gate {
         permission: Self::Permission,
     ) -> Result<(), Denial>;
 
-    /// The inner service gets the request.
+    /// Called directly before the inner service gets the request.
     fn called(&mut self) {}
 
-    /// Makes the layer's response of the inner service's.
+    /// Converts the inner service's response into the layer's response.
     fn finish<R>(&mut self, response: Response<R>) -> Response<ResponseBody<R>>;
 
-    /// Makes the response to a request that is denied.
+    /// Creates the response to a denied request.
     fn deny<R>(&self, denial: &Denial) -> Response<ResponseBody<R>>;
 
-    /// How much of a denied request's body is read.
+    /// Returns the limits for reading the body of a denied request.
     fn discard_limits<B>(&self, request: &Request<B>) -> DiscardLimits;
 }
 
-/// A decision that takes I/O.
+/// Decision that needs I/O.
 pub(crate) type Decision<P> = Pin<Box<dyn Future<Output = Result<P, Denial>> + Send>>;
 
 pin_project! {
@@ -52,28 +52,28 @@ pin_project! {
         G: Gate,
     {
         #[pin]
-        state: State<S, B, S::Future, G::Permission>,
+        state: CallState<S, B, S::Future, G::Permission>,
         gate: G,
     }
 }
 
 pin_project! {
-    #[project = StateProjection]
-    enum State<S, B, F, P> {
+    #[project = CallStateProjection]
+    enum CallState<S, B, F, P> {
         Deciding {
             decision: Decision<P>,
-            // Taken when the decision is there. Boxed, so that a call that holds none is no larger for it.
-            held: Option<Box<Held<S, B>>>,
+            // Taken when the decision is made. Boxed, to keep calls in other states small.
+            held: Option<Box<WaitingRequest<S, B>>>,
         },
-        GettingReady { held: Option<Box<Held<S, B>>> },
+        GettingReady { held: Option<Box<WaitingRequest<S, B>>> },
         Inner { #[pin] future: F },
         Denied { denial: Denial, unread: Option<UnreadBody<B>> },
     }
 }
 
-/// What waits for a decision. The inner service is not ready: an instance that is may hold a permit of a
-/// concurrency limit, which requests that need no I/O would wait for.
-struct Held<S, B> {
+/// A request that waits for a decision, with the inner service. The service is not polled ready yet: a ready instance
+/// may hold a permit of a concurrency limit, for which requests without I/O would wait.
+struct WaitingRequest<S, B> {
     request: Request<B>,
     inner: S,
 }
@@ -83,21 +83,21 @@ where
     S: Service<Request<B>>,
     G: Gate,
 {
-    /// The request has gone to the inner service, which was ready.
+    /// Creates a call whose request the inner service, which was ready, has got.
     pub(crate) fn inner(mut gate: G, future: S::Future) -> Self {
         gate.called();
-        Self { state: State::Inner { future }, gate }
+        Self { state: CallState::Inner { future }, gate }
     }
 
-    /// The request waits for a decision, and after that for `inner`, which is not ready.
+    /// Creates a call that waits for a decision, and then until `inner`, which is not ready, is ready.
     pub(crate) fn deciding(
         gate: G,
         decision: Decision<G::Permission>,
         request: Request<B>,
         inner: S,
     ) -> Self {
-        let held = Some(Box::new(Held { request, inner }));
-        Self { state: State::Deciding { decision, held }, gate }
+        let held = Some(Box::new(WaitingRequest { request, inner }));
+        Self { state: CallState::Deciding { decision, held }, gate }
     }
 }
 
@@ -107,13 +107,13 @@ where
     B: Body,
     G: Gate,
 {
-    /// The request is denied.
+    /// Creates a call whose request is denied.
     pub(crate) fn denied(gate: G, denial: Denial, request: Request<B>) -> Self {
-        Self { state: State::denied(&gate, denial, request), gate }
+        Self { state: CallState::denied(&gate, denial, request), gate }
     }
 }
 
-impl<S, B: Body, F, P> State<S, B, F, P> {
+impl<S, B: Body, F, P> CallState<S, B, F, P> {
     fn denied(gate: &impl Gate, denial: Denial, request: Request<B>) -> Self {
         denial.log();
         let limits = gate.discard_limits(&request);
@@ -133,32 +133,32 @@ where
         let mut this = self.project();
         loop {
             match this.state.as_mut().project() {
-                StateProjection::Deciding { decision, held } => {
+                CallStateProjection::Deciding { decision, held } => {
                     let decision = ready!(decision.as_mut().poll(cx));
-                    // `None` only if a future that has panicked is polled again.
+                    // This is `None` only if the future is polled again after a panic.
                     let Some(mut held) = held.take() else { return Poll::Pending };
                     let admitted = decision
                         .and_then(|permission| this.gate.admit(&mut held.request, permission));
                     let next = match admitted {
-                        Ok(()) => State::GettingReady { held: Some(held) },
-                        Err(denial) => State::denied(this.gate, denial, held.request),
+                        Ok(()) => CallState::GettingReady { held: Some(held) },
+                        Err(denial) => CallState::denied(this.gate, denial, held.request),
                     };
                     this.state.set(next);
                 }
-                StateProjection::GettingReady { held } => {
+                CallStateProjection::GettingReady { held } => {
                     let Some(waiting) = held else { return Poll::Pending };
                     ready!(waiting.inner.poll_ready(cx))?;
                     let Some(held) = held.take() else { return Poll::Pending };
-                    let Held { request, mut inner } = *held;
+                    let WaitingRequest { request, mut inner } = *held;
                     this.gate.called();
                     let future = inner.call(request);
-                    this.state.set(State::Inner { future });
+                    this.state.set(CallState::Inner { future });
                 }
-                StateProjection::Inner { future } => {
+                CallStateProjection::Inner { future } => {
                     let response = ready!(future.poll(cx))?;
                     return Poll::Ready(Ok(this.gate.finish(response)));
                 }
-                StateProjection::Denied { denial, unread } => {
+                CallStateProjection::Denied { denial, unread } => {
                     if let Some(body) = unread {
                         ready!(body.poll_discard(cx));
                         *unread = None;

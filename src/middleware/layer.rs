@@ -1,4 +1,4 @@
-//! [`ApiKeyAuthLayer`]: the options, and the service that they make.
+//! The auth layer and its options: [`ApiKeyAuthLayer`].
 
 use std::{fmt, net::IpAddr, sync::Arc, time::Duration};
 
@@ -15,8 +15,8 @@ use super::{
 };
 use crate::{authenticator::Authenticator, key::KeyScheme, store::KeyStore};
 
-/// Lets requests through that carry a valid API key, with an
-/// [`AuthContext`](crate::AuthContext) in their extensions, and answers the others.
+/// Lets requests with a valid API key through, with an [`AuthContext`](crate::AuthContext) in their extensions, and
+/// denies the others.
 ///
 /// ```
 /// use tower::ServiceBuilder;
@@ -34,18 +34,18 @@ use crate::{authenticator::Authenticator, key::KeyScheme, store::KeyStore};
 /// # Ok::<(), tower_api_key::InvalidRealm>(())
 /// ```
 ///
-/// The request body has to implement [`http_body::Body`]: see [`discard_body`](Self::discard_body).
+/// The request body must implement [`http_body::Body`]: see [`discard_body`](Self::discard_body).
 ///
-/// A request whose key is in the local cache goes to the instance of the inner service that was polled ready. For
-/// one that needs a look-up, that instance is dropped, so that it holds no permit of a concurrency limit while the
-/// store is asked, and a clone of the service is polled ready after the look-up.
+/// A request whose key is in the local cache goes to the instance of the inner service that was polled ready. For a
+/// request that needs a look-up, that instance is dropped, so that it holds no permit of a concurrency limit during
+/// the look-up. A clone of the service is polled ready after the look-up.
 #[derive(Debug, Clone)]
 pub struct ApiKeyAuthLayer {
     authenticator: Authenticator,
     options: Options,
 }
 
-/// What a layer does with a request.
+/// Options of a layer.
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
     pub(crate) credentials: Vec<Credential>,
@@ -56,17 +56,17 @@ pub(crate) struct Options {
     pub(crate) presentation: Presentation,
 }
 
-/// Says which requests are none of the layer's business.
+/// Predicate for requests that the layer lets through unchecked.
 #[derive(Clone)]
 pub(crate) struct Skip(pub(crate) Arc<dyn Fn(&RequestHead<'_>) -> bool + Send + Sync>);
 
 impl ApiKeyAuthLayer {
-    /// A layer over `store` with the default options and the default [`KeyScheme`].
+    /// Creates a layer over `store` with the default options and the default [`KeyScheme`].
     pub fn new(store: impl KeyStore) -> Self {
         Self::from(Authenticator::new(store))
     }
 
-    /// Sets how keys look and are hashed. Give it before the layer is cloned: it makes a new
+    /// Sets the formats and hashes of keys. Call this before the layer is cloned, because it creates a new
     /// [`Authenticator`] over the same store.
     #[must_use]
     pub fn scheme(mut self, scheme: KeyScheme) -> Self {
@@ -74,8 +74,8 @@ impl ApiKeyAuthLayer {
         self
     }
 
-    /// Sets where a key may be, instead of `Authorization: Bearer` and `x-api-key`. With no place at all,
-    /// no request has a key; past 64 they are not looked at.
+    /// Sets the places where a key may be, instead of `Authorization: Bearer` and `x-api-key`. With an empty list, no
+    /// request has a key. At most 64 places are used; further ones are ignored.
     #[must_use]
     pub fn credentials(self, places: impl IntoIterator<Item = Credential>) -> Self {
         let places: Vec<_> = places.into_iter().take(MAX_PLACES).collect();
@@ -92,21 +92,21 @@ impl ApiKeyAuthLayer {
     ///
     /// # Errors
     ///
-    /// If it has characters that a quoted string can't hold, or more than 256.
+    /// Returns an error if the realm has characters that a quoted string can't contain, or more than 256 characters.
     pub fn realm(self, realm: &str) -> Result<Self, InvalidRealm> {
         let realm = Realm::new(realm).ok_or(InvalidRealm)?;
         Ok(self.with(|options| options.presentation.realm = realm))
     }
 
-    /// Lets a request without a key through, without a context. A bad key is still denied. Of the guards behind the
-    /// layer, [`RequireLayer`](crate::RequireLayer) denies such a request, the others let it pass.
+    /// Lets requests without a key through, without a context. An invalid key is still denied. Of the guards behind
+    /// the layer, [`RequireLayer`](crate::RequireLayer) denies a request without a key, and the others let it pass.
     #[must_use]
     pub fn optional(self) -> Self {
         self.with(|options| options.is_optional = true)
     }
 
-    /// Lets requests through untouched for which `predicate` is true: health checks, CORS preflight. Guards treat
-    /// them as those of an [`optional`](Self::optional) layer.
+    /// Lets requests for which `predicate` returns true through unchecked, such as health checks and CORS preflight.
+    /// Guards treat them like requests without a key behind an [`optional`](Self::optional) layer.
     #[must_use]
     pub fn skip(
         self,
@@ -115,22 +115,22 @@ impl ApiKeyAuthLayer {
         self.with(|options| options.skip = Some(Skip(Arc::new(predicate))))
     }
 
-    /// Leaves the header field that held the key in the request, marked as sensitive so that it is
-    /// not logged. By default the inner service never sees it.
+    /// Leaves the header field that held the key in the request, marked as sensitive so that it is not logged. By
+    /// default the field is removed before the inner service is called.
     #[must_use]
     pub fn mark_sensitive(self) -> Self {
         self.with(|options| options.key_header = KeyHeader::MarkSensitive)
     }
 
-    /// Takes the client's address from a header field that these proxies write.
+    /// Sets the trusted proxies, from whose header field the client's address is read.
     #[must_use]
     pub fn trusted_proxies(self, proxies: TrustedProxies) -> Self {
         self.with(|options| options.client.proxies = Some(proxies))
     }
 
-    /// Sets where the peer's address comes from, instead of [`ClientAddr`](crate::ClientAddr) and
-    /// axum's `ConnectInfo`. `None` is "not known": keys with address rules are refused then, and in the
-    /// ration of failed bcrypt checks all such callers count as one.
+    /// Sets a closure that returns the peer's address, instead of [`ClientAddr`](crate::ClientAddr) and axum's
+    /// `ConnectInfo`. `None` means that the address is unknown: keys with address rules are then denied, and the
+    /// failure limiter of bcrypt checks counts all such callers as one.
     #[must_use]
     pub fn client_ip(
         self,
@@ -139,22 +139,22 @@ impl ApiKeyAuthLayer {
         self.with(|options| options.client.closure = Some(Arc::new(find)))
     }
 
-    /// Tells callers why their key is not valid: unknown, expired, revoked. Off by default, because
-    /// it tells whoever found a key what it was.
+    /// Sets whether denials contain the reason for which a key is not valid: unknown, expired, revoked. Off by
+    /// default, because the reason reveals the state of a key to a caller that found it.
     #[must_use]
     pub fn verbose(self, verbose: bool) -> Self {
         self.with(|options| options.presentation.verbose = verbose)
     }
 
-    /// Makes the responses of denied HTTP requests. gRPC callers get theirs in the protocol's own
-    /// shape, whatever this does, and a `HEAD` request gets no body. A response with a status of success gets the
-    /// [status of the denial](DeniedRequest::status) instead, and every one gets `Cache-Control: no-store`.
+    /// Sets a closure that creates the responses to denied HTTP requests. gRPC callers always get the response of
+    /// their protocol. The response to a `HEAD` request gets no body. A response with a success status gets the
+    /// [status of the denial](DeniedRequest::status) instead, and every response gets `Cache-Control: no-store`.
     ///
     /// ```
     /// use tower_api_key::{ApiKeyAuthLayer, MemoryStore};
     ///
     /// let layer = ApiKeyAuthLayer::new(MemoryStore::new())
-    ///     .on_denial(|refusal| refusal.respond_with("text/plain", refusal.detail()));
+    ///     .on_denial(|denied| denied.respond_with("text/plain", denied.detail()));
     /// ```
     #[must_use]
     pub fn on_denial(
@@ -164,27 +164,27 @@ impl ApiKeyAuthLayer {
         self.with(|options| options.presentation.on_denial = Some(OnDenial(Arc::new(respond))))
     }
 
-    /// Resolver every denial in HTTP, gRPC calls too. By default a `POST` over HTTP/2 with a gRPC content type, and
-    /// a `POST` with one of gRPC-Web, is answered with the HTTP status 200 and a `grpc-status`. Set this where only
-    /// the HTTP status counts: behind nginx's `auth_request`, or for a service that has no gRPC.
+    /// Answers every denial in HTTP, also those of gRPC calls. By default a `POST` over HTTP/2 with a gRPC content
+    /// type, and a `POST` with one of gRPC-Web, is answered with the HTTP status 200 and a `grpc-status`. Set this
+    /// where only the HTTP status is checked: behind nginx's `auth_request`, or for a service without gRPC.
     #[must_use]
     pub fn http_only(self) -> Self {
         self.with(|options| options.presentation.is_http_only = true)
     }
 
-    /// Sets how much of the body of a denied request is read and discarded before it is answered: at most `max_bytes`
+    /// Sets how much of the body of a denied request is read and discarded before the response: at most `max_bytes`
     /// (8 MiB by default), for at most `max_time` (2 s). Without this, the server closes the connection, or resets
-    /// the HTTP/2 stream, while the client is still sending, and a client or proxy sees a broken pipe (nginx: 502)
-    /// instead of the denial. Not for gRPC calls over HTTP/2. 0 turns it off. A body whose declared length is over the limit is not read, nor
-    /// is one whose client sends `Expect: 100-continue` and therefore waits. Counts for the guards behind this
-    /// layer as well.
+    /// the HTTP/2 stream, while the client is still sending, and the client or proxy gets a broken pipe (nginx: 502)
+    /// instead of the denial. The bodies of gRPC calls over HTTP/2 are not read. 0 disables it. A body is not read if
+    /// its declared length exceeds the limit, or if the client waits because it has sent `Expect: 100-continue`. The
+    /// limits apply to the guards behind this layer as well.
     #[must_use]
     pub fn discard_body(self, max_bytes: u64, max_time: Duration) -> Self {
         let discard = DiscardLimits { bytes: max_bytes, time: max_time };
         self.with(|options| options.presentation.discard = discard)
     }
 
-    /// The engine of this layer, to ask it about its health or to share it.
+    /// Returns the authenticator of this layer, to check its health or to share it.
     pub fn authenticator(&self) -> &Authenticator {
         &self.authenticator
     }
@@ -195,7 +195,7 @@ impl ApiKeyAuthLayer {
     }
 }
 
-/// A layer with the default options that shares everything with the authenticator.
+/// Creates a layer with the default options, which shares the cache and the tasks of the authenticator.
 impl From<Authenticator> for ApiKeyAuthLayer {
     fn from(authenticator: Authenticator) -> Self {
         let x_api_key = HeaderName::from_static("x-api-key");
@@ -225,7 +225,7 @@ impl fmt::Debug for Skip {
     }
 }
 
-/// A realm that a quoted string can't hold.
+/// Error for a realm that a quoted string can't contain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InvalidRealm;
 

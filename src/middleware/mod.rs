@@ -1,4 +1,4 @@
-//! All that handles an HTTP request: the layer, its guards, and the responses to denied requests.
+//! HTTP requests: the auth layer, its guards, and the responses to denied requests.
 
 mod body;
 mod client_address;

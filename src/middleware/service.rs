@@ -1,4 +1,4 @@
-//! [`ApiKeyAuth`]: what happens to a request when it arrives.
+//! The service of the auth layer: [`ApiKeyAuth`].
 
 use std::{
     mem,
@@ -25,7 +25,7 @@ use crate::{
     denial::{Denial, Forbidden, MalformedCredential},
 };
 
-/// The service of an [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer).
+/// Service of an [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer).
 #[derive(Debug, Clone)]
 pub struct ApiKeyAuth<S> {
     inner: S,
@@ -38,17 +38,17 @@ impl<S> ApiKeyAuth<S> {
         Self { inner, rules: Arc::new(Rules { authenticator, options, presentation }) }
     }
 
-    /// The inner service.
+    /// Returns a reference to the inner service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
 
-    /// The inner service.
+    /// Returns a mutable reference to the inner service.
     pub fn get_mut(&mut self) -> &mut S {
         &mut self.inner
     }
 
-    /// Gives up the layer and returns the inner service.
+    /// Consumes the auth service and returns the inner service.
     pub fn into_inner(self) -> S {
         self.inner
     }
@@ -69,30 +69,30 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> ResponseFuture<S, B> {
         let head = RequestHead::of(&request);
-        let asker = RequestSummary::new(&head, self.rules.presentation.as_ref());
-        let gate = AuthGate { asker, pending: None };
+        let summary = RequestSummary::new(&head, self.rules.presentation.as_ref());
+        let gate = AuthGate { summary, pending: None };
         let admitted = match self.rules.decide(&head) {
             Decision::Pass => Ok(()),
             Decision::LetThrough => {
                 self.rules.let_through(&mut request);
                 Ok(())
             }
-            Decision::Known { caller, places } => self.rules.let_in(&mut request, caller, places),
+            Decision::Cached { caller, places } => self.rules.admit(&mut request, caller, places),
             Decision::LookUp { lookup, places } => {
-                // The look-up may take as long as the store's time-outs. The instance that is ready may hold a
-                // permit, which requests with a cached key need meanwhile.
+                // A look-up may take as long as the store's timeouts. The ready instance may hold a permit, which
+                // requests with a cached key need in the meantime.
                 let inner = self.inner.clone();
                 drop(self.take_ready());
                 let pending = Some(Box::new(Pending { rules: Arc::clone(&self.rules), places }));
                 let gate = AuthGate { pending, ..gate };
                 return ResponseFuture { call: GatedCall::deciding(gate, lookup, request, inner) };
             }
-            Decision::Refuse(denial) => Err(denial),
+            Decision::Deny(denial) => Err(denial),
         };
         let call = match admitted {
             Ok(()) => GatedCall::inner(gate, self.inner.call(request)),
             Err(denial) => {
-                // The instance that is ready may hold a permit for the call that will not come.
+                // Drops the ready instance: it may hold a permit for the call, which will not come.
                 drop(self.take_ready());
                 GatedCall::denied(gate, denial, request)
             }
@@ -102,23 +102,23 @@ where
 }
 
 impl<S: Clone> ApiKeyAuth<S> {
-    /// Takes the instance that was polled ready and leaves a clone, which was not.
+    /// Takes the instance that was polled ready, and leaves a clone, which was not polled.
     fn take_ready(&mut self) -> S {
         let clone = self.inner.clone();
         mem::replace(&mut self.inner, clone)
     }
 }
 
-/// The decision about one request, and the shape of its response.
+/// Decision on one request, and the format of its response.
 pub(crate) struct AuthGate {
-    asker: RequestSummary,
-    /// For a request that waits for a look-up.
+    summary: RequestSummary,
+    /// Set for a request that waits for a look-up.
     pending: Option<Box<Pending>>,
 }
 
 struct Pending {
     rules: Arc<Rules>,
-    /// The places that the key is in.
+    /// Bit set of the places that contain the key.
     places: u64,
 }
 
@@ -126,26 +126,26 @@ impl Gate for AuthGate {
     type Permission = AuthContext;
 
     fn admit<B>(&mut self, request: &mut Request<B>, caller: AuthContext) -> Result<(), Denial> {
-        // Always there, because this is called once; without the rules nothing is let in.
+        // Always set, because this is called once. Without the rules, the request is denied.
         let Some(pending) = self.pending.take() else { return Err(Denial::LayerMissing) };
-        pending.rules.let_in(request, caller, pending.places)
+        pending.rules.admit(request, caller, pending.places)
     }
 
     #[inline]
     fn finish<R>(&mut self, response: Response<R>) -> Response<ResponseBody<R>> {
-        self.asker.reshape(response)
+        self.summary.format(response)
     }
 
     fn deny<R>(&self, denial: &Denial) -> Response<ResponseBody<R>> {
-        self.asker.refuse(denial)
+        self.summary.deny(denial)
     }
 
     fn discard_limits<B>(&self, _: &Request<B>) -> DiscardLimits {
-        self.asker.presentation().discard
+        self.summary.presentation().discard
     }
 }
 
-/// What decides on a request, before and after the look-up.
+/// Settings that decide on a request, before and after the look-up.
 #[derive(Debug)]
 struct Rules {
     authenticator: Authenticator,
@@ -156,13 +156,13 @@ struct Rules {
 const UNKNOWN_PEER: &str = "serve axum with into_make_service_with_connect_info::<SocketAddr>(), insert \
     ClientAddr into the extensions of requests, or set client_ip on the layer";
 
-/// What can be said of a request at once. `places` has the key.
+/// Decision on a request without I/O. `places` is the bit set of the places that contain the key.
 enum Decision {
-    /// This layer has let it in before.
+    /// The request passes, because it has already passed a layer of this authenticator.
     Pass,
-    /// As the options say, without a key.
+    /// The options let the request through without a key.
     LetThrough,
-    Known {
+    Cached {
         caller: AuthContext,
         places: u64,
     },
@@ -170,13 +170,13 @@ enum Decision {
         lookup: LookupFuture,
         places: u64,
     },
-    Refuse(Denial),
+    Deny(Denial),
 }
 
 impl Rules {
     fn decide(&self, head: &RequestHead<'_>) -> Decision {
         if let Some(caller) = head.extensions().get::<AuthContext>()
-            && self.authenticator.made(caller)
+            && self.authenticator.is_origin_of(caller)
         {
             return Decision::Pass;
         }
@@ -184,41 +184,41 @@ impl Rules {
             return Decision::LetThrough;
         }
         let credentials = &self.options.credentials;
-        if let Some((bytes, places)) = credential::at_a_glance(credentials, head.headers())
+        if let Some((bytes, places)) = credential::common_form(credentials, head.headers())
             && let Some(caller) = self.authenticator.cached_context(bytes)
         {
-            return Decision::Known { caller, places };
+            return Decision::Cached { caller, places };
         }
         let found = match credential::find(credentials, head) {
             Ok(Some(found)) => found,
             Ok(None) if self.has_misplaced_key(head) => {
-                return Decision::Refuse(MalformedCredential::NoBearer.into());
+                return Decision::Deny(MalformedCredential::NoBearer.into());
             }
             Ok(None) if self.options.is_optional => return Decision::LetThrough,
-            Ok(None) => return Decision::Refuse(Denial::MissingCredential),
-            Err(denial) => return Decision::Refuse(denial),
+            Ok(None) => return Decision::Deny(Denial::MissingCredential),
+            Err(denial) => return Decision::Deny(denial),
         };
         let places = found.places;
         match self.authenticator.cached(&found.token) {
-            Cached::Hit(caller) => Decision::Known { caller, places },
-            Cached::Negative(reason) => Decision::Refuse(reason.into()),
+            Cached::Hit(caller) => Decision::Cached { caller, places },
+            Cached::Negative(reason) => Decision::Deny(reason.into()),
             Cached::Miss => match self.authenticator.parse(&found.token) {
                 Ok(key) => {
                     let address = self.options.client.find(head);
                     let lookup = self.authenticator.look_up(key, address);
                     Decision::LookUp { lookup, places }
                 }
-                // Not before: keys of another service may have other characters.
+                // Checked after parsing, because keys of an adopted database may have other characters.
                 Err(_) if found.breaks_bearer_grammar(credentials) => {
-                    Decision::Refuse(MalformedCredential::NotB64Token.into())
+                    Decision::Deny(MalformedCredential::NotB64Token.into())
                 }
-                Err(denial) => Decision::Refuse(denial),
+                Err(denial) => Decision::Deny(denial),
             },
         }
     }
 
-    /// Whether the request has a key in `Authorization` that is not behind `Bearer`. Without a word about it, it
-    /// would be a request without a key, which an optional layer lets through.
+    /// Returns whether the request has a key in `Authorization` that does not follow `Bearer`. Without this check,
+    /// the request would have no key, and an optional layer would let it through.
     fn has_misplaced_key(&self, head: &RequestHead<'_>) -> bool {
         match Misplaced::of(&self.options.credentials, head.headers()) {
             Some(Misplaced::Structured(text)) => self.authenticator.has_structured_key(text),
@@ -229,14 +229,15 @@ impl Rules {
 
     /// Prepares a request that passes without a key.
     fn let_through<B>(&self, request: &mut Request<B>) {
-        // No context but this layer's own may reach the inner service.
+        // Only a context of this layer may reach the inner service.
         request.extensions_mut().remove::<AuthContext>();
         request.extensions_mut().insert(LetThrough);
         self.pass_on(request);
     }
 
-    /// Judges what depends on the request, and makes it ready for the inner service. `places` has the key.
-    fn let_in<B>(
+    /// Checks the rules that depend on the request, and prepares it for the inner service. `places` is the bit set of
+    /// the places that contain the key.
+    fn admit<B>(
         &self,
         request: &mut Request<B>,
         caller: AuthContext,
@@ -247,7 +248,7 @@ impl Rules {
             let address = || {
                 let address = self.options.client.find(&head);
                 if address.is_none() && !self.options.client.has_peer(&head) {
-                    self.authenticator.address_is_unknown(UNKNOWN_PEER);
+                    self.authenticator.log_unknown_address(UNKNOWN_PEER);
                 }
                 address
             };
@@ -256,14 +257,14 @@ impl Rules {
                 return Err(Forbidden::Endpoint.into());
             }
         }
-        self.options.key_header.treat(&self.options.credentials, places, request.headers_mut());
+        self.options.key_header.apply(&self.options.credentials, places, request.headers_mut());
         caller.count_request();
         request.extensions_mut().insert(caller);
         self.pass_on(request);
         Ok(())
     }
 
-    /// Passes settings on to guards, where they are not the default.
+    /// Inserts the settings for guards, if they are not the default.
     fn pass_on<B>(&self, request: &mut Request<B>) {
         if let Some(presentation) = &self.presentation
             && presentation.discard != DiscardLimits::default()

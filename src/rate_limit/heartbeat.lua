@@ -1,5 +1,5 @@
--- KEYS[1] holds when each node was last heard of; ARGV: a node's name, and for how many milliseconds it counts.
--- Returns how many there are.
+-- KEYS[1]: sorted set of node names with the times of their last heartbeats. ARGV: name of this node, and its
+-- lifetime in milliseconds. Returns the number of nodes.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])

@@ -1,4 +1,4 @@
-//! Rate limits of one process: [`LocalRateLimiter`].
+//! In-process rate limits: [`LocalRateLimiter`].
 
 use std::{
     collections::HashMap,
@@ -16,53 +16,54 @@ use crate::{
     runtime::{Clock, SystemClock},
 };
 
-/// Counts the requests of one process, in its memory. Clones count together.
+/// Counts the requests of one process in memory. Clones share their counters.
 ///
-/// Windows are those of the wall clock at the time at which this was made; from then on the monotonic clock
-/// moves them, so that nobody gets more by setting a clock. Keys that were not used in the windows that are
-/// under way take no memory.
+/// Windows are aligned to the wall clock at the time at which the limiter was created. From then on the monotonic
+/// clock moves them, so that setting the clock does not allow more requests. Keys that were not used in the current
+/// windows take no memory.
 #[derive(Clone)]
-pub struct LocalRateLimiter(Arc<Inner>);
+pub struct LocalRateLimiter(Arc<LocalCounters>);
 
-struct Inner {
+struct LocalCounters {
     shards: [Mutex<Shard>; SHARDS],
     hasher: RandomState,
     clock: Arc<dyn Clock>,
-    /// What the monotonic clock lacks of the time since the Unix epoch, in nanoseconds.
+    /// Offset of the monotonic clock to the time since the Unix epoch, in nanoseconds.
     epoch: u64,
 }
 
 #[derive(Default)]
 struct Shard {
     counters: HashMap<KeyId, Counters, RandomState>,
-    /// At so many, those whose windows are over are looked for.
+    /// Number of counters at which those of past windows are removed.
     sweep_at: usize,
 }
 
-/// By period.
+/// Counters of a key, by period.
 type Counters = [Counter; 3];
 
 #[derive(Clone, Copy, Default)]
 struct Counter {
-    /// Which window since the Unix epoch.
+    /// Number of the window since the Unix epoch.
     window: u64,
     count: u64,
 }
 
-/// So that cores seldom meet.
+/// Number of shards. Sharded to avoid contention.
 const SHARDS: usize = 64;
-const FEW: usize = 64;
+/// Minimum number of counters before a sweep.
+const MIN_SWEEP: usize = 64;
 
 impl LocalRateLimiter {
-    /// A limiter that has counted nothing.
+    /// Creates a limiter without counted requests.
     pub fn new() -> Self {
         Self::with_clock(Arc::new(SystemClock))
     }
 
-    /// A limiter with a clock of your own.
+    /// Creates a limiter with a custom clock.
     pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
         let (wall, monotonic) = clock.nanos();
-        Self(Arc::new(Inner {
+        Self(Arc::new(LocalCounters {
             shards: std::array::from_fn(|_| Mutex::default()),
             hasher: RandomState::default(),
             clock,
@@ -70,12 +71,12 @@ impl LocalRateLimiter {
         }))
     }
 
-    /// Counts a request that somebody else has allowed, whether there is room or not.
-    pub(super) fn note(&self, key: &KeyId, limits: RateLimits) {
+    /// Counts a request that was allowed elsewhere, even if the limit is reached.
+    pub(super) fn count_allowed(&self, key: &KeyId, limits: RateLimits) {
         self.take(key, limits, true);
     }
 
-    /// Counts a request if there is room for it, or if it `is_allowed` already.
+    /// Counts a request if it is within the limits, or if it `is_allowed` already.
     fn take(&self, key: &KeyId, limits: RateLimits, is_allowed: bool) -> Quota {
         let now = self.now();
         let mut shard = self.shard(key);
@@ -89,7 +90,7 @@ impl LocalRateLimiter {
             let Some(limit) = period.limit(&limits) else { continue };
             let (window, left) = window_at(period, now);
             let counter = &mut counters[period as usize];
-            counter.turn_to(window);
+            counter.roll_over(window);
             if counter.count >= limit {
                 quota.refuse();
             }
@@ -113,7 +114,7 @@ impl LocalRateLimiter {
         self.0.shards[at].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Since the Unix epoch, in nanoseconds.
+    /// Returns the time since the Unix epoch, in nanoseconds.
     fn now(&self) -> u64 {
         self.0.epoch.saturating_add(self.0.clock.nanos().1)
     }
@@ -128,21 +129,21 @@ impl Shard {
                     counter.count > 0 && counter.window >= window_at(period, now).0
                 })
             });
-            self.sweep_at = FEW.max(2 * self.counters.len());
+            self.sweep_at = MIN_SWEEP.max(2 * self.counters.len());
         }
     }
 }
 
 impl Counter {
-    fn turn_to(&mut self, window: u64) {
+    fn roll_over(&mut self, window: u64) {
         if self.window != window {
             *self = Self { window, count: 0 };
         }
     }
 }
 
-/// Which window it is since the Unix epoch, and the milliseconds to the next one. By constants, so that nothing is
-/// divided.
+/// Returns the number of the window since the Unix epoch, and the milliseconds until the next one. Divides by
+/// constants, which compiles to multiplications.
 #[inline]
 fn window_at(period: RatePeriod, now: u64) -> (u64, u32) {
     const SECOND: u64 = 1_000_000_000;

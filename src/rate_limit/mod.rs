@@ -1,9 +1,9 @@
-//! How often a key may be used: [`RateLimitLayer`], over a [`RateLimiter`].
+//! Rate limits of keys: [`RateLimiter`] and its implementations.
 //!
-//! Windows are aligned: a minute is the one of the clock on the wall, not the sixty seconds before a request.
-//! So a key with a limit of L a minute gets at most L requests through in any minute of the clock, and at most
-//! 2 L in sixty seconds that have the end of one in them. In exchange a refused caller can be told the second
-//! at which it may come again, and all counters of a key are six numbers.
+//! Windows are aligned: a minute is a minute of the wall clock, not the 60 seconds before a request. For a limit of L
+//! per minute, at most L requests pass in each minute of the wall clock, and at most 2 L in any 60 seconds that span
+//! the end of a minute. In exchange, the response to a denied request contains the exact second at which the caller
+//! may retry, and all counters of a key are six numbers.
 
 mod local;
 #[cfg(feature = "redis")]
@@ -19,30 +19,31 @@ use crate::{
     record::{KeyId, Quota, RateLimits},
 };
 
-/// Counts requests.
+/// Counts requests and decides whether they are within the rate limits.
 ///
 /// # What an implementer must never do
 ///
-/// Never count a request that is refused, in any window; never count by anything but the key's id, which is what
-/// stays when a key is rotated.
+/// Never count a request that is denied, in any window. Never count by anything but the key's id, which stays the
+/// same when a key is rotated.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a rate limiter",
     label = "this is not a `RateLimiter`",
     note = "use `LocalRateLimiter::new()`, a `RedisRateLimiter` (a builder becomes one with `build()`), or an `Arc` of a rate limiter; the trait is not dyn compatible"
 )]
 pub trait RateLimiter: Send + Sync + 'static {
-    /// Counts a request of `key` in every window that has a limit or, if one of them is full, in none.
+    /// Counts a request of `key` in every window that has a limit or, if a window is full, in none.
     ///
     /// # Errors
     ///
-    /// When it can't be said whether there is room: the caller gets a 503.
+    /// Returns an error if the limiter can't decide. The caller gets a 503.
     fn count(
         &self,
         key: &KeyId,
         limits: RateLimits,
     ) -> impl Future<Output = Result<Quota, StoreError>> + Send;
 
-    /// The same without waiting, for a limiter that never has to; `None` by default.
+    /// Counts a request like [`count`](Self::count), without waiting. For limiters that never wait; returns `None` by
+    /// default.
     fn count_now(&self, key: &KeyId, limits: RateLimits) -> Option<Quota> {
         let _ = (key, limits);
         None

@@ -20,14 +20,14 @@ use crate::{
     telemetry,
 };
 
-/// Counts the requests of a fleet, in Redis: one script and one round trip a request. At most as many as the
-/// limit get through in a window by Redis's own clock, however many nodes there are. Clones count together.
+/// Counts the requests of a fleet in Redis, with one script and one round trip per request. At most as many requests
+/// as the limit pass in a window, by the clock of Redis, for any number of nodes. Clones share their counters.
 ///
-/// While Redis does not answer, [`OnRedisFailure`] decides: by default each node keeps its share of the limits by
-/// itself. It counts all that it lets through, so that a node which has used up its share of a window lets nothing more
-/// through when Redis goes away in the middle of it.
+/// While Redis does not answer, [`OnRedisFailure`] decides: by default each node enforces its share of the limits by
+/// itself. Each node counts all requests that it lets through. A node that has used up its share of a window
+/// therefore lets no more through if Redis fails within the window.
 ///
-/// # At most
+/// # Guarantee
 ///
 /// With a limit of L and N nodes, at most
 ///
@@ -35,16 +35,17 @@ use crate::{
 /// (1 + r) × L + (N + k) × max(⌊L / N⌋, 1)
 /// ```
 ///
-/// requests get through in a window in which Redis loses its memory r times (a restart without persistence, an eviction,
-/// a failover to a replica that lacks the last writes) and k nodes are started: L for each memory of Redis, and one
-/// share for each node and for each that replaces one. Without either it is 2 × L + N at most if Redis is away for a
-/// part of the window, and L if it is not. With [`OnRedisFailure::Deny`] it is (1 + r) × L.
+/// requests pass in a window in which Redis loses its data r times (a restart without persistence, an eviction, a
+/// failover to a replica that lacks the last writes) and k nodes are started: L for each data set of Redis, and one
+/// share for each node and for each node that is started. Without data loss and starts, at most 2 × L + N requests
+/// pass if Redis is unavailable for a part of the window, and at most L if it is available. With
+/// [`OnRedisFailure::Deny`] the limit is (1 + r) × L.
 ///
-/// N is what [`nodes`](RedisRateLimiterBuilder::nodes) sets. Without that, nodes count each other, and a node that starts
-/// while Redis is away, or in the last 5 s before, counts itself as alone: its share is L. Set it where nodes are
-/// started by the same incident that takes Redis away. The windows of shares are those of the node's own clock.
+/// N is set by [`nodes`](RedisRateLimiterBuilder::nodes). By default nodes count each other. A node that starts while
+/// Redis is unavailable, or within the last 5 s before, counts only itself: its share is L. Set N if the incident
+/// that makes Redis unavailable may also start nodes. The windows of shares are aligned to the node's own clock.
 ///
-/// Services that share a Redis need a [`namespace`](RedisRateLimiterBuilder::namespace) each.
+/// Services that share a Redis each need a [`namespace`](RedisRateLimiterBuilder::namespace).
 ///
 /// ```
 /// use tower_api_key::{RateLimitLayer, RedisRateLimiter};
@@ -54,33 +55,33 @@ use crate::{
 /// # Ok::<(), tower_api_key::RedisUrlError>(())
 /// ```
 #[derive(Clone)]
-pub struct RedisRateLimiter(Arc<Inner>);
+pub struct RedisRateLimiter(Arc<RedisLimiterParts>);
 
-struct Inner {
+struct RedisLimiterParts {
     link: Arc<Link>,
     on_redis_failure: OnRedisFailure,
-    /// What this node has let through.
+    /// Requests that this node has let through.
     local: LocalRateLimiter,
     nodes: Arc<Nodes>,
     heartbeat: Background,
-    /// What the names in Redis begin with.
+    /// Prefix of the names in Redis.
     names: String,
 }
 
-/// How many nodes there are.
+/// Number of nodes.
 struct Nodes {
-    /// Names this one.
+    /// Name of this node.
     name: String,
-    /// At least one. As configured, or as many as Redis has lately heard of.
+    /// At least one. Configured, or the number of nodes that have recently sent a heartbeat to Redis.
     count: AtomicU64,
     is_configured: bool,
 }
 
-/// What a [`RedisRateLimiter`] does while Redis does not answer.
+/// Behaviour of a [`RedisRateLimiter`] while Redis does not answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum OnRedisFailure {
-    /// Each node lets through its share: the limit over the number of nodes, at least one request.
+    /// Each node lets its share through: the limit divided by the number of nodes, at least one request.
     #[default]
     Share,
     /// Every request is let through.
@@ -105,23 +106,24 @@ static TAKE_SCRIPT: Script = Script::new(TAKE, || Script::digest_of(TAKE));
 const HEARTBEAT: &str = include_str!("heartbeat.lua");
 static HEARTBEAT_SCRIPT: Script = Script::new(HEARTBEAT, || Script::digest_of(HEARTBEAT));
 
+/// Interval between two heartbeats.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(5);
-/// A node that was not heard of for so long is gone.
+/// Time after its last heartbeat at which a node is no longer counted.
 const NODE_LIFETIME: Duration = Duration::from_secs(15);
-/// What Lua counts exactly.
-const MOST: u64 = 1 << 53;
+/// Largest integer up to which Lua counts exactly.
+const MAX_LUA_INTEGER: u64 = 1 << 53;
 
 impl RedisRateLimiter {
-    /// Counts on these servers, with the default settings. Connects at first use.
+    /// Creates a limiter on these servers with the default settings. It connects at first use.
     ///
     /// # Errors
     ///
-    /// If a URL can't be read.
+    /// Returns an error if a URL can't be parsed.
     pub fn new(servers: impl Into<RedisServers>) -> Result<Self, RedisUrlError> {
         Self::builder(servers).build()
     }
 
-    /// Settings of your own.
+    /// Creates a builder of a limiter on these servers.
     pub fn builder(servers: impl Into<RedisServers>) -> RedisRateLimiterBuilder {
         RedisRateLimiterBuilder {
             servers: servers.into(),
@@ -132,25 +134,25 @@ impl RedisRateLimiter {
         }
     }
 
-    /// How Redis stands, for a health check.
+    /// Returns the state of Redis, for a health check.
     pub fn state(&self) -> RedisState {
         self.0.link.state()
     }
 
-    /// How many nodes share the limits while Redis is away, as far as this one knows.
+    /// Returns the number of nodes that share the limits while Redis is unavailable, as far as this node knows.
     pub fn nodes(&self) -> u64 {
         self.0.nodes.count.load(Ordering::Relaxed)
     }
 
     async fn take(&self, key: &KeyId, limits: RateLimits) -> Option<Quota> {
-        // A text id can look like an integer.
+        // Distinguishes integer ids from text ids that look like integers.
         let id = key.as_i64().map_or_else(|| format!("t{key}"), |id| format!("i{id}"));
         let name = format!("{}{}", self.0.names, slot(&id));
         let arguments = |command: &mut Cmd| {
             command.arg(1).arg(&name);
             for period in RatePeriod::ALL {
                 match period.limit(&limits) {
-                    Some(limit) => command.arg(limit.min(MOST)),
+                    Some(limit) => command.arg(limit.min(MAX_LUA_INTEGER)),
                     None => command.arg(-1),
                 };
             }
@@ -175,10 +177,10 @@ impl RedisRateLimiter {
                     per_hour: share(limits.per_hour),
                     per_day: share(limits.per_day),
                 };
-                self.0.local.count_now(key, shares).ok_or_else(away)
+                self.0.local.count_now(key, shares).ok_or_else(redis_unavailable)
             }
             OnRedisFailure::Allow => Ok(Quota::new(true, [])),
-            OnRedisFailure::Deny => Err(away()),
+            OnRedisFailure::Deny => Err(redis_unavailable()),
         }
     }
 
@@ -186,7 +188,7 @@ impl RedisRateLimiter {
         if !self.0.nodes.is_configured {
             let (link, nodes) = (Arc::clone(&self.0.link), Arc::downgrade(&self.0.nodes));
             let name = format!("{}nodes", self.0.names);
-            self.0.heartbeat.ensure(|| beat(link, nodes, name));
+            self.0.heartbeat.ensure(|| send_heartbeats(link, nodes, name));
         }
     }
 }
@@ -198,17 +200,17 @@ impl RateLimiter for RedisRateLimiter {
             return self.without_redis(key, limits);
         };
         if quota.is_allowed() && self.0.on_redis_failure == OnRedisFailure::Share {
-            self.0.local.note(key, limits);
+            self.0.local.count_allowed(key, limits);
         }
         Ok(quota)
     }
 }
 
-fn away() -> StoreError {
-    StoreError::unavailable("Redis, which counts the requests, does not answer")
+fn redis_unavailable() -> StoreError {
+    StoreError::unavailable("the Redis server that counts requests does not respond")
 }
 
-/// Reads what the script has returned; `None` if it is nothing of the kind.
+/// Parses the result of the script; `None` if it is malformed.
 fn quota(value: &Value, limits: &RateLimits) -> Option<Quota> {
     let Value::Array(values) = value else { return None };
     let mut numbers = values.iter().map(|value| match value {
@@ -228,16 +230,16 @@ fn quota(value: &Value, limits: &RateLimits) -> Option<Quota> {
     Some(Quota::new(is_allowed, windows))
 }
 
-/// Counts this node in, and the others, until the limiter is dropped.
-async fn beat(link: Arc<Link>, nodes: Weak<Nodes>, name: String) {
-    // A Redis that has lost its memory has all nodes again after one round of heartbeats. Until then an older answer is
-    // the right one.
+/// Sends heartbeats of this node and updates the number of nodes, until the limiter is dropped.
+async fn send_heartbeats(link: Arc<Link>, nodes: Weak<Nodes>, name: String) {
+    // After data loss, Redis has all nodes again after one round of heartbeats. Until then an earlier count is
+    // correct, so the maximum of the last three counts is used.
     let mut latest = [0; 3];
     while let Some(nodes) = nodes.upgrade() {
         let arguments = |command: &mut Cmd| {
             command.arg(1).arg(&name).arg(&nodes.name).arg(NODE_LIFETIME.as_millis() as u64);
         };
-        // While Redis is away, the count stays what it was.
+        // While Redis is unavailable, the last count is kept.
         if let Ok(Value::Int(count)) = HEARTBEAT_SCRIPT.run(&link, arguments).await {
             latest = [latest[1], latest[2], u64::try_from(count).unwrap_or(1)];
             let count = latest.into_iter().max().unwrap_or(1).max(1);
@@ -249,43 +251,45 @@ async fn beat(link: Arc<Link>, nodes: Weak<Nodes>, name: String) {
 }
 
 impl RedisRateLimiterBuilder {
-    /// The longest that a request waits for Redis: 100 ms by default.
+    /// Sets the maximum time that a request waits for Redis: 100 ms by default.
     #[must_use]
     pub fn timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
     }
 
-    /// What happens while Redis does not answer.
+    /// Sets the behaviour while Redis does not answer.
     #[must_use]
     pub fn on_redis_failure(self, on_redis_failure: OnRedisFailure) -> Self {
         Self { on_redis_failure, ..self }
     }
 
-    /// How many nodes share the limits while Redis is away, at least one. By default they are counted: each one
-    /// writes its name to Redis every 5 s, and one that has not for 15 s no longer counts.
+    /// Sets the number of nodes that share the limits while Redis is unavailable, at least one. By default nodes are
+    /// counted: each node writes its name to Redis every 5 s, and a node that has not written it for 15 s is no
+    /// longer counted.
     #[must_use]
     pub fn nodes(self, nodes: u64) -> Self {
         Self { nodes: Some(nodes.max(1)), ..self }
     }
 
-    /// Keeps counters and nodes apart from those of other services on the same Redis; all nodes of a service have the same
-    /// namespace. None by default. Counters go by the ids of keys, and databases count those from 1: without a namespace,
-    /// the key 2 of one service and the key 2 of another share their limits.
+    /// Sets the namespace, which separates counters and nodes from those of other services on the same Redis. All
+    /// nodes of a service use the same namespace; the default is none. Counters are named by the ids of keys, and
+    /// databases assign ids from 1: without a namespace, the key 2 of one service and the key 2 of another service
+    /// share their limits.
     #[must_use]
     pub fn namespace(self, namespace: impl Into<String>) -> Self {
         Self { namespace: namespace.into(), ..self }
     }
 
-    /// Builds the limiter. Needs no runtime; connects at first use.
+    /// Builds the limiter. No runtime is required; it connects at first use.
     ///
     /// # Errors
     ///
-    /// If a URL can't be read.
+    /// Returns an error if a URL can't be parsed.
     pub fn build(self) -> Result<RedisRateLimiter, RedisUrlError> {
         let mut name = [0; 16];
-        // Without randomness nodes count as one, which is where they begin.
+        // Without randomness, all nodes have the same name and count as one, which is also the initial count.
         let _ = getrandom::fill(&mut name);
-        Ok(RedisRateLimiter(Arc::new(Inner {
+        Ok(RedisRateLimiter(Arc::new(RedisLimiterParts {
             link: Link::new(Connector::new(self.servers)?, self.timeout),
             on_redis_failure: self.on_redis_failure,
             local: LocalRateLimiter::new(),
@@ -295,7 +299,7 @@ impl RedisRateLimiterBuilder {
                 is_configured: self.nodes.is_some(),
             }),
             heartbeat: Background::default(),
-            // In hexadecimal, because a namespace may have braces in it.
+            // In hexadecimal, because a namespace may contain braces.
             names: match self.namespace.as_str() {
                 "" => "api_key:rate:".to_owned(),
                 namespace => format!("api_key:rate:{}:", hex(namespace.as_bytes())),

@@ -1,7 +1,7 @@
--- Counts a request in every window that has a limit or, if one of them is full, in none.
--- KEYS[1] holds the counters of a key; ARGV: its limits per minute, hour and day, -1 for none. Returns whether the
--- request is counted, and for each limit what is counted now and the milliseconds to the next window. A clock that
--- was set back by less than a window goes on in the later one.
+-- Counts a request in every window that has a limit or, if a window is full, in none. KEYS[1]: counters of a key.
+-- ARGV: its limits per minute, hour and day, -1 for none. Returns whether the request is counted, and for each limit
+-- the current count and the milliseconds until the next window. If the clock was set back by less than a window,
+-- counting continues in the later window.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local names, lengths = { 'm', 'h', 'd' }, { 60000, 3600000, 86400000 }

@@ -1,4 +1,4 @@
-//! What an answer from below comes to, and whether it is cached.
+//! Judges the store's answer, and caches the outcome.
 
 use std::sync::{Arc, Weak};
 
@@ -17,23 +17,23 @@ use crate::{
 };
 
 impl Resolver {
-    /// What the answer comes to; `None` if it is from before a change that is known.
+    /// Returns the outcome of the answer; `None` if it is older than a known change.
     pub(super) fn judge(
         self: &Arc<Self>,
         answer: Answer,
         lookup: &Lookup,
         prefix: &Subject,
-        asked: Moment,
+        began_at: Moment,
         seen: Seen,
     ) -> Option<Outcome> {
         let now = self.now();
         let minimums = &self.view.minimum_revisions;
         let owner = answer.record().map(|record| Subject::Owner(record.user.id.clone()));
         let revisions = answer.revisions();
-        // The generations first: a change that comes after this makes what is remembered useless.
+        // The generations are read first: a later change then invalidates the cached entry.
         let mut tag = CoherenceTag {
             as_of: match answer.source() {
-                Source::Store => asked,
+                Source::Store => began_at,
                 Source::Copy => self.view.freshness.moment_of(answer.as_of(), now),
             },
             prefix: minimums.generation(prefix),
@@ -45,29 +45,29 @@ impl Resolver {
             .chain(owner.map(|owner| (owner, revisions.owner)))
             .collect();
         let standing = minimums.judge(&subjects, seen, now);
-        // A copy may be from before a reset that came meanwhile, even if it was read just now.
+        // A copy may be older than a reset that arrived in the meantime, even if it was read just now.
         let is_overtaken_copy = standing == Standing::Overtaken && answer.source() == Source::Copy;
         if standing == Standing::Below || is_overtaken_copy {
             return None;
         }
         let proof = match lookup.proof_of(&answer) {
             Ok(proof) => proof,
-            Err(vouched) => return Some(Err(vouched.into())),
+            Err(error) => return Some(Err(error.into())),
         };
-        let found = answer.outcome();
-        let mut refused_from = 0;
-        let outcome = match (found, answer.into_matched()) {
-            (store::Outcome::Match(_), Some(found)) => {
-                // By the time after the look-up, which may have taken a while.
-                let expiry = found.record.expires_at;
-                let verdict = policy::validity(&found.record, DateTime::from(now.wall()));
-                if verdict == Err(InvalidKey::Expired) {
-                    // The clock may have been ahead of time, and be set right.
-                    refused_from = expiry.map_or(0, wall_nanos);
+        let result = answer.outcome();
+        let mut negative_from = 0;
+        let outcome = match (result, answer.into_matched()) {
+            (store::Outcome::Match(_), Some(matched)) => {
+                // Checked at the time after the look-up, which may have taken a while.
+                let expiry = matched.record.expires_at;
+                let validity = policy::validity(&matched.record, DateTime::from(now.wall()));
+                if validity == Err(InvalidKey::Expired) {
+                    // The clock may have been ahead, and may be corrected.
+                    negative_from = expiry.map_or(0, wall_nanos);
                 }
-                verdict.map(|()| {
+                validity.map(|()| {
                     tag.expires_at = expiry.map_or(u64::MAX, wall_nanos);
-                    self.context(found.record, tag, lookup.key(), proof)
+                    self.context(matched.record, tag, lookup.key(), proof)
                 })
             }
             (store::Outcome::Unknown, _) => Err(InvalidKey::Unknown),
@@ -78,19 +78,18 @@ impl Resolver {
         Some(match outcome {
             Ok(caller) => {
                 if is_kept {
-                    self.cache.remember(digest, caller.clone());
+                    self.cache.insert_valid(digest, caller.clone());
                 }
                 Ok(caller)
             }
             Err(reason) => {
                 match lookup.key() {
                     LookupKey::Presented(_) if is_kept => {
-                        let refused =
-                            NegativeEntry { reason, tag, from: refused_from, proof: None };
-                        self.cache.refuse(digest, refused);
+                        let entry = NegativeEntry { reason, tag, from: negative_from, proof: None };
+                        self.cache.insert_negative(digest, entry);
                     }
-                    // Not a negative entry: the key itself may match a hash that the proof does not.
-                    LookupKey::Verified(_) if is_kept => self.cache.forget(&digest),
+                    // No negative entry is inserted: the key may match a hash that the proof does not match.
+                    LookupKey::Verified(_) if is_kept => self.cache.remove_valid(&digest),
                     _ => {}
                 }
                 Err(reason.into())
@@ -117,7 +116,7 @@ impl Resolver {
     }
 }
 
-/// A time before 1970 is 0, one after 2554 the last nanosecond that there is.
+/// Returns the time in nanoseconds since the Unix epoch. A time before 1970 is 0, one after 2554 is the maximum.
 fn wall_nanos(time: DateTime<Utc>) -> u64 {
     let nanos =
         i128::from(time.timestamp()) * 1_000_000_000 + i128::from(time.timestamp_subsec_nanos());

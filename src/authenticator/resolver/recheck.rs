@@ -1,4 +1,4 @@
-//! Another check of a key that this node has verified, without the key: [`Engine::recheck`].
+//! Rechecks a key that this node has verified, without the key: [`Engine::recheck`].
 
 use std::sync::Arc;
 

@@ -12,20 +12,20 @@ use crate::{
     key::token,
 };
 
-/// What stands behind `scheme` in the `Authorization` field (RFC 9110 §11.4: a scheme, spaces, the
-/// rest); `None` for another scheme or no field at all.
+/// Returns the text after `scheme` in the `Authorization` field (RFC 9110 §11.4: a scheme, spaces, the rest); `None`
+/// if the field has another scheme or is missing.
 pub(super) fn authorization<'a>(
     headers: &'a HeaderMap,
     scheme: &str,
 ) -> Result<Option<&'a [u8]>, MalformedCredential> {
     let Some(value) = headers.get(header::AUTHORIZATION) else { return Ok(None) };
-    // Nearly always no field at all is there twice, which takes two numbers to see.
+    // Requests rarely repeat a field, and comparing two counts is cheap.
     let has_repeated = headers.len() > headers.keys_len();
     if has_repeated && headers.get_all(header::AUTHORIZATION).iter().nth(1).is_some() {
         return Err(MalformedCredential::Repeated);
     }
     let value = value.as_bytes();
-    // What nearly all requests look like, without going through the grammar.
+    // Fast path for the most common form, without the grammar.
     if let Some((found, rest)) = value.split_at_checked(scheme.len())
         && found.eq_ignore_ascii_case(scheme.as_bytes())
         && let [b' ', next, ..] = rest
@@ -46,15 +46,15 @@ pub(super) fn authorization<'a>(
     Ok(found.eq_ignore_ascii_case(scheme.as_bytes()).then_some(&rest[spaces..]))
 }
 
-/// `tchar` of RFC 9110 §5.6.2.
+/// Returns whether the byte is a `tchar` of RFC 9110 §5.6.2.
 fn is_token_char(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
-/// Base64 of the longest user-pass that is looked at: a key of 512 bytes, a colon and a password.
+/// Maximum length in bytes of a base64-encoded user-pass: a key of 512 bytes, a colon and a password.
 const MAX_BASIC_BYTES: usize = 2048;
 
-/// The user name of a Basic credential (RFC 7617 §2).
+/// Returns the user name of a Basic credential (RFC 7617 §2).
 pub(super) fn user_name<'a>(encoded: &[u8]) -> Result<Cow<'a, str>, Denial> {
     let encoded = token(encoded)?;
     if encoded.len() > MAX_BASIC_BYTES {
@@ -64,7 +64,7 @@ pub(super) fn user_name<'a>(encoded: &[u8]) -> Result<Cow<'a, str>, Denial> {
         Zeroizing::new(STANDARD.decode(encoded).map_err(|_| MalformedCredential::NotBasic)?);
     let colon = user_pass.iter().position(|&byte| byte == b':');
     let user = &user_pass[..colon.ok_or(MalformedCredential::NotBasic)?];
-    // White space is part of a user name, so that it is not taken off here.
+    // White space is part of a user name, so it is rejected and not trimmed.
     if user
         .first()
         .zip(user.last())
@@ -75,7 +75,7 @@ pub(super) fn user_name<'a>(encoded: &[u8]) -> Result<Cow<'a, str>, Denial> {
     Ok(Cow::Owned(token(user)?.to_owned()))
 }
 
-/// `1*( ALPHA / DIGIT / "-" / "." / "_" / "~" / "+" / "/" ) *"="`.
+/// Returns whether the token matches `1*( ALPHA / DIGIT / "-" / "." / "_" / "~" / "+" / "/" ) *"="`.
 pub(super) fn is_b64token(token: &[u8]) -> bool {
     let padding = token.iter().rev().take_while(|&&byte| byte == b'=').count();
     let (text, _) = token.split_at(token.len() - padding);
@@ -83,16 +83,18 @@ pub(super) fn is_b64token(token: &[u8]) -> bool {
     !text.is_empty() && text.iter().all(is_allowed)
 }
 
-/// What may be a key in an `Authorization` field that has no credential for `places`, because the scheme `Bearer`
-/// is missing, glued to it, or another one.
+/// Possible key in an `Authorization` field that has no credential for `places`: the scheme `Bearer` is missing, is
+/// not followed by a space, or is another scheme.
 pub(crate) enum Misplaced<'a> {
-    /// Another scheme may own what looks like a key of a format with few rules.
+    /// The text is a key only in a structured format: in a format with few rules, credentials of another scheme look
+    /// like keys.
     Structured(&'a str),
-    /// Nothing else begins like this.
+    /// The text follows `Bearer` without a space, so it is a key in any format.
     Any(&'a str),
 }
 
 impl<'a> Misplaced<'a> {
+    /// Returns the text that may be a misplaced key, if `places` has `Bearer`.
     pub(crate) fn of(places: &[Credential], headers: &'a HeaderMap) -> Option<Self> {
         const BEARER: &str = "bearer";
         if !places.iter().any(Credential::is_bearer) {

@@ -1,22 +1,22 @@
-//! A fixed cost for each request: [`BudgetLayer`].
+//! Charges a fixed cost for each request: [`BudgetLayer`].
 
 use std::{fmt, sync::Arc};
 
 use tower_layer::Layer;
 
-use super::service::{Guard, Pass, Rule, Verdict};
+use super::service::{FollowUp, Guard, Rule, RuleDecision};
 use crate::{context::AuthContext, middleware::credential::RequestHead};
 
-/// Charges a fixed cost for each request, within the key's budget. A request past it is answered with 429 and the
-/// time at which the period ends (gRPC: `RESOURCE_EXHAUSTED`). It belongs behind an
-/// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer); a service whose cost depends on the work calls
+/// Charges a fixed cost for each request, within the key's budget. A request that exceeds the budget is answered with
+/// 429 and the time at which the period ends (gRPC: `RESOURCE_EXHAUSTED`). Use it behind an
+/// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer). A service whose cost depends on the work calls
 /// [`AuthContext::reserve`] instead. Requests that the auth layer lets through without a key pass and cost nothing.
 ///
 /// ```
 /// use tower::ServiceBuilder;
 /// use tower_api_key::{ApiKeyAuthLayer, BudgetLayer, MemoryStore};
 ///
-/// // A fifth of a cent.
+/// // 200,000 micro-cents are a fifth of a cent.
 /// let service = ServiceBuilder::new()
 ///     .layer(ApiKeyAuthLayer::new(MemoryStore::new()))
 ///     .layer(BudgetLayer::new(200_000))
@@ -28,7 +28,7 @@ use crate::{context::AuthContext, middleware::credential::RequestHead};
 pub struct BudgetLayer(Arc<dyn Rule>);
 
 impl BudgetLayer {
-    /// Charges `cost` micro-cents a request.
+    /// Creates a layer that charges `cost` micro-cents a request.
     pub fn new(cost: u64) -> Self {
         Self(Arc::new(FixedCost(cost)))
     }
@@ -37,12 +37,14 @@ impl BudgetLayer {
 struct FixedCost(u64);
 
 impl Rule for FixedCost {
-    fn judge(&self, caller: &AuthContext, _: &RequestHead<'_>) -> Verdict {
+    fn decide(&self, caller: &AuthContext, _: &RequestHead<'_>) -> RuleDecision {
         if let Some(reservation) = caller.reserve_now(self.0) {
-            return Verdict::Known(Ok(Pass::Reserved(reservation)));
+            return RuleDecision::Ready(Ok(FollowUp::Charge(reservation)));
         }
         let (caller, cost) = (caller.clone(), self.0);
-        Verdict::Later(Box::pin(async move { Ok(Pass::Reserved(caller.reserve(cost).await?)) }))
+        RuleDecision::Pending(Box::pin(
+            async move { Ok(FollowUp::Charge(caller.reserve(cost).await?)) },
+        ))
     }
 
     fn requires_key(&self) -> bool {

@@ -1,4 +1,4 @@
-//! Layers behind the auth layer that each enforce one rule.
+//! Layers behind the auth layer, each of which enforces one rule.
 
 mod budget;
 mod rate_limit;

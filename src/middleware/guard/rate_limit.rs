@@ -1,10 +1,10 @@
-//! Rate limits as a layer: [`RateLimitLayer`].
+//! Enforces rate limits: [`RateLimitLayer`].
 
 use std::{fmt, future::Future, sync::Arc};
 
 use tower_layer::Layer;
 
-use super::service::{Guard, Pass, Rule, Verdict};
+use super::service::{FollowUp, Guard, Rule, RuleDecision};
 use crate::{
     context::AuthContext,
     denial::Denial,
@@ -14,11 +14,11 @@ use crate::{
     record::{KeyId, Quota, RateLimits},
 };
 
-/// Keeps the rate limits that stand in the request's [`AuthContext`]. A request past one of them is answered
-/// with 429 and `Retry-After` (gRPC: `RESOURCE_EXHAUSTED`); responses say how much is left in the fields
-/// `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-10). It belongs behind an
-/// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer). Keys that are unlimited, or have no limits, pass, and so do requests that
-/// it lets through without a key.
+/// Enforces the rate limits in the request's [`AuthContext`]. A request that exceeds a limit is answered with 429 and
+/// `Retry-After` (gRPC: `RESOURCE_EXHAUSTED`). The response fields `RateLimit` and `RateLimit-Policy` contain the
+/// remaining requests (draft-ietf-httpapi-ratelimit-headers-10). Use it behind an
+/// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer). Requests pass if their key is unlimited or has no limits, or if the
+/// auth layer lets them through without a key.
 ///
 /// ```
 /// use tower::ServiceBuilder;
@@ -35,7 +35,8 @@ use crate::{
 pub struct RateLimitLayer(Arc<dyn Rule>);
 
 impl RateLimitLayer {
-    /// Keeps limits by what `limiter` counts. Layers that are to count together share one, or clones of one.
+    /// Creates a layer that enforces limits with `limiter`. Layers that share their counters share one limiter, or
+    /// clones of one.
     pub fn new(limiter: impl RateLimiter) -> Self {
         Self(Arc::new(Limit(Arc::new(limiter))))
     }
@@ -44,17 +45,19 @@ impl RateLimitLayer {
 struct Limit<L>(Arc<L>);
 
 impl<L: RateLimiter> Rule for Limit<L> {
-    fn judge(&self, caller: &AuthContext, _: &RequestHead<'_>) -> Verdict {
+    fn decide(&self, caller: &AuthContext, _: &RequestHead<'_>) -> RuleDecision {
         let limits = caller.rate_limits();
         if caller.key().is_unlimited || limits == RateLimits::default() {
-            return Verdict::Known(Ok(Pass::Nothing));
+            return RuleDecision::Ready(Ok(FollowUp::Nothing));
         }
         let key = &caller.key().id;
         if let Some(quota) = self.0.count_now(key, limits) {
-            return Verdict::Known(outcome(&quota));
+            return RuleDecision::Ready(decision(&quota));
         }
         let (limiter, key) = (Arc::clone(&self.0), key.clone());
-        Verdict::Later(Box::pin(async move { outcome(&limiter.count(&key, limits).await?) }))
+        RuleDecision::Pending(Box::pin(
+            async move { decision(&limiter.count(&key, limits).await?) },
+        ))
     }
 
     fn requires_key(&self) -> bool {
@@ -62,15 +65,15 @@ impl<L: RateLimiter> Rule for Limit<L> {
     }
 }
 
-fn outcome(quota: &Quota) -> Result<Pass, Denial> {
+fn decision(quota: &Quota) -> Result<FollowUp, Denial> {
     if quota.is_allowed() {
-        Ok(quota.fields().map_or(Pass::Nothing, Pass::Limited))
+        Ok(quota.fields().map_or(FollowUp::Nothing, FollowUp::RateLimit))
     } else {
         Err(Denial::RateLimited((*quota).into()))
     }
 }
 
-/// One limiter for many layers.
+/// Shares one limiter between layers.
 impl<L: RateLimiter> RateLimiter for Arc<L> {
     fn count(
         &self,

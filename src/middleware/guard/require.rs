@@ -1,13 +1,13 @@
-//! Rules about what a key may do, as a layer: [`RequireLayer`].
+//! Enforces rules about what a key may do: [`RequireLayer`].
 
 use std::{fmt, sync::Arc};
 
 use tower_layer::Layer;
 
-use super::service::{Guard, Pass, Rule, Verdict};
+use super::service::{FollowUp, Guard, Rule, RuleDecision};
 use crate::{context::AuthContext, denial::Denial, middleware::credential::RequestHead};
 
-/// Lets requests through whose key has what is required, and answers 403 to the others. It belongs behind an
+/// Lets requests through whose key meets the requirement, and answers the others with 403. Use it behind an
 /// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer): around a router, a route, or a tonic service.
 ///
 /// ```
@@ -40,7 +40,7 @@ impl RequireLayer {
         Self::new(move |caller, _| caller.require_all_scopes(&scopes))
     }
 
-    /// Requires at least one of these scopes. With none of them, nobody gets through.
+    /// Requires at least one of these scopes. An empty list denies every request.
     pub fn any_scope<T: Into<String>>(scopes: impl IntoIterator<Item = T>) -> Self {
         let scopes: Vec<String> = scopes.into_iter().map(Into::into).collect();
         Self::new(move |caller, _| caller.require_any_scope(&scopes))
@@ -58,7 +58,7 @@ impl RequireLayer {
         Self::new(move |caller, _| caller.require_role(&role))
     }
 
-    /// Any rule of yours.
+    /// Requires a custom rule.
     ///
     /// ```
     /// use tower_api_key::{Forbidden, RequireLayer};
@@ -82,8 +82,8 @@ impl<F> Rule for Closure<F>
 where
     F: Fn(&AuthContext, &RequestHead<'_>) -> Result<(), Denial> + Send + Sync + 'static,
 {
-    fn judge(&self, caller: &AuthContext, head: &RequestHead<'_>) -> Verdict {
-        Verdict::Known((self.0)(caller, head).map(|()| Pass::Nothing))
+    fn decide(&self, caller: &AuthContext, head: &RequestHead<'_>) -> RuleDecision {
+        RuleDecision::Ready((self.0)(caller, head).map(|()| FollowUp::Nothing))
     }
 
     fn requires_key(&self) -> bool {

@@ -1,4 +1,4 @@
-//! What applies a rule to requests that the auth layer has let in: [`Guard`].
+//! The service that applies a rule to requests that the auth layer has let in: [`Guard`].
 
 use std::{
     fmt,
@@ -27,39 +27,41 @@ use crate::{
     },
 };
 
-/// The service of a [`RequireLayer`](crate::RequireLayer), a [`RateLimitLayer`](crate::RateLimitLayer) or a
-/// [`BudgetLayer`](crate::BudgetLayer): it applies its rule to the request's [`AuthContext`], and answers with
-/// the [`Denial`] or calls the inner service. An [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) has to be around it,
-/// and gives its refusals their shape.
+/// Service of a [`RequireLayer`](crate::RequireLayer), a [`RateLimitLayer`](crate::RateLimitLayer) or a
+/// [`BudgetLayer`](crate::BudgetLayer). It applies its rule to the request's [`AuthContext`], and either returns the
+/// response to the [`Denial`] or calls the inner service. An [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) is required
+/// around it, and formats the responses to its denials.
 #[derive(Clone)]
 pub struct Guard<S> {
     inner: S,
     rule: Arc<dyn Rule>,
 }
 
-/// The rule of a guard.
+/// Rule of a guard.
 pub(crate) trait Rule: Send + Sync + 'static {
-    fn judge(&self, caller: &AuthContext, head: &RequestHead<'_>) -> Verdict;
+    /// Decides on a request by its context and head.
+    fn decide(&self, caller: &AuthContext, head: &RequestHead<'_>) -> RuleDecision;
 
-    /// Whether a request is denied that the auth layer has let through without a key. If not, it passes: the rule
-    /// is about a key's limits.
+    /// Returns whether a request that the auth layer has let through without a key is denied. If not, it passes: the
+    /// rule limits keys.
     fn requires_key(&self) -> bool;
 }
 
-/// The outcome of a rule.
-pub(crate) enum Verdict {
-    Known(Result<Pass, Denial>),
-    /// It takes I/O.
-    Later(Decision<Pass>),
+/// Decision of a rule.
+pub(crate) enum RuleDecision {
+    Ready(Result<FollowUp, Denial>),
+    /// The decision needs I/O.
+    Pending(Decision<FollowUp>),
 }
 
-/// What is to be done with the response of a request that may pass.
-pub(crate) enum Pass {
+/// Follow-up for the response of a request that passes.
+pub(crate) enum FollowUp {
     Nothing,
-    /// Its fields say how much is left.
-    Limited(RateFields),
-    /// It is charged when the response is there, or the request is given up.
-    Reserved(Reservation),
+    /// Adds the rate limit fields to the response.
+    RateLimit(RateFields),
+    /// Charges the reservation when the response is there, or when the request is dropped after the inner service was
+    /// called.
+    Charge(Reservation),
 }
 
 impl<S> Guard<S> {
@@ -67,17 +69,17 @@ impl<S> Guard<S> {
         Self { inner, rule }
     }
 
-    /// The inner service.
+    /// Returns a reference to the inner service.
     pub fn get_ref(&self) -> &S {
         &self.inner
     }
 
-    /// The inner service.
+    /// Returns a mutable reference to the inner service.
     pub fn get_mut(&mut self) -> &mut S {
         &mut self.inner
     }
 
-    /// Gives up the guard and returns the inner service.
+    /// Consumes the guard and returns the inner service.
     pub fn into_inner(self) -> S {
         self.inner
     }
@@ -97,26 +99,28 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> GuardFuture<S, B> {
-        let verdict = match AuthContext::of(request.extensions()) {
-            Ok(Some(caller)) => self.rule.judge(caller, &RequestHead::of(&request)),
-            Ok(None) if self.rule.requires_key() => Verdict::Known(Err(Denial::MissingCredential)),
-            Ok(None) => Verdict::Known(Ok(Pass::Nothing)),
-            Err(denial) => Verdict::Known(Err(denial)),
+        let decision = match AuthContext::of(request.extensions()) {
+            Ok(Some(caller)) => self.rule.decide(caller, &RequestHead::of(&request)),
+            Ok(None) if self.rule.requires_key() => {
+                RuleDecision::Ready(Err(Denial::MissingCredential))
+            }
+            Ok(None) => RuleDecision::Ready(Ok(FollowUp::Nothing)),
+            Err(denial) => RuleDecision::Ready(Err(denial)),
         };
-        let call = match verdict {
-            Verdict::Known(Ok(pass)) => {
-                GatedCall::inner(PassGate::new(pass), self.inner.call(request))
+        let call = match decision {
+            RuleDecision::Ready(Ok(follow_up)) => {
+                GatedCall::inner(GuardGate::new(follow_up), self.inner.call(request))
             }
-            Verdict::Known(Err(denial)) => {
-                // The instance that is ready may hold a permit for the call that will not come.
+            RuleDecision::Ready(Err(denial)) => {
+                // Drops the ready instance: it may hold a permit for the call, which will not come.
                 drop(self.take_ready());
-                GatedCall::denied(PassGate::new(Pass::Nothing), denial, request)
+                GatedCall::denied(GuardGate::new(FollowUp::Nothing), denial, request)
             }
-            Verdict::Later(decision) => {
-                // Nor is a permit held during I/O: see `ApiKeyAuth`.
+            RuleDecision::Pending(decision) => {
+                // A permit must not be held during I/O: see `ApiKeyAuth`.
                 let inner = self.inner.clone();
                 drop(self.take_ready());
-                GatedCall::deciding(PassGate::new(Pass::Nothing), decision, request, inner)
+                GatedCall::deciding(GuardGate::new(FollowUp::Nothing), decision, request, inner)
             }
         };
         GuardFuture { call }
@@ -124,30 +128,30 @@ where
 }
 
 impl<S: Clone> Guard<S> {
-    /// Takes the instance that was polled ready and leaves a clone, which was not.
+    /// Takes the instance that was polled ready, and leaves a clone, which was not polled.
     fn take_ready(&mut self) -> S {
         let clone = self.inner.clone();
         mem::replace(&mut self.inner, clone)
     }
 }
 
-/// What a guard does for one request.
-pub(crate) struct PassGate {
-    pass: Pass,
+/// Follow-up of a guard for one request.
+pub(crate) struct GuardGate {
+    follow_up: FollowUp,
     is_called: bool,
 }
 
-impl PassGate {
-    fn new(pass: Pass) -> Self {
-        Self { pass, is_called: false }
+impl GuardGate {
+    fn new(follow_up: FollowUp) -> Self {
+        Self { follow_up, is_called: false }
     }
 }
 
-impl Gate for PassGate {
-    type Permission = Pass;
+impl Gate for GuardGate {
+    type Permission = FollowUp;
 
-    fn admit<B>(&mut self, _: &mut Request<B>, pass: Pass) -> Result<(), Denial> {
-        self.pass = pass;
+    fn admit<B>(&mut self, _: &mut Request<B>, follow_up: FollowUp) -> Result<(), Denial> {
+        self.follow_up = follow_up;
         Ok(())
     }
 
@@ -156,16 +160,16 @@ impl Gate for PassGate {
     }
 
     fn finish<R>(&mut self, mut response: Response<R>) -> Response<ResponseBody<R>> {
-        match mem::replace(&mut self.pass, Pass::Nothing) {
-            Pass::Nothing => {}
-            Pass::Limited(fields) => fields.write(response.headers_mut()),
-            Pass::Reserved(reservation) => drop(reservation),
+        match mem::replace(&mut self.follow_up, FollowUp::Nothing) {
+            FollowUp::Nothing => {}
+            FollowUp::RateLimit(fields) => fields.write(response.headers_mut()),
+            FollowUp::Charge(reservation) => drop(reservation),
         }
         response.map(ResponseBody::inner)
     }
 
     fn deny<R>(&self, denial: &Denial) -> Response<ResponseBody<R>> {
-        denial.response().map(ResponseBody::refusal)
+        denial.response().map(ResponseBody::denial)
     }
 
     fn discard_limits<B>(&self, request: &Request<B>) -> DiscardLimits {
@@ -173,11 +177,12 @@ impl Gate for PassGate {
     }
 }
 
-/// A request that is given up before the inner service has it costs nothing.
-impl Drop for PassGate {
+/// Settles the reservation with 0 if the request is dropped before the inner service was called.
+impl Drop for GuardGate {
     fn drop(&mut self) {
         if !self.is_called
-            && let Pass::Reserved(reservation) = mem::replace(&mut self.pass, Pass::Nothing)
+            && let FollowUp::Charge(reservation) =
+                mem::replace(&mut self.follow_up, FollowUp::Nothing)
         {
             reservation.settle(0);
         }
@@ -185,13 +190,13 @@ impl Drop for PassGate {
 }
 
 pin_project! {
-    /// The response future of a [`Guard`].
+    /// Response future of a [`Guard`].
     pub struct GuardFuture<S, B>
     where
         S: Service<Request<B>>,
     {
         #[pin]
-        call: GatedCall<S, B, PassGate>,
+        call: GatedCall<S, B, GuardGate>,
     }
 }
 

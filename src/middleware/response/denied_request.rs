@@ -1,4 +1,4 @@
-//! A refusal on its way out: [`DeniedRequest`].
+//! Creates the response to a denied request: [`DeniedRequest`].
 
 use std::sync::LazyLock;
 
@@ -15,7 +15,7 @@ use crate::denial::{Denial, Forbidden};
 
 const NO_STORE: HeaderValue = HeaderValue::from_static("no-store");
 
-/// Writes `Retry-After`, in whole seconds and at least one, and what is left of each rate limit.
+/// Writes `Retry-After`, in whole seconds and at least one, and the fields of a rate limit.
 pub(super) fn write_limits(denial: &Denial, headers: &mut HeaderMap) {
     if let Some(wait) = denial.retry_after() {
         let seconds = wait.as_millis().div_ceil(1000).clamp(1, 31 * 86_400) as u64;
@@ -28,49 +28,49 @@ pub(super) fn write_limits(denial: &Denial, headers: &mut HeaderMap) {
     }
 }
 
-/// What [`on_denial`](crate::ApiKeyAuthLayer::on_denial) gets: the denial, and what is needed to
-/// answer it.
+/// Argument of [`on_denial`](crate::ApiKeyAuthLayer::on_denial): the denial, and what is needed to create the
+/// response.
 #[derive(Debug)]
 pub struct DeniedRequest<'a> {
     denial: &'a Denial,
-    asker: &'a RequestSummary,
+    summary: &'a RequestSummary,
 }
 
 impl<'a> DeniedRequest<'a> {
-    pub(super) fn new(denial: &'a Denial, asker: &'a RequestSummary) -> Self {
-        Self { denial, asker }
+    pub(super) fn new(denial: &'a Denial, summary: &'a RequestSummary) -> Self {
+        Self { denial, summary }
     }
 
-    /// Why the request is refused.
+    /// Returns the reason of the denial.
     pub fn denial(&self) -> &Denial {
         self.denial
     }
 
-    /// The status that the default response has.
+    /// Returns the status of the default response.
     pub fn status(&self) -> StatusCode {
         self.denial.status()
     }
 
-    /// The method of the request.
+    /// Returns the method of the request.
     pub fn method(&self) -> &Method {
         &self.line().0
     }
 
-    /// The URI of the request, as this layer saw it.
+    /// Returns the URI of the request, as this layer received it.
     pub fn uri(&self) -> &Uri {
         &self.line().1
     }
 
     fn line(&self) -> &(Method, Uri) {
-        static NOT_KEPT: LazyLock<(Method, Uri)> = LazyLock::new(Default::default);
-        self.asker.line.as_deref().unwrap_or(&NOT_KEPT)
+        static NOT_STORED: LazyLock<(Method, Uri)> = LazyLock::new(Default::default);
+        self.summary.line.as_deref().unwrap_or(&NOT_STORED)
     }
 
     fn presentation(&self) -> &'a Presentation {
-        self.asker.presentation()
+        self.summary.presentation()
     }
 
-    /// A sentence that the caller may see.
+    /// Returns a sentence that may be sent to the caller.
     pub fn detail(&self) -> String {
         if self.presentation().verbose {
             self.denial.verbose_detail()
@@ -79,14 +79,12 @@ impl<'a> DeniedRequest<'a> {
         }
     }
 
-    /// The default response: `application/problem+json` (RFC 9457). A starting point for one of
-    /// your own.
+    /// Returns the default response: `application/problem+json` (RFC 9457). A custom response can start from it.
     pub fn default_response(&self) -> Response<Bytes> {
         problem::problem_json(self)
     }
 
-    /// A response of the right status with the header fields that go with it: `WWW-Authenticate`
-    /// and `Retry-After`.
+    /// Creates a response with the status of the denial and its header fields: `WWW-Authenticate` and `Retry-After`.
     pub fn respond_with(
         &self,
         content_type: &'static str,
@@ -105,7 +103,7 @@ impl<'a> DeniedRequest<'a> {
         response
     }
 
-    /// RFC 6750 §3: a challenge on every 401, and on a 400 or 403 that has an error code.
+    /// Returns the challenges (RFC 6750 §3): one on every 401, and on a 400 or 403 that has an error code.
     fn challenges(&self) -> impl Iterator<Item = HeaderValue> {
         let realm = &self.presentation().realm.0;
         let offers_bearer = self.presentation().offers_bearer;
@@ -124,23 +122,24 @@ impl<'a> DeniedRequest<'a> {
         bearer.into_iter().chain(basic).filter_map(|challenge| challenge.try_into().ok())
     }
 
-    /// The whole response, in the shape that the caller can read.
+    /// Creates the complete response, in the protocol of the caller.
     pub(super) fn response(&self) -> Response<Bytes> {
-        let mut response = match (&self.asker.grpc, &self.presentation().on_denial) {
+        let mut response = match (&self.summary.grpc, &self.presentation().on_denial) {
             (Some(content_type), _) => grpc::trailers_only(self, content_type),
             (None, Some(OnDenial(respond))) => respond(self),
             (None, None) => self.default_response(),
         };
-        if response.status().is_success() && self.asker.grpc.is_none() {
-            // A closure that sets no status must not make a denial look like success.
+        if response.status().is_success() && self.summary.grpc.is_none() {
+            // A closure that sets no status must not turn a denial into a success.
             *response.status_mut() = self.status();
         }
-        // A status that a shared cache would store by itself, or is set up to store, is no answer for others.
+        // A shared cache may store some statuses by default or by its configuration. A denial must not be served to
+        // other callers.
         response.headers_mut().insert(header::CACHE_CONTROL, NO_STORE);
-        if self.asker.is_head {
-            // The length of what GET would get (RFC 9110 §8.6).
+        if self.summary.is_head {
+            // The length of the response to a GET (RFC 9110 §8.6).
             let length = std::mem::take(response.body_mut()).len();
-            if self.asker.grpc.is_none() {
+            if self.summary.grpc.is_none() {
                 response.headers_mut().insert(header::CONTENT_LENGTH, length.into());
             }
         }

@@ -1,4 +1,4 @@
-//! Refusals in gRPC: a trailers-only response, whose header fields are the trailers.
+//! Denials in gRPC: a trailers-only response, whose header fields are the trailers.
 //!
 //! <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md#responses>
 
@@ -11,10 +11,10 @@ use crate::{denial::Denial, middleware::credential::RequestHead};
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
-/// What may not stand in `grpc-message`; bytes over 0x7E are always escaped.
+/// Characters that are escaped in `grpc-message`. Bytes over 0x7E are always escaped.
 const ESCAPED: &AsciiSet = &CONTROLS.add(b'%');
 
-/// The content type of a gRPC or gRPC-Web request, which that of the answer has to be.
+/// Content type of a gRPC or gRPC-Web request. The response has the same one.
 pub(crate) enum ContentType {
     Usual(&'static str),
     Other(Box<HeaderValue>),
@@ -30,9 +30,9 @@ const USUAL: [&str; 6] = [
 ];
 
 impl ContentType {
-    /// Returns `None` for a request that is no gRPC call. A denial in gRPC's shape has the HTTP status 200, so the
-    /// content type, which the caller chooses, is not enough: a call is a `POST` over HTTP/2, one of gRPC-Web a
-    /// `POST` over any version.
+    /// Returns `None` for a request that is not a gRPC call. A denial in gRPC has the HTTP status 200, and the caller
+    /// chooses the content type, so the content type alone is not sufficient. A gRPC call is a `POST` over HTTP/2; a
+    /// gRPC-Web call is a `POST` over any version.
     #[inline]
     pub(crate) fn of(head: &RequestHead<'_>) -> Option<Self> {
         if head.method() != Method::POST {
@@ -62,7 +62,7 @@ enum Protocol {
 }
 
 impl Protocol {
-    /// <https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-WEB.md>
+    /// Returns the protocol of a content type (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-WEB.md>).
     fn of(content_type: &[u8]) -> Option<Self> {
         let rest = strip_prefix(content_type, b"application/grpc")?;
         let (protocol, rest) = match strip_prefix(rest, b"-web") {
@@ -73,30 +73,30 @@ impl Protocol {
     }
 }
 
-/// In any case, as media types are (RFC 9110 §8.3.1).
+/// Strips a prefix, case-insensitively like media types (RFC 9110 §8.3.1).
 fn strip_prefix<'a>(text: &'a [u8], prefix: &[u8]) -> Option<&'a [u8]> {
     let (start, rest) = text.split_at_checked(prefix.len())?;
     start.eq_ignore_ascii_case(prefix).then_some(rest)
 }
 
 pub(super) fn trailers_only(
-    refusal: &DeniedRequest<'_>,
+    denied: &DeniedRequest<'_>,
     content_type: &ContentType,
 ) -> Response<Bytes> {
     let mut response = Response::new(Bytes::new());
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, content_type.value());
-    headers.insert(GRPC_STATUS, code(refusal.denial()).into());
-    let message = utf8_percent_encode(&refusal.detail(), ESCAPED).to_string();
+    headers.insert(GRPC_STATUS, code(denied.denial()).into());
+    let message = utf8_percent_encode(&denied.detail(), ESCAPED).to_string();
     if let Ok(message) = message.try_into() {
         headers.insert(GRPC_MESSAGE, message);
     }
-    write_limits(refusal.denial(), headers);
+    write_limits(denied.denial(), headers);
     response
 }
 
-/// The status for a handler to return: the code of the table, [`Denial::detail`] as message, and `retry-after` and
-/// the fields of a rate limit in the metadata.
+/// Creates the status that a handler returns: the code of the table, [`Denial::detail`] as message, and `retry-after`
+/// and the fields of a rate limit in the metadata.
 ///
 /// ```
 /// use tower_api_key::AuthContext;
@@ -118,7 +118,7 @@ impl From<Denial> for tonic::Status {
     }
 }
 
-/// <https://github.com/grpc/grpc/blob/master/doc/statuscodes.md>
+/// Returns the gRPC status code (<https://github.com/grpc/grpc/blob/master/doc/statuscodes.md>).
 fn code(denial: &Denial) -> u16 {
     const INVALID_ARGUMENT: u16 = 3;
     const PERMISSION_DENIED: u16 = 7;

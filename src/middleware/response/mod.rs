@@ -1,4 +1,4 @@
-//! Why a request is refused, and how that looks in HTTP and in gRPC.
+//! Responses to denied requests in HTTP and in gRPC.
 
 mod denied_request;
 mod grpc;

@@ -1,4 +1,4 @@
-//! How a layer's refusals look: [`Presentation`].
+//! Settings for the responses to denied requests: [`Presentation`].
 
 use std::{
     fmt,
@@ -11,21 +11,21 @@ use http::Response;
 use super::denied_request::DeniedRequest;
 use crate::middleware::discard::DiscardLimits;
 
-/// The realm of a challenge, as it stands between the quotes.
+/// Realm of a challenge, escaped for a quoted string.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Realm(pub(super) String);
 
 impl Realm {
-    /// `None` if a quoted string can't hold `text` or it is longer than 256 bytes.
+    /// Creates a realm. Returns `None` if a quoted string can't contain `text` or it is longer than 256 bytes.
     pub(crate) fn new(text: &str) -> Option<Self> {
-        let holds = text.len() <= 256 && text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
-        holds.then(|| Self(quoted(text)))
+        let is_valid = text.len() <= 256 && text.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
+        is_valid.then(|| Self(quoted(text)))
     }
 }
 
 type Respond = dyn Fn(&DeniedRequest<'_>) -> Response<Bytes> + Send + Sync;
 
-/// What makes the body of a refusal instead of the default.
+/// Closure that creates the response to a denied request, instead of the default.
 #[derive(Clone)]
 pub(crate) struct OnDenial(pub(crate) Arc<Respond>);
 
@@ -41,16 +41,16 @@ impl fmt::Debug for OnDenial {
     }
 }
 
-/// How a layer's refusals look.
+/// Settings of a layer for the responses to denied requests.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Presentation {
     pub(crate) realm: Realm,
-    /// Also where neither scheme is: a 401 has a challenge (RFC 9110 §15.5.2).
+    /// Also true if neither scheme is accepted, because a 401 must have a challenge (RFC 9110 §15.5.2).
     pub(crate) offers_bearer: bool,
     pub(crate) offers_basic: bool,
     pub(crate) verbose: bool,
     pub(crate) on_denial: Option<OnDenial>,
-    /// Whether gRPC callers get HTTP responses as well.
+    /// Whether gRPC callers get HTTP responses.
     pub(crate) is_http_only: bool,
     pub(crate) discard: DiscardLimits,
 }
@@ -70,20 +70,20 @@ impl Default for Presentation {
 }
 
 impl Presentation {
-    /// The one that a layer has if nobody says otherwise.
-    pub(super) fn common() -> &'static Self {
-        static COMMON: LazyLock<Presentation> = LazyLock::new(Presentation::default);
-        &COMMON
+    /// Returns the default settings.
+    pub(super) fn default_settings() -> &'static Self {
+        static DEFAULT: LazyLock<Presentation> = LazyLock::new(Presentation::default);
+        &DEFAULT
     }
 
-    /// To be shared by the requests of a layer; `None` if it is the common one, so that they need not count
-    /// who has it: that counter would be in demand on all cores.
+    /// Returns the settings for sharing between the requests of a layer; `None` if they are the default. Requests
+    /// then update no reference counter, which would be contended on all cores.
     pub(crate) fn shared(self) -> Option<Arc<Self>> {
-        (self != *Self::common()).then(|| Arc::new(self))
+        (self != *Self::default_settings()).then(|| Arc::new(self))
     }
 }
 
-/// Escapes what ends a quoted string (RFC 9110 §5.6.4) and drops what it can't hold.
+/// Escapes the characters that end a quoted string (RFC 9110 §5.6.4) and drops those that it can't contain.
 pub(super) fn quoted(text: &str) -> String {
     let visible = text.chars().filter(|c| *c == ' ' || c.is_ascii_graphic());
     visible.flat_map(|c| matches!(c, '"' | '\\').then_some('\\').into_iter().chain([c])).collect()

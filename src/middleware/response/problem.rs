@@ -1,4 +1,4 @@
-//! Refusals in JSON: problem details, and the shape of the OpenAI API.
+//! Denials in JSON: problem details, and the error format of the OpenAI API.
 
 use bytes::Bytes;
 use http::Response;
@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::denied_request::DeniedRequest;
 use crate::denial::{Denial, Forbidden};
 
-/// RFC 9457, with the error code of RFC 6750 as an extension member.
+/// Problem details (RFC 9457), with the error code of RFC 6750 as an extension member.
 #[derive(Serialize)]
 struct Problem<'a> {
     r#type: &'static str,
@@ -18,16 +18,16 @@ struct Problem<'a> {
     error: Option<&'static str>,
 }
 
-pub(super) fn problem_json(refusal: &DeniedRequest<'_>) -> Response<Bytes> {
-    let status = refusal.status();
+pub(super) fn problem_json(denied: &DeniedRequest<'_>) -> Response<Bytes> {
+    let status = denied.status();
     let problem = Problem {
         r#type: "about:blank",
         title: status.canonical_reason().unwrap_or_default(),
         status: status.as_u16(),
-        detail: refusal.detail(),
-        error: refusal.denial().error_code(),
+        detail: denied.detail(),
+        error: denied.denial().error_code(),
     };
-    refusal.respond_with("application/problem+json", json(&problem))
+    denied.respond_with("application/problem+json", json(&problem))
 }
 
 #[derive(Serialize)]
@@ -43,16 +43,16 @@ struct OpenAiBody {
     code: Option<&'static str>,
 }
 
-/// Resolver in the error shape of the OpenAI API, so that its client libraries raise the exceptions
-/// that their users know. For [`on_denial`](crate::ApiKeyAuthLayer::on_denial).
+/// Creates a response in the error format of the OpenAI API, so that its client libraries raise their usual
+/// exceptions. For [`on_denial`](crate::ApiKeyAuthLayer::on_denial).
 ///
 /// ```
 /// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, openai_error};
 ///
 /// let layer = ApiKeyAuthLayer::new(MemoryStore::new()).on_denial(openai_error);
 /// ```
-pub fn openai_error(refusal: &DeniedRequest<'_>) -> Response<Bytes> {
-    let (r#type, code) = match refusal.denial() {
+pub fn openai_error(denied: &DeniedRequest<'_>) -> Response<Bytes> {
+    let (r#type, code) = match denied.denial() {
         Denial::MissingCredential => ("invalid_request_error", None),
         Denial::MalformedCredential(_) => ("invalid_request_error", Some("invalid_request")),
         Denial::InvalidKey(_) => ("invalid_request_error", Some("invalid_api_key")),
@@ -65,18 +65,18 @@ pub fn openai_error(refusal: &DeniedRequest<'_>) -> Response<Bytes> {
         Denial::Unavailable(_) => ("server_error", Some("service_unavailable")),
         Denial::BadRow(_) | Denial::Unsupported(_) | Denial::LayerMissing => ("server_error", None),
     };
-    let body = OpenAiBody { message: refusal.detail(), r#type, param: None, code };
-    refusal.respond_with("application/json", json(&OpenAiError { error: body }))
+    let body = OpenAiBody { message: denied.detail(), r#type, param: None, code };
+    denied.respond_with("application/json", json(&OpenAiError { error: body }))
 }
 
 fn json(body: &impl Serialize) -> Vec<u8> {
-    // Structs of strings and numbers always serialize.
+    // Structs of strings and numbers can always be serialized.
     serde_json::to_vec(body).unwrap_or_default()
 }
 
 #[cfg(feature = "axum")]
 impl axum::response::IntoResponse for Denial {
-    /// [`Denial::response`].
+    /// Returns [`Denial::response`] as an axum response.
     fn into_response(self) -> axum::response::Response {
         self.response().map(axum::body::Body::from)
     }

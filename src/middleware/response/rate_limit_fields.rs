@@ -1,7 +1,7 @@
-//! How much is left, in the fields of a response: draft-ietf-httpapi-ratelimit-headers-10.
+//! Rate limit fields of a response: draft-ietf-httpapi-ratelimit-headers-10.
 //!
 //! `RateLimit-Policy: "minute";q=1000;w=60` and `RateLimit: "minute";r=999;t=42`: the limit of a window and its
-//! seconds, how many requests are left and the seconds until the next window.
+//! length in seconds, the number of remaining requests and the seconds until the next window.
 
 use std::{cell::RefCell, mem};
 
@@ -12,24 +12,24 @@ use crate::record::{Quota, RatePeriod, RateWindow};
 const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 
-/// The fields of a response.
+/// Rate limit fields of a response.
 pub(crate) struct RateFields {
     policy: HeaderValue,
-    left: HeaderValue,
+    remaining: HeaderValue,
 }
 
 impl RateFields {
-    /// Adds the fields, in place of those that are there.
+    /// Adds the fields, and replaces existing ones.
     pub(crate) fn write(self, headers: &mut HeaderMap) {
         headers.insert(RATE_LIMIT_POLICY, self.policy);
-        headers.insert(RATE_LIMIT, self.left);
+        headers.insert(RATE_LIMIT, self.remaining);
     }
 }
 
 impl Quota {
-    /// The fields; `None` if there is no window.
+    /// Returns the fields; `None` if there is no window.
     pub(crate) fn fields(&self) -> Option<RateFields> {
-        Some(RateFields { policy: self.policy()?, left: self.left()? })
+        Some(RateFields { policy: self.policy()?, remaining: self.remaining()? })
     }
 
     fn policy(&self) -> Option<HeaderValue> {
@@ -38,23 +38,23 @@ impl Quota {
             let mut policies = policies.borrow_mut();
             let slot = &mut policies[slot(&limits)];
             if slot.as_ref().is_none_or(|(known, _)| *known != limits) {
-                *slot = Some((limits, self.written_policy()?));
+                *slot = Some((limits, self.write_policy()?));
             }
             slot.as_ref().map(|(_, policy)| policy.clone())
         });
-        // A thread that ends knows none any more.
-        known.unwrap_or_else(|_| self.written_policy())
+        // The cache of a thread that ends is no longer accessible.
+        known.unwrap_or_else(|_| self.write_policy())
     }
 
-    fn written_policy(&self) -> Option<HeaderValue> {
+    fn write_policy(&self) -> Option<HeaderValue> {
         self.field(|text, window| {
             text.member(window, [b";w=", b";q="], window.period.seconds(), window.limit)
         })
     }
 
-    fn left(&self) -> Option<HeaderValue> {
+    fn remaining(&self) -> Option<HeaderValue> {
         self.field(|text, window| {
-            // Whole seconds, and never too early.
+            // Rounded up to whole seconds, so that the client does not retry too early.
             let resets_in = window.resets_in;
             let resets_in = resets_in.as_secs() + u64::from(resets_in.subsec_nanos() > 0);
             text.member(window, [b";t=", b";r="], resets_in, window.remaining);
@@ -62,52 +62,52 @@ impl Quota {
     }
 
     fn field(&self, member: impl Fn(&mut Text<'_>, &RateWindow)) -> Option<HeaderValue> {
-        let mut buffer = [0; LONGEST];
+        let mut buffer = [0; MAX_LENGTH];
         let mut text = Text { room: &mut buffer };
         for window in self.windows().rev() {
-            if text.room.len() < LONGEST {
+            if text.room.len() < MAX_LENGTH {
                 text.push(b", ");
             }
             member(&mut text, &window);
         }
         let start = text.room.len();
         let text = buffer.get(start..).filter(|text| !text.is_empty())?;
-        // It is ASCII.
+        // The text is ASCII.
         HeaderValue::from_bytes(text).ok()
     }
 }
 
-/// A policy, and the limits that it is of.
+/// Limits, and the policy field that was written for them.
 type Policy = ([Option<u64>; 3], HeaderValue);
 
 thread_local! {
-    /// What this thread has written last. Keys have few policies among them, so that most are there; by thread, because
-    /// all who clone a value count in one place.
+    /// Policy fields that this thread has written last. Keys share few policies, so most are cache hits. The cache is
+    /// per thread, because clones of a value share one reference counter.
     static POLICIES: RefCell<[Option<Policy>; SLOTS]> = const { RefCell::new([const { None }; SLOTS]) };
 }
 
 const SLOTS: usize = 16;
 
 fn slot(limits: &[Option<u64>; 3]) -> usize {
-    // Multiplicative hashing: the upper bits depend on all of them.
+    // Multiplicative hashing: the upper bits depend on all limits.
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
     let add = |hash: u64, limit: &Option<u64>| (hash ^ limit.unwrap_or(u64::MAX)).wrapping_mul(ODD);
     (limits.iter().fold(0, add) >> 60) as usize % SLOTS
 }
 
-/// As much as three windows take.
-const LONGEST: usize = 3 * 48;
-/// The largest integer of a structured field (RFC 9651 §3.3.1).
-const LARGEST: u64 = 999_999_999_999_999;
+/// Maximum length of a field in bytes: three windows.
+const MAX_LENGTH: usize = 3 * 48;
+/// Largest integer of a structured field (RFC 9651 §3.3.1).
+const MAX_INTEGER: u64 = 999_999_999_999_999;
 
-/// A text that is written from its end, because a number gives its last digits first.
+/// Text that is written from its end, because conversion of a number yields its last digits first.
 struct Text<'a> {
-    /// What is still free in front of it.
+    /// Free space before the text.
     room: &'a mut [u8],
 }
 
 impl Text<'_> {
-    /// A window's name and its two parameters, the last one first.
+    /// Writes a window's name and its two parameters, the last one first.
     #[inline]
     fn member(&mut self, window: &RateWindow, names: [&[u8; 3]; 2], last: u64, first: u64) {
         self.number(last);
@@ -123,15 +123,15 @@ impl Text<'_> {
 
     #[inline]
     fn number(&mut self, number: u64) {
-        let mut left = number.min(LARGEST);
-        while left >= 100 {
-            self.digits((left % 100) as u8);
-            left /= 100;
+        let mut remaining = number.min(MAX_INTEGER);
+        while remaining >= 100 {
+            self.digits((remaining % 100) as u8);
+            remaining /= 100;
         }
-        if left >= 10 {
-            self.digits(left as u8);
+        if remaining >= 10 {
+            self.digits(remaining as u8);
         } else {
-            self.push(&[b'0' + left as u8]);
+            self.push(&[b'0' + remaining as u8]);
         }
     }
 
@@ -142,7 +142,7 @@ impl Text<'_> {
 
     #[inline]
     fn push<const N: usize>(&mut self, piece: &[u8; N]) {
-        // There is always room for it.
+        // The buffer always has room for the piece.
         if let Some((room, place)) = mem::take(&mut self.room).split_last_chunk_mut() {
             *place = *piece;
             self.room = room;

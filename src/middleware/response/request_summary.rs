@@ -1,4 +1,4 @@
-//! Who is to be answered if a request is refused: [`RequestSummary`].
+//! Keeps what is needed of a request to answer it: [`RequestSummary`].
 
 use std::{fmt, sync::Arc};
 
@@ -11,14 +11,15 @@ use crate::{
     middleware::{body::ResponseBody, credential::RequestHead},
 };
 
-/// What must be kept of a request to answer it after it has gone to the inner service.
+/// Parts of a request that are needed for its response after the inner service has taken it.
 #[derive(Default)]
 pub(crate) struct RequestSummary {
     pub(super) is_head: bool,
-    /// Method and URI; `None` where no responder would look at them: a clone costs on every request.
+    /// Method and URI; `None` if there is no `on_denial` closure to read them, because a clone has a cost for every
+    /// request.
     pub(super) line: Option<Box<(Method, Uri)>>,
     pub(super) grpc: Option<grpc::ContentType>,
-    /// `None` for the common one.
+    /// `None` for the default settings.
     presentation: Option<Arc<Presentation>>,
 }
 
@@ -39,53 +40,53 @@ impl RequestSummary {
     pub(crate) fn presentation(&self) -> &Presentation {
         match &self.presentation {
             Some(presentation) => presentation,
-            None => Presentation::common(),
+            None => Presentation::default_settings(),
         }
     }
 
-    /// The response to a request that is refused.
-    pub(crate) fn refuse<B>(&self, denial: &Denial) -> Response<ResponseBody<B>> {
-        DeniedRequest::new(denial, self).response().map(ResponseBody::refusal)
+    /// Creates the response to a denied request.
+    pub(crate) fn deny<B>(&self, denial: &Denial) -> Response<ResponseBody<B>> {
+        DeniedRequest::new(denial, self).response().map(ResponseBody::denial)
     }
 
-    /// The response of the inner service, in the right shape if something there has refused the request. What
-    /// others have put into its head, such as CORS fields, stays.
+    /// Returns the response of the inner service, formatted for this layer if the inner service has denied the
+    /// request. Header fields that other layers have added, such as CORS fields, are kept.
     #[inline]
-    pub(crate) fn reshape<B>(&self, inner: Response<B>) -> Response<ResponseBody<B>> {
-        if inner.extensions().get::<Unshaped>().is_none() {
+    pub(crate) fn format<B>(&self, inner: Response<B>) -> Response<ResponseBody<B>> {
+        if inner.extensions().get::<DefaultFormat>().is_none() {
             return inner.map(ResponseBody::inner);
         }
         let Some(denial) = inner.extensions().get::<Denial>().cloned() else {
             return inner.map(ResponseBody::inner);
         };
         let (mut head, _) = inner.into_parts();
-        head.extensions.remove::<Unshaped>();
-        let (shaped, body) = DeniedRequest::new(&denial, self).response().into_parts();
+        head.extensions.remove::<DefaultFormat>();
+        let (formatted, body) = DeniedRequest::new(&denial, self).response().into_parts();
         for name in [header::CONTENT_LENGTH, header::WWW_AUTHENTICATE, header::RETRY_AFTER] {
             head.headers.remove(name);
         }
-        for name in shaped.headers.keys() {
+        for name in formatted.headers.keys() {
             head.headers.remove(name);
         }
-        head.headers.extend(shaped.headers);
-        head.extensions.extend(shaped.extensions);
-        head.status = shaped.status;
-        Response::from_parts(head, ResponseBody::refusal(body))
+        head.headers.extend(formatted.headers);
+        head.extensions.extend(formatted.extensions);
+        head.status = formatted.status;
+        Response::from_parts(head, ResponseBody::denial(body))
     }
 }
 
 impl Denial {
-    /// A response for a handler or a guard to return, in the default shape. An
-    /// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) around it gives it its own: realm, `on_denial`,
+    /// Creates a response for a handler or a guard to return, in the default format. An
+    /// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) around it formats it by its own settings: realm, `on_denial`,
     /// gRPC.
     pub fn response(&self) -> Response<Bytes> {
         let mut response = DeniedRequest::new(self, &RequestSummary::default()).response();
-        response.extensions_mut().insert(Unshaped);
+        response.extensions_mut().insert(DefaultFormat);
         response
     }
 }
 
-/// A key may stand in the query.
+/// Omits the query, which may contain a key.
 impl fmt::Debug for RequestSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RequestSummary")
@@ -95,7 +96,7 @@ impl fmt::Debug for RequestSummary {
     }
 }
 
-/// In a response's extensions: its denial was answered in the default shape by something behind the
-/// layer, which is to give it the right one.
+/// Extension of a response whose denial was formatted by default behind the layer. The layer formats it by its
+/// settings.
 #[derive(Debug, Clone, Copy)]
-struct Unshaped;
+struct DefaultFormat;
