@@ -279,7 +279,7 @@ impl MinimumRevisions {
     }
 
     /// Returns whether a tombstone from `made_at` is valid.
-    pub(super) fn accept_delete(&self, made_at: SystemTime) -> bool {
+    pub(super) fn accept_tombstone(&self, made_at: SystemTime) -> bool {
         self.table().everything.is_none_or(|minimum| made_at >= minimum)
     }
 

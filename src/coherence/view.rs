@@ -65,7 +65,7 @@ impl View {
     }
 
     /// Records the change of a tombstone that replaces a copy, if the change is new.
-    pub(crate) fn learn_of_delete(
+    pub(crate) fn record_tombstone(
         &self,
         subject: Subject,
         revision: Revision,
@@ -75,7 +75,7 @@ impl View {
         // A node in sync ignores the tombstone: a restored database may have lost the revision.
         let is_in_sync = |sync| self.freshness.age(sync, now) == Age::Fresh;
         if !self.freshness.last_sync().is_some_and(is_in_sync)
-            && self.minimum_revisions.accept_delete(made_at)
+            && self.minimum_revisions.accept_tombstone(made_at)
         {
             self.minimum_revisions.raise_to(
                 subject,

@@ -256,8 +256,9 @@ mod tests {
             (0..100).filter(|_| fail(&mut limiter, "p", source(1), SECOND, CHECK)).count();
         assert_eq!(admitted, 5);
         assert_eq!(limiter.admit("p", source(1), SECOND * 3 / 2), Err(SECOND / 2));
-        let later =
-            (1..=10).filter(|n| fail(&mut limiter, "p", source(1), SECOND * (1 + n), CHECK)).count();
+        let later = (1..=10)
+            .filter(|n| fail(&mut limiter, "p", source(1), SECOND * (1 + n), CHECK))
+            .count();
         assert_eq!(later, 10);
         assert!(limiter.admit("p", source(1), SECOND * 11 + CHECK).is_err());
         assert!(

@@ -160,12 +160,16 @@ impl FromStr for KeyHash {
 
     fn from_str(text: &str) -> Result<Self, HashError> {
         let kind = if let Some(digest) = text.strip_prefix(SHA256) {
-            Kind::Sha256(unhex(digest).ok_or(HashError("sha256$ must be followed by 64 hex digits"))?)
+            Kind::Sha256(
+                unhex(digest).ok_or(HashError("sha256$ must be followed by 64 hex digits"))?,
+            )
         } else if let Some(rest) = text.strip_prefix(HMAC_SHA256) {
             rest.split_once('$')
                 .and_then(|(pepper, mac)| Some((unhex(pepper)?, unhex(mac)?)))
                 .map(|(pepper, mac)| Kind::HmacSha256 { pepper, mac })
-                .ok_or(HashError("hmac-sha256$ must be followed by 8 hex digits, $ and 64 hex digits"))?
+                .ok_or(HashError(
+                    "hmac-sha256$ must be followed by 8 hex digits, $ and 64 hex digits",
+                ))?
         } else if let Some(hash) = text.strip_prefix(PREHASHED) {
             Kind::Bcrypt(BcryptHash { text: bcrypt_text(hash)?, is_prehashed: true })
         } else {

@@ -69,9 +69,9 @@ impl BcryptPool {
         let turn = match standing {
             Standing::Clean => acquire(turn).await?,
             // Suspect checks do not wait, because they would fill the queue that all keys share.
-            Standing::Suspect => turn
-                .try_acquire_owned()
-                .map_err(|_| busy("too many failed checks: only one at a time is allowed for this key"))?,
+            Standing::Suspect => turn.try_acquire_owned().map_err(|_| {
+                busy("too many failed checks: only one at a time is allowed for this key")
+            })?,
         };
         let slot = acquire(Arc::clone(&self.slots)).await?;
         // Checked again, because earlier checks may have failed while this one waited.

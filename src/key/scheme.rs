@@ -130,7 +130,9 @@ impl KeyScheme {
             Kind::Bcrypt(_) => false,
             // A key of unknown strength can be guessed from a plain digest in a stolen table.
             Kind::Sha256(_) if !key.is_structured => {
-                return FastCheck::Impossible("a plain sha256$ hash is allowed only for structured keys");
+                return FastCheck::Impossible(
+                    "a plain sha256$ hash is allowed only for structured keys",
+                );
             }
             Kind::Sha256(digest) => bool::from(digest.ct_eq(&key.digest.0)),
             Kind::HmacSha256 { pepper: id, mac } => {

@@ -229,12 +229,12 @@ async fn connect(link: std::sync::Weak<Link>) {
                 return;
             }
             Err(reason) => {
-                let was_up = link.state.send_if_modified(|state| {
-                    let is_news = !matches!(state, State::Down);
+                let is_first = link.state.send_if_modified(|state| {
+                    let is_first = !matches!(state, State::Down);
                     *state = State::Down;
-                    is_news
+                    is_first
                 });
-                telemetry::redis_is_out_of_reach(&reason, was_up);
+                telemetry::redis_is_unreachable(&reason, is_first);
             }
         }
         drop(link);

@@ -53,7 +53,8 @@ pub(crate) fn grant(
     }
     let limit = budget.map_or(i64::MAX, Budget::micro_cents);
     let room = limit.saturating_sub(books.spent).saturating_sub(books.others).max(0);
-    let (requested, needed) = (request.amount_micro_cents.max(0), request.needed_micro_cents.max(0));
+    let (requested, needed) =
+        (request.amount_micro_cents.max(0), request.needed_micro_cents.max(0));
     let amount = if needed > room {
         books.own.amount.min(room)
     } else {

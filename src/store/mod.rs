@@ -118,7 +118,10 @@ pub trait KeyStore: Send + Sync + 'static {
     ///
     /// `Unsupported` by default. A reservation for a key with a budget is then answered 500, and logged as a warning
     /// once.
-    fn lease(&self, request: &LeaseRequest) -> impl Future<Output = Result<Lease, StoreError>> + Send {
+    fn lease(
+        &self,
+        request: &LeaseRequest,
+    ) -> impl Future<Output = Result<Lease, StoreError>> + Send {
         let _ = request;
         async { Err(StoreError::unsupported("budget leases")) }
     }

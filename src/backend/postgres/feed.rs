@@ -76,7 +76,7 @@ impl Feed {
                 }
                 Err(error) => {
                     if self.listener.take().is_some() || self.position.is_none() {
-                        telemetry::feed_broken(&error);
+                        telemetry::feed_disconnected(&error);
                     }
                     self.next_poll = Instant::now();
                     let status =

@@ -47,7 +47,7 @@ pub(super) fn changes(store: &SqliteStore, since: SystemTime) -> ChangeStream {
             match feed.next().await {
                 Ok(changes) => return Some((changes, feed)),
                 Err(error) => {
-                    telemetry::feed_broken(&error);
+                    telemetry::feed_disconnected(&error);
                     let fault = Some(FeedFault::Disconnected(error.to_string().into()));
                     let status = FeedStatus { fault, ..feed.status.clone() };
                     if !matches!(feed.status.fault, Some(FeedFault::Disconnected(_))) {
