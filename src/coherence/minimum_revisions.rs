@@ -170,9 +170,9 @@ impl MinimumRevisions {
             let mut table = self.table();
             table.seen += 1;
             let seen = table.seen;
-            table.forget_old(now);
+            table.evict_old(now);
             if table.by_subject.len() >= MAX_SUBJECTS && !table.by_subject.contains_key(&subject) {
-                table.forget_all(database_now);
+                table.evict_all(database_now);
             }
             let minimum = table.by_subject.entry(subject.clone()).or_default();
             change(minimum, seen);
@@ -189,7 +189,7 @@ impl MinimumRevisions {
         {
             let mut table = self.table();
             table.seen += 1;
-            table.forget_all(database_now);
+            table.evict_all(database_now);
         }
         for generation in self.generations.iter() {
             generation.fetch_add(1, Ordering::SeqCst);
@@ -303,7 +303,7 @@ impl MinimumRevisions {
 }
 
 impl Table {
-    fn forget_old(&mut self, now: Moment) {
+    fn evict_old(&mut self, now: Moment) {
         while let Some((raised, subject)) = self.raised.front() {
             if now.since(*raised) <= MINIMUM_REVISION_LIFETIME {
                 break;
@@ -323,7 +323,7 @@ impl Table {
         }
     }
 
-    fn forget_all(&mut self, database_now: SystemTime) {
+    fn evict_all(&mut self, database_now: SystemTime) {
         self.by_subject.clear();
         self.raised.clear();
         self.everything = Some(database_now + MARGIN);

@@ -42,7 +42,7 @@ mod tests {
         for (held, wanted) in granted {
             assert!(grants(held, wanted), "{held:?} grants {wanted:?}");
         }
-        let refused = [
+        let not_granted = [
             ("models:read", "models:write"),
             ("models:read", "models:read:all"),
             ("models:*", "models"),
@@ -55,7 +55,7 @@ mod tests {
             ("*", ""),
             ("models*", "models:read"),
         ];
-        for (held, wanted) in refused {
+        for (held, wanted) in not_granted {
             assert!(!grants(held, wanted), "{held:?} does not grant {wanted:?}");
         }
     }

@@ -111,7 +111,7 @@ impl Link {
             within(self.limit, self.connection()).await.unwrap_or(Err(Fault::Open))?;
         let left = self.limit.saturating_sub(begin.elapsed());
         match within(left, command.query_async(&mut connection)).await {
-            Some(Ok(Value::ServerError(error))) => Err(self.refused(error.into(), number)),
+            Some(Ok(Value::ServerError(error))) => Err(self.rejected(error.into(), number)),
             Some(Ok(value)) => {
                 self.faults.store(0, Ordering::Relaxed);
                 Ok(value)
@@ -122,7 +122,7 @@ impl Link {
                 self.fault(number, faults);
                 Err(Fault::Link)
             }
-            Some(Err(error)) => Err(self.refused(error, number)),
+            Some(Err(error)) => Err(self.rejected(error, number)),
             None => {
                 self.fault(number, 1);
                 Err(Fault::Link)
@@ -164,7 +164,7 @@ impl Link {
 
     /// Returns the error as a fault. If a server has become a replica, or a part of a cluster, the client connects
     /// again to find the new one. Any other error is not a fault of the connection.
-    fn refused(self: &Arc<Self>, error: RedisError, number: u64) -> Fault {
+    fn rejected(self: &Arc<Self>, error: RedisError, number: u64) -> Fault {
         use ServerErrorKind::{Ask, ClusterDown, MasterDown, Moved, ReadOnly};
         let has_moved = matches!(
             error.kind(),

@@ -19,7 +19,7 @@ use crate::{
 
 /// SQL text with the placeholders `$1` and so on for the bound values.
 ///
-/// diesel's `sql_query` prepares a statement anew each time. This statement is cached by the connection, so that a
+/// diesel's `sql_query` prepares a statement each time. This statement is cached by the connection, so that a
 /// look-up takes one round trip instead of two.
 #[derive(Debug)]
 pub(in crate::backend) struct Statement {

@@ -26,7 +26,7 @@ const WATCHED_EVERY: Duration = Duration::from_millis(20);
 const PULSE: Duration = Duration::from_secs(1);
 /// Pause after a failure.
 const PAUSE: Duration = Duration::from_millis(500);
-/// Maximum number of new changes per read. Beyond it, everything is read anew.
+/// Maximum number of new changes per read. Beyond it, everything is read again.
 const MAX_CHANGES: usize = 10_000;
 const PRUNED_EVERY: Duration = Duration::from_secs(600);
 

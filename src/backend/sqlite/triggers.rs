@@ -58,7 +58,7 @@ pub(super) fn missing(connection: &mut SqliteConnection) -> QueryResult<Vec<Stri
     Ok(wanted.iter().filter(is_missing).map(|trigger| trigger.name.clone()).collect())
 }
 
-/// Creates the triggers that are missing or different, and returns their names. Every node then reads everything anew,
+/// Creates the triggers that are missing or different, and returns their names. Every node then reads everything again,
 /// because changes while a trigger was missing are unknown.
 pub(super) fn make(connection: &mut SqliteConnection) -> QueryResult<Vec<String>> {
     let made = missing(connection)?;

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{backend::postgres::schema, error::StoreError};
 
-/// Maximum number of new changes per read. Beyond it, everything is read anew.
+/// Maximum number of new changes per read. Beyond it, everything is read again.
 pub(super) const MAX_CHANGES: usize = 10_000;
 
 /// The result of one read.
