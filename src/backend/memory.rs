@@ -11,7 +11,7 @@ use std::{
 use chrono::{DateTime, Utc};
 use tokio::{sync::watch, time::timeout};
 
-use self::ledger::LedgerEntry;
+use self::ledger::Ledger;
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, Revision, Revisions, UsageTotals, User, UserId},
@@ -44,7 +44,7 @@ struct Tables {
     revision: u64,
     /// The last changes and their revisions.
     changes: VecDeque<(u64, Change)>,
-    books: LedgerEntry,
+    ledger: Ledger,
     last_id: i64,
 }
 

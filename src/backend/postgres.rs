@@ -72,7 +72,7 @@ struct Inner {
     lookups: Connections,
     gate: Arc<LookupGate>,
     /// Connections for usage, leases and upgraded hashes.
-    accounts: Connections,
+    accounting: Connections,
     /// Connections for management and the cache secret.
     management: Connections,
     target: Target,
@@ -228,7 +228,7 @@ impl KeyStore for PostgresStore {
         let keys = rows.iter().filter_map(|found| found.row.as_deref()).map(row::decode);
         let answer = lookup.verify_rows(keys).await?;
         if let Some(upgrade) = answer.upgrade()
-            && let Err(error) = self.load::<TextRow>(&self.0.accounts, &upgrade.statement()).await
+            && let Err(error) = self.load::<TextRow>(&self.0.accounting, &upgrade.statement()).await
         {
             telemetry::upgrade_failed(&error);
         }
@@ -259,7 +259,7 @@ impl KeyStore for PostgresStore {
             Bind::number(life),
         ];
         let statement = Statement::new(select, binds);
-        let leased = self.load_in(&self.0.accounts, Isolation::ReadCommitted, &statement).await;
+        let leased = self.load_in(&self.0.accounting, Isolation::ReadCommitted, &statement).await;
         let rows: Vec<TextRow> = leased?;
         Lease::from_row(rows.as_slice().first().map(|row| row.row.as_str()))
     }

@@ -1,4 +1,4 @@
-//! Whether an answer may still be served.
+//! The rules that decide whether an answer may still be served.
 //!
 //! Copies of answers are stored in the local cache and in Redis. They can be outdated: a fill may run late, and Redis
 //! may be restored from a snapshot. Two rules keep an outdated copy from being served. Minimum revisions

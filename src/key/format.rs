@@ -281,7 +281,7 @@ impl fmt::Debug for KeyFormat {
     }
 }
 
-/// Why a [`KeyFormat`] can't be built.
+/// The reason why a [`KeyFormat`] can't be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FormatError {

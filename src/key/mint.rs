@@ -91,7 +91,7 @@ impl fmt::Debug for MintedKey {
     }
 }
 
-/// Why a key can't be minted.
+/// The reason why a key can't be minted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MintError {

@@ -302,7 +302,7 @@ impl fmt::Debug for KeySchemeBuilder {
     }
 }
 
-/// Why a [`KeyScheme`] can't be built.
+/// The reason why a [`KeyScheme`] can't be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SchemeError {

@@ -1,4 +1,4 @@
-//! Which scopes a key has.
+//! The scope rule: which scopes a key has.
 
 /// Returns whether the scope `held` grants the scope `wanted`.
 ///

@@ -116,7 +116,7 @@ impl Link {
                 self.faults.store(0, Ordering::Relaxed);
                 Ok(value)
             }
-            Some(Err(error)) if is_of_the_link(&error) => {
+            Some(Err(error)) if is_connection_fault(&error) => {
                 // A closed connection can't be used any more.
                 let faults = if error.is_unrecoverable_error() { FAULTS } else { 1 };
                 self.fault(number, faults);
@@ -250,7 +250,7 @@ fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(0.5 + 0.5 * share)
 }
 
-fn is_of_the_link(error: &RedisError) -> bool {
+fn is_connection_fault(error: &RedisError) -> bool {
     error.is_io_error()
         || error.is_timeout()
         || error.is_connection_dropped()

@@ -43,8 +43,8 @@ pub struct FeedStatus {
     pub oldest: Option<SystemTime>,
 }
 
-/// Why changes may not arrive. Cached keys are served for `max_staleness` after the last sync, as on a node that is
-/// cut off.
+/// The reason why changes may not arrive. Cached keys are served for `max_staleness` after the last sync, as on a node
+/// that is cut off.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FeedFault {

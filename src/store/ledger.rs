@@ -14,20 +14,20 @@ pub(crate) struct LedgerEntry {
     /// Unexpired leases of other holders.
     pub(crate) others: i64,
     /// The current lease of the requesting holder.
-    pub(crate) own: Slice,
+    pub(crate) own: GrantedLease,
 }
 
 /// The ledger's row of a lease. It is kept until it expires, also after the lease was returned, so that a delayed
 /// request is recognized as old.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Slice {
+pub(crate) struct GrantedLease {
     pub(crate) amount: i64,
     /// Sequence number of the request that it was granted for.
     pub(crate) sequence: u64,
     pub(crate) expires_at: SystemTime,
 }
 
-impl Slice {
+impl GrantedLease {
     /// The row of a holder without a lease, or with an expired one.
     pub(crate) const NONE: Self =
         Self { amount: 0, sequence: 0, expires_at: SystemTime::UNIX_EPOCH };
@@ -44,24 +44,24 @@ impl Slice {
 /// request that is not newer than the last one is ignored.
 pub(crate) fn grant(
     budget: Option<Budget>,
-    books: &LedgerEntry,
+    entry: &LedgerEntry,
     request: &LeaseRequest,
     now: SystemTime,
-) -> Slice {
-    if request.sequence <= books.own.sequence {
-        return books.own;
+) -> GrantedLease {
+    if request.sequence <= entry.own.sequence {
+        return entry.own;
     }
     let limit = budget.map_or(i64::MAX, Budget::micro_cents);
-    let room = limit.saturating_sub(books.spent).saturating_sub(books.others).max(0);
+    let room = limit.saturating_sub(entry.spent).saturating_sub(entry.others).max(0);
     let (requested, needed) =
         (request.amount_micro_cents.max(0), request.needed_micro_cents.max(0));
     let amount = if needed > room {
-        books.own.amount.min(room)
+        entry.own.amount.min(room)
     } else {
         requested.min(needed + (room - needed) / 4)
     };
     let expires_at = now.checked_add(request.lifetime).unwrap_or(now);
-    Slice { amount, sequence: request.sequence, expires_at }
+    GrantedLease { amount, sequence: request.sequence, expires_at }
 }
 
 impl Budget {
@@ -112,9 +112,9 @@ mod tests {
 
     fn granted(limit_cents: u64, spent: i64, others: i64, own: i64, request: &LeaseRequest) -> i64 {
         let budget = Budget { limit_cents, period: BudgetPeriod::Total };
-        let own = Slice { amount: own, sequence: 1, ..Slice::NONE };
-        let books = LedgerEntry { spent, others, own };
-        grant(Some(budget), &books, request, SystemTime::UNIX_EPOCH).amount
+        let own = GrantedLease { amount: own, sequence: 1, ..GrantedLease::NONE };
+        let entry = LedgerEntry { spent, others, own };
+        grant(Some(budget), &entry, request, SystemTime::UNIX_EPOCH).amount
     }
 
     #[test]
@@ -131,8 +131,8 @@ mod tests {
         assert_eq!(granted(1, 5_000_000, 0, 0, &request(10, 1)), 0);
         assert_eq!(granted(1, 0, 0, 70, &request(0, 0)), 0);
         assert_eq!(granted(u64::MAX, i64::MAX - 5, 0, 0, &request(10, 1)), 2);
-        let books = LedgerEntry { spent: i64::MAX, others: 0, own: Slice::NONE };
-        assert_eq!(grant(None, &books, &request(10, 0), SystemTime::UNIX_EPOCH).amount, 0);
+        let entry = LedgerEntry { spent: i64::MAX, others: 0, own: GrantedLease::NONE };
+        assert_eq!(grant(None, &entry, &request(10, 0), SystemTime::UNIX_EPOCH).amount, 0);
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub use self::{
 };
 pub(crate) use self::{
     answer::{Outcome, Source},
-    ledger::{LedgerEntry, Slice, grant},
+    ledger::{GrantedLease, LedgerEntry, grant},
     lookup::needs_the_key,
     lookup_key::{LookupKey, Proof, VerifiedKey},
     priority::Priority,

@@ -168,7 +168,7 @@ const TABLE_COLUMNS: &str = "
     WHERE c.oid IN (to_regclass('users'), to_regclass('api_keys'))";
 
 /// Fault of a partitioned table. `TRUNCATE` and `DETACH` of a partition fire no trigger of the whole table.
-const IN_PARTS: &str = "is partitioned or has child tables: a part can be truncated or detached without a trigger, \
+const PARTITIONED: &str = "is partitioned or has child tables: a part can be truncated or detached without a trigger, \
     and its keys would remain valid in caches. Keep keys and users in plain tables";
 
 /// Columns that restrict a key. If such a column were recreated with a default in a table that was adopted before, its
@@ -200,7 +200,7 @@ pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult
     };
     for table in &tables {
         if table.kind == "p" || table.has_children {
-            faults.push(ColumnFault::new(&table.name, "", IN_PARTS));
+            faults.push(ColumnFault::new(&table.name, "", PARTITIONED));
         } else if table.kind != "r" {
             faults.push(ColumnFault::new(&table.name, "", "is not a table"));
         } else if !table.has_unique_id {

@@ -22,7 +22,7 @@ use super::{
 use crate::backend::sql::gate::LookupGate;
 
 /// Number of connections for usage, leases and upgraded hashes.
-const ACCOUNT_CONNECTIONS: usize = 4;
+const ACCOUNTING_CONNECTIONS: usize = 4;
 /// Number of connections for management and the cache secret.
 const MANAGEMENT_CONNECTIONS: usize = 2;
 
@@ -96,12 +96,13 @@ impl PostgresStoreBuilder {
         let target = Target::parse(&self)?;
         let pool = |size| self.pool(&target, size);
         let (lookups, gate) = (pool(self.max_connections)?, LookupGate::new(self.max_connections));
-        let (accounts, management) = (pool(ACCOUNT_CONNECTIONS)?, pool(MANAGEMENT_CONNECTIONS)?);
+        let (accounting, management) =
+            (pool(ACCOUNTING_CONNECTIONS)?, pool(MANAGEMENT_CONNECTIONS)?);
         let Self { deadline, poll_interval, .. } = self;
         Ok(PostgresStore(Arc::new(Inner {
             lookups,
             gate,
-            accounts,
+            accounting,
             management,
             target,
             deadline,

@@ -14,7 +14,8 @@ use std::{
 use tokio::time::sleep;
 
 use self::{
-    completeness::Completeness, listener::Listener, position::Position, prune::Pruning, read::Found,
+    completeness::Completeness, listener::Listener, position::Position, prune::Pruning,
+    read::FeedRead,
 };
 use super::{Inner, PostgresStore};
 use crate::{
@@ -124,12 +125,12 @@ impl Feed {
             self.next_poll = later(self.store.poll_interval.min(most));
         }
         let pruned = self.pruning.poll(&self.store).await;
-        Ok(self.take_in(found, fault, pruned))
+        Ok(self.process(found, fault, pruned))
     }
 
-    fn take_in(
+    fn process(
         &mut self,
-        found: Found,
+        found: FeedRead,
         fault: Option<String>,
         pruned: Option<FeedStatus>,
     ) -> Vec<Change> {

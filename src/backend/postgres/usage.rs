@@ -134,7 +134,8 @@ impl PostgresStore {
         let entries = batch.encoded();
         let all = Value::from(entries.clone()).to_string();
         let statement = sqlstate::attempt(count(true, true), binds(batch, all));
-        let counted = self.load_in(&self.0.accounts, Isolation::ReadCommitted, &statement).await?;
+        let counted =
+            self.load_in(&self.0.accounting, Isolation::ReadCommitted, &statement).await?;
         // Any error that is not the fault of a row delays the batch: the recorder retries it.
         match sqlstate::outcome(&counted)? {
             Ok(counts) => report(batch, counts.as_deref()),
@@ -143,7 +144,7 @@ impl PostgresStore {
         }
         if batch.sequence == 1
             && let Err(error) =
-                self.load::<TextRow>(&self.0.accounts, &Statement::new(DELETE_OLD, [])).await
+                self.load::<TextRow>(&self.0.accounting, &Statement::new(DELETE_OLD, [])).await
         {
             telemetry::not_pruned(&error);
         }
@@ -157,11 +158,11 @@ impl PostgresStore {
         batch: &UsageBatch,
         entries: &[Value],
     ) -> Result<(), StoreError> {
-        let mut checkout = self.0.accounts.checkout().await?;
+        let mut checkout = self.0.accounting.checkout().await?;
         let connection = checkout.connection();
         let gate = format!("WITH w AS ({WRITER}) SELECT count(*)::text AS row FROM w");
         let gate = Statement::new(gate, binds(batch, String::new()));
-        let settings = self.0.accounts.local_settings();
+        let settings = self.0.accounting.local_settings();
         let mut transaction = connection.build_transaction().read_committed();
         let work = transaction.run(async |connection| {
             let set = connection.batch_execute(&settings).await;

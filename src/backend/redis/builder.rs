@@ -65,7 +65,7 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
     /// If a URL can't be parsed, or the store has no secret and none was given.
     pub fn build(self) -> Result<RedisCache<S>, RedisCacheError> {
         let Self { store, servers, timeout, secret, namespace } = self;
-        if secret.is_none() && secret::has_none(&store) {
+        if secret.is_none() && secret::has_no_secret(&store) {
             return Err(RedisCacheError::NoSecret);
         }
         let link = Link::new(Connector::new(servers).map_err(RedisCacheError::Url)?, timeout);
@@ -88,7 +88,7 @@ impl<S: fmt::Debug> fmt::Debug for RedisCacheBuilder<S> {
     }
 }
 
-/// Why a [`RedisCache`] can't be built.
+/// The reason why a [`RedisCache`] can't be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RedisCacheError {

@@ -127,7 +127,7 @@ impl Entry {
     }
 }
 
-/// The MAC starts with the name and its length, so that no entry can be moved to another name.
+/// Returns the MAC. It starts with the name and its length, so that no entry can be moved to another name.
 fn mac(name: &str, signed: &[u8], secret: &CacheSecret) -> [u8; MAC] {
     let message = [name.len().to_string().as_bytes(), b":", name.as_bytes(), signed].concat();
     hmac_sha256(secret.expose_secret(), &message)

@@ -40,7 +40,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 const QUERY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Returns whether the store reports at once that it has no secret, as it does by default.
-pub(super) fn has_none(store: &impl KeyStore) -> bool {
+pub(super) fn has_no_secret(store: &impl KeyStore) -> bool {
     let answer = pin!(store.cache_secret());
     matches!(answer.poll(&mut Context::from_waker(Waker::noop())), Poll::Ready(Ok(None)))
 }

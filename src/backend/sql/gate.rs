@@ -85,7 +85,7 @@ impl LookupGate {
     pub(in crate::backend) async fn acquire(self: &Arc<Self>, priority: Priority) -> Pass {
         let (number, passed) = {
             let mut waiting = self.waiting();
-            if waiting.may_go(priority) {
+            if waiting.may_run(priority) {
                 return Ok(waiting.take(self, priority));
             }
             waiting.make_room(priority, self.max_waiting)?;
@@ -134,12 +134,12 @@ impl LookupGate {
 }
 
 impl Waiting {
-    fn may_go(&self, priority: Priority) -> bool {
+    fn may_run(&self, priority: Priority) -> bool {
         // While a connection is free, only suspect look-ups wait.
-        self.free > 0 && (priority != Priority::Suspect || self.may_suspect_go())
+        self.free > 0 && (priority != Priority::Suspect || self.may_suspect_run())
     }
 
-    fn may_suspect_go(&self) -> bool {
+    fn may_suspect_run(&self) -> bool {
         !self.is_suspect_running && self.suspects_from.is_none_or(|from| Instant::now() >= from)
     }
 
@@ -170,10 +170,10 @@ impl Waiting {
     /// Passes free connections to waiting look-ups.
     fn dispatch(&mut self, gate: &Arc<LookupGate>) {
         while self.free > 0 {
-            let may_suspect_go = self.may_suspect_go();
+            let may_suspect_run = self.may_suspect_run();
             let next = Priority::ALL.into_iter().rev().find(|&priority| {
                 !self.queues[priority as usize].is_empty()
-                    && (priority != Priority::Suspect || may_suspect_go)
+                    && (priority != Priority::Suspect || may_suspect_run)
             });
             let Some(priority) = next else { return };
             let Some((_, pass)) = self.queues[priority as usize].pop_first() else { return };

@@ -86,7 +86,7 @@ struct Position {
 }
 
 /// The result of one read, from one snapshot.
-struct Found {
+struct FeedRead {
     position: Position,
     /// Whether the last row of the previous read still exists.
     is_continuous: bool,
@@ -219,7 +219,7 @@ fn read(
     position: Option<Position>,
     known: Vec<String>,
     age: Duration,
-) -> Result<Found, StoreError> {
+) -> Result<FeedRead, StoreError> {
     let last = "SELECT revision, nonce, s.schema_version AS schema
         FROM api_key_changes, pragma_schema_version AS s ORDER BY revision DESC LIMIT 1";
     let last = sql_query(last).load::<Last>(connection).map_err(store_error)?;
@@ -250,7 +250,7 @@ fn read(
         Some(position) if position.schema == here.schema => known,
         _ => triggers::missing(connection).map_err(store_error)?,
     };
-    Ok(Found { position: here, is_continuous, missing_triggers, changes })
+    Ok(FeedRead { position: here, is_continuous, missing_triggers, changes })
 }
 
 /// Returns the changes for which `filter` is true. For a new user, these include the lookup ids of the keys that were

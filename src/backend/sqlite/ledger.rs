@@ -12,7 +12,7 @@ use crate::{
     },
     error::StoreError,
     record::BudgetPeriod,
-    store::{Lease, LeaseRequest, LedgerEntry, Slice, grant},
+    store::{GrantedLease, Lease, LeaseRequest, LedgerEntry, grant},
 };
 
 const BUDGET: &str = "
@@ -82,18 +82,18 @@ fn lease(
     let rows = load(connection, &Statement::new(OTHERS, [by_key(), holder()]))?;
     let others = rows.iter().find_map(TextRow::id).unwrap_or(0);
     let rows = load(connection, &Statement::new(OWN, [by_key(), holder()]))?;
-    let own = rows.as_slice().first().map_or(Ok(Slice::NONE), own)?;
-    let slice = grant(budget, &LedgerEntry { spent, others, own }, request, now);
-    let (sequence, amount) = (Bind::number(slice.sequence), Bind::Integer(slice.amount));
-    let binds = [by_key(), holder(), sequence, amount, millis(slice.expires_at)];
+    let own = rows.as_slice().first().map_or(Ok(GrantedLease::NONE), own)?;
+    let granted = grant(budget, &LedgerEntry { spent, others, own }, request, now);
+    let (sequence, amount) = (Bind::number(granted.sequence), Bind::Integer(granted.amount));
+    let binds = [by_key(), holder(), sequence, amount, millis(granted.expires_at)];
     load(connection, &Statement::new(WRITE, binds))?;
-    Ok(slice.lease(budget, now))
+    Ok(granted.lease(budget, now))
 }
 
-fn own(row: &TextRow) -> Result<Slice, StoreError> {
+fn own(row: &TextRow) -> Result<GrantedLease, StoreError> {
     let (amount, sequence, expires_at) = read(row)?;
     let expires_at = SystemTime::UNIX_EPOCH + Duration::from_millis(expires_at);
-    Ok(Slice { amount, sequence, expires_at })
+    Ok(GrantedLease { amount, sequence, expires_at })
 }
 
 fn read<T: serde::de::DeserializeOwned>(row: &TextRow) -> Result<T, StoreError> {

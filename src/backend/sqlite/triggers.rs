@@ -287,7 +287,7 @@ impl Table {
         )
     }
 
-    /// If ids may be assigned again, the cost of the deleted key is moved to the negative id.
+    /// Returns the statements that move the cost of a deleted key to the negative id, if ids may be assigned again.
     fn retire_usage(&self) -> &'static str {
         if !self.reuses_ids {
             return "";

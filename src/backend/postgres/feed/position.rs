@@ -5,7 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use super::read::{Found, MAX_CHANGES, Row};
+use super::read::{FeedRead, MAX_CHANGES, Row};
 use crate::{
     record::{Revision, UserId},
     store::Change,
@@ -22,7 +22,7 @@ pub(super) struct Position {
     /// a lower id than one that survived. Then one of these rows is missing.
     recent: VecDeque<Recent>,
     /// The rows of the last read, if they were of more transactions than `recent` holds.
-    crowd: Option<Crowd>,
+    bulk: Option<BulkRead>,
     /// The row of the highest transaction id.
     last: Option<String>,
     triggers: Option<String>,
@@ -36,8 +36,8 @@ struct Recent {
 
 /// Rows of many transactions that one read returned. Any of these transactions may have been the last to commit, so
 /// that their number is checked until a later transaction is read.
-pub(super) struct Crowd {
-    /// The transaction ids: from `from` up to, but not including, `before`.
+pub(super) struct BulkRead {
+    /// The transaction ids: those from `from` up to, but not including, `to`, and those in `before`.
     pub(super) from: u64,
     pub(super) to: u64,
     pub(super) before: Vec<u64>,
@@ -56,8 +56,8 @@ const MAX_GAP: Duration = Duration::from_secs(3600);
 
 impl Position {
     pub(super) fn new(next_xid: u64, in_progress: Vec<u64>) -> Self {
-        let (recent, crowd, last, triggers, as_of) = (VecDeque::new(), None, None, None, None);
-        Self { next_xid, in_progress, recent, crowd, last, triggers, as_of }
+        let (recent, bulk, last, triggers, as_of) = (VecDeque::new(), None, None, None, None);
+        Self { next_xid, in_progress, recent, bulk, last, triggers, as_of }
     }
 
     /// Returns the ids of rows that must still exist.
@@ -65,12 +65,12 @@ impl Position {
         self.recent.iter().map(|row| row.id.as_str()).chain(self.last.as_deref())
     }
 
-    pub(super) fn crowd(&self) -> Option<&Crowd> {
-        self.crowd.as_ref()
+    pub(super) fn bulk(&self) -> Option<&BulkRead> {
+        self.bulk.as_ref()
     }
 
     /// Advances past a read, and returns its changes.
-    pub(super) fn advance(&mut self, found: Found) -> Vec<Change> {
+    pub(super) fn advance(&mut self, found: FeedRead) -> Vec<Change> {
         let as_of = found.as_of();
         let is_first = self.as_of.is_none();
         let is_late = self
@@ -87,13 +87,13 @@ impl Position {
         }
         if !is_same_database {
             self.recent.clear();
-            self.crowd = None;
+            self.bulk = None;
         }
         let transactions = self.record(&rows, as_of);
-        let is_old = |crowd: &Crowd| is_past(crowd.read_at, as_of);
-        if transactions > 0 || self.crowd.as_ref().is_some_and(is_old) {
-            let is_crowd = !is_first && transactions > MAX_RECENT && rows.len() <= MAX_CHANGES;
-            self.crowd = is_crowd.then(|| Crowd {
+        let is_old = |bulk: &BulkRead| is_past(bulk.read_at, as_of);
+        if transactions > 0 || self.bulk.as_ref().is_some_and(is_old) {
+            let is_bulk = !is_first && transactions > MAX_RECENT && rows.len() <= MAX_CHANGES;
+            self.bulk = is_bulk.then(|| BulkRead {
                 from: self.next_xid,
                 to: found.next_xid,
                 before: self.in_progress.clone(),

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::{
     listener::Listener,
-    position::{Crowd, Position},
+    position::{BulkRead, Position},
 };
 use crate::{backend::postgres::schema, error::StoreError};
 
@@ -15,7 +15,7 @@ pub(super) const MAX_CHANGES: usize = 10_000;
 
 /// The result of one read.
 #[derive(Deserialize)]
-pub(super) struct Found {
+pub(super) struct FeedRead {
     as_of_micros: u64,
     /// The transaction id from which on the next read must return rows; of lower ones, only those in progress.
     pub(super) next_xid: u64,
@@ -43,7 +43,7 @@ pub(super) struct Row {
     pub(super) user_id: Option<i64>,
 }
 
-impl Found {
+impl FeedRead {
     pub(super) fn as_of(&self) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_micros(self.as_of_micros)
     }
@@ -73,11 +73,11 @@ impl Listener {
 
     /// Reads the rows that became visible since `position`, and the data that shows whether they are complete: in one
     /// statement, so that all of it is from one snapshot.
-    pub(super) async fn read(&self, position: &Position) -> Result<Found, StoreError> {
+    pub(super) async fn read(&self, position: &Position) -> Result<FeedRead, StoreError> {
         let limit = MAX_CHANGES + 1;
         let recent = join(position.recent().map(|id| format!("\"{id}\"")));
         let in_progress = join(position.in_progress.iter());
-        let crowd = position.crowd().map_or("TRUE".to_owned(), is_complete);
+        let bulk = position.bulk().map_or("TRUE".to_owned(), is_complete);
         // Transaction ids ahead of this cluster's came with a dump of another one. The rows are ordered by the index
         // with a limit, so that no plan reads the whole table, whatever the statistics are. On a standby the snapshot
         // does not list transactions in progress.
@@ -104,7 +104,7 @@ impl Listener {
                 'is_notified', current_setting('max_prepared_transactions') = '0',
                 'is_continuous', NOT EXISTS (
                     SELECT FROM unnest('{{{recent}}}'::uuid[]) AS r (id)
-                    WHERE NOT EXISTS (SELECT FROM api_key_changes c WHERE c.id = r.id)) AND {crowd},
+                    WHERE NOT EXISTS (SELECT FROM api_key_changes c WHERE c.id = r.id)) AND {bulk},
                 'last', (SELECT row_to_json(last) FROM last),
                 'changes', (SELECT json_agg(c) FROM (
                     (SELECT {ROW} FROM api_key_changes c
@@ -124,16 +124,16 @@ impl Listener {
 }
 
 /// Returns an SQL expression: whether all the rows still exist.
-fn is_complete(crowd: &Crowd) -> String {
-    let [before, except] = [&crowd.before, &crowd.except].map(|xids| join(xids.iter()));
+fn is_complete(bulk: &BulkRead) -> String {
+    let [before, except] = [&bulk.before, &bulk.except].map(|xids| join(xids.iter()));
     let count = |which: String| {
         format!(
             "(SELECT count(*) FROM api_key_changes c WHERE {which} AND c.xid <> ALL ('{{{except}}}'::xid8[]))"
         )
     };
-    let range = count(format!("c.xid >= '{}'::xid8 AND c.xid < '{}'::xid8", crowd.from, crowd.to));
+    let range = count(format!("c.xid >= '{}'::xid8 AND c.xid < '{}'::xid8", bulk.from, bulk.to));
     let single = count(format!("c.xid = ANY ('{{{before}}}'::xid8[])"));
-    format!("{range} + {single} >= {}", crowd.rows)
+    format!("{range} + {single} >= {}", bulk.rows)
 }
 
 fn join(items: impl Iterator<Item = impl ToString>) -> String {
