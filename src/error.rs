@@ -1,81 +1,80 @@
-//! What goes wrong below the layer: [`StoreError`]. A refusal is not an error but a
-//! [`Denial`](crate::Denial).
+//! Errors below the layer: [`StoreError`]. A rejected request is not an error but a [`Denial`](crate::Denial).
 
 use std::{borrow::Cow, error::Error, fmt, sync::Arc, time::Duration};
 
-/// A fault of a store or of what it stands on. Never an authentication failure: "no such key" is an
+/// A fault of a store or of a system that it depends on. It is never an authentication failure: "no such key" is an
 /// [`Answer`](crate::Answer).
 ///
-/// It is cheap to clone, because everybody who waits for one look-up gets the same error, and keeps
-/// what caused it as [`source`](Error::source). `Display` contains the cause, for logs; a caller never sees it. The
-/// stores of this crate put no value of a row and no password of a URL into either.
+/// It is cheap to clone, because all waiters of one look-up get the same error. It keeps its cause as
+/// [`source`](Error::source). `Display` contains the cause, for logs; callers never see it. The stores of this crate
+/// put no value of a row and no password of a URL into either.
 #[derive(Clone)]
 pub struct StoreError {
     kind: StoreErrorKind,
     message: Cow<'static, str>,
     retry_after: Duration,
     source: Option<Arc<dyn Error + Send + Sync>>,
-    /// What to do about it.
+    /// What to do about the error.
     hint: Option<&'static str>,
 }
 
-/// What sort of fault a [`StoreError`] is.
+/// Kind of a [`StoreError`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StoreErrorKind {
-    /// The store can't be reached, or broke off.
+    /// The store can't be reached, or the connection broke.
     Unavailable,
-    /// No answer within the deadline.
+    /// The store did not answer within the deadline.
     Timeout,
-    /// There is more to do than the bounds allow: a full queue, a busy pool, a used-up ration.
+    /// A bound is exceeded: a full queue, a busy pool, or the failure limiter.
     Overloaded,
     /// A row that can't be decoded. The request is answered 500, and the log names the row.
     BadRow,
-    /// A write that contradicts what is stored, such as an e-mail address that is taken.
+    /// A write that contradicts stored data, such as an e-mail address that is taken.
     Conflict,
-    /// The store does not do this at all. The request is answered 500.
+    /// The store does not support the operation. The request is answered 500.
     Unsupported,
-    /// The store answered, but refused the request: a missing table, a missing right.
+    /// The store answered, but rejected the request, for example because a table or a privilege is missing.
     Rejected,
 }
 
 impl StoreError {
-    /// The store can't be reached. Trying again helps.
+    /// Creates an error for a store that can't be reached. A retry helps.
     pub fn unavailable(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self::new(StoreErrorKind::Unavailable, "the key store is out of reach").caused_by(source)
+        Self::new(StoreErrorKind::Unavailable, "the key store can't be reached").caused_by(source)
     }
 
-    /// There was no answer within `limit`. Trying again helps.
+    /// Creates an error for a store that did not answer within `limit`. A retry helps.
     pub fn timeout(limit: Duration) -> Self {
         Self::new(StoreErrorKind::Timeout, format!("no answer from the key store within {limit:?}"))
     }
 
-    /// There is more to do than the bounds allow; `retry_after` says when to come again.
+    /// Creates an error for an exceeded bound. `retry_after` is the time to wait before a retry.
     pub fn overloaded(message: impl Into<Cow<'static, str>>, retry_after: Duration) -> Self {
         Self { retry_after, ..Self::new(StoreErrorKind::Overloaded, message) }
     }
 
-    /// A row that can't be decoded: `message` names the row and the column, never a value.
+    /// Creates an error for a row that can't be decoded. `message` names the row and the column, never a value.
     pub fn bad_row(message: impl Into<Cow<'static, str>>) -> Self {
         Self::new(StoreErrorKind::BadRow, message)
     }
 
-    /// A write that contradicts what is stored.
+    /// Creates an error for a write that contradicts stored data.
     pub fn conflict(message: impl Into<Cow<'static, str>>) -> Self {
         Self::new(StoreErrorKind::Conflict, message)
     }
 
-    /// The store does not do `what` at all.
+    /// Creates an error for a store that does not support `what`.
     pub fn unsupported(what: &'static str) -> Self {
         Self::new(StoreErrorKind::Unsupported, format!("this key store does not support {what}"))
     }
 
-    /// The store answered, but refused the request. Trying again does not help.
+    /// Creates an error for a request that the store rejected. A retry does not help.
     pub fn rejected(source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        Self::new(StoreErrorKind::Rejected, "the key store refused the request").caused_by(source)
+        Self::new(StoreErrorKind::Rejected, "the key store rejected the request").caused_by(source)
     }
 
-    /// The settings exclude what the request needs.
+    /// Creates an error for settings that exclude what the request needs.
     pub(crate) fn missing(message: &'static str) -> Self {
         Self::new(StoreErrorKind::Unsupported, message)
     }
@@ -85,30 +84,30 @@ impl StoreError {
         Self { kind, message, retry_after, source: None, hint: None }
     }
 
-    /// Adds what caused it.
+    /// Sets the cause.
     #[must_use]
     pub fn caused_by(self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self { source: Some(Arc::from(source.into())), ..self }
     }
 
-    /// Adds what to do about it.
+    /// Adds a hint on how to resolve the error.
     #[cfg(feature = "_sql")]
     pub(crate) fn with_hint(self, hint: &'static str) -> Self {
         Self { hint: Some(hint), ..self }
     }
 
-    /// What sort of fault this is.
+    /// Returns the kind of the error.
     pub fn kind(&self) -> StoreErrorKind {
         self.kind
     }
 
-    /// Whether the same question may be answered a little later.
+    /// Returns whether a retry may succeed a little later.
     pub fn is_transient(&self) -> bool {
         use StoreErrorKind::{Overloaded, Timeout, Unavailable};
         matches!(self.kind, Unavailable | Timeout | Overloaded)
     }
 
-    /// How long a caller should wait before it asks again.
+    /// Returns how long a caller should wait before a retry.
     pub fn retry_after(&self) -> Duration {
         self.retry_after
     }

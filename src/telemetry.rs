@@ -1,4 +1,4 @@
-//! What the crate says in logs. Nothing here ever gets a key, a hash or a credential.
+//! Log messages and metrics of the crate. No function here receives a key, a hash or a credential.
 
 use std::{
     sync::{
@@ -10,13 +10,13 @@ use std::{
 
 use crate::{error::StoreError, runtime::RecentMap};
 
-/// Logs rows that can't be decoded, each reason at most once a minute for a lookup id. Each request with
-/// such a key comes here.
+/// Logs rows that can't be decoded, each reason at most once a minute per lookup id. It is called for each request with
+/// such a key.
 #[derive(Debug)]
 pub(crate) struct BadRowLog(Mutex<RecentMap<(Box<str>, String), Duration>>);
 
 const BAD_ROW_LOGGED_EVERY: Duration = Duration::from_secs(60);
-/// Number of bad rows past which one is logged more often.
+/// Maximum number of bad rows that are tracked. Beyond it, a row may be logged more often.
 const BAD_ROWS_KEPT: usize = 2048;
 
 impl Default for BadRowLog {
@@ -26,8 +26,8 @@ impl Default for BadRowLog {
 }
 
 impl BadRowLog {
-    /// A row under this lookup prefix could not be decoded; the error says which, where the store knows.
-    /// `now` is a monotonic time.
+    /// Logs that a row under this lookup id could not be decoded. The error names the row, if the store knows it. `now`
+    /// is a monotonic time.
     pub(crate) fn log(&self, prefix: &str, error: &StoreError, now: Duration) {
         count("api_key_bad_rows_total");
         let reason = error.to_string();
@@ -43,11 +43,11 @@ impl BadRowLog {
             }
             *last = now;
         }
-        tracing::error!(key_prefix = prefix, error = %error, "an API key row can't be used");
+        tracing::error!(key_prefix = prefix, error = %error, "an API key row can't be decoded or checked");
     }
 }
 
-/// Whether something has been logged: the first time is loud.
+/// Whether a message was logged before: the first one is logged at a higher level.
 #[derive(Debug, Default)]
 pub(crate) struct FirstTime(AtomicBool);
 
@@ -57,7 +57,7 @@ impl FirstTime {
     }
 }
 
-/// A key with address rules is denied, because the address of its caller is not known; `remedy` says what to do.
+/// Logs that a key with address rules is denied, because the client's address is not known. `remedy` is what to do.
 pub(crate) fn address_unknown(remedy: &'static str, warned: &FirstTime) {
     if warned.is_now() {
         tracing::warn!(
@@ -67,16 +67,16 @@ pub(crate) fn address_unknown(remedy: &'static str, warned: &FirstTime) {
     }
 }
 
-/// The store lacks a capability that a request needs.
+/// Logs that the store lacks a capability that a request needs.
 pub(crate) fn unsupported(error: &StoreError, warned: &FirstTime) {
     if warned.is_now() {
-        tracing::warn!(error = %error, "the key store lacks what a request needs: it is answered 500");
+        tracing::warn!(error = %error, "the key store does not support what a request needs: the request is answered 500");
     } else {
-        tracing::debug!(error = %error, "the key store lacks what a request needs");
+        tracing::debug!(error = %error, "the key store does not support what a request needs");
     }
 }
 
-/// A budget can't be reserved with this store or these settings; `remedy` is what to do.
+/// Logs that a budget can't be reserved with this store or these settings. `remedy` is what to do.
 pub(crate) fn budget_unsupported(error: &StoreError, remedy: &str, warned: &FirstTime) {
     if warned.is_now() {
         tracing::warn!(error = %error, remedy, "no budget can be reserved: requests are answered 500");
@@ -85,158 +85,163 @@ pub(crate) fn budget_unsupported(error: &StoreError, remedy: &str, warned: &Firs
     }
 }
 
-/// A fast hash could not be written beside a slow one; the key goes on working.
+/// Logs that a fast hash could not be written beside a slow one. The key remains usable.
 #[cfg(feature = "_sql")]
 pub(crate) fn upgrade_failed(error: &StoreError) {
     tracing::warn!(error = %error, "the fast hash of an API key could not be stored");
 }
 
-/// Usage could not be written now; it is kept.
+/// Logs that usage could not be written. It stays in the queue.
 pub(crate) fn usage_not_written(error: &StoreError, waiting: usize) {
     count("api_key_usage_failures_total");
-    tracing::warn!(error = %error, waiting, "the usage of API keys could not be written yet");
+    tracing::warn!(error = %error, waiting, "the usage of API keys could not be written; retrying");
 }
 
-/// The store does not record usage, which ends the recording.
+/// Logs that the store does not record usage, which ends the recording.
 pub(crate) fn usage_unsupported(error: &StoreError) {
     tracing::warn!(
         error = %error,
-        "the key store does not record usage, so that none is counted: implement KeyStore::record_usage, \
+        "the key store does not record usage, so no usage is counted: implement KeyStore::record_usage, \
          or build the authenticator with AuthenticatorBuilder::without_usage()"
     );
 }
 
-/// The store did not take the last usage before the end.
+/// Logs that the store did not accept the last usage before the shutdown.
 pub(crate) fn usage_lost(keys: usize) {
     count("api_key_usage_dropped_total");
-    tracing::error!(keys, "the last usage of API keys could not be written before the end");
+    tracing::error!(
+        keys,
+        "the last usage of API keys could not be written before the shutdown and is lost"
+    );
 }
 
-/// Usage of keys that are no longer there counts for nothing.
+/// Logs that usage of deleted keys is ignored.
 #[cfg(feature = "_sql")]
 pub(crate) fn usage_of_deleted_keys(keys: usize) {
     count("api_key_usage_of_deleted_keys_total");
-    tracing::info!(keys, "usage of API keys that are no longer there is not counted");
+    tracing::info!(keys, "usage of deleted API keys is not counted");
 }
 
-/// The usage of one key can't be written, and is given up.
+/// Logs that the usage of one key can't be written and is dropped.
 #[cfg(feature = "_sql")]
 pub(crate) fn usage_of_bad_row(key: &serde_json::Value, error: &StoreError) {
     count("api_key_usage_dropped_total");
-    tracing::error!(%key, error = %error, "the usage of an API key can't be written: it is lost");
+    tracing::error!(%key, error = %error, "the usage of an API key can't be written and is lost");
 }
 
-/// A table of keys was adopted, but its keys could not be read.
+/// Logs that a table of keys was adopted, but its keys could not be read.
 #[cfg(feature = "_sql")]
 pub(crate) fn not_reviewed(error: &StoreError) {
     tracing::warn!(error = %error, "adopted API keys could not be reviewed");
 }
 
-/// A feed of changes has ended.
+/// Logs that a change feed has ended.
 pub(crate) fn feed_ended() {
-    tracing::warn!("the feed of API key changes has ended; it is listened to again");
+    tracing::warn!("the API key change feed has ended; restarting it");
 }
 
-/// The feed lost its connection, or could not get one.
+/// Logs that the feed lost its connection, or could not connect.
 #[cfg(feature = "_sql")]
-pub(crate) fn feed_broken(error: &StoreError) {
-    tracing::warn!(error = %error, "the feed of API key changes is disconnected; reconnecting");
+pub(crate) fn feed_disconnected(error: &StoreError) {
+    tracing::warn!(error = %error, "the API key change feed is disconnected; reconnecting");
 }
 
-/// Whether notifications arrive.
+/// Logs whether notifications arrive.
 #[cfg(feature = "postgres")]
 pub(crate) fn feed_notified(is_notified: bool) {
     if is_notified {
         tracing::info!("notifications of API key changes arrive again");
     } else {
-        tracing::warn!("notifications of API key changes don't arrive (a pooler?): polling alone");
+        tracing::warn!(
+            "notifications of API key changes don't arrive, possibly because of a connection pooler; polling only"
+        );
     }
 }
 
-/// Parts of the schema were missing, disabled or outdated, and were made.
+/// Logs the parts of the schema that were missing, disabled or outdated, and were created.
 #[cfg(feature = "_sql")]
 pub(crate) fn schema_made(missing: &[String]) {
-    tracing::info!(made = missing.join("; "), "the schema of API keys was brought up to date");
+    tracing::info!(made = missing.join("; "), "the API key schema was brought up to date");
 }
 
-/// Rows that are not needed any more could not be deleted.
+/// Logs that old rows could not be deleted.
 #[cfg(feature = "_sql")]
 pub(crate) fn not_pruned(error: &StoreError) {
     tracing::warn!(error = %error, "old rows of changes, writers or leases can't be deleted");
 }
 
-/// Redis answered, or not, in place of the store.
+/// Counts a hit or a miss in Redis.
 #[cfg(feature = "redis")]
 pub(crate) fn redis_hit(hit: bool) {
     count(if hit { "api_key_redis_hits_total" } else { "api_key_redis_misses_total" });
 }
 
-/// The breaker on Redis has opened.
+/// Logs that the circuit breaker of Redis has opened.
 #[cfg(feature = "redis")]
 pub(crate) fn redis_is_down() {
     gauge("api_key_redis_up", 0.0);
-    tracing::warn!("Redis fails: the store below answers, and Redis is probed in the background");
+    tracing::warn!("Redis fails and is bypassed; it is probed in the background");
 }
 
-/// There is a connection to Redis.
+/// Logs that Redis is connected.
 #[cfg(feature = "redis")]
 pub(crate) fn redis_is_up() {
     gauge("api_key_redis_up", 1.0);
-    tracing::info!("Redis is there");
+    tracing::info!("Redis is connected");
 }
 
-/// A probe has failed. The first of a row is loud.
+/// Logs that a probe has failed. The first failure of a series is a warning.
 #[cfg(feature = "redis")]
-pub(crate) fn redis_is_out_of_reach(reason: &str, is_news: bool) {
+pub(crate) fn redis_is_unreachable(reason: &str, is_first: bool) {
     gauge("api_key_redis_up", 0.0);
-    if is_news {
-        tracing::warn!(reason, "Redis can't be reached: the store below answers");
+    if is_first {
+        tracing::warn!(reason, "Redis can't be reached and is bypassed");
     } else {
         tracing::debug!(reason, "Redis can't be reached");
     }
 }
 
-/// Redis answered the script that counts requests with an error.
+/// Logs that Redis returned an error for the script that counts requests.
 #[cfg(feature = "redis")]
 pub(crate) fn rate_limit_refused_by_redis(error: &dyn std::fmt::Display) {
     count("api_key_rate_limit_errors_total");
-    tracing::warn!(%error, "Redis can't count requests: this node keeps rate limits by itself");
+    tracing::warn!(%error, "Redis can't count requests; this node enforces rate limits locally");
 }
 
-/// A value in Redis, or a message, is not what a node of ours has written.
+/// Logs that a value in Redis, or a message, was not written by a node with the secret.
 #[cfg(feature = "redis")]
-pub(crate) fn redis_entry_not_believed(name: &str) {
+pub(crate) fn redis_entry_invalid(name: &str) {
     count("api_key_redis_entries_not_believed_total");
-    tracing::warn!(name, "an entry in Redis is forged, moved or damaged; the store is asked");
+    tracing::warn!(name, "an entry in Redis is forged, moved or damaged; using the store");
 }
 
-/// A change could not be carried to Redis yet.
+/// Logs that a tombstone could not be written to Redis yet.
 #[cfg(feature = "redis")]
-pub(crate) fn not_deleted_in_redis(reason: &str) {
-    tracing::debug!(reason, "a delete in Redis is tried again");
+pub(crate) fn tombstone_not_written(reason: &str) {
+    tracing::debug!(reason, "a tombstone could not be written to Redis; retrying");
 }
 
-/// The store has no secret for Redis, though it had not said so at once.
+/// Logs that the store has no secret for Redis, although it did not report this when the cache was built.
 #[cfg(feature = "redis")]
 pub(crate) fn no_cache_secret() {
-    tracing::error!("the key store has no cache secret: Redis is not used");
+    tracing::error!("the key store has no cache secret; Redis is not used");
 }
 
-/// The store could not be asked for the secret.
+/// Logs that the secret could not be read from the store.
 #[cfg(feature = "redis")]
 pub(crate) fn cache_secret_unknown(error: &StoreError) {
     tracing::debug!(error = %error, "the cache secret can't be read yet; Redis is not used");
 }
 
-/// A table of keys was adopted.
+/// Logs that a table of keys was adopted.
 #[cfg(feature = "_sql")]
 pub(crate) fn adopted_keys(failing: u64, changed: u64) {
     if failing + changed > 0 {
-        tracing::warn!(failing, changed, "API keys were adopted that fail or change their meaning");
+        tracing::warn!(failing, changed, "some adopted API keys fail or change their meaning");
     }
 }
 
-/// Counts one in the recorder of the `metrics` crate, if the feature is on.
+/// Increments a counter of the `metrics` crate, if the feature is enabled.
 pub(crate) fn count(name: &'static str) {
     #[cfg(feature = "metrics")]
     metrics::counter!(name).increment(1);

@@ -1,9 +1,9 @@
--- The functions and triggers that give changed rows a revision and record the change. Run by migrate() whenever
--- one of them is missing, disabled or of an older version, with the search_path on the schema of the tables.
+-- The functions and triggers that assign revisions to changed rows and record the changes. migrate() runs this file if
+-- one of them is missing, disabled or outdated, with the search_path on the schema of the tables.
 --
--- A statement by hand, a role that may do nothing but that, and replication count alike. Updates of usage,
--- last_used_at and other services' columns are not changes. No trigger names a column of another service in its
--- definition, which would keep that service from altering or dropping it.
+-- Changes by hand-written statements, by roles with only the right to write the tables, and by replication are recorded
+-- alike. Updates of usage, last_used_at and other services' columns are not changes. No trigger names a column of
+-- another service in its definition, which would prevent that service from altering or dropping it.
 --
 -- Functions that write run with the rights of their owner and a fixed search_path.
 
@@ -29,11 +29,11 @@ BEGIN
         END
         $body$
     $sql$;
-    -- The revision of a row is set under its lock, so that it rises in the order of the commits. Nothing else sets
-    -- it: what a statement writes there, or logical replication brings from another database, is ignored. The
-    -- statement of every update of usage waits for these two, so that they run with the rights of the caller and
-    -- without a search_path of their own, and read the fields themselves; open sessions keep plans with the old
-    -- types of columns, which is what the fallback is for.
+    -- The revision of a row is set under its lock, so that it rises in the order of the commits. Only these functions
+    -- set it: a value in a statement, or from logical replication of another database, is ignored. Every update of
+    -- usage waits for these two functions. They therefore run with the rights of the caller and without a search_path
+    -- of their own, and read the fields themselves. Open sessions keep plans with the old types of columns; the
+    -- fallback is for these.
     EXECUTE replace($sql$
         CREATE OR REPLACE FUNCTION api_key_revise_key() RETURNS TRIGGER LANGUAGE plpgsql AS $body$
         DECLARE
@@ -112,9 +112,9 @@ BEGIN
         END
         $body$
     $sql$, '{home}', quote_ident(home));
-    -- Inserted users keep the revision 0: another service's sign-ups cost nothing. The revision of a user who was
-    -- deleted and is put back is that of the last change of this user, which look-ups read too. Where the users are
-    -- in a schema of their own, who writes them need not have a right on the other one.
+    -- Inserted users keep the revision 0, so that sign-ups of another service cost nothing. The revision of a user who
+    -- was deleted and inserted again is that of the last change of this user, which look-ups read too. If the users are
+    -- in their own schema, a role that writes them need not have a right on the other schema.
     EXECUTE replace($sql$
         CREATE OR REPLACE FUNCTION api_key_revise_user() RETURNS TRIGGER $sql$ || users_options || $sql$ AS $body$
         DECLARE
@@ -159,9 +159,9 @@ BEGIN
         END
         $body$
     $sql$, '{home}', quote_ident(home));
-    -- A key without a lookup id can't be looked up, so that nothing depends on it. Fields are read from jsonb: a plan
-    -- that names them would fail in open sessions once a column's type is altered.
-    -- The handlers enclose no write: each would take a transaction id for each row.
+    -- A key without a lookup id can't be looked up, so that its changes are irrelevant. Fields are read from jsonb: a
+    -- plan that names them would fail in open sessions after a column's type is altered. The handlers enclose no write:
+    -- each would take a transaction id for each row.
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_note_key() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         DECLARE
@@ -192,8 +192,8 @@ BEGIN
         END
         $body$
     $sql$;
-    -- A change of a user without keys is recorded as well: a key may be on its way in another transaction. It is
-    -- not worth a notification.
+    -- A change of a user without keys is recorded as well: a key may be inserted in another open transaction. No
+    -- notification is sent for it.
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_note_user() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         DECLARE
@@ -248,9 +248,9 @@ BEGIN
         END
         $body$
     $sql$;
-    -- A notification is a hint: the change is in the table. PostgreSQL sends equal ones once a transaction. It
-    -- refuses PREPARE TRANSACTION after NOTIFY, so that none is sent where the server allows prepared
-    -- transactions; nodes then poll more often.
+    -- A notification is a hint: the change is in the table. PostgreSQL sends equal notifications once per transaction.
+    -- It rejects PREPARE TRANSACTION after NOTIFY, so that none is sent if the server allows prepared transactions;
+    -- nodes then poll more often.
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_notify() RETURNS VOID $sql$ || options || $sql$ AS $body$
         BEGIN
@@ -260,8 +260,8 @@ BEGIN
         END
         $body$
     $sql$;
-    -- Rows that COPY, a restored dump or logical replication brings from another database: their numbers mean
-    -- nothing here, and the changed rows themselves fire the triggers above.
+    -- Rows that COPY, a restored dump or logical replication brings from another database are skipped: their numbers
+    -- have no meaning here, and the changed rows themselves fire the triggers above.
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_skip_foreign() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         BEGIN
@@ -269,7 +269,7 @@ BEGIN
         END
         $body$
     $sql$;
-    -- Which cluster and database this is. A copy at the level of files, a standby for instance, has the same name.
+    -- Returns the name of the cluster and the database. A copy at file level, such as a standby, has the same name.
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_cluster() RETURNS TEXT STABLE $sql$ || options || $sql$ AS $body$
         BEGIN
@@ -278,7 +278,7 @@ BEGIN
         END
         $body$
     $sql$;
-    -- From where a node that starts has to read: whatever became visible in the last `seconds`, or all there is.
+    -- Returns the start position for a new node: what became visible in the last `seconds`, or everything.
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_horizon(
             seconds BIGINT, OUT next_xid XID8, OUT in_progress XID8[]
@@ -292,8 +292,8 @@ BEGIN
         END
         $body$
     $sql$;
-    -- Records a snapshot and deletes rows that have been visible for two hours, at most 10,000 a call. Returns how
-    -- many rows there are, the time of the oldest, and whether there is more to delete.
+    -- Records a snapshot and deletes rows that have been visible for two hours, at most 10,000 per call. Returns the
+    -- number of rows, the time of the oldest, and whether there are more to delete.
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_prune(
             OUT remaining BIGINT, OUT oldest TIMESTAMPTZ, OUT has_more BOOLEAN
@@ -337,7 +337,7 @@ BEGIN
 END
 $make$;
 
--- Or a trigger on somebody's temporary table could record changes.
+-- This prevents a trigger on a temporary table of another role from recording changes.
 REVOKE EXECUTE ON FUNCTION
     api_key_revise_key(), api_key_revise_user(), api_key_note_key(), api_key_note_user(), api_key_note_all(),
     api_key_skip_foreign() FROM PUBLIC;
@@ -354,13 +354,13 @@ BEGIN
                 AND p.proname = function AND p.pronamespace = current_schema()::regnamespace
         ) AS is_there
         FROM (VALUES
-            -- The last trigger before a row is written, by its name, so that it sees what the others made of it.
+            -- By its name, this is the last trigger before a row is written, so that it sees the changes of the others.
             ('api_keys', 'zzz_api_key_revision', 23, 'BEFORE INSERT OR UPDATE', 'ROW', 'api_key_revise_key', 'ALWAYS'),
             ('api_keys', 'api_key_note_new', 13, 'AFTER INSERT OR DELETE', 'ROW', 'api_key_note_key', 'ALWAYS'),
             ('api_keys', 'api_key_note', 17, 'AFTER UPDATE', 'ROW', 'api_key_note_key', 'ALWAYS'),
             ('api_keys', 'api_key_note_all', 32, 'AFTER TRUNCATE', 'STATEMENT', 'api_key_note_all', 'ALWAYS'),
             ('users', 'zzz_api_key_revision', 19, 'BEFORE UPDATE', 'ROW', 'api_key_revise_user', 'ALWAYS'),
-            -- No key is stored before its user where a foreign key says so, but by replication.
+            -- With a foreign key, no key is stored before its user, except by replication.
             ('users', 'api_key_note_new', 5, 'AFTER INSERT', 'ROW', 'api_key_note_user', (
                 SELECT CASE WHEN count(*) > 0 THEN 'REPLICA' ELSE 'ALWAYS' END FROM pg_constraint c
                 WHERE c.conrelid = to_regclass('api_keys') AND c.confrelid = to_regclass('users')
@@ -383,12 +383,12 @@ BEGIN
                 ELSE ''
             END,
             wanted.function);
-        -- Also for what replication writes, and under session_replication_role = replica.
+        -- Enabled also for rows that replication writes, and under session_replication_role = replica.
         EXECUTE format('ALTER TABLE %I ENABLE %s TRIGGER %I', wanted.in_table, wanted.mode, wanted.name);
         is_whole := FALSE;
     END LOOP;
-    -- What happened while a trigger was missing is not known: every node reads everything anew. In a new database
-    -- the first row is of a lookup id that no key has, so that there is always a last row.
+    -- Changes while a trigger was missing are unknown: every node reads everything again. In a new database, the first
+    -- row has a lookup id that no key has, so that there is always a last row.
     IF NOT is_whole OR NOT EXISTS (SELECT FROM api_key_changes) THEN
         ALTER TABLE api_key_changes DISABLE TRIGGER api_key_skip_foreign;
         INSERT INTO api_key_changes (key_prefix)

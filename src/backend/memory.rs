@@ -1,4 +1,4 @@
-//! Keys in memory: [`MemoryStore`].
+//! A store in memory: [`MemoryStore`].
 
 mod ledger;
 
@@ -11,7 +11,7 @@ use std::{
 use chrono::{DateTime, Utc};
 use tokio::{sync::watch, time::timeout};
 
-use self::ledger::LedgerEntry;
+use self::ledger::Ledger;
 use crate::{
     error::StoreError,
     record::{KeyId, KeyRecord, Revision, Revisions, UsageTotals, User, UserId},
@@ -22,9 +22,9 @@ use crate::{
     },
 };
 
-/// Keys in the memory of this process, for tests and for services that read their keys from a file.
+/// A store in the memory of this process, for tests and for services that read their keys from a file.
 ///
-/// Clones share the keys. Everything is gone when the last one is dropped.
+/// Clones share the keys. The keys are gone when the last clone is dropped.
 #[derive(Debug, Clone)]
 pub struct MemoryStore(Arc<Inner>);
 
@@ -32,7 +32,7 @@ pub struct MemoryStore(Arc<Inner>);
 struct Inner {
     clock: Arc<dyn Clock>,
     tables: RwLock<Tables>,
-    /// The last revision, to wake those who listen.
+    /// The last revision, which wakes the change streams.
     changed: watch::Sender<u64>,
 }
 
@@ -42,18 +42,18 @@ struct Tables {
     keys: BTreeMap<KeyId, Row<StoredKey>>,
     by_prefix: HashMap<String, Vec<KeyId>>,
     revision: u64,
-    /// The last changes, each with its revision.
+    /// The last changes and their revisions.
     changes: VecDeque<(u64, Change)>,
-    books: LedgerEntry,
+    ledger: Ledger,
     last_id: i64,
 }
 
-/// So many changes are kept for those who listen.
+/// Maximum number of changes that are kept for the change streams.
 const MAX_CHANGES: usize = 10_000;
-/// So often those who listen are told that nothing has happened.
+/// Interval of syncs without a change.
 const PULSE: Duration = Duration::from_secs(1);
 
-type Heard = (Vec<Change>, (MemoryStore, Option<u64>, watch::Receiver<u64>));
+type FeedStep = (Vec<Change>, (MemoryStore, Option<u64>, watch::Receiver<u64>));
 
 #[derive(Debug)]
 struct Row<T> {
@@ -62,13 +62,13 @@ struct Row<T> {
 }
 
 impl MemoryStore {
-    /// An empty store.
+    /// Creates an empty store.
     pub fn new() -> Self {
         Self::with_clock(Arc::new(SystemClock))
     }
 
-    /// An empty store with a clock of your own: leases expire and the periods of budgets end by it. Give the same
-    /// one to the [`KeyScheme`](crate::KeyScheme).
+    /// Creates an empty store with a custom clock, which decides when leases expire and budget periods end. Use the
+    /// same clock for the [`KeyScheme`](crate::KeyScheme).
     pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
         let (tables, changed) = (RwLock::default(), watch::Sender::default());
         Self(Arc::new(Inner { clock, tables, changed }))
@@ -86,9 +86,8 @@ impl MemoryStore {
         self.0.tables.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells those who listen what was changed, still under the lock: nobody hears of a later change
-    /// first.
-    fn tell(&self, tables: &mut Tables, change: &Change) {
+    /// Reports a change to the change streams. It runs under the lock, so that changes are reported in their order.
+    fn report(&self, tables: &mut Tables, change: &Change) {
         let revision = tables.revision;
         if tables.changes.len() == MAX_CHANGES {
             tables.changes.pop_front();
@@ -97,7 +96,7 @@ impl MemoryStore {
         self.0.changed.send_replace(revision);
     }
 
-    /// Changes a key if it is there, and has the revision that is expected.
+    /// Changes a key if it exists and has the expected revision.
     fn change_key(
         &self,
         id: &KeyId,
@@ -114,26 +113,26 @@ impl MemoryStore {
         row.value.record.updated_at = self.now().into();
         row.revision = revision;
         let change = Change::Prefix(row.value.record.prefix.clone(), revision);
-        self.tell(&mut tables, &change);
+        self.report(&mut tables, &change);
         Ok(Some(change))
     }
 
-    /// Changes after the revision `heard`, as soon as there are any.
-    async fn listen(self, heard: Option<u64>, mut changed: watch::Receiver<u64>) -> Heard {
-        if heard.is_some() {
-            // The store is alive, or nobody would listen: this ends with a change, or at the pulse.
+    /// Returns the changes after the revision `reported`, as soon as there are any.
+    async fn listen(self, reported: Option<u64>, mut changed: watch::Receiver<u64>) -> FeedStep {
+        if reported.is_some() {
+            // The sender exists as long as this store does, so that this ends with a change or at the pulse.
             let _ = timeout(PULSE, changed.changed()).await;
         }
         let tables = self.read();
-        let heard = heard.unwrap_or(0);
+        let reported = reported.unwrap_or(0);
         let (now, revision) = (self.now(), tables.revision);
         let oldest = tables.changes.front().map_or(revision, |(revision, _)| *revision);
         let mut changes = Vec::new();
-        if tables.changes.len() == MAX_CHANGES && oldest > heard + 1 {
+        if tables.changes.len() == MAX_CHANGES && oldest > reported + 1 {
             changes.push(Change::Reset);
         }
-        let unheard = tables.changes.iter().filter(|(revision, _)| *revision > heard);
-        changes.extend(unheard.map(|(_, change)| change.clone()));
+        let new = tables.changes.iter().filter(|(revision, _)| *revision > reported);
+        changes.extend(new.map(|(_, change)| change.clone()));
         changes.push(Change::Synced(now));
         drop(tables);
         (changes, (self, Some(revision), changed))
@@ -172,7 +171,7 @@ impl Tables {
         let prefix = &key.record.prefix;
         let same = |id: &KeyId| self.keys.get(id).is_some_and(|row| row.value.hash == key.hash);
         if self.by_prefix.get(prefix).is_some_and(|ids| ids.iter().any(same)) {
-            return Err(StoreError::conflict("the same key is stored already"));
+            return Err(StoreError::conflict("the same key is already stored"));
         }
         let Some(owner) = self.users.get(&key.record.user.id) else {
             return Err(StoreError::conflict("the key's user does not exist"));
@@ -215,7 +214,7 @@ impl KeyStore for MemoryStore {
         }
         let answer = lookup.verify(candidates).await?;
         if let Some(upgrade) = answer.upgrade() {
-            // No new revision: a decision does not change.
+            // A stored fast hash changes no decision, so that the row gets no new revision.
             if let Some(row) = self.write().keys.get_mut(&upgrade.key)
                 && row.value.hash == upgrade.checked
             {
@@ -231,15 +230,15 @@ impl KeyStore for MemoryStore {
         Ok(())
     }
 
-    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
         let now = self.now();
-        Ok(self.write().lease(ask, now))
+        Ok(self.write().lease(request, now))
     }
 
     fn changes(&self, _since: SystemTime) -> ChangeStream {
         let start = (self.clone(), None, self.0.changed.subscribe());
-        ChangeStream::steps(start, |(store, heard, changed)| async move {
-            Some(store.listen(heard, changed).await)
+        ChangeStream::steps(start, |(store, reported, changed)| async move {
+            Some(store.listen(reported, changed).await)
         })
     }
 }
@@ -262,7 +261,7 @@ impl KeyRepository for MemoryStore {
         let Some(row) = tables.users.get_mut(&user.id) else { return Ok(None) };
         *row = Row { value: user.clone(), revision };
         let change = Change::Owner(user.id.clone(), revision);
-        self.tell(&mut tables, &change);
+        self.report(&mut tables, &change);
         Ok(Some(change))
     }
 
@@ -270,7 +269,7 @@ impl KeyRepository for MemoryStore {
         let mut tables = self.write();
         let record = tables.insert_key(key, self.now().into())?;
         let change = Change::Prefix(record.prefix.clone(), tables.revision());
-        self.tell(&mut tables, &change);
+        self.report(&mut tables, &change);
         Ok(record)
     }
 

@@ -1,4 +1,4 @@
-//! The stores of this crate.
+//! The stores of this crate: in memory, SQLite, PostgreSQL, and the Redis cache in front of a store.
 
 mod memory;
 #[cfg(feature = "postgres")]

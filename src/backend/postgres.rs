@@ -1,4 +1,4 @@
-//! Keys in PostgreSQL: [`PostgresStore`].
+//! A store in PostgreSQL: [`PostgresStore`].
 
 mod adopt;
 mod connect;
@@ -48,11 +48,11 @@ use crate::{
     telemetry,
 };
 
-/// Keys in PostgreSQL 13 or newer, over a pool of connections: what a fleet needs.
+/// A store in PostgreSQL 13 or newer, with pools of connections. It suits a fleet of nodes.
 ///
-/// TLS is as the URL's `sslmode` says. Queries name the tables without a schema, so that the
-/// `search_path` decides where they are. At the log level `debug`, tokio-postgres shows the values that
-/// statements are sent with, lookup ids and hashes among them (never a key): keep it at `info`.
+/// The URL's `sslmode` sets TLS. Queries name the tables without a schema, so that the `search_path` decides where they
+/// are. At the log level `debug`, tokio-postgres logs the values of statements, lookup ids and hashes among them (never
+/// a key): keep it at `info`.
 ///
 /// ```no_run
 /// use tower_api_key::{ApiKeyAuthLayer, PostgresStore};
@@ -68,12 +68,12 @@ use crate::{
 pub struct PostgresStore(Arc<Inner>);
 
 struct Inner {
-    /// For look-ups alone, behind the gate.
+    /// Connections for look-ups only, behind the gate.
     lookups: Connections,
     gate: Arc<LookupGate>,
-    /// For usage, leases and upgraded hashes.
-    accounts: Connections,
-    /// For what is read and written by hand, and the cache secret.
+    /// Connections for usage, leases and upgraded hashes.
+    accounting: Connections,
+    /// Connections for management and the cache secret.
     management: Connections,
     target: Target,
     deadline: Duration,
@@ -81,27 +81,27 @@ struct Inner {
 }
 
 impl PostgresStore {
-    /// A store on the database at `url`, with the default settings. Connects at first use.
+    /// Creates a store on the database at `url` with the default settings. It connects at first use.
     ///
     /// # Errors
     ///
-    /// If the URL can't be read. The error never shows the URL.
+    /// If the URL can't be parsed. The error never shows the URL.
     pub fn new(url: &str) -> Result<Self, PostgresUrlError> {
         Self::builder(url).build()
     }
 
-    /// Settings of your own for the database at `url`.
+    /// Creates a builder for the database at `url`.
     pub fn builder(url: &str) -> PostgresStoreBuilder {
         PostgresStoreBuilder::new(url)
     }
 
-    /// Brings the schema up to date, and adopts tables `users` and `api_keys` that are already there.
-    /// Safe when many nodes do it at once: one does, the others wait.
+    /// Brings the schema up to date, and adopts existing tables `users` and `api_keys`. Many nodes may call it at once:
+    /// one of them migrates, and the others wait.
     ///
     /// # Errors
     ///
-    /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s)
-    /// the migration may still end well; calling this again tells.
+    /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s) the migration
+    /// may still succeed; call this again to check.
     pub async fn migrate(&self) -> Result<MigrationReport, MigrateError> {
         let has_adopted_keys = adopt::migrate(&self.0.target, self.0.deadline).await?;
         Ok(match has_adopted_keys {
@@ -110,8 +110,8 @@ impl PostgresStore {
         })
     }
 
-    /// Lists the keys that fail, and those that change their meaning: for a team that adopted its tables, before it
-    /// switches. Reads all keys, 1,000 at once.
+    /// Lists the keys that fail, and those that change their meaning, for a service that adopted its tables, before it
+    /// switches. Reads all keys, in pages of 1,000.
     ///
     /// # Errors
     ///
@@ -124,7 +124,7 @@ impl PostgresStore {
         Ok(review)
     }
 
-    /// Runs a statement that may be sent twice: once more if the connection turns out to be dead.
+    /// Runs an idempotent statement. It is retried once if the connection was dead.
     async fn load<R>(&self, pool: &Connections, statement: &Statement) -> Result<Vec<R>, StoreError>
     where
         R: QueryableByName<Pg> + Send + 'static,
@@ -144,12 +144,12 @@ impl PostgresStore {
         self.in_time(pool.load(isolation, statement)).await
     }
 
-    /// Runs a statement that must not be sent twice, because the first may have been carried out.
+    /// Runs a statement without a retry, because the first attempt may have been carried out.
     async fn insert(&self, statement: &Statement) -> Result<Option<TextRow>, StoreError> {
         Ok(self.in_time(self.0.management.load_once(statement)).await?.pop())
     }
 
-    /// Runs the statement of a look-up, with its wait for a connection in the same time.
+    /// Runs the statement of a look-up. The deadline includes the wait for a connection.
     async fn look_up(
         &self,
         lookup: &Lookup,
@@ -174,18 +174,18 @@ impl PostgresStore {
 
 #[derive(QueryableByName)]
 struct FoundRow {
-    /// The database's time in microseconds since the Unix epoch.
+    /// Time of the database in microseconds since the Unix epoch.
     #[diesel(sql_type = BigInt)]
     as_of: i64,
-    /// The last change under the prefix: of a key that is no longer there, too.
+    /// Revision of the last change under the lookup id, including deleted keys.
     #[diesel(sql_type = BigInt)]
     latest: i64,
     #[diesel(sql_type = Nullable<Text>)]
     row: Option<String>,
 }
 
-/// A key's row, joined with its owner's, as `row` decodes it. PostgreSQL turns every type that a
-/// column may have into JSON, time stamps into ISO 8601.
+/// A key's row, joined with its owner's row, in the form that `row` decodes. PostgreSQL converts every possible type of
+/// a column to JSON, and time stamps to ISO 8601.
 const KEY_COLUMNS: &str = "SELECT
         k.id, k.name, k.key_prefix, k.key_hash,
         CASE WHEN k.fast_hash_of = k.key_hash THEN k.fast_hash END AS fast_hash,
@@ -201,13 +201,13 @@ const KEY_COLUMNS: &str = "SELECT
             AS user_revision,
         u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active";
 
-/// Where the columns come from.
+/// The tables of these columns.
 const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.user_id";
 
 impl KeyStore for PostgresStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        // One row at least, because "unknown" has an as-of too. OFFSET 0 keeps the planner from
-        // walking the primary key for the sake of ORDER BY … LIMIT where it has no statistics.
+        // The query returns at least one row, because "unknown" has an as-of too. OFFSET 0 keeps the planner from
+        // walking the primary key for ORDER BY … LIMIT where it has no statistics.
         let sql = format!(
             "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of,
                 coalesce((SELECT max(revision) FROM api_key_changes WHERE key_prefix = $1), 0) AS latest,
@@ -228,7 +228,7 @@ impl KeyStore for PostgresStore {
         let keys = rows.iter().filter_map(|found| found.row.as_deref()).map(row::decode);
         let answer = lookup.verify_rows(keys).await?;
         if let Some(upgrade) = answer.upgrade()
-            && let Err(error) = self.load::<TextRow>(&self.0.accounts, &upgrade.statement()).await
+            && let Err(error) = self.load::<TextRow>(&self.0.accounting, &upgrade.statement()).await
         {
             telemetry::upgrade_failed(&error);
         }
@@ -243,23 +243,23 @@ impl KeyStore for PostgresStore {
         self.count_usage(batch).await
     }
 
-    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
-        let Some(key) = ask.key.as_i64() else { return Ok(Lease::none(SystemTime::now())) };
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
+        let Some(key) = request.key.as_i64() else { return Ok(Lease::none(SystemTime::now())) };
         let select =
             "SELECT json_build_array(granted, (extract(epoch FROM expires) * 1000)::bigint,
                 (extract(epoch FROM resets) * 1000)::bigint)::text AS row
             FROM api_key_lease($1, $2, $3, $4, $5, $6)";
-        let life = u64::try_from(ask.lifetime.as_millis()).unwrap_or(u64::MAX);
+        let life = u64::try_from(request.lifetime.as_millis()).unwrap_or(u64::MAX);
         let binds = [
             Bind::Integer(key),
-            Bind::Text(ask.holder.clone()),
-            Bind::number(ask.sequence),
-            Bind::Integer(ask.amount_micro_cents.max(0)),
-            Bind::Integer(ask.needed_micro_cents.max(0)),
+            Bind::Text(request.holder.clone()),
+            Bind::number(request.sequence),
+            Bind::Integer(request.amount_micro_cents.max(0)),
+            Bind::Integer(request.needed_micro_cents.max(0)),
             Bind::number(life),
         ];
         let statement = Statement::new(select, binds);
-        let leased = self.load_in(&self.0.accounts, Isolation::ReadCommitted, &statement).await;
+        let leased = self.load_in(&self.0.accounting, Isolation::ReadCommitted, &statement).await;
         let rows: Vec<TextRow> = leased?;
         Lease::from_row(rows.as_slice().first().map(|row| row.row.as_str()))
     }
@@ -269,9 +269,10 @@ impl KeyStore for PostgresStore {
     }
 
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
-        // Whoever polls once to hear that there is none needs no runtime for that.
+        // It must not be ready at the first poll: a cache that polls once to detect a store without a secret has no
+        // runtime.
         tokio::task::yield_now().await;
-        // With the timeline: what was cached before a failover may be of commits that it lost.
+        // The timeline is part of the scope: entries from before a failover may be of commits that it lost.
         let select = "SELECT json_build_array(id, encode(secret, 'hex'), json_build_array(
                 'postgres', api_key_cluster(),
                 CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END,

@@ -1,13 +1,13 @@
 //! A shared cache in front of a store: [`RedisCache`].
 
 mod builder;
-mod deletes;
 mod entry;
 mod names;
 mod pub_sub;
 mod repository;
 mod script;
 mod secret;
+mod tombstones;
 
 use std::{
     fmt,
@@ -20,11 +20,11 @@ use tokio::sync::Semaphore;
 
 pub use self::builder::{RedisCacheBuilder, RedisCacheError};
 use self::{
-    deletes::Deletes,
     entry::{Entry, Keys, Kind, MAC, MAX_BYTES, Unreadable},
     names::Names,
     script::Put,
     secret::Secrets,
+    tombstones::TombstoneQueue,
 };
 use crate::{
     coherence::{Age, Subject},
@@ -40,14 +40,14 @@ use crate::{
     telemetry,
 };
 
-/// Redis, or Valkey, in front of a store: what one node has found out spares the others a query and a
-/// slow hash check.
+/// Redis, or Valkey, in front of a store. An answer that one node has read saves the other nodes a query and a slow
+/// hash check.
 ///
-/// A cache in front of a store is a store. A hit is one round trip. When Redis refuses, hangs or answers
-/// garbage, the store below answers, and nothing of what Redis loses, rolls back or is made to hold by
-/// whoever can write to it brings a revoked key back: entries are authenticated, and each node knows of
-/// changes from the store itself. Neither keys nor their hashes lie there; names, e-mail addresses and
-/// limits of their owners do.
+/// A cache in front of a store is a store. A hit is one round trip. If Redis rejects a command, hangs or returns
+/// invalid data, the store below is used. Data that Redis loses, rolls back or receives from an attacker with write
+/// access does not make a revoked key valid again: entries are authenticated, and each node receives changes from the
+/// store itself. Neither keys nor their hashes are stored there; names, e-mail addresses and limits of their owners
+/// are.
 ///
 /// Entries are bound to the database: to PostgreSQL's system identifier, the database's name and the schema of the
 /// table `api_keys`, or to the path of an SQLite file. Other databases on the same Redis have entries of their own, also
@@ -75,68 +75,68 @@ struct Tier<S> {
     store: S,
     link: Arc<Link>,
     secrets: Secrets,
-    deletes: Arc<Deletes>,
-    /// Bounds the writes under way.
+    tombstones: Arc<TombstoneQueue>,
+    /// Permits of the writes under way.
     fills: Arc<Semaphore>,
 }
 
-/// An entry of keys lives as long: a look-up reads the store at least so often.
+/// Lifetime of an entry of keys. A look-up reads the store at least once in this time.
 const KEYS_LIFETIME: Duration = Duration::from_secs(300);
-/// An entry that says that a key has matched a hash lives as long.
+/// Lifetime of an entry for a verified key.
 const VERIFIED_LIFETIME: Duration = Duration::from_secs(3600);
 
 impl<S: KeyStore> RedisCache<S> {
-    /// Puts the servers in front of `store`, with the default settings.
+    /// Creates a cache in front of `store` with the default settings.
     ///
     /// # Errors
     ///
-    /// Those of [`RedisCacheBuilder::build`].
+    /// The errors of [`RedisCacheBuilder::build`].
     pub fn new(store: S, servers: impl Into<RedisServers>) -> Result<Self, RedisCacheError> {
         Self::builder(store, servers).build()
     }
 
-    /// Settings of your own.
+    /// Creates a builder.
     pub fn builder(store: S, servers: impl Into<RedisServers>) -> RedisCacheBuilder<S> {
         RedisCacheBuilder::new(store, servers.into())
     }
 
-    /// The store behind.
+    /// Returns the store behind the cache.
     pub fn get_ref(&self) -> &S {
         &self.0.store
     }
 
-    /// How Redis stands, for a health check. Whatever it is, keys are checked.
+    /// Returns the state of Redis, for a health check. Keys are checked in every state.
     pub fn state(&self) -> RedisState {
         self.0.link.state()
     }
 }
 
-/// What Redis has for a look-up.
+/// The data in Redis for a look-up.
 #[derive(Default)]
-struct Found {
-    /// The answer, and how old it is.
+struct CacheRead {
+    /// The answer and its age.
     answer: Option<(Answer, Age)>,
     proof: Option<Proof>,
-    /// The end of an entry that could not be believed.
-    unbelieved: Vec<u8>,
+    /// The last bytes of an entry that was rejected.
+    rejected_tail: Vec<u8>,
 }
 
 impl<S: KeyStore> KeyStore for RedisCache<S> {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         let tier = &self.0;
         if !lookup.is_presented() {
-            // The name of an entry about a matched hash is derived from the key itself.
+            // The name of the entry for a verified key is derived from the key itself.
             return tier.store.resolve(lookup).await;
         }
         let Some(secret) = tier.secrets.current(self) else {
             return tier.store.resolve(lookup).await;
         };
         let names = Names::new(lookup, &secret);
-        let mut found = Found::default();
+        let mut read = CacheRead::default();
         if !lookup.skips_copies() && lookup.view().minimum_revisions.is_caught_up() {
-            found = self.find(lookup, &names, &secret).await;
+            read = self.find(lookup, &names, &secret).await;
         }
-        let old = match found.answer {
+        let old = match read.answer {
             Some((answer, Age::Fresh)) => {
                 telemetry::redis_hit(true);
                 return Ok(answer);
@@ -144,17 +144,17 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
             old => old,
         };
         telemetry::redis_hit(false);
-        let below = match found.proof {
+        let below = match read.proof {
             Some(proof) => tier.store.resolve(&lookup.clone().with_proof(proof)).await,
             None => tier.store.resolve(lookup).await,
         };
         match (below, old) {
             (Ok(answer), _) => {
-                self.fill(lookup, &names, &secret, &answer, found.unbelieved);
+                self.fill(lookup, &names, &secret, &answer, read.rejected_tail);
                 Ok(answer)
             }
             (Err(error), Some((answer, Age::Stale)))
-                if error.is_transient() && self.lets_in(lookup, &answer) =>
+                if error.is_transient() && self.grants_access(lookup, &answer) =>
             {
                 Ok(answer)
             }
@@ -170,8 +170,8 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
         self.0.store.record_usage(batch).await
     }
 
-    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
-        self.0.store.lease(ask).await
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
+        self.0.store.lease(request).await
     }
 
     fn has_cache_secret(&self) -> bool {
@@ -184,12 +184,12 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
 }
 
 impl<S: KeyStore> RedisCache<S> {
-    /// Reads what there is, in one round trip.
-    async fn find(&self, lookup: &Lookup, names: &Names, secret: &CacheSecret) -> Found {
-        let mut read = cmd("MGET");
-        read.arg(&names.keys).arg(&names.verified).arg(names.verified_before.as_deref());
-        let Ok(Value::Array(values)) = self.0.link.run(&read).await else {
-            return Found::default();
+    /// Reads the entries in one round trip.
+    async fn find(&self, lookup: &Lookup, names: &Names, secret: &CacheSecret) -> CacheRead {
+        let mut command = cmd("MGET");
+        command.arg(&names.keys).arg(&names.verified).arg(names.verified_before.as_deref());
+        let Ok(Value::Array(values)) = self.0.link.run(&command).await else {
+            return CacheRead::default();
         };
         let bytes = |at: usize| match values.get(at) {
             Some(Value::BulkString(bytes)) => Some(bytes.as_slice()),
@@ -197,31 +197,31 @@ impl<S: KeyStore> RedisCache<S> {
         };
         let now = Moment::now(lookup.clock());
         let database_now = lookup.view().freshness.database_now(now);
-        let mut found = Found::default();
+        let mut read = CacheRead::default();
         let end_of = |value: &[u8]| value[value.len().saturating_sub(MAC)..].to_vec();
         let mut take = |name: &str, value: &[u8]| match Entry::decode(name, value, secret) {
             Ok(entry) if name == names.keys && lookup.view().is_ahead(entry.as_of, now) => {
-                // A clock was set back: nobody can tell how old it is, and nothing would be newer.
-                found.unbelieved = end_of(value);
+                // A clock was set back: the age of the entry is unknown, and no other entry would be newer.
+                read.rejected_tail = end_of(value);
                 None
             }
             Ok(entry) if entry.expires_at > database_now => Some(entry),
-            // Somebody made it immortal.
+            // The expiry of the entry was removed.
             Ok(_) => None,
             Err(Unreadable::UnknownSecret) => {
-                self.0.secrets.ask_again(self);
+                self.0.secrets.refresh(self);
                 None
             }
             Err(Unreadable::Retired) => {
                 if name == names.keys {
-                    found.unbelieved = end_of(value);
+                    read.rejected_tail = end_of(value);
                 }
                 None
             }
             Err(Unreadable::Forged) => {
-                telemetry::redis_entry_not_believed(name);
+                telemetry::redis_entry_invalid(name);
                 if name == names.keys {
-                    found.unbelieved = end_of(value);
+                    read.rejected_tail = end_of(value);
                 }
                 None
             }
@@ -237,14 +237,14 @@ impl<S: KeyStore> RedisCache<S> {
         if let Some((verified, secret)) = &verified
             && let Ok(mac) = <[u8; 32]>::try_from(verified.body.as_slice())
         {
-            // It names the hash by a MAC under the secret that it was made with.
-            found.proof = Some(Proof::Shared(Box::new(((*secret).clone(), mac))));
+            // The entry identifies the hash by a MAC under the secret that it was made with.
+            read.proof = Some(Proof::Shared(Box::new(((*secret).clone(), mac))));
         }
         let verified = verified.map(|(entry, _)| entry);
         match (keys, verified) {
             (Some(keys), _) if keys.kind == Kind::Tombstone => {
                 let subject = Subject::Prefix(lookup.id().into());
-                lookup.view().learn_of_delete(
+                lookup.view().record_tombstone(
                     subject,
                     keys.key_revision,
                     keys.expires_at - KEYS_LIFETIME,
@@ -252,21 +252,21 @@ impl<S: KeyStore> RedisCache<S> {
                 );
             }
             (Some(keys), Some(verified)) if keys.kind == Kind::Keys => {
-                found.answer = answer(lookup, keys, (&verified, &found.proof), now);
+                read.answer = answer(lookup, keys, (&verified, &read.proof), now);
             }
             _ => {}
         }
-        found
+        read
     }
 
-    /// Writes what the store has said, in the background.
+    /// Writes the answer of the store to Redis, in the background.
     fn fill(
         &self,
         lookup: &Lookup,
         names: &Names,
         secret: &CacheSecret,
         answer: &Answer,
-        unbelieved: Vec<u8>,
+        rejected_tail: Vec<u8>,
     ) {
         let read = answer.read();
         let (Outcome::Match(at), Source::Store) = (answer.outcome(), answer.source()) else {
@@ -313,23 +313,23 @@ impl<S: KeyStore> RedisCache<S> {
                 name: &keys_name,
                 value: &keys,
                 lifetime: keys_left,
-                unbelieved: &unbelieved,
+                rejected_tail: &rejected_tail,
                 verified: Some((&verified_name, &verified, verified_left)),
             };
-            // What could not be written is read from the store again.
+            // After a failed write, the answer is read from the store again.
             let _ = put.run(&link).await;
             drop(permit);
         });
     }
 
-    /// Whether a copy that is old lets somebody in; only then it is better than no answer.
-    fn lets_in(&self, lookup: &Lookup, answer: &Answer) -> bool {
+    /// Returns whether a stale copy grants access. Only then is it better than no answer.
+    fn grants_access(&self, lookup: &Lookup, answer: &Answer) -> bool {
         let now = chrono::DateTime::from(lookup.clock().now());
         answer.record().is_some_and(|record| policy::validity(record, now).is_ok())
     }
 }
 
-/// The answer that a copy holds, and how old it is; none if a change has come since.
+/// Returns the answer in a copy, and its age; `None` if a change came after it.
 fn answer(
     lookup: &Lookup,
     keys: Entry,
@@ -349,7 +349,7 @@ fn answer(
     Some((lookup.answer(Outcome::Match(0), read).with_as_of(keys.as_of).into_copy(), age))
 }
 
-/// Cached no longer than the keys live.
+/// Returns the lifetime of an entry of keys. It ends when the first of the keys expires.
 fn keys_lifetime(read: &Read, as_of: SystemTime) -> Duration {
     let left = |record: &KeyRecord| {
         let expiry = SystemTime::from(record.expires_at?);

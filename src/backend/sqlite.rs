@@ -1,4 +1,4 @@
-//! Keys in an embedded SQLite database: [`SqliteStore`].
+//! A store in an embedded SQLite database: [`SqliteStore`].
 
 mod adopt;
 mod feed;
@@ -46,11 +46,11 @@ use crate::{
     telemetry,
 };
 
-/// Keys in an SQLite database that is compiled in: nothing to install, one file to back up. What one
-/// process on one machine needs.
+/// A store in an SQLite database that is compiled in: no server to install, and one file to back up. It suits one
+/// process on one machine.
 ///
-/// The file is in WAL mode, so that look-ups go on while something is written. SQLite blocks, so it
-/// has threads of its own: one that writes and a few that read. They end with the last clone.
+/// The file is in WAL mode, so that look-ups continue during a write. SQLite blocks, so the store has its own threads:
+/// one that writes and a few that read. They end when the last clone is dropped.
 ///
 /// ```
 /// use tower_api_key::{ApiKeyAuthLayer, SqliteStore};
@@ -67,15 +67,15 @@ pub struct SqliteStore(Arc<Inner>);
 
 struct Inner {
     writer: Threads,
-    /// `None` in memory, where a second connection would see another database.
+    /// `None` for a database in memory, where a second connection would open another database.
     readers: Option<Threads>,
-    /// In front of them for look-ups, so that what else they are sent waits for one look-up a thread.
+    /// Gate of the readers for look-ups, so that any other query waits for at most one look-up per thread.
     gate: Arc<LookupGate>,
-    /// The connection that sees what others write; the writer's in memory.
+    /// The connection that detects writes of other processes; the writer's for a database in memory.
     watcher: Option<Threads>,
-    /// Counts what this process has written.
+    /// Number of writes of this process.
     written: watch::Sender<u64>,
-    /// Distinguishes a database in memory from all others.
+    /// Identifies a database in memory.
     name_in_memory: String,
     deadline: Duration,
 }
@@ -89,17 +89,17 @@ pub struct SqliteStoreBuilder {
 }
 
 impl SqliteStore {
-    /// Opens the database in the file at `path`. If there is none, it is created, on Unix with the mode 0600 whatever
-    /// the umask is; the mode of an existing file is not changed.
+    /// Opens the database in the file at `path`. A missing file is created, on Unix with the mode 0600 whatever the
+    /// umask is. The mode of an existing file is not changed.
     ///
     /// # Errors
     ///
-    /// If the file can't be opened, or is no SQLite database.
+    /// If the file can't be opened, or is not an SQLite database.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, StoreError> {
         Self::builder(path).open()
     }
 
-    /// Opens a database in memory, which is gone when the last clone is dropped.
+    /// Opens a database in memory, which is dropped with the last clone.
     ///
     /// # Errors
     ///
@@ -108,18 +108,18 @@ impl SqliteStore {
         SqliteStoreBuilder { path: None, readers: 0, deadline: DEADLINE }.open()
     }
 
-    /// Settings of your own for the database in the file at `path`.
+    /// Creates a builder for the database in the file at `path`.
     pub fn builder(path: impl AsRef<Path>) -> SqliteStoreBuilder {
         SqliteStoreBuilder { path: Some(path.as_ref().to_owned()), readers: 2, deadline: DEADLINE }
     }
 
-    /// Brings the schema up to date, and adopts tables `users` and `api_keys` that are already there.
-    /// Safe when several processes do it at once.
+    /// Brings the schema up to date, and adopts existing tables `users` and `api_keys`. Several processes may call it
+    /// at once.
     ///
     /// # Errors
     ///
-    /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s)
-    /// the migration may still end well; calling this again tells.
+    /// If tables can't be adopted, or the database fails. Nothing is changed then. After a timeout (60 s) the migration
+    /// may still succeed; call this again to check.
     pub async fn migrate(&self) -> Result<MigrationReport, MigrateError> {
         let migrated =
             self.0.writer.run(MIGRATION_DEADLINE, |connection| Ok(adopt::migrate(connection)));
@@ -130,8 +130,8 @@ impl SqliteStore {
         })
     }
 
-    /// Lists the keys that fail, and those that change their meaning: for a team that adopted its tables, before it
-    /// switches. Reads all keys, 1,000 at once.
+    /// Lists the keys that fail, and those that change their meaning, for a service that adopted its tables, before it
+    /// switches. Reads all keys, in pages of 1,000.
     ///
     /// # Errors
     ///
@@ -144,12 +144,12 @@ impl SqliteStore {
         Ok(review)
     }
 
-    /// Runs a statement that only reads.
+    /// Runs a read-only statement.
     async fn read(&self, statement: Statement) -> Result<Vec<TextRow>, StoreError> {
         self.read_rows(statement).await
     }
 
-    /// Runs a statement that only reads, and returns other rows than texts.
+    /// Runs a read-only statement that returns rows other than texts.
     async fn read_rows<R>(&self, statement: Statement) -> Result<Vec<R>, StoreError>
     where
         R: QueryableByName<Sqlite> + Send + 'static,
@@ -160,7 +160,7 @@ impl SqliteStore {
         self.0.run(read).await
     }
 
-    /// Runs the statement of a look-up, with its wait for a thread in the same time.
+    /// Runs the statement of a look-up. The deadline includes the wait for a thread.
     async fn look_up(
         &self,
         lookup: &Lookup,
@@ -170,7 +170,7 @@ impl SqliteStore {
             let permit = self.0.gate.pass(lookup).await?;
             let query = move |connection: &mut SqliteConnection| {
                 let rows = load(connection, &statement);
-                // The thread is free, even if no request waits for the rows any more.
+                // The thread is free from here, even if no request waits for the rows any more.
                 drop(permit);
                 rows
             };
@@ -180,7 +180,7 @@ impl SqliteStore {
         within(deadline, rows).await.unwrap_or_else(|| Err(StoreError::timeout(deadline)))
     }
 
-    /// Runs several statements, all or none.
+    /// Runs several statements in one transaction.
     async fn in_transaction<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
@@ -188,7 +188,7 @@ impl SqliteStore {
         self.changed(self.in_silent_transaction(work)).await
     }
 
-    /// The same for what changes no decision, so that the feed need not know.
+    /// Runs several statements that change no decision in one transaction. It does not wake the feed.
     async fn in_silent_transaction<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
@@ -206,7 +206,7 @@ impl SqliteStore {
         self.changed(self.0.writer.run(self.0.deadline, write)).await
     }
 
-    /// Wakes the feed once something is written.
+    /// Wakes the feed after a write.
     async fn changed<T>(
         &self,
         write: impl Future<Output = Result<T, StoreError>>,
@@ -218,7 +218,7 @@ impl SqliteStore {
 }
 
 impl Inner {
-    /// Runs a query that only reads.
+    /// Runs a read-only query.
     async fn run<T: Send + 'static>(
         &self,
         query: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
@@ -235,32 +235,31 @@ fn load(
 }
 
 const DEADLINE: Duration = Duration::from_secs(5);
-/// A migration may have to build an index on a table that was adopted.
+/// Deadline of a migration, which may have to build an index on an adopted table.
 const MIGRATION_DEADLINE: Duration = Duration::from_secs(60);
 
 impl SqliteStoreBuilder {
-    /// How many threads read: 2 by default, 1 to 64 (what is beyond is brought there).
+    /// Sets the number of reading threads: 2 by default, 1 to 64. Other values are clamped.
     #[must_use]
     pub fn readers(self, readers: usize) -> Self {
         Self { readers: readers.clamp(1, 64), ..self }
     }
 
-    /// How long a query may take, its wait for a thread and for other writers included: 5 s by
-    /// default.
+    /// Sets the deadline of a query, including its wait for a thread and for other writers: 5 s by default.
     #[must_use]
     pub fn timeout(self, timeout: Duration) -> Self {
         Self { deadline: timeout, ..self }
     }
 
-    /// Opens the database. Needs no runtime.
+    /// Opens the database. It needs no runtime.
     ///
     /// # Errors
     ///
-    /// If the file can't be opened, or is no SQLite database.
+    /// If the file can't be opened, or is not an SQLite database.
     pub fn open(self) -> Result<SqliteStore, StoreError> {
         let Self { path, readers: reader_count, deadline } = self;
         let open = move || open(path.as_deref(), deadline);
-        // The writer first: it makes the file and puts it into WAL mode.
+        // The writer is opened first: it creates the file and sets WAL mode.
         let writer = Threads::start(1, &open)?;
         let (readers, watcher) = match reader_count {
             0 => (None, None),
@@ -278,10 +277,10 @@ impl SqliteStoreBuilder {
 fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, StoreError> {
     let path = match path.map(Path::to_str) {
         None => ":memory:",
-        // Each connection would have a database of its own.
+        // With such a path, each connection would have its own database.
         Some(Some("" | ":memory:")) => {
             return Err(StoreError::rejected(
-                "a database in memory is made by SqliteStore::in_memory",
+                "for a database in memory, use SqliteStore::in_memory",
             ));
         }
         Some(Some(path)) => path,
@@ -293,13 +292,14 @@ fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, Sto
     }
     let mut connection = SqliteConnection::establish(path).map_err(StoreError::unavailable)?;
     let busy = deadline.as_millis().min(60_000);
-    // In WAL mode a commit that was not yet written through can be lost with the machine's power, but
-    // the file stays whole: https://sqlite.org/pragma.html#pragma_synchronous
+    // FULL, because with NORMAL a power failure can lose a commit in WAL mode, but does not damage the
+    // file: https://sqlite.org/pragma.html#pragma_synchronous
     let settings = format!(
         "PRAGMA busy_timeout = {busy}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
          PRAGMA foreign_keys = ON; PRAGMA trusted_schema = OFF;"
     );
-    // The busy timeout does not hold for the change to WAL mode, when several open a new file at once.
+    // The busy timeout does not apply to the change to WAL mode, which can fail if several processes open a new file at
+    // once.
     let until = later(deadline);
     loop {
         match connection.batch_execute(&settings).map_err(store_error) {
@@ -314,8 +314,8 @@ fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, Sto
 
 impl KeyStore for SqliteStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        // In one statement, so that both are from one snapshot: the keys, and the last change under the
-        // prefix, of a key that is no longer there, too.
+        // The keys and the last change under the lookup id, also of a deleted key, are read in one statement, and so
+        // from one snapshot.
         let select = format!(
             "SELECT row FROM ({} ORDER BY k.id LIMIT {}) UNION ALL
             SELECT CAST(coalesce(max(revision), 0) AS TEXT) FROM api_key_changes WHERE key_prefix = $1",
@@ -343,8 +343,8 @@ impl KeyStore for SqliteStore {
         self.count_usage(batch).await
     }
 
-    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
-        self.grant_lease(ask).await
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
+        self.grant_lease(request).await
     }
 
     fn has_cache_secret(&self) -> bool {
@@ -352,7 +352,8 @@ impl KeyStore for SqliteStore {
     }
 
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
-        // Whoever polls once to hear that there is none needs no runtime for that.
+        // It must not be ready at the first poll: a cache that polls once to detect a store without a secret has no
+        // runtime.
         tokio::task::yield_now().await;
         let select = "SELECT json_array(id, hex(secret), 'sqlite:' || coalesce(
                 nullif((SELECT file FROM pragma_database_list WHERE name = 'main'), ''), $1)) AS row

@@ -1,22 +1,22 @@
-//! What is kept beside an answer: [`CoherenceTag`].
+//! Coherence data of a cached answer: [`CoherenceTag`].
 
 use super::{freshness::Age, minimum_revisions::Generation, view::View};
 use crate::runtime::Moment;
 
-/// What counts for serving an answer again.
+/// The data that decides whether a cached answer may be served again.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct CoherenceTag {
     /// When the read was sent.
     pub(crate) as_of: Moment,
-    /// Those of the prefix and the owner from before the answer was judged.
+    /// Generations of the lookup id and the owner, read before the answer was judged.
     pub(crate) prefix: Generation,
     pub(crate) owner: Option<Generation>,
-    /// By the wall clock, in nanoseconds since the Unix epoch.
+    /// Expiry of the key by the wall clock, in nanoseconds since the Unix epoch.
     pub(crate) expires_at: u64,
 }
 
 impl CoherenceTag {
-    /// How old the answer is; expired if a change has come since, or the key's time is over.
+    /// Returns the age of the answer. It is `Expired` if a change was notified after the read, or the key has expired.
     #[inline]
     pub(crate) fn age(&self, view: &View, now: Moment) -> Age {
         let is_current = view.minimum_revisions.is_current(self.prefix)

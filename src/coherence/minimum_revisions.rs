@@ -1,4 +1,4 @@
-//! The rule of by_subject: [`MinimumRevisions`].
+//! The minimum-revision rule: [`MinimumRevisions`].
 
 use std::{
     collections::{HashMap, VecDeque, hash_map::RandomState},
@@ -16,56 +16,56 @@ use crate::{
     runtime::Moment,
 };
 
-/// What a change is about.
+/// The subject of a change.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Subject {
-    /// The keys under a lookup prefix.
+    /// The keys under a lookup id.
     Prefix(Box<str>),
     /// The keys of a user.
     Owner(UserId),
 }
 
-/// What this node has learned of changes. Nothing below a minimum is served.
+/// Minimum revisions of the subjects whose changes this node has received. An answer below its minimum is not served.
 ///
-/// MinimumRevisions are looked at when an answer comes up from below. For what is in the local cache there are
-/// generations: a counter a bucket of subjects, which a change moves and every hit compares, so that a
-/// hit takes no lock. Whatever shares a bucket is asked anew, which costs a look-up and nothing else.
+/// Minimum revisions are compared when the store returns an answer. Entries of the local cache use generations instead:
+/// each bucket of subjects has a counter, which a change increments and every hit compares, so that a hit takes no
+/// lock. Subjects that share the bucket of a change are looked up again, which costs one look-up each.
 pub(crate) struct MinimumRevisions {
     table: Mutex<Table>,
     generations: Box<[AtomicU32; BUCKETS]>,
     hasher: RandomState,
-    /// Whether all the changes are known that a copy in Redis could be from before.
+    /// Whether all changes are known that are newer than the oldest possible copy in Redis.
     is_caught_up: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Table {
     by_subject: HashMap<Subject, Minimum>,
-    /// The subjects in the order in which their minimum revisions were raised, to forget them in.
+    /// The subjects in the order in which their minimum revisions were raised, for eviction.
     raised: VecDeque<(Moment, Subject)>,
-    /// Copies from before this are trusted for no key.
+    /// Copies that were read before this time are rejected for all keys.
     everything: Option<SystemTime>,
-    /// Counts what was learned.
+    /// Number of changes received.
     seen: u64,
-    /// Counts changes of owners, or of everything, that revisions do not order.
+    /// Number of changes of owners, or of everything, without a usable revision.
     unordered: u64,
-    /// What had been learned when `everything` was last set.
+    /// Value of `seen` when `everything` was last set.
     everything_since: u64,
 }
 
 #[derive(Debug, Default, Clone, Copy)]
 struct Minimum {
     revision: Revision,
-    /// Copies from before this are not trusted whatever their revision: a change came that revisions do
-    /// not order.
+    /// Copies that were read before this time are rejected whatever their revision, because a change came that
+    /// revisions do not order.
     as_of: Option<SystemTime>,
-    /// What had been learned when `as_of` was last set.
+    /// Value of `seen` when `as_of` was last set.
     since: u64,
-    /// The last entry in `raised`, which counts.
+    /// The valid entry in `raised`, which is the last one of this subject.
     raised: Option<Moment>,
 }
 
-/// How much had been learned at a moment.
+/// The number of changes received up to a moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Seen {
     all: u64,
@@ -73,34 +73,35 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    /// Whether all that had been learned at `other` had been learned by then.
+    /// Returns whether this includes all changes that `other` includes.
     pub(crate) fn includes(self, other: Self) -> bool {
         self.all >= other.all
     }
 }
 
-/// What the minimum revisions say of an answer from the store.
+/// Result of the comparison of an answer from the store with the minimum revisions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
-    /// It may be kept.
+    /// It may be cached.
     Current,
-    /// A change came while it was under way, and it does not say whether it is from after it. For those
-    /// who had asked before the change.
+    /// A change without an order came while the look-up was under way. The answer may be from before it, and may be
+    /// served only to requests that came before the change.
     Overtaken,
-    /// It is from before a change that is known. For nobody.
+    /// It is from before a known change, and must not be served.
     Below,
 }
 
-/// Longer than any entry lives in Redis.
+/// Lifetime of a minimum revision, longer than that of any entry in Redis.
 pub(crate) const MINIMUM_REVISION_LIFETIME: Duration = Duration::from_secs(3600 + 300);
-/// Past so many minimum revisions, one for everything takes their place.
+/// Maximum number of minimum revisions. Beyond it, one minimum for all subjects replaces them.
 const MAX_SUBJECTS: usize = 100_000;
-/// 32 KiB, which stay in a core's nearest cache. A change drops what shares its bucket: one entry in 8,192.
+/// Number of generation counters: 32 KiB, which fit into the L1 cache of a core. A change invalidates one entry in
+/// 8,192.
 const BUCKETS: usize = 1 << 13;
-/// How far the database's time may be off that a node knows.
+/// Margin of error of the database's time that a node assumes.
 pub(super) const MARGIN: Duration = Duration::from_secs(1);
 
-/// A bucket, and its generation.
+/// A bucket and its generation.
 pub(crate) type Generation = (u16, u32);
 
 impl MinimumRevisions {
@@ -113,8 +114,8 @@ impl MinimumRevisions {
         }
     }
 
-    /// Learns of a change. The minimum is raised before the generation moves: whoever sees the new
-    /// generation finds the new minimum.
+    /// Records a change. The minimum is raised before the generation is incremented: a reader of the new generation
+    /// also reads the new minimum.
     pub(super) fn raise(
         &self,
         subject: Subject,
@@ -123,22 +124,22 @@ impl MinimumRevisions {
         database_now: SystemTime,
     ) {
         if revision > Revision(0) && self.revision_of(&subject) == Some(revision) {
-            // Said twice: by the store, and by a tombstone.
+            // Reported twice: by the store, and by a tombstone.
             return;
         }
         self.change(subject, now, database_now, |minimum, table_seen| {
             if revision > minimum.revision {
                 minimum.revision = revision;
             } else if revision < minimum.revision || revision == Revision(0) {
-                // Two rows under one prefix were committed in another order than they were numbered, or
-                // the store has no revisions at all.
+                // Two rows under one lookup id were committed in another order than they were numbered, or the store
+                // has no revisions.
                 minimum.as_of = Some(database_now + MARGIN);
                 minimum.since = table_seen;
             }
         });
     }
 
-    /// Learns of a change if its revision is higher than any that is known.
+    /// Records a change if its revision is higher than the known minimum.
     pub(super) fn raise_to(
         &self,
         subject: Subject,
@@ -151,7 +152,7 @@ impl MinimumRevisions {
         }
     }
 
-    /// Learns of a change that has no revision.
+    /// Records a change that has no revision.
     pub(super) fn invalidate(&self, subject: Subject, now: Moment, database_now: SystemTime) {
         self.raise(subject, Revision(0), now, database_now);
     }
@@ -169,9 +170,9 @@ impl MinimumRevisions {
             let mut table = self.table();
             table.seen += 1;
             let seen = table.seen;
-            table.forget_old(now);
+            table.evict_old(now);
             if table.by_subject.len() >= MAX_SUBJECTS && !table.by_subject.contains_key(&subject) {
-                table.forget_all(database_now);
+                table.evict_all(database_now);
             }
             let minimum = table.by_subject.entry(subject.clone()).or_default();
             change(minimum, seen);
@@ -183,12 +184,12 @@ impl MinimumRevisions {
         self.generations[bucket].fetch_add(1, Ordering::SeqCst);
     }
 
-    /// Changes may have been missed: nothing is trusted from before.
+    /// Records that changes may have been missed: all earlier answers are rejected.
     pub(super) fn reset(&self, database_now: SystemTime) {
         {
             let mut table = self.table();
             table.seen += 1;
-            table.forget_all(database_now);
+            table.evict_all(database_now);
         }
         for generation in self.generations.iter() {
             generation.fetch_add(1, Ordering::SeqCst);
@@ -199,41 +200,41 @@ impl MinimumRevisions {
         self.is_caught_up.store(true, Ordering::Release);
     }
 
-    /// Whether every change is known that a copy in Redis could be from before.
+    /// Returns whether every change is known that is newer than the oldest possible copy in Redis.
     pub(crate) fn is_caught_up(&self) -> bool {
         self.is_caught_up.load(Ordering::Acquire)
     }
 
-    /// What has been learned so far. Taken before a read, so that [`MinimumRevisions::judge`] can tell what came
-    /// during it.
+    /// Returns the number of changes received so far. It is read before a look-up, so that [`MinimumRevisions::judge`]
+    /// can detect changes during it.
     pub(crate) fn seen(&self) -> Seen {
         let table = self.table();
         Seen { all: table.seen, unordered: table.unordered }
     }
 
-    /// Whether a request may join a look-up of a key under `prefix` that began at `began`. Not if a change
-    /// of that prefix is known by now, or a change without a revision of any owner: whose key it will turn
-    /// out to be is not known yet. Changes of owners with a revision don't matter: [`MinimumRevisions::judge`] finds
-    /// an answer that is from before one of them.
+    /// Returns whether a request may join a look-up of a key under `prefix` that began at `began`. It may not if a
+    /// change of that prefix is known by now, or a change without a revision of any owner, because the owner of the key
+    /// is not known yet. Changes of owners with a revision are irrelevant: [`MinimumRevisions::judge`] detects an
+    /// answer that is from before one of them.
     pub(crate) fn may_join(&self, prefix: Generation, began: Seen) -> bool {
         self.is_current(prefix) && self.table().unordered == began.unordered
     }
 
-    /// The generation of what a change of `subject` would move.
+    /// Returns the generation that a change of `subject` would increment.
     pub(crate) fn generation(&self, subject: &Subject) -> Generation {
         let bucket = self.bucket(subject);
-        // There are 2¹³ buckets.
+        // The number fits: there are 2¹³ buckets.
         (bucket as u16, self.generations[bucket].load(Ordering::SeqCst))
     }
 
     #[inline]
     pub(crate) fn is_current(&self, (bucket, generation): Generation) -> bool {
-        // Never out of bounds: `generation` made it.
+        // Never out of bounds, because `generation` returned the bucket.
         self.generations[usize::from(bucket) % BUCKETS].load(Ordering::Acquire) == generation
     }
 
-    /// Judges an answer about these subjects whose read was sent after `began`. Generations for keeping
-    /// it are to be taken before this.
+    /// Judges an answer about these subjects whose read was sent after `began`. Read the generations of its cache entry
+    /// before this call.
     pub(crate) fn judge(
         &self,
         subjects: &[(Subject, Revision)],
@@ -247,7 +248,8 @@ impl MinimumRevisions {
         }
         for (subject, revision) in subjects {
             let Some(minimum) = table.by_subject.get(subject) else { continue };
-            // One that the database has lost is never reached: it ends, as no copy from before it is left.
+            // A revision that the database has lost is never reached again. Its minimum expires when no copy from
+            // before it is left.
             if minimum.raised.is_some_and(|raised| now.since(raised) > MINIMUM_REVISION_LIFETIME) {
                 continue;
             }
@@ -261,7 +263,7 @@ impl MinimumRevisions {
         standing
     }
 
-    /// Whether a copy that was read at `as_of`, by the database's clock, may be looked at.
+    /// Returns whether a copy that was read at `as_of`, by the database's clock, may be used.
     pub(super) fn accept_copy(&self, subjects: &[(Subject, Revision)], as_of: SystemTime) -> bool {
         if !self.is_caught_up() {
             return false;
@@ -276,8 +278,8 @@ impl MinimumRevisions {
             })
     }
 
-    /// Whether a tombstone from then may be believed.
-    pub(super) fn accept_delete(&self, made_at: SystemTime) -> bool {
+    /// Returns whether a tombstone from `made_at` is valid.
+    pub(super) fn accept_tombstone(&self, made_at: SystemTime) -> bool {
         self.table().everything.is_none_or(|minimum| made_at >= minimum)
     }
 
@@ -285,13 +287,13 @@ impl MinimumRevisions {
         self.table().by_subject.get(subject).map(|minimum| minimum.revision)
     }
 
-    /// How many minimum revisions there are.
+    /// Returns the number of minimum revisions.
     pub(crate) fn len(&self) -> usize {
         self.table().by_subject.len()
     }
 
     fn bucket(&self, subject: &Subject) -> usize {
-        // The top bits would do as well; these are enough.
+        // The low bits are as good as any.
         self.hasher.hash_one(subject) as usize % BUCKETS
     }
 
@@ -301,18 +303,18 @@ impl MinimumRevisions {
 }
 
 impl Table {
-    fn forget_old(&mut self, now: Moment) {
+    fn evict_old(&mut self, now: Moment) {
         while let Some((raised, subject)) = self.raised.front() {
             if now.since(*raised) <= MINIMUM_REVISION_LIFETIME {
                 break;
             }
-            // Raised again since then?
+            // Skip it if it was raised again since.
             if self.by_subject.get(subject).is_some_and(|minimum| minimum.raised == Some(*raised)) {
                 self.by_subject.remove(subject);
             }
             self.raised.pop_front();
         }
-        // The same few subjects over and over: the queue is longer than the table.
+        // If a few subjects change again and again, the queue is longer than the table.
         if self.raised.len() > 2 * self.by_subject.len() + 1024 {
             let minimums = &self.by_subject;
             self.raised.retain(|(raised, subject)| {
@@ -321,7 +323,7 @@ impl Table {
         }
     }
 
-    fn forget_all(&mut self, database_now: SystemTime) {
+    fn evict_all(&mut self, database_now: SystemTime) {
         self.by_subject.clear();
         self.raised.clear();
         self.everything = Some(database_now + MARGIN);

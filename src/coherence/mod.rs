@@ -1,8 +1,8 @@
-//! Whether an answer may still be served.
+//! The rules that decide whether an answer may still be served.
 //!
-//! Copies of answers lie in the local cache and in Redis, and can be old there in every way: a fill may be executed
-//! late, Redis may come back from a snapshot. Two rules keep an old one from being served. Minimum revisions
-//! ([`minimum_revisions`]): a node that has learned of a change serves nothing from before it. Freshness
+//! Copies of answers are stored in the local cache and in Redis. They can be outdated: a fill may run late, and Redis
+//! may be restored from a snapshot. Two rules keep an outdated copy from being served. Minimum revisions
+//! ([`minimum_revisions`]): a node that has received a change serves no answer from before it. Freshness
 //! ([`freshness`]): an answer is served only for a limited time after it was read, or after the node was last in sync
 //! with the changes of the store.
 

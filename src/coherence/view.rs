@@ -1,4 +1,4 @@
-//! What a node knows of changes: [`View`].
+//! Change state of a node: [`View`].
 
 use std::{
     sync::Arc,
@@ -13,7 +13,8 @@ use crate::{
     telemetry::BadRowLog,
 };
 
-/// What a node knows of the changes in the store below it: which ones, and up to when all of them.
+/// Change state of a node: the changes in the store below that it has received, and the time up to which it has
+/// received all of them.
 #[derive(Debug)]
 pub(crate) struct View {
     pub(crate) minimum_revisions: MinimumRevisions,
@@ -30,13 +31,13 @@ impl View {
         })
     }
 
-    /// The rows under a lookup prefix have changed.
+    /// Records that the rows under a lookup id have changed.
     pub(crate) fn prefix_changed(&self, prefix: String, revision: Revision, now: Moment) {
         let database_now = self.freshness.database_now(now);
         self.minimum_revisions.raise(Subject::Prefix(prefix.into()), revision, now, database_now);
     }
 
-    /// An owner has changed.
+    /// Records that an owner has changed.
     pub(crate) fn owner_changed(&self, owner: UserId, revision: Revision, now: Moment) {
         self.minimum_revisions.raise(
             Subject::Owner(owner),
@@ -46,35 +47,35 @@ impl View {
         );
     }
 
-    /// All changes up to `as_of`, a time of the database, are known.
+    /// Records that all changes up to `as_of`, a time of the database, are known.
     pub(crate) fn synced(&self, as_of: SystemTime, now: Moment) {
         self.freshness.synced(as_of, now);
         self.minimum_revisions.caught_up();
     }
 
-    /// Changes may have been missed.
+    /// Records that changes may have been missed.
     pub(crate) fn reset(&self, now: Moment) {
         self.minimum_revisions.reset(self.freshness.database_now(now));
     }
 
-    /// Forgets what is known of keys under `prefix`, in every tier, though no change was said.
+    /// Invalidates the keys under `prefix` in every tier, for changes made outside the store's knowledge.
     pub(crate) fn invalidate(&self, prefix: &str, now: Moment) {
         let subject = Subject::Prefix(prefix.into());
         self.minimum_revisions.invalidate(subject, now, self.freshness.database_now(now));
     }
 
-    /// Learns of a change from a tombstone that lies in place of a copy, if it is news.
-    pub(crate) fn learn_of_delete(
+    /// Records the change of a tombstone that replaces a copy, if the change is new.
+    pub(crate) fn record_tombstone(
         &self,
         subject: Subject,
         revision: Revision,
         made_at: SystemTime,
         now: Moment,
     ) {
-        // Whoever is in sync knows better: a database that was restored has given up the revision.
+        // A node in sync ignores the tombstone: a restored database may have lost the revision.
         let is_in_sync = |sync| self.freshness.age(sync, now) == Age::Fresh;
         if !self.freshness.last_sync().is_some_and(is_in_sync)
-            && self.minimum_revisions.accept_delete(made_at)
+            && self.minimum_revisions.accept_tombstone(made_at)
         {
             self.minimum_revisions.raise_to(
                 subject,
@@ -85,13 +86,13 @@ impl View {
         }
     }
 
-    /// Whether `as_of` is a time that the database has not come to.
+    /// Returns whether `as_of` is later than the current time of the database.
     pub(crate) fn is_ahead(&self, as_of: SystemTime, now: Moment) -> bool {
         as_of > self.freshness.database_now(now) + minimum_revisions::MARGIN
     }
 
-    /// Whether a copy that others made at `as_of` may be looked at: how old it is, or `None` if a change
-    /// that this node knows of, or may not know of yet, came after it.
+    /// Returns the age of a copy that another node made at `as_of`; `None` if a change that this node knows, or may not
+    /// know yet, came after it.
     pub(crate) fn judge_copy(
         &self,
         subjects: &[(Subject, Revision)],

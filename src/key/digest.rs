@@ -1,4 +1,4 @@
-//! The SHA-256 of a key, which stands for it within a process: [`KeyDigest`].
+//! The SHA-256 of a key, which identifies it within a process: [`KeyDigest`].
 
 use std::hash::{Hash, Hasher};
 
@@ -9,12 +9,12 @@ use subtle::{Choice, ConstantTimeEq};
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct KeyDigest(pub(super) [u8; 32]);
 
-/// The longest message that is one block: a bit and the length come after it (FIPS 180-4 §5.1.1).
+/// Maximum length of a message of one block, in bytes. A bit and the length follow the message (FIPS 180-4 §5.1.1).
 const ONE_BLOCK: usize = 55;
 
 impl KeyDigest {
-    /// A hit is hardly more than this. The common case of one block goes without the buffer and the counters
-    /// that a message of any length needs, which are a third of it.
+    /// Returns the SHA-256 of `key`. It is most of the cost of a cache hit. The common case of one block avoids the
+    /// buffer and the counters for messages of any length, which are a third of it.
     #[inline]
     pub(crate) fn of(key: &[u8]) -> Self {
         if key.len() > ONE_BLOCK {
@@ -33,13 +33,13 @@ impl KeyDigest {
         Self(digest)
     }
 
-    /// Names a look-up of this key without its text, that a proof is to match.
+    /// Returns the digest of a look-up of this key without its text, which the proof `proof` must match.
     pub(crate) fn for_recheck(&self, proof: &[u8]) -> Self {
         Self::of(&[b"recheck:".as_slice(), &self.0, proof].concat())
     }
 }
 
-/// FIPS 180-4 §5.3.3.
+/// Initial hash value (FIPS 180-4 §5.3.3).
 const INITIAL: [u32; 8] = [
     0x6a09_e667,
     0xbb67_ae85,
@@ -51,7 +51,7 @@ const INITIAL: [u32; 8] = [
     0x5be0_cd19,
 ];
 
-/// Eight bytes are as good as all: nobody can choose those of many keys.
+/// Eight bytes are sufficient for a hash map: a client can't choose those of many keys.
 impl Hash for KeyDigest {
     #[inline]
     fn hash<H: Hasher>(&self, state: &mut H) {

@@ -1,6 +1,6 @@
-//! How many failed slow checks the machine does for strangers.
+//! The limit on failed slow hash checks.
 //!
-//! The decision apart from the plumbing: [`FailureLimiter`] knows nothing of tasks, semaphores or bcrypt.
+//! It holds only the decision: [`FailureLimiter`] does not depend on tasks, semaphores or bcrypt.
 
 use std::{borrow::Borrow, hash::Hash, time::Duration};
 
@@ -9,59 +9,59 @@ use crate::{
     runtime::RecentMap,
 };
 
-/// Failures count for this long after the last one.
-const MEMORY: Duration = Duration::from_secs(60);
-/// So many failures are free; after them there is one check a [`PACE`].
+/// Time after the last failure for which failures count.
+const FAILURE_LIFETIME: Duration = Duration::from_secs(60);
+/// Number of failures without a limit. After them, one check per [`PACE`] is admitted.
 const FREE_FAILURES: u32 = 5;
 const PACE: Duration = Duration::from_secs(1);
-/// Failures of a network from which on all its checks are a suspect's, by step. An attacker who has a whole
-/// network uses each address of it once, so that a wider one may have only a few times as many as a host.
+/// Number of failures of a network from which on all its checks are suspect, by step. An attacker who has a whole
+/// network uses each address of it once, so that the bound of a wider network is only a few times that of a host.
 const SUSPECT_FROM: [u32; STEPS] = [FREE_FAILURES, 10, 15, 30];
-/// Failures of a network at one lookup id from which on it is no longer taken for the owner's, by step.
+/// Number of failures of a network at one lookup id from which on it no longer counts as the owner's network, by step.
 const NOT_OWNER_FROM: [u32; STEPS] = [1, 3, 5, 10];
-/// The part of the pool's time that goes to suspects, all together.
+/// Fraction of the pool's time for all suspect checks together.
 const SUSPECT_SHARE: f64 = 0.25;
-/// How much of that share can be saved up, in seconds of the pool's time.
+/// Maximum unused part of that share, in seconds of the pool's time.
 const SAVED_SECONDS: f64 = 1.0;
-/// How far a source without failures may overdraw it, so that the owner of an attacked key gets a
-/// check when the attackers have used the share up. The debt is paid back before anybody else's turn.
+/// Overdraft of a source without failures, in seconds of the pool's time. With it, the owner of an attacked key gets a
+/// check after the attackers have used the share up. The debt is paid back before any other check.
 const OVERDRAFT_SECONDS: f64 = 2.0;
-/// The most entries in each table.
+/// Maximum number of entries in each table.
 const MAX_ENTRIES: usize = 8192;
 
-/// How a check that is admitted stands.
+/// Classification of an admitted check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Standing {
-    /// Nothing speaks against it, or it may be the owner's of a key under attack.
+    /// The source has no relevant failures, or may be the owner of a key under attack.
     Clean,
-    /// It comes from where failures came from: it gets no place in a queue.
+    /// The source or the lookup id has failed recently: the check gets no place in the queue.
     Suspect,
 }
 
-/// The ration of failed checks: by lookup prefix and network, and for all suspects together.
+/// The limiter of failed checks: by lookup id and network, and for all suspect checks together.
 ///
-/// A check is a suspect's if its prefix has failed in the last minute, from any client, or its network
-/// has failed too often, whatever it asked for.
+/// A check is suspect if its lookup id has failed in the last minute, from any client, or its network has failed too
+/// often, at any lookup id.
 ///
-/// While one network guesses (an IPv6 /48 or an IPv4 /24), at one key or at many, from whatever addresses of
-/// it, an owner on another network who tries again gets a check within 64 × t / slots, where t is the time of
-/// one check: 16 s for t = 0.25 s and one slot. By then the network has had the at most 15 failures for which
-/// its hosts are taken for owners, each of which takes at most t of a share that grows by slots / 4 a second;
-/// after that it can't use the overdraft. From an IPv6 /32 the time is twice as long.
+/// While one network guesses (an IPv6 /48 or an IPv4 /24), at one key or at many, from any of its addresses, an owner
+/// on another network who retries gets a check within 64 × t / slots, where t is the time of one check: 16 s for t =
+/// 0.25 s and one slot. By then the network has had at most 15 failures for which its hosts count as owners, each of
+/// which takes at most t of a share that grows by slots / 4 a second. After that it can't use the overdraft. From an
+/// IPv6 /32 the time is twice as long.
 #[derive(Debug)]
 pub(super) struct FailureLimiter {
     pairs: [Table<(Box<str>, Network)>; STEPS],
     prefixes: Table<Box<str>>,
     sources: [Table<Network>; STEPS],
-    /// Seconds of the pool's time that suspects may still use; below zero is debt.
+    /// Seconds of the pool's time that are left for suspect checks; below zero is debt.
     share: f64,
-    /// Seconds of the pool's time that suspects get for every second that passes.
+    /// Seconds of the pool's time that suspect checks get per second.
     refill: f64,
     refilled_at: Duration,
 }
 
 impl FailureLimiter {
-    /// For a pool that runs `slots` checks at once.
+    /// Creates a limiter for a pool that runs `slots` checks at once.
     pub(super) fn new(slots: usize) -> Self {
         let refill = SUSPECT_SHARE * slots as f64;
         Self {
@@ -74,7 +74,11 @@ impl FailureLimiter {
         }
     }
 
-    /// Whether a check may run now, or how long to wait before asking again.
+    /// Returns whether a check may run now.
+    ///
+    /// # Errors
+    ///
+    /// The time to wait before a retry.
     pub(super) fn admit(
         &mut self,
         prefix: &str,
@@ -101,8 +105,8 @@ impl FailureLimiter {
         Ok(if is_clean { Standing::Clean } else { Standing::Suspect })
     }
 
-    /// How long a check of a key under `prefix` would have to wait, if it is known before the key is looked
-    /// up: slow checks have failed under the prefix, and the source is not taken for the owner's.
+    /// Returns how long a check of a key under `prefix` would have to wait, if that is known before the look-up: slow
+    /// checks have failed under the prefix, and the source does not count as the owner's.
     pub(super) fn turns_away(
         &mut self,
         prefix: &str,
@@ -116,7 +120,7 @@ impl FailureLimiter {
         self.admit(prefix, source, now).err()
     }
 
-    /// Notes that a check ran for `took` and whether it `failed`.
+    /// Records that a check ran for `took`, and whether it `failed`.
     pub(super) fn note(
         &mut self,
         prefix: &str,
@@ -130,9 +134,8 @@ impl FailureLimiter {
         if self.prefixes.get(prefix, now).is_some() || self.is_suspect(source, now) {
             self.share -= took;
         } else if failed {
-            // First failures are paid for as well, or an attack on many prefixes were free. But they
-            // were not asked whether there is anything left, so they may not drive up the debt that
-            // owners then wait for.
+            // First failures use up the share as well; otherwise an attack on many lookup ids would be free. But they
+            // were admitted without a check of the share, so they must not increase the debt that owners then wait for.
             self.share = (self.share - took).max(self.overdraft().min(self.share));
         }
         if failed {
@@ -144,7 +147,7 @@ impl FailureLimiter {
         }
     }
 
-    /// Whether one of the networks has failed so often that all its checks are a suspect's.
+    /// Returns whether one of the networks has failed so often that all its checks are suspect.
     fn is_suspect(&self, source: NetworkSteps, now: Duration) -> bool {
         source.iter().any(|(step, network)| {
             let failures = self.sources[step].get(&network, now);
@@ -152,7 +155,7 @@ impl FailureLimiter {
         })
     }
 
-    /// Whether the source has not failed at this prefix, nor have many others on its networks.
+    /// Returns whether the source has not failed at this lookup id, and few other sources on its networks have.
     fn may_be_owner(&self, prefix: &str, source: NetworkSteps, now: Duration) -> bool {
         source.iter().all(|(step, network)| {
             let failures = self.pairs[step].get(&(prefix.into(), network), now);
@@ -160,7 +163,7 @@ impl FailureLimiter {
         })
     }
 
-    /// The debt beyond which a clean source waits as well.
+    /// Returns the debt beyond which a clean source waits as well.
     fn overdraft(&self) -> f64 {
         -OVERDRAFT_SECONDS * self.refill
     }
@@ -180,12 +183,12 @@ struct Failures {
 }
 
 impl Failures {
-    fn is_forgotten(&self, now: Duration) -> bool {
-        now.saturating_sub(self.last) > MEMORY
+    fn is_expired(&self, now: Duration) -> bool {
+        now.saturating_sub(self.last) > FAILURE_LIFETIME
     }
 }
 
-/// Failures by key, bounded in number and forgotten with time.
+/// Failures by key. Their number is bounded, and they expire.
 #[derive(Debug)]
 struct Table<K>(RecentMap<K, Failures>);
 
@@ -201,12 +204,12 @@ impl<K: Hash + Eq> Table<K> {
         K: Borrow<Q>,
         Q: Hash + Eq + ?Sized,
     {
-        self.0.get(key).copied().filter(|failures| !failures.is_forgotten(now))
+        self.0.get(key).copied().filter(|failures| !failures.is_expired(now))
     }
 
     fn count(&mut self, key: K, now: Duration) {
         let entry = self.0.entry(key, || Failures { failures: 0, last: now });
-        if entry.is_forgotten(now) {
+        if entry.is_expired(now) {
             entry.failures = 0;
         }
         entry.failures = entry.failures.saturating_add(1);
@@ -223,7 +226,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
     const CHECK: Duration = Duration::from_millis(10);
 
-    /// Each in a /24 of its own.
+    /// Returns a source in a /24 of its own.
     fn source(network: u8) -> NetworkSteps {
         NetworkSteps::of(Some(IpAddr::from([192, 0, network, 1])))
     }
@@ -233,51 +236,52 @@ mod tests {
     }
 
     fn fail(
-        ration: &mut FailureLimiter,
+        limiter: &mut FailureLimiter,
         prefix: &str,
         source: NetworkSteps,
         now: Duration,
         took: Duration,
     ) -> bool {
-        let admitted = ration.admit(prefix, source, now).is_ok();
+        let admitted = limiter.admit(prefix, source, now).is_ok();
         if admitted {
-            ration.note(prefix, source, now, took, true);
+            limiter.note(prefix, source, now, took, true);
         }
         admitted
     }
 
     #[test]
     fn five_failures_a_minute_are_free_and_then_there_is_one_a_second() {
-        let mut ration = FailureLimiter::new(1);
+        let mut limiter = FailureLimiter::new(1);
         let admitted =
-            (0..100).filter(|_| fail(&mut ration, "p", source(1), SECOND, CHECK)).count();
+            (0..100).filter(|_| fail(&mut limiter, "p", source(1), SECOND, CHECK)).count();
         assert_eq!(admitted, 5);
-        assert_eq!(ration.admit("p", source(1), SECOND * 3 / 2), Err(SECOND / 2));
-        let later =
-            (1..=10).filter(|n| fail(&mut ration, "p", source(1), SECOND * (1 + n), CHECK)).count();
+        assert_eq!(limiter.admit("p", source(1), SECOND * 3 / 2), Err(SECOND / 2));
+        let later = (1..=10)
+            .filter(|n| fail(&mut limiter, "p", source(1), SECOND * (1 + n), CHECK))
+            .count();
         assert_eq!(later, 10);
-        assert!(ration.admit("p", source(1), SECOND * 11 + CHECK).is_err());
+        assert!(limiter.admit("p", source(1), SECOND * 11 + CHECK).is_err());
         assert!(
-            ration.admit("p", source(1), SECOND * 72).is_ok(),
-            "a minute later all is forgotten"
+            limiter.admit("p", source(1), SECOND * 72).is_ok(),
+            "failures expire after a minute"
         );
     }
 
     #[test]
     fn all_suspects_together_get_a_quarter_of_the_pool() {
-        let mut ration = FailureLimiter::new(2);
+        let mut limiter = FailureLimiter::new(2);
         let took = Duration::from_millis(100);
         let mut spent = Duration::ZERO;
         // A minute of attacks by 50 sources on 50 prefixes, a thousand times a second.
         for step in 0..60_000_u32 {
             let now = Duration::from_millis(u64::from(step));
             let n = u8::try_from(step % 50).unwrap();
-            if fail(&mut ration, &format!("p{n}"), source(n), now, took) {
+            if fail(&mut limiter, &format!("p{n}"), source(n), now, took) {
                 spent += took;
             }
         }
         let quarter = SECOND * 60 * 2 / 4;
-        // The first failure of each prefix, and what a clean source may overdraw, come on top once.
+        // The first failure of each prefix and the overdraft of a clean source are added once.
         assert!(
             spent >= quarter * 9 / 10 && spent <= quarter + took * 50,
             "{spent:?} of {quarter:?}"
@@ -285,52 +289,52 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_fails_everywhere_is_rationed_on_fresh_prefixes_too() {
-        let mut ration = FailureLimiter::new(1);
+    fn a_source_that_fails_everywhere_is_limited_on_fresh_prefixes_too() {
+        let mut limiter = FailureLimiter::new(1);
         let took = Duration::from_millis(200);
         let admitted = (0..1000)
-            .filter(|n| fail(&mut ration, &format!("p{n}"), source(1), SECOND, took))
+            .filter(|n| fail(&mut limiter, &format!("p{n}"), source(1), SECOND, took))
             .count();
         assert!(admitted <= 6, "{admitted}");
-        assert!(ration.admit("fresh", source(2), SECOND).is_ok(), "others are not touched");
+        assert!(limiter.admit("fresh", source(2), SECOND).is_ok(), "other sources are not limited");
     }
 
     #[test]
     fn the_owner_of_an_attacked_key_gets_a_check_when_the_share_is_used_up() {
-        let mut ration = FailureLimiter::new(1);
-        while fail(&mut ration, "p", source(1), SECOND, SECOND / 10) {}
-        while fail(&mut ration, "p", source(2), SECOND, SECOND / 10) {}
-        assert!(ration.admit("p", source(1), SECOND).is_err());
-        assert!(ration.admit("p", source(9), SECOND).is_ok());
+        let mut limiter = FailureLimiter::new(1);
+        while fail(&mut limiter, "p", source(1), SECOND, SECOND / 10) {}
+        while fail(&mut limiter, "p", source(2), SECOND, SECOND / 10) {}
+        assert!(limiter.admit("p", source(1), SECOND).is_err());
+        assert!(limiter.admit("p", source(9), SECOND).is_ok());
     }
 
     #[test]
     fn first_failures_do_not_drive_up_a_debt_that_an_owner_waits_for() {
-        let mut ration = FailureLimiter::new(1);
+        let mut limiter = FailureLimiter::new(1);
         let took = SECOND * 7;
         for n in 0..200 {
-            ration.note(&format!("p{n}"), source(n), SECOND, took, true);
+            limiter.note(&format!("p{n}"), source(n), SECOND, took, true);
         }
-        assert!(ration.admit("p0", source(250), SECOND).unwrap_err() <= SECOND / 100);
-        assert_eq!(ration.admit("p0", source(250), SECOND + CHECK), Ok(Standing::Clean));
+        assert!(limiter.admit("p0", source(250), SECOND).unwrap_err() <= SECOND / 100);
+        assert_eq!(limiter.admit("p0", source(250), SECOND + CHECK), Ok(Standing::Clean));
     }
 
-    /// Seconds until the owner on another network gets a check, who tries once a second while `guesses` come
-    /// 25 times a second, each from an address that was not used before. One slot, and a quarter of a second a
-    /// check.
+    /// Returns the seconds until the owner on another network gets a check. The owner retries once a second, while
+    /// `guesses` come 25 times a second, each from an address that was not used before. There is one slot, and a check
+    /// takes a quarter of a second.
     fn lockout(seconds: u64, guess: impl Fn(u32) -> (String, String)) -> u64 {
-        let (mut ration, took) = (FailureLimiter::new(1), SECOND / 4);
+        let (mut limiter, took) = (FailureLimiter::new(1), SECOND / 4);
         let mut longest = 0;
         let mut waiting_since = 0;
         for step in 0..25 * u32::try_from(seconds).unwrap() {
             let now = SECOND + SECOND * step / 25;
             let (prefix, address) = guess(step);
-            fail(&mut ration, &prefix, of(&address), now, took);
+            fail(&mut limiter, &prefix, of(&address), now, took);
             if step % 25 == 24 {
                 let second = u64::from(step / 25 + 1);
                 let owner = of("198.51.100.7");
-                if ration.admit("p0", owner, now).is_ok() {
-                    ration.note("p0", owner, now, took, false);
+                if limiter.admit("p0", owner, now).is_ok() {
+                    limiter.note("p0", owner, now, took, false);
                     waiting_since = second;
                 }
                 longest = longest.max(second - waiting_since);
@@ -352,24 +356,24 @@ mod tests {
     }
 
     #[test]
-    fn a_key_whose_slow_check_would_be_turned_away_needs_no_look_up() {
-        let mut ration = FailureLimiter::new(1);
-        assert_eq!(ration.turns_away("p", source(1), SECOND), None);
-        while fail(&mut ration, "p", source(1), SECOND, CHECK) {}
-        assert_eq!(ration.turns_away("p", source(1), SECOND), Some(SECOND));
-        // Its hash may be a fast one; and that one may be the owner.
-        assert_eq!(ration.turns_away("q", source(1), SECOND), None);
-        assert_eq!(ration.turns_away("p", source(2), SECOND), None);
-        assert_eq!(ration.turns_away("p", source(1), SECOND * 3), None);
+    fn a_key_whose_slow_check_would_be_rejected_needs_no_look_up() {
+        let mut limiter = FailureLimiter::new(1);
+        assert_eq!(limiter.turns_away("p", source(1), SECOND), None);
+        while fail(&mut limiter, "p", source(1), SECOND, CHECK) {}
+        assert_eq!(limiter.turns_away("p", source(1), SECOND), Some(SECOND));
+        // The hash of the key may be a fast one. The second source may be the owner.
+        assert_eq!(limiter.turns_away("q", source(1), SECOND), None);
+        assert_eq!(limiter.turns_away("p", source(2), SECOND), None);
+        assert_eq!(limiter.turns_away("p", source(1), SECOND * 3), None);
     }
 
     #[test]
     fn the_tables_stay_bounded() {
-        let mut ration = FailureLimiter::new(1);
+        let mut limiter = FailureLimiter::new(1);
         for n in 0..2 * MAX_ENTRIES {
-            ration.note(&format!("p{n}"), source(1), SECOND, Duration::ZERO, true);
+            limiter.note(&format!("p{n}"), source(1), SECOND, Duration::ZERO, true);
         }
-        assert!(ration.prefixes.0.len() <= MAX_ENTRIES);
-        assert!(ration.pairs[0].0.len() <= MAX_ENTRIES);
+        assert!(limiter.prefixes.0.len() <= MAX_ENTRIES);
+        assert!(limiter.pairs[0].0.len() <= MAX_ENTRIES);
     }
 }

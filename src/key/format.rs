@@ -1,4 +1,4 @@
-//! How a key looks: [`KeyFormat`] parses, checks and generates keys.
+//! Key formats: [`KeyFormat`] parses, checks and generates keys.
 
 use std::fmt;
 
@@ -13,17 +13,15 @@ use super::{
 };
 use crate::denial::UnrecognizedKey;
 
-/// How keys look. Structured keys are what new keys should be; [`KeyFormat::first_chars`] keeps
-/// existing ones working.
+/// A format of keys. Use structured keys for new keys; [`KeyFormat::first_chars`] accepts keys of an existing service.
 ///
 /// A structured key is `BRAND_ENV_ID_SECRETCHECK`: a brand and an environment of your choice, a
 /// public lookup id of 10 base 62 digits, a secret of 22 (131 bits from the operating system), and a
 /// check of 6. It is at most 55 bytes long, so that its SHA-256 is one block (FIPS 180-4 §5.1.1: 64
 /// bytes less 9 of padding).
 ///
-/// The check is a CRC-32 by default, which catches typos and lets secret scanners tell a key from
-/// noise without asking anybody. With [`KeyFormat::with_mint_secret`] it is a MAC, so that a key
-/// that was never issued is refused without a look-up.
+/// The check is a CRC-32 by default. It catches typos, and lets secret scanners recognize a key without a look-up. With
+/// [`KeyFormat::with_mint_secret`] it is a MAC, so that a key that was never issued is rejected without a look-up.
 ///
 /// ```
 /// use tower_api_key::KeyFormat;
@@ -50,7 +48,7 @@ struct Structured {
 #[derive(Clone)]
 enum Check {
     Crc32,
-    /// The current mint secret first, retired ones after it.
+    /// The current mint secret, followed by the retired ones.
     Mint(Vec<MintSecret>),
 }
 
@@ -64,18 +62,18 @@ const MAX_NAME_BYTES: usize = MAX_KEY_BYTES - ID_DIGITS - SECRET_DIGITS - CHECK_
 const MIN_MINT_SECRET_BYTES: usize = 16;
 const MAX_FIRST_CHARS: usize = 64;
 
-/// How a format judges a text.
+/// The result of parsing a text in one format.
 pub(super) enum Verdict {
-    /// It is a key of this format.
+    /// The text is a key of this format.
     Key(PresentedKey),
-    /// It carries this format's brand, so that no laxer format may have it, but is no key.
+    /// The text has this format's brand, but is not a valid key. No other format may accept it.
     Claimed(UnrecognizedKey),
-    /// It is none of this format's business.
+    /// The text does not belong to this format.
     Foreign,
 }
 
 impl KeyFormat {
-    /// Keys that look like `BRAND_ENV_ID_SECRETCHECK`.
+    /// Creates the format of keys that look like `BRAND_ENV_ID_SECRETCHECK`.
     ///
     /// # Errors
     ///
@@ -95,8 +93,8 @@ impl KeyFormat {
         })))
     }
 
-    /// Existing keys whose first `n` characters are the lookup prefix. Several keys may share it;
-    /// each is tried, at most 8.
+    /// Creates the format of existing keys whose first `n` characters are the lookup id. Several keys may share it;
+    /// each of them is tried, at most 8.
     ///
     /// # Errors
     ///
@@ -108,8 +106,8 @@ impl KeyFormat {
         Ok(Self(Kind::FirstChars(n)))
     }
 
-    /// Makes the check a MAC under `secret`, which every node that issues or accepts keys must have:
-    /// a forged key is then refused with no look-up at all.
+    /// Makes the check a MAC under `secret`. Every node that issues or accepts keys must have the secret. A forged key
+    /// is then rejected without a look-up.
     ///
     /// # Errors
     ///
@@ -118,11 +116,11 @@ impl KeyFormat {
         self.add_mint_secret(secret.as_ref(), |secrets, secret| secrets.insert(0, secret))
     }
 
-    /// Goes on accepting keys whose check was made under `secret`, and mints none with it.
+    /// Continues to accept keys whose check was made under `secret`, and mints none with it.
     ///
     /// # Errors
     ///
-    /// Those of [`KeyFormat::with_mint_secret`], which comes first.
+    /// The errors of [`KeyFormat::with_mint_secret`], which must be called first.
     pub fn with_retired_mint_secret(self, secret: impl AsRef<[u8]>) -> Result<Self, FormatError> {
         if !matches!(&self.0, Kind::Structured(Structured { check: Check::Mint(_), .. })) {
             return Err(FormatError::NoCurrentMintSecret);
@@ -154,7 +152,7 @@ impl KeyFormat {
         matches!(self.0, Kind::Structured(_))
     }
 
-    /// Whether both formats would claim the same keys.
+    /// Returns whether both formats accept the same keys.
     pub(super) fn clashes_with(&self, other: &Self) -> bool {
         match (&self.0, &other.0) {
             (Kind::Structured(a), Kind::Structured(b)) => {
@@ -165,11 +163,11 @@ impl KeyFormat {
         }
     }
 
-    /// Judges `text`, which is visible ASCII of bounded length.
+    /// Parses `text`, which is visible ASCII of bounded length.
     pub(super) fn judge(&self, text: &str) -> Verdict {
         match &self.0 {
             Kind::Structured(structured) => structured.judge(text),
-            // A key that ends with its lookup prefix has no secret.
+            // A key that consists only of its lookup id has no secret.
             Kind::FirstChars(n) if text.len() > *n => {
                 Verdict::Key(PresentedKey::new(text, 0..*n, false))
             }
@@ -177,7 +175,7 @@ impl KeyFormat {
         }
     }
 
-    /// Generates a key, if the format is one that keys are minted in.
+    /// Generates a key, if keys are minted in this format.
     pub(super) fn generate(&self) -> Option<Result<PresentedKey, getrandom::Error>> {
         match &self.0 {
             Kind::Structured(structured) => Some(structured.generate()),
@@ -210,7 +208,7 @@ impl Structured {
     }
 
     fn generate(&self) -> Result<PresentedKey, getrandom::Error> {
-        // Reserved in full, so that no half-built key stays behind in a buffer that was outgrown.
+        // The full capacity is reserved, because a buffer that grows would leave a copy of a part of the key.
         let mut text = Zeroizing::new(String::with_capacity(MAX_KEY_BYTES));
         text.push_str(&self.brand);
         text.push('_');
@@ -253,17 +251,17 @@ fn crc32(checked: &str) -> [u8; CHECK_DIGITS] {
     base62::digits(u64::from(crc32fast::hash(checked.as_bytes())))
 }
 
-/// The first 8 bytes of HMAC-SHA-256, as 6 base 62 digits: a forger's guess is right once in 2³⁵
-/// tries, and then only reaches the look-up.
+/// Returns the first 8 bytes of HMAC-SHA-256 as 6 base 62 digits. A guess is right once in 2³⁵ attempts, and then only
+/// reaches the look-up.
 fn mac(secret: &[u8], checked: &str) -> [u8; CHECK_DIGITS] {
     let tag = hmac_sha256(secret, checked.as_bytes());
     base62::digits(tag.iter().take(8).fold(0, |number, &byte| number << 8 | u64::from(byte)))
 }
 
 pub(crate) fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
-    // HMAC takes a key of any length (RFC 2104 §2); the constructor's error is for MACs that don't.
+    // HMAC accepts a key of any length (RFC 2104 §2). The constructor's error is for other MACs.
     let Ok(mac) = Hmac::<Sha256>::new_from_slice(secret) else {
-        unreachable!("HMAC has no bad key")
+        unreachable!("HMAC accepts a key of any length")
     };
     mac.chain_update(message).finalize().into_bytes().into()
 }
@@ -283,7 +281,7 @@ impl fmt::Debug for KeyFormat {
     }
 }
 
-/// Why a [`KeyFormat`] can't be built.
+/// The reason why a [`KeyFormat`] can't be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FormatError {
@@ -291,7 +289,7 @@ pub enum FormatError {
     NotBase62,
     /// The brand and the environment together are longer than 14 bytes.
     TooLong,
-    /// The lookup prefix is to have no characters, or more than 64.
+    /// The lookup id would have no characters, or more than 64.
     PrefixLength,
     /// A mint secret has fewer than 16 bytes.
     ShortMintSecret,
@@ -305,13 +303,13 @@ impl fmt::Display for FormatError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::NotBase62 => {
-                "the brand and the environment of a key are letters and digits, at least one each"
+                "the brand and the environment of a key must be letters and digits, at least one each"
             }
-            Self::TooLong => "the brand and the environment of a key are at most 14 bytes together",
-            Self::PrefixLength => "a lookup prefix has 1 to 64 characters",
-            Self::ShortMintSecret => "a mint secret has at least 16 bytes",
-            Self::NotStructured => "only a structured format has a mint secret",
-            Self::NoCurrentMintSecret => "give the current mint secret before retired ones",
+            Self::TooLong => "the brand and the environment of a key must be at most 14 bytes together",
+            Self::PrefixLength => "a lookup id must have 1 to 64 characters",
+            Self::ShortMintSecret => "a mint secret must have at least 16 bytes",
+            Self::NotStructured => "only a structured format can have a mint secret",
+            Self::NoCurrentMintSecret => "the current mint secret must be set before retired ones",
         })
     }
 }

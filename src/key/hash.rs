@@ -1,4 +1,4 @@
-//! What lies in a store instead of a key: [`KeyHash`].
+//! Stored hashes of keys: [`KeyHash`].
 
 use std::{fmt, str::FromStr};
 
@@ -13,25 +13,24 @@ use crate::{
     runtime::{hex, unhex},
 };
 
-/// A hash at rest, which says itself how it was made.
+/// A stored hash. Its text names the algorithm.
 ///
 /// | text | what |
 /// |---|---|
 /// | `$2b$…`, `$2a$…`, `$2y$…` | bcrypt of the key, cost 4 to 14; a key over 72 bytes never matches |
 /// | `bcrypt-sha256$$2b$…` | bcrypt of the base64 of the key's SHA-256, for keys of any length |
-/// | `sha256$HEX` | SHA-256, for structured keys alone |
-/// | `hmac-sha256$PEPPER$HEX` | HMAC-SHA-256 under a pepper, which `PEPPER` names |
+/// | `sha256$HEX` | SHA-256, only for structured keys |
+/// | `hmac-sha256$PEPPER$HEX` | HMAC-SHA-256 under the pepper that `PEPPER` identifies |
 ///
-/// A fast hash is enough for a structured key: a slow one is there to make guessing dear, and
-/// nobody guesses 131 random bits. NIST SP 800-63B §5.1.2.2 draws the line at 112 bits: random
-/// secrets above it need no salt and no slow hash. Keys of unknown strength get bcrypt or a pepper.
+/// A fast hash is sufficient for a structured key: a slow hash makes guessing expensive, and 131 random bits can't be
+/// guessed. NIST SP 800-63B §5.1.2.2 sets the limit at 112 bits: random secrets above it need no salt and no slow hash.
+/// Keys of unknown strength get bcrypt or a pepper.
 ///
-/// `Debug` shows the kind alone.
+/// `Debug` shows only the algorithm.
 #[derive(Clone, PartialEq, Eq)]
 pub struct KeyHash(pub(super) Kind);
 
-/// The SHA-256 of a hash at rest: that a key matched it is remembered by this. It never leaves the
-/// process as it is.
+/// The SHA-256 of a stored hash. It identifies the hash that a key has matched. It never leaves the process unchanged.
 #[derive(Clone, Copy)]
 pub(crate) struct HashFingerprint(pub(crate) [u8; 32]);
 
@@ -54,7 +53,7 @@ pub(crate) struct BcryptHash {
     is_prehashed: bool,
 }
 
-/// Names a pepper without showing it: the first bytes of its HMAC over a fixed text.
+/// Identifies a pepper without showing it: the first bytes of its HMAC over a fixed text.
 pub(super) type PepperId = [u8; 4];
 
 const PREHASHED: &str = "bcrypt-sha256$";
@@ -62,40 +61,40 @@ const SHA256: &str = "sha256$";
 const HMAC_SHA256: &str = "hmac-sha256$";
 const BCRYPT_VERSIONS: [&str; 3] = ["$2b$", "$2a$", "$2y$"];
 const BCRYPT_COSTS: std::ops::RangeInclusive<u32> = 4..=14;
-/// bcrypt reads no further.
+/// Maximum number of bytes of a key that bcrypt reads.
 const BCRYPT_MAX_KEY_BYTES: usize = 72;
 
 impl KeyHash {
-    /// bcrypt of `key` at `cost`, as other services write it; a key over 72 bytes is hashed first.
+    /// Hashes `key` with bcrypt at `cost`, as other services do; a key over 72 bytes is hashed with SHA-256 first.
     ///
-    /// Takes 55 ms at cost 10 and four times that at cost 12: not for an async task.
+    /// Takes 55 ms at cost 10 and four times that at cost 12. Do not call it in an async task.
     ///
     /// # Errors
     ///
-    /// If the cost is not 4 to 14, or the operating system has no random bytes.
+    /// If the cost is not 4 to 14, or the operating system returns no random bytes.
     pub fn bcrypt(key: &str, cost: u32) -> Result<Self, HashError> {
         if !BCRYPT_COSTS.contains(&cost) {
-            return Err(HashError("a bcrypt cost is 4 to 14"));
+            return Err(HashError("a bcrypt cost must be 4 to 14"));
         }
         let is_prehashed = key.len() > BCRYPT_MAX_KEY_BYTES;
         let input = bcrypt_input(key, is_prehashed).unwrap_or_default();
         let text = bcrypt::hash(input.as_bytes(), cost)
-            .map_err(|_| HashError("the operating system has no random bytes"))?;
+            .map_err(|_| HashError("the operating system returned no random bytes"))?;
         Ok(Self(Kind::Bcrypt(BcryptHash { text: text.into(), is_prehashed })))
     }
 
-    /// SHA-256 of `key`. For structured keys alone: a look-up by any other key never matches it.
+    /// Hashes `key` with SHA-256. Only for structured keys: a look-up by any other key never matches it.
     pub fn sha256(key: &str) -> Self {
         Self(Kind::Sha256(KeyDigest::of(key.as_bytes()).0))
     }
 
-    /// Names the hash without showing it.
+    /// Returns a fingerprint that identifies the hash without showing it.
     pub(crate) fn fingerprint(&self) -> HashFingerprint {
         HashFingerprint(Sha256::digest(self.expose_hash()).into())
     }
 
-    /// The text as it lies in the store. No secret in the sense of a key, but not for logs either:
-    /// a weak key can be guessed from it.
+    /// Returns the stored text. It is less sensitive than a key, but must not be logged: a weak key can be guessed from
+    /// it.
     pub fn expose_hash(&self) -> String {
         match &self.0 {
             Kind::Bcrypt(BcryptHash { text, is_prehashed: false }) => text.to_string(),
@@ -109,14 +108,14 @@ impl KeyHash {
 }
 
 impl BcryptHash {
-    /// Whether `key` is what was hashed. Runs for tens to hundreds of milliseconds.
+    /// Returns whether `key` matches the hash. Runs for tens to hundreds of milliseconds.
     pub(super) fn matches(&self, key: &str) -> bool {
-        // The text was parsed when the hash was read, so that only a wrong key is left to be said.
+        // The hash was parsed when it was read, so that an error here means a wrong key.
         bcrypt_input(key, self.is_prehashed)
             .is_some_and(|input| bcrypt::verify(input.as_bytes(), &self.text).unwrap_or(false))
     }
 
-    /// Whether there is anything to run for `key`: plain bcrypt would cut a longer one off.
+    /// Returns whether the hash can match `key`: plain bcrypt would truncate a longer one.
     pub(super) fn takes(&self, key: &str) -> bool {
         self.is_prehashed || key.len() <= BCRYPT_MAX_KEY_BYTES
     }
@@ -124,13 +123,13 @@ impl BcryptHash {
 
 fn bcrypt_input(key: &str, is_prehashed: bool) -> Option<Zeroizing<String>> {
     if is_prehashed {
-        // Base64, because bcrypt would stop at a zero byte of the digest.
+        // Base64 is needed, because bcrypt would stop at a zero byte of the digest.
         return Some(Zeroizing::new(STANDARD_NO_PAD.encode(Sha256::digest(key))));
     }
     (key.len() <= BCRYPT_MAX_KEY_BYTES).then(|| Zeroizing::new(key.to_owned()))
 }
 
-/// A secret that is mixed into fast hashes and never lies in the store.
+/// A secret that is mixed into fast hashes and is never stored with them.
 #[derive(Clone)]
 pub(super) struct Pepper {
     pub(super) id: PepperId,
@@ -161,12 +160,16 @@ impl FromStr for KeyHash {
 
     fn from_str(text: &str) -> Result<Self, HashError> {
         let kind = if let Some(digest) = text.strip_prefix(SHA256) {
-            Kind::Sha256(unhex(digest).ok_or(HashError("sha256$ is followed by 64 hex digits"))?)
+            Kind::Sha256(
+                unhex(digest).ok_or(HashError("sha256$ must be followed by 64 hex digits"))?,
+            )
         } else if let Some(rest) = text.strip_prefix(HMAC_SHA256) {
             rest.split_once('$')
                 .and_then(|(pepper, mac)| Some((unhex(pepper)?, unhex(mac)?)))
                 .map(|(pepper, mac)| Kind::HmacSha256 { pepper, mac })
-                .ok_or(HashError("hmac-sha256$ is followed by 8 hex digits, $ and 64 hex digits"))?
+                .ok_or(HashError(
+                    "hmac-sha256$ must be followed by 8 hex digits, $ and 64 hex digits",
+                ))?
         } else if let Some(hash) = text.strip_prefix(PREHASHED) {
             Kind::Bcrypt(BcryptHash { text: bcrypt_text(hash)?, is_prehashed: true })
         } else {
@@ -178,11 +181,11 @@ impl FromStr for KeyHash {
 
 fn bcrypt_text(text: &str) -> Result<Box<str>, HashError> {
     if !BCRYPT_VERSIONS.iter().any(|version| text.starts_with(version)) {
-        return Err(HashError("the hash is of no known kind"));
+        return Err(HashError("the algorithm of the hash is unknown"));
     }
     let parts =
         text.parse::<bcrypt::HashParts>().map_err(|_| HashError("the bcrypt hash is malformed"))?;
-    // The parser takes `+4` for a cost, other implementations do not.
+    // The parser accepts `+4` as a cost; other implementations do not.
     let has_digits = text.bytes().skip(4).take(2).all(|byte| byte.is_ascii_digit());
     if !has_digits || !BCRYPT_COSTS.contains(&parts.get_cost()) {
         return Err(HashError("the bcrypt cost is not 4 to 14"));
@@ -206,7 +209,8 @@ impl fmt::Debug for KeyHash {
     }
 }
 
-/// A text that is no [`KeyHash`]; it says what is wrong and never shows the text.
+/// The error for a text that is not a [`KeyHash`], or for a hash that can't be made. It describes the fault and never
+/// shows the text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HashError(&'static str);
 
@@ -218,7 +222,7 @@ impl fmt::Display for HashError {
 
 impl std::error::Error for HashError {}
 
-/// A hash that can't be parsed is a row that can't be decoded.
+/// A hash that can't be parsed means that the row can't be decoded.
 impl From<HashError> for StoreError {
     fn from(error: HashError) -> Self {
         Self::bad_row("the stored hash of the key can't be used").caused_by(error)

@@ -4,9 +4,9 @@ use std::fmt;
 
 use super::{hash::KeyHash, presented::PresentedKey, scheme::KeyScheme};
 
-/// A key that was just made by [`KeyScheme::mint`], with what a store keeps of it: its lookup id and its hash.
+/// A key that was just created by [`KeyScheme::mint`], with what a store keeps of it: its lookup id and its hash.
 ///
-/// `Debug` shows the lookup id alone.
+/// `Debug` shows only the lookup id.
 #[derive(Clone)]
 pub struct MintedKey {
     key: PresentedKey,
@@ -14,25 +14,26 @@ pub struct MintedKey {
 }
 
 impl MintedKey {
-    /// The key itself, to be shown to its owner once. Never store it.
+    /// Returns the key itself. Show it to its owner once, and never store it.
     pub fn expose_secret(&self) -> &str {
         self.key.expose_secret()
     }
 
-    /// The public lookup id, by which a store finds the key (column `key_prefix`).
+    /// Returns the public lookup id, by which a store finds the key (column `key_prefix`).
     pub fn lookup_id(&self) -> &str {
         self.key.id()
     }
 
-    /// The hash for the store: HMAC-SHA-256 where the scheme has a pepper, otherwise SHA-256.
+    /// Returns the hash for the store: HMAC-SHA-256 if the scheme has a pepper, otherwise SHA-256.
     pub fn hash(&self) -> &KeyHash {
         &self.hash
     }
 }
 
 impl KeyScheme {
-    /// Makes a key in the scheme's first structured format, for a store of your own. Nothing is stored:
-    /// [`KeyManager::issue`](crate::KeyManager::issue) does both for a [`KeyRepository`](crate::KeyRepository).
+    /// Creates a key in the scheme's first structured format, for a custom store. It stores nothing:
+    /// [`KeyManager::issue`](crate::KeyManager::issue) creates and stores a key in a
+    /// [`KeyRepository`](crate::KeyRepository).
     ///
     /// ```
     /// use std::{collections::HashMap, sync::RwLock};
@@ -45,7 +46,7 @@ impl KeyScheme {
     /// struct Keys(RwLock<HashMap<String, (User, KeyHash)>>);
     ///
     /// impl Keys {
-    ///     /// Makes a key for `owner` and returns it. It is shown this once.
+    ///     /// Creates a key for `owner` and returns it. It can't be shown again.
     ///     fn issue(&self, scheme: &KeyScheme, owner: User) -> Result<String, MintError> {
     ///         let minted = scheme.mint()?;
     ///         let mut keys = self.0.write().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -75,7 +76,7 @@ impl KeyScheme {
     ///
     /// # Errors
     ///
-    /// If the scheme has no structured format, or the operating system has no random bytes.
+    /// If the scheme has no structured format, or the operating system returns no random bytes.
     pub fn mint(&self) -> Result<MintedKey, MintError> {
         let key = self.generate().ok_or(MintError::NoMintableFormat)?;
         let key = key.map_err(|_| MintError::NoRandomness)?;
@@ -90,13 +91,13 @@ impl fmt::Debug for MintedKey {
     }
 }
 
-/// Why a key can't be minted.
+/// The reason why a key can't be minted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MintError {
     /// The scheme has no structured format.
     NoMintableFormat,
-    /// The operating system has no random bytes.
+    /// The operating system returned no random bytes.
     NoRandomness,
 }
 
@@ -104,7 +105,7 @@ impl fmt::Display for MintError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::NoMintableFormat => "the key scheme has no structured format to mint keys in",
-            Self::NoRandomness => "the operating system has no random bytes",
+            Self::NoRandomness => "the operating system returned no random bytes",
         })
     }
 }

@@ -1,5 +1,5 @@
-//! How keys look and how they are hashed: [`KeyFormat`], [`KeyHash`], and [`KeyScheme`], the one
-//! value that holds both for a layer and a [`KeyManager`](crate::KeyManager) to share.
+//! Key formats and hashes: [`KeyFormat`], [`KeyHash`], and [`KeyScheme`], which combines both, to be shared by a layer
+//! and a [`KeyManager`](crate::KeyManager).
 
 mod base62;
 mod digest;

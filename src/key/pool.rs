@@ -1,4 +1,4 @@
-//! Where slow hashes are checked: off the async threads, few at a time, behind a bounded queue.
+//! The pool of slow hash checks: off the async threads, few at a time, behind a bounded queue.
 
 use std::{
     collections::HashMap,
@@ -16,20 +16,20 @@ use super::{
 };
 use crate::{error::StoreError, policy::NetworkSteps, runtime::Clock};
 
-/// A bounded pool of bcrypt checks, shared by everything that has the same scheme.
+/// A bounded pool of bcrypt checks, shared by all users of one scheme.
 #[derive(Debug)]
 pub(super) struct BcryptPool {
-    /// Checks that run at once.
+    /// Permits of the running checks.
     slots: Arc<Semaphore>,
-    /// Checks that run or wait.
+    /// Permits of the running and the waiting checks.
     tickets: Arc<Semaphore>,
-    /// One permit a lookup prefix, for as long as somebody wants it.
+    /// One permit per lookup id, kept while a check uses it.
     turns: Mutex<HashMap<Box<str>, Weak<Semaphore>>>,
-    ration: Mutex<FailureLimiter>,
+    failure_limiter: Mutex<FailureLimiter>,
     clock: Arc<dyn Clock>,
 }
 
-/// The slow checks that one look-up is left with: a key against the bcrypt hashes under its prefix.
+/// The slow checks of one look-up: a key against the bcrypt hashes under its lookup id.
 pub(crate) struct SlowCheck {
     pub(crate) hashes: Vec<BcryptHash>,
     pub(crate) key: Arc<PresentedKey>,
@@ -42,19 +42,19 @@ impl BcryptPool {
             slots: Arc::new(Semaphore::new(slots)),
             tickets: Arc::new(Semaphore::new(slots + queue)),
             turns: Mutex::default(),
-            ration: Mutex::new(FailureLimiter::new(slots)),
+            failure_limiter: Mutex::new(FailureLimiter::new(slots)),
             clock,
         }
     }
 
-    /// Checks the hashes in turn and says which of them matches, if one does.
+    /// Checks the hashes in order and returns the index of the one that matches, if one does.
     ///
-    /// A check that has begun runs to its end and counts, even if whoever asked for it has gone; it
-    /// holds its slot and its turn until then.
+    /// A check that has begun runs to its end and counts, even if its caller was dropped. It holds its slot and its
+    /// turn until then.
     ///
     /// # Errors
     ///
-    /// `Overloaded` if the queue is full or the ration is used up.
+    /// `Overloaded` if the queue is full or the failure limiter rejects the check.
     pub(super) async fn run(
         self: &Arc<Self>,
         check: SlowCheck,
@@ -64,17 +64,17 @@ impl BcryptPool {
         let Ok(ticket) = Arc::clone(&self.tickets).try_acquire_owned() else {
             return Err(busy("too many bcrypt checks are waiting"));
         };
-        // The turn comes first: whoever waits for it must not hold a slot that another key could use.
+        // The turn is acquired first: a check that waits for it must not hold a slot that another key could use.
         let turn = self.turn(check.key.id());
         let turn = match standing {
             Standing::Clean => acquire(turn).await?,
-            // Suspects do not wait, or they would fill the queue that all keys share.
-            Standing::Suspect => turn
-                .try_acquire_owned()
-                .map_err(|_| busy("too many failed checks: one at a time for this key"))?,
+            // Suspect checks do not wait, because they would fill the queue that all keys share.
+            Standing::Suspect => turn.try_acquire_owned().map_err(|_| {
+                busy("too many failed checks: only one at a time is allowed for this key")
+            })?,
         };
         let slot = acquire(Arc::clone(&self.slots)).await?;
-        // Again, because those who went before may have failed while this one waited.
+        // Checked again, because earlier checks may have failed while this one waited.
         self.admit(&check, source)?;
 
         let pool = Arc::clone(self);
@@ -84,7 +84,7 @@ impl BcryptPool {
             let key = check.key.expose_secret();
             let matched = check.hashes.iter().position(|hash| hash.matches(key));
             let (now, took) = (pool.clock.monotonic(), begun.elapsed());
-            pool.ration().note(check.key.id(), source, now, took, matched.is_none());
+            pool.failure_limiter().note(check.key.id(), source, now, took, matched.is_none());
             drop(span);
             drop((turn, slot, ticket));
             matched
@@ -94,18 +94,18 @@ impl BcryptPool {
 
     fn admit(&self, check: &SlowCheck, source: NetworkSteps) -> Result<Standing, StoreError> {
         let now = self.clock.monotonic();
-        self.ration().admit(check.key.id(), source, now).map_err(rationed)
+        self.failure_limiter().admit(check.key.id(), source, now).map_err(failure_limited)
     }
 
-    /// Why a check of a key under `prefix` would be turned away now, as far as that is known before the key
-    /// is looked up.
+    /// Returns the error with which a check of a key under `prefix` would be rejected now, as far as that is known
+    /// before the look-up.
     pub(super) fn turns_away(&self, prefix: &str, address: Option<IpAddr>) -> Option<StoreError> {
         let (source, now) = (NetworkSteps::of(address), self.clock.monotonic());
-        self.ration().turns_away(prefix, source, now).map(rationed)
+        self.failure_limiter().turns_away(prefix, source, now).map(failure_limited)
     }
 
-    fn ration(&self) -> MutexGuard<'_, FailureLimiter> {
-        self.ration.lock().unwrap_or_else(PoisonError::into_inner)
+    fn failure_limiter(&self) -> MutexGuard<'_, FailureLimiter> {
+        self.failure_limiter.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn turn(&self, prefix: &str) -> Arc<Semaphore> {
@@ -113,7 +113,7 @@ impl BcryptPool {
         if let Some(turn) = turns.get(prefix).and_then(Weak::upgrade) {
             return turn;
         }
-        // No more live turns than tickets, so the sweep is short and the map stays as small.
+        // There are at most as many live turns as tickets, so that the sweep is short and the map stays small.
         turns.retain(|_, turn| turn.strong_count() > 0);
         let turn = Arc::new(Semaphore::new(1));
         turns.insert(prefix.into(), Arc::downgrade(&turn));
@@ -121,8 +121,8 @@ impl BcryptPool {
     }
 }
 
-fn rationed(wait: Duration) -> StoreError {
-    StoreError::overloaded("too many failed checks: slow checks are rationed", wait)
+fn failure_limited(wait: Duration) -> StoreError {
+    StoreError::overloaded("too many failed checks: slow hash checks are limited", wait)
 }
 
 fn busy(message: &'static str) -> StoreError {
@@ -132,6 +132,6 @@ fn busy(message: &'static str) -> StoreError {
 async fn acquire(
     semaphore: Arc<Semaphore>,
 ) -> Result<tokio::sync::OwnedSemaphorePermit, StoreError> {
-    // Nothing closes these semaphores.
+    // These semaphores are never closed.
     semaphore.acquire_owned().await.map_err(StoreError::unavailable)
 }

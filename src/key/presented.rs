@@ -1,4 +1,4 @@
-//! A key that a caller presents, from the first byte to a value that parsed.
+//! Keys as callers present them, from bytes to a parsed value.
 
 use std::fmt;
 
@@ -7,17 +7,17 @@ use zeroize::Zeroizing;
 use super::digest::KeyDigest;
 use crate::denial::{MalformedCredential, UnrecognizedKey};
 
-/// The longest credential that is looked at, in bytes.
+/// Maximum length of a credential, in bytes.
 const MAX_BYTES: usize = 512;
 
-/// A key that was presented and is well-formed in one of the scheme's formats. Not yet proven.
+/// A presented key that is well-formed in one of the scheme's formats. It is not verified yet.
 ///
-/// `Debug` shows the lookup id alone, and the text is overwritten when it is dropped.
+/// `Debug` shows only the lookup id. The text is overwritten when the value is dropped.
 #[derive(Clone)]
 pub(crate) struct PresentedKey {
     text: Zeroizing<Box<str>>,
     id: std::ops::Range<usize>,
-    /// Whether the secret part is known to be random and long enough for a fast hash.
+    /// Whether the secret part is random and long enough for a fast hash.
     pub(crate) is_structured: bool,
     pub(crate) digest: KeyDigest,
 }
@@ -32,7 +32,7 @@ impl PresentedKey {
         }
     }
 
-    /// The public lookup id.
+    /// Returns the public lookup id.
     pub(crate) fn id(&self) -> &str {
         self.text.get(self.id.clone()).unwrap_or_default()
     }
@@ -48,8 +48,8 @@ impl fmt::Debug for PresentedKey {
     }
 }
 
-/// Takes the surrounding white space off a credential and checks its bytes: one or more visible
-/// ASCII characters (RFC 9110 §5.5, RFC 6750 §2.1), with no upper bound yet.
+/// Trims white space around a credential and checks its bytes: one or more visible ASCII characters (RFC 9110 §5.5, RFC
+/// 6750 §2.1). It does not check the length.
 pub(crate) fn token(bytes: &[u8]) -> Result<&str, MalformedCredential> {
     let is_white = |byte: &u8| matches!(byte, b' ' | b'\t');
     let start = bytes.iter().position(|byte| !is_white(byte)).unwrap_or(bytes.len());
@@ -58,7 +58,7 @@ pub(crate) fn token(bytes: &[u8]) -> Result<&str, MalformedCredential> {
     if token.is_empty() {
         return Err(MalformedCredential::Empty);
     }
-    // To the end in any case: without a way out it is compiled to a few wide instructions.
+    // The loop always runs to the end: without an early exit it is compiled to a few wide instructions.
     if !token.iter().fold(true, |all, byte| all & byte.is_ascii_graphic()) {
         return Err(MalformedCredential::ForbiddenBytes);
     }

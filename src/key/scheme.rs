@@ -1,4 +1,4 @@
-//! Formats, hashing, pool, ration and clock in one value: [`KeyScheme`].
+//! Formats, hashing, pool, failure limiter and clock in one value: [`KeyScheme`].
 
 use std::{fmt, net::IpAddr, num::NonZero, sync::Arc, thread::available_parallelism};
 
@@ -17,17 +17,17 @@ use crate::{
     runtime::{Clock, SystemClock},
 };
 
-/// How keys look and are hashed, for a layer and a [`KeyManager`](crate::KeyManager) to share.
+/// Formats and hashes of keys, to be shared by a layer and a [`KeyManager`](crate::KeyManager).
 ///
-/// The default accepts and mints structured keys with the brand `tak` and the environment `live`,
-/// hashed with SHA-256. A product picks its own brand:
+/// The default accepts and mints structured keys with the brand `tak` and the environment `live`, hashed with SHA-256.
+/// Use a brand of your own for a product:
 ///
 /// ```
 /// use tower_api_key::{KeyFormat, KeyScheme};
 ///
 /// let scheme = KeyScheme::builder()
 ///     .format(KeyFormat::structured("acme", "live")?)
-///     // Keys from before, whose first 8 characters are in the column `key_prefix`.
+///     // Existing keys, whose first 8 characters are in the column `key_prefix`.
 ///     .format(KeyFormat::first_chars(8)?)
 ///     .pepper("read this from the environment")
 ///     .upgrade_hashes(true)
@@ -35,31 +35,31 @@ use crate::{
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// A clone shares the pool and the ration, so give the same scheme to every layer in a process.
+/// A clone shares the pool and the failure limiter. Use one scheme for all layers in a process.
 #[derive(Clone)]
 pub struct KeyScheme(Arc<Inner>);
 
 struct Inner {
     formats: Vec<KeyFormat>,
-    /// The current pepper first, retired ones after it.
+    /// The current pepper, followed by the retired ones.
     peppers: Vec<Pepper>,
     upgrades_hashes: bool,
     pool: Arc<BcryptPool>,
     clock: Arc<dyn Clock>,
 }
 
-/// What the fast hashes say of a stored key.
+/// Result of checking a stored key without bcrypt.
 pub(crate) enum FastCheck {
     Match,
     Mismatch,
-    /// Only a slow check can say.
+    /// The key has a bcrypt hash, which a slow check must compare.
     Slow(BcryptHash),
-    /// The hash can't be checked here at all.
+    /// This scheme can't check the hash.
     Impossible(&'static str),
 }
 
 impl KeyScheme {
-    /// A scheme with settings of your own.
+    /// Creates a builder.
     pub fn builder() -> KeySchemeBuilder {
         KeySchemeBuilder {
             formats: Vec::new(),
@@ -76,16 +76,15 @@ impl KeyScheme {
         &*self.0.clock
     }
 
-    /// Parses visible ASCII. A key that carries the brand of a structured format is judged by the
-    /// formats of that brand alone, wherever they stand, so that a forged one never falls through to
-    /// a laxer one.
+    /// Parses visible ASCII. A key with the brand of a structured format is parsed only by the formats of that brand,
+    /// in any order of formats, so that a forged key is never accepted by a less strict format.
     pub(crate) fn parse(&self, token: &str) -> Result<PresentedKey, UnrecognizedKey> {
         check_length(token)?;
         let mut claimed = None;
         for format in self.0.formats.iter().filter(|format| format.is_structured()) {
             match format.judge(token) {
                 Verdict::Key(key) => return Ok(key),
-                // A wrong check says more than a wrong environment.
+                // A wrong check is more specific than a wrong environment.
                 Verdict::Claimed(UnrecognizedKey::WrongCheck) => {
                     claimed = Some(UnrecognizedKey::WrongCheck);
                 }
@@ -107,7 +106,7 @@ impl KeyScheme {
         self.0.formats.iter().find_map(KeyFormat::generate)
     }
 
-    /// The fast hash of a key for storage: under the pepper where there is one, plain SHA-256 for a
+    /// Returns the fast hash of a key for storage: under the pepper if there is one, otherwise plain SHA-256 for a
     /// structured key, and none for a key of unknown strength.
     pub(crate) fn fast_hash(&self, key: &PresentedKey) -> Option<KeyHash> {
         match self.0.peppers.first() {
@@ -117,7 +116,7 @@ impl KeyScheme {
         }
     }
 
-    /// The fast hash that is to stand beside the bcrypt hash that `key` has just matched.
+    /// Returns the fast hash to store beside the bcrypt hash that `key` has just matched.
     pub(crate) fn upgrade(&self, key: &PresentedKey) -> Option<KeyHash> {
         if self.0.upgrades_hashes { self.fast_hash(key) } else { None }
     }
@@ -129,9 +128,11 @@ impl KeyScheme {
                 return FastCheck::Slow(hash.clone());
             }
             Kind::Bcrypt(_) => false,
-            // For a key of unknown strength a plain digest can be guessed from a stolen table.
+            // A key of unknown strength can be guessed from a plain digest in a stolen table.
             Kind::Sha256(_) if !key.is_structured => {
-                return FastCheck::Impossible("a plain sha256$ hash is for structured keys alone");
+                return FastCheck::Impossible(
+                    "a plain sha256$ hash is allowed only for structured keys",
+                );
             }
             Kind::Sha256(digest) => bool::from(digest.ct_eq(&key.digest.0)),
             Kind::HmacSha256 { pepper: id, mac } => {
@@ -151,7 +152,8 @@ impl KeyScheme {
         self.0.pool.run(check).await
     }
 
-    /// Why a slow check of `key` would be turned away now, as far as that is known before it is looked up.
+    /// Returns the error with which a slow check of `key` would be rejected now, as far as that is known before the
+    /// look-up.
     pub(crate) fn turns_away(
         &self,
         key: &PresentedKey,
@@ -164,7 +166,7 @@ impl KeyScheme {
 impl Default for KeyScheme {
     fn default() -> Self {
         let Ok(scheme) = Self::builder().build() else {
-            unreachable!("the defaults are in bounds")
+            unreachable!("the defaults are within the bounds")
         };
         scheme
     }
@@ -193,52 +195,52 @@ pub struct KeySchemeBuilder {
 }
 
 impl KeySchemeBuilder {
-    /// Accepts keys of `format`. New keys are minted in the first structured one. Without any format,
-    /// the scheme has the default one.
+    /// Accepts keys of `format`. New keys are minted in the first structured format. Without any format, the scheme
+    /// uses the default format.
     #[must_use]
     pub fn format(mut self, format: KeyFormat) -> Self {
         self.formats.push(format);
         self
     }
 
-    /// Hashes new keys with HMAC-SHA-256 under `pepper`, at least 16 bytes that never lie in the store.
+    /// Hashes new keys with HMAC-SHA-256 under `pepper`, which has at least 16 bytes and is never stored with the
+    /// hashes.
     #[must_use]
     pub fn pepper(mut self, pepper: impl AsRef<[u8]>) -> Self {
         self.pepper = Some(pepper.as_ref().to_vec().into());
         self
     }
 
-    /// Goes on checking hashes that were made under `pepper`, and makes none with it.
+    /// Continues to check hashes that were made under `pepper`, and makes none with it.
     #[must_use]
     pub fn retired_pepper(mut self, pepper: impl AsRef<[u8]>) -> Self {
         self.retired_peppers.push(pepper.as_ref().to_vec().into());
         self
     }
 
-    /// Whether a successful bcrypt check stores a fast hash beside the slow one, so that the next
-    /// look-up of that key runs no bcrypt. Off by default. Needs a pepper if there are formats of
-    /// unknown strength.
+    /// Sets whether a successful bcrypt check stores a fast hash beside the slow one, so that the next look-up of that
+    /// key runs no bcrypt. Off by default. Requires a pepper if there are formats of unknown strength.
     #[must_use]
     pub fn upgrade_hashes(mut self, upgrade: bool) -> Self {
         self.upgrades_hashes = upgrade;
         self
     }
 
-    /// How many bcrypt checks run at once: half of the cores by default, at least one.
+    /// Sets the number of concurrent bcrypt checks: half of the cores by default, at least one.
     #[must_use]
     pub fn bcrypt_slots(mut self, slots: usize) -> Self {
         self.slots = Some(slots);
         self
     }
 
-    /// How many bcrypt checks may wait: 32 a slot by default. Past them the answer is 503.
+    /// Sets the maximum number of waiting bcrypt checks: 32 per slot by default. Beyond it, requests are answered 503.
     #[must_use]
     pub fn bcrypt_queue(mut self, queue: usize) -> Self {
         self.queue = Some(queue);
         self
     }
 
-    /// The clock that expiry and rations are judged by.
+    /// Sets the clock for expiry and the failure limiter.
     #[must_use]
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
         self.clock = clock;
@@ -249,8 +251,8 @@ impl KeySchemeBuilder {
     ///
     /// # Errors
     ///
-    /// If two formats claim the same keys, a pepper is short, hashes are to be
-    /// upgraded without a pepper for keys of unknown strength, or a bound is out of range.
+    /// If two formats accept the same keys, a pepper is too short, hashes are to be upgraded without a pepper for keys
+    /// of unknown strength, or a bound is out of range.
     pub fn build(mut self) -> Result<KeyScheme, SchemeError> {
         if self.formats.is_empty() {
             self.formats.push(KeyFormat::structured(DEFAULT_BRAND, DEFAULT_ENVIRONMENT)?);
@@ -300,19 +302,19 @@ impl fmt::Debug for KeySchemeBuilder {
     }
 }
 
-/// Why a [`KeyScheme`] can't be built.
+/// The reason why a [`KeyScheme`] can't be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum SchemeError {
-    /// Two formats have the same brand and environment, or both take the first characters.
+    /// Two formats have the same brand and environment, or both use the first characters.
     SameFormat,
     /// A pepper has fewer than 16 bytes.
     ShortPepper,
     /// A retired pepper was given, and no current one.
     NoCurrentPepper,
-    /// Hashes are to be upgraded, but a plain fast hash of a key of unknown strength can be guessed.
+    /// Hashes are to be upgraded without a pepper, but a plain fast hash of a key of unknown strength can be guessed.
     UpgradeWithoutPepper,
-    /// There are to be no bcrypt slots, more than 1,024, or a queue of more than 1,048,576.
+    /// The number of bcrypt slots is 0 or more than 1,024, or the queue is longer than 1,048,576.
     Bounds,
     /// A format can't be built.
     Format(FormatError),
@@ -327,14 +329,14 @@ impl From<FormatError> for SchemeError {
 impl fmt::Display for SchemeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::SameFormat => "two formats of the key scheme claim the same keys",
-            Self::ShortPepper => "a pepper has at least 16 bytes",
-            Self::NoCurrentPepper => "give the current pepper beside retired ones",
+            Self::SameFormat => "two formats of the key scheme accept the same keys",
+            Self::ShortPepper => "a pepper must have at least 16 bytes",
+            Self::NoCurrentPepper => "a retired pepper requires a current one",
             Self::UpgradeWithoutPepper => {
-                "upgrading the hashes of keys of unknown strength needs a pepper"
+                "upgrading the hashes of keys of unknown strength requires a pepper"
             }
             Self::Bounds => {
-                "there are 1 to 1,024 bcrypt slots and at most 1,048,576 waiting checks"
+                "the bcrypt slots must be 1 to 1,024, and the waiting checks at most 1,048,576"
             }
             Self::Format(error) => return error.fmt(f),
         })

@@ -1,4 +1,4 @@
-//! Pure rules: what a key allows, decided without I/O. One file a rule.
+//! Pure rules: what a key allows, decided without I/O. Each file holds one rule.
 
 mod network_steps;
 mod scope;
@@ -12,7 +12,7 @@ pub(crate) use self::{
     validity::validity,
 };
 
-/// Whether an allow-list lets through what `matches` says; an empty list allows everything.
+/// Returns whether an allow-list allows a value: `matches` is true for one of its entries, or the list is empty.
 pub(crate) fn allowed<T>(list: &[T], matches: impl Fn(&T) -> bool) -> bool {
     list.is_empty() || list.iter().any(matches)
 }

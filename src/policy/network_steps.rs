@@ -6,19 +6,19 @@ use ipnet::IpNet;
 
 use crate::record::canonical;
 
-/// Number of steps of the address family that has more.
+/// Maximum number of steps of an address family.
 pub(crate) const STEPS: usize = 4;
 
-/// One host has all addresses of an IPv6 /64, a site a /56 or a /48, and a provider at least a /32.
+/// IPv6 prefix lengths of the steps. One host has all addresses of a /64, a site a /56 or a /48, and a provider at
+/// least a /32.
 const V6_LENGTHS: [u8; STEPS] = [64, 56, 48, 32];
 const V4_LENGTHS: [u8; 2] = [32, 24];
 
-/// A network of one step. All clients whose address is unknown share one.
+/// A network of one step. All clients with an unknown address share one network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Network(Option<IpNet>);
 
-/// The networks that contain a client address, the narrowest first. A v4-mapped address is its v4
-/// address.
+/// The networks that contain a client address, the narrowest first. A v4-mapped address counts as its v4 address.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct NetworkSteps(Option<IpAddr>);
 
@@ -27,12 +27,12 @@ impl NetworkSteps {
         Self(address.map(canonical))
     }
 
-    /// The network of the host alone.
+    /// Returns the network of the host alone.
     pub(crate) fn host(self) -> Network {
         self.at(0).unwrap_or(Network(None))
     }
 
-    /// The number of each step, and the network.
+    /// Returns the number of each step, and its network.
     pub(crate) fn iter(self) -> impl Iterator<Item = (usize, Network)> {
         (0..STEPS).filter_map(move |step| Some((step, self.at(step)?)))
     }

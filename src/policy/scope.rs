@@ -1,15 +1,15 @@
-//! Which scopes a key has.
+//! The scope rule: which scopes a key has.
 
-/// Whether a scope that a key holds grants the one that is `wanted`.
+/// Returns whether the scope `held` grants the scope `wanted`.
 ///
 /// | held | grants |
 /// |---|---|
 /// | `models:read` | that scope alone, byte by byte |
-/// | `models:*` | every scope that begins with `models:` and goes on, at any depth, but not `models` |
+/// | `models:*` | every longer scope that begins with `models:`, at any depth, but not `models` |
 /// | `*` | every scope |
 ///
-/// The wildcard is an asterisk at the end that stands alone or behind a `:`, `.` or `/`. Anywhere else an
-/// asterisk is a character like others.
+/// The wildcard is an asterisk at the end of the scope. It is the whole scope, or follows a `:`, `.` or `/`. Anywhere
+/// else an asterisk is an ordinary character.
 pub(crate) fn grants(held: &str, wanted: &str) -> bool {
     if held == wanted {
         return true;
@@ -18,7 +18,7 @@ pub(crate) fn grants(held: &str, wanted: &str) -> bool {
     wanted.len() > stem.len() && wanted.starts_with(stem)
 }
 
-/// Returns the part before the wildcard, if the scope that is held ends in one.
+/// Returns the part before the wildcard, if the scope ends in one.
 pub(crate) fn wildcard(held: &str) -> Option<&str> {
     let stem = held.strip_suffix('*')?;
     (stem.is_empty() || stem.ends_with([':', '.', '/'])).then_some(stem)
@@ -42,7 +42,7 @@ mod tests {
         for (held, wanted) in granted {
             assert!(grants(held, wanted), "{held:?} grants {wanted:?}");
         }
-        let refused = [
+        let not_granted = [
             ("models:read", "models:write"),
             ("models:read", "models:read:all"),
             ("models:*", "models"),
@@ -55,7 +55,7 @@ mod tests {
             ("*", ""),
             ("models*", "models:read"),
         ];
-        for (held, wanted) in refused {
+        for (held, wanted) in not_granted {
             assert!(!grants(held, wanted), "{held:?} does not grant {wanted:?}");
         }
     }

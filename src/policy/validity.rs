@@ -1,11 +1,11 @@
-//! Whether a key may be used at all at a given moment.
+//! The validity rule: whether a key may be used at a given moment.
 
 use chrono::{DateTime, Utc};
 
 use crate::{denial::InvalidKey, record::KeyRecord};
 
-/// The first reason for which the key is not valid at `now`, in the order in which people look for
-/// one: the key itself, its owner, its expiry. A key is expired from `expires_at` on.
+/// Returns the first reason for which the key is not valid at `now`, in the order in which users check them: the key
+/// itself, its owner, its expiry. A key is expired from `expires_at` on.
 pub(crate) fn validity(record: &KeyRecord, now: DateTime<Utc>) -> Result<(), InvalidKey> {
     if !record.is_active {
         return Err(InvalidKey::Revoked);

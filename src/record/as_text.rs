@@ -1,8 +1,8 @@
-//! Rules in serde formats.
+//! Serde formats of rules.
 
 use super::{AllowedNetwork, EndpointRule};
 
-/// A rule travels as the text that it was written as.
+/// Serializes a rule as the text that it was parsed from.
 macro_rules! travels_as_text {
     ($($rule:ident),*) => {$(
         impl serde::Serialize for $rule {

@@ -1,4 +1,4 @@
-//! Which endpoints a key may call.
+//! Endpoint rules: which endpoints a key may call.
 
 use std::{fmt, str::FromStr};
 
@@ -15,9 +15,9 @@ use percent_encoding::percent_decode_str;
 /// | `/pkg.Service/Method` | a gRPC method |
 /// | `*` | every path |
 ///
-/// Paths are compared as they are sent, byte by byte, without the query. A path that servers read
-/// in different ways never matches any rule: an encoded slash or backslash, a dot segment, either of
-/// them encoded once or twice, a doubled slash, a backslash, a control character or a broken escape in it.
+/// Paths are compared as they are sent, byte by byte, without the query. A path that servers interpret in different
+/// ways never matches any rule: a path with an encoded slash or backslash or a dot segment, each of them encoded once
+/// or twice, a doubled slash, a backslash, a control character or a broken escape.
 ///
 /// ```
 /// use http::Method;
@@ -39,12 +39,12 @@ pub struct EndpointRule {
 enum Path {
     Any,
     Exact(Box<str>),
-    /// Ends in a slash.
+    /// The prefix ends in a slash.
     Below(Box<str>),
 }
 
 impl EndpointRule {
-    /// Whether the rule allows `method` on `path`.
+    /// Returns whether the rule allows `method` on `path`.
     pub fn matches(&self, method: &Method, path: &str) -> bool {
         if is_ambiguous(path) {
             return false;
@@ -64,11 +64,11 @@ impl EndpointRule {
     }
 }
 
-/// Whether servers may disagree on what `path` names.
+/// Returns whether servers may interpret `path` in different ways.
 fn is_ambiguous(path: &str) -> bool {
     let escapes = path.bytes().filter(|&byte| byte == b'%').count();
     let decoded = percent_decode_str(path).collect::<Vec<u8>>();
-    // Every well-formed escape makes three bytes one.
+    // Decoding shortens each well-formed escape from three bytes to one.
     if path.len() - decoded.len() != 2 * escapes {
         return true;
     }
@@ -80,12 +80,12 @@ fn is_ambiguous(path: &str) -> bool {
         || decoded.split(|&byte| byte == b'/').any(is_dot_segment)
 }
 
-/// An escaped slash, backslash or dot that was escaped once more, for servers that decode twice.
+/// Returns whether this is a slash, a backslash or a dot that was escaped twice, for servers that decode twice.
 fn is_escaped_again(escape: &[u8]) -> bool {
     [b"%2f", b"%5c", b"%2e"].iter().any(|separator| escape.eq_ignore_ascii_case(*separator))
 }
 
-/// `.` and `..`, also with a path parameter behind (`..;x`), which some servers strip.
+/// Returns whether this is `.` or `..`, also with a path parameter (`..;x`), which some servers remove.
 fn is_dot_segment(segment: &[u8]) -> bool {
     let name = segment.split(|&byte| byte == b';').next().unwrap_or(segment);
     name == b"." || name == b".."
@@ -100,7 +100,7 @@ impl FromStr for EndpointRule {
         let (method, path) = match (words.next(), words.next(), words.next()) {
             (Some(path), None, _) => (None, path),
             (Some(method), Some(path), None) => (Some(method), path),
-            _ => return Err(error("it is not a path, or a method and a path")),
+            _ => return Err(error("it is neither a path nor a method and a path")),
         };
         let method =
             match method.map(|name| Method::from_bytes(name.to_ascii_uppercase().as_bytes())) {
@@ -119,11 +119,11 @@ impl FromStr for EndpointRule {
             return Err(error("its path does not start with a slash"));
         }
         if folder.contains('*') {
-            return Err(error("a wildcard stands only at the end, after a slash"));
+            return Err(error("a wildcard is allowed only at the end, after a slash"));
         }
         if folder.contains(['?', '#']) || !folder.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(error(
-                "its path has bytes that no path has: escape them, and leave out the query",
+                "its path has bytes that are not allowed in a path: escape them, and leave out the query",
             ));
         }
         if is_ambiguous(folder) {
@@ -149,7 +149,7 @@ impl fmt::Display for EndpointRule {
     }
 }
 
-/// A text that is no [`EndpointRule`].
+/// The error for a text that is not an [`EndpointRule`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EndpointRuleError {
     rule: String,
@@ -158,7 +158,7 @@ pub struct EndpointRuleError {
 
 impl fmt::Display for EndpointRuleError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} is no endpoint rule: {}", self.rule, self.reason)
+        write!(f, "{:?} is not an endpoint rule: {}", self.rule, self.reason)
     }
 }
 

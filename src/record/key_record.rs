@@ -1,4 +1,4 @@
-//! What is stored about a key: [`KeyRecord`] and its [`User`].
+//! The stored data of a key: [`KeyRecord`] and its [`User`].
 
 use std::{fmt, sync::Arc};
 
@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use super::{endpoint_rule::EndpointRule, network::AllowedNetwork};
 
-/// Everything that is known of a key but its hash.
+/// The data of a key, without its hash.
 ///
-/// The fields are public so that a custom store can fill in what it has; [`KeyRecord::new`] makes
-/// an active key that allows everything and never expires.
+/// The fields are public, so that a custom store can set those that it has. [`KeyRecord::new`] creates an active key
+/// that allows everything and never expires.
 ///
 /// ```
 /// use tower_api_key::{KeyRecord, User};
@@ -24,21 +24,21 @@ use super::{endpoint_rule::EndpointRule, network::AllowedNetwork};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct KeyRecord {
-    /// The key's id, stable over rotation.
+    /// The key's id. It does not change on rotation.
     pub id: KeyId,
-    /// What people call the key.
+    /// The name of the key, for people.
     pub name: String,
-    /// The public lookup id (column `key_prefix`): no secret, it stands in lists and logs.
+    /// The public lookup id (column `key_prefix`). It is not secret, and appears in lists and logs.
     pub prefix: String,
     /// Whether the key has not been revoked.
     pub is_active: bool,
-    /// What the holder may do, in the team's own words.
+    /// Permissions of the holder, defined by the service.
     pub permissions: Vec<String>,
-    /// What the holder may do, as OAuth-style scopes.
+    /// Permissions of the holder as OAuth-style scopes.
     pub scopes: Vec<String>,
-    /// How often the key may be used.
+    /// Rate limits of the key.
     pub rate_limits: RateLimits,
-    /// The models that the key may name; empty allows all.
+    /// The models that the key may use; empty allows all.
     pub allowed_models: Vec<String>,
     /// The endpoints that the key may call; empty allows all.
     pub allowed_endpoints: Vec<EndpointRule>,
@@ -46,29 +46,30 @@ pub struct KeyRecord {
     pub allowed_ips: Vec<AllowedNetwork>,
     /// Whether rate limits do not apply to the key.
     pub is_unlimited: bool,
-    /// What the key may cost in a period; `None` is no limit.
+    /// Budget of the key; `None` means unlimited.
     pub budget: Option<Budget>,
-    /// From this moment on the key is refused, by the clock of the node that checks it; `None` is never.
+    /// Time from which the key is rejected, by the clock of the node that checks it; `None` means that it never
+    /// expires.
     pub expires_at: Option<DateTime<Utc>>,
-    /// What has been used, as of the read.
+    /// Usage of the key at the time of the read.
     pub usage: UsageTotals,
-    /// When the key was last used, to the minute.
+    /// When the key was last used, in steps of a minute.
     pub last_used_at: Option<DateTime<Utc>>,
-    /// When the key was made.
+    /// When the key was created.
     pub created_at: DateTime<Utc>,
     /// When the row was last changed.
     pub updated_at: DateTime<Utc>,
-    /// The revision of the row that this was read from; 0 where a store keeps none. An update can require it.
+    /// The revision of the row that this was read from; 0 if the store has no revisions. An update can require it.
     #[serde(default)]
     pub revision: Revision,
-    /// Whatever a team needs to carry along; `null` if nothing.
+    /// Additional data of the service; `null` if there is none.
     pub metadata: Value,
-    /// Whose key it is.
+    /// The owner of the key.
     pub user: User,
 }
 
 impl KeyRecord {
-    /// An active key that allows everything, never expires and was made at the Unix epoch.
+    /// Creates an active key that allows everything, never expires and has the Unix epoch as its creation time.
     pub fn new(id: impl Into<KeyId>, prefix: impl Into<String>, user: User) -> Self {
         Self {
             id: id.into(),
@@ -103,20 +104,20 @@ pub struct User {
     pub id: UserId,
     /// The owner's e-mail address.
     pub email: String,
-    /// The owner's role, in the team's own words; `user` where nothing else is said.
+    /// The owner's role, defined by the service; `user` by default.
     pub role: String,
-    /// Whether the owner may use keys at all.
+    /// Whether the owner is active. Keys of an inactive owner are denied.
     pub is_active: bool,
 }
 
 impl User {
-    /// An active user with the role `user`.
+    /// Creates an active user with the role `user`.
     pub fn new(id: impl Into<UserId>, email: impl Into<String>) -> Self {
         Self { id: id.into(), email: email.into(), role: "user".to_owned(), is_active: true }
     }
 }
 
-/// How often a key may be used; `None` is no limit, 0 allows nothing.
+/// Rate limits of a key. `None` means unlimited, and 0 allows no request.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct RateLimits {
@@ -155,12 +156,12 @@ impl RateLimits {
     }
 }
 
-/// What a key may cost in a period.
+/// The maximum cost of a key in a period.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Budget {
     /// The limit, in cents (column `budget_limit_cents`).
     pub limit_cents: u64,
-    /// The period that the limit is for (column `budget_type`).
+    /// The period of the limit (column `budget_type`).
     pub period: BudgetPeriod,
 }
 
@@ -187,12 +188,12 @@ impl BudgetPeriod {
         ("monthly", Self::Monthly),
     ];
 
-    /// The period by the name that the column `budget_type` has for it, in any case.
+    /// Returns the period with this name in the column `budget_type`. Upper and lower case are equal.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::NAMES.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)).map(|&(_, p)| p)
     }
 
-    /// The name that the column `budget_type` has for it.
+    /// Returns the name of the period in the column `budget_type`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Total => "total",
@@ -203,29 +204,29 @@ impl BudgetPeriod {
     }
 }
 
-/// What has been used on a key so far.
+/// Total usage of a key.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct UsageTotals {
-    /// Requests.
+    /// Number of requests.
     pub requests: u64,
-    /// Tokens.
+    /// Number of tokens.
     pub tokens: u64,
-    /// Cost in micro-cents, a millionth of a cent (the column `total_cost` is in cents).
+    /// Cost in micro-cents, which are millionths of a cent (the column `total_cost` is in cents).
     pub cost_micro_cents: i64,
 }
 
-/// A number that a database gives a row whenever a column that a decision reads changes; larger is
-/// later. 0 where a store keeps none.
+/// A number that a database assigns to a row on every change of a column that a decision reads. A larger number is
+/// later. It is 0 if the store has no revisions.
 #[derive(
     Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub struct Revision(pub u64);
 
-/// The revisions behind an answer.
+/// The revisions of the rows behind an answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Revisions {
-    /// The highest revision of the key rows under the lookup prefix.
+    /// The highest revision of the key rows under the lookup id.
     pub key: Revision,
     /// The revision of the owner's row.
     pub owner: Revision,
@@ -238,7 +239,7 @@ macro_rules! opaque_id {
         pub struct $name(Id);
 
         impl $name {
-            /// The id as an integer, if it is one; the bundled schema's always are.
+            /// Returns the id as an integer, if it is one. Ids of the bundled schema always are.
             pub fn as_i64(&self) -> Option<i64> {
                 match self.0 {
                     Id::Integer(id) => Some(id),

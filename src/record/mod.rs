@@ -1,4 +1,4 @@
-//! What is stored of a key and its owner, and the values that rules are made of.
+//! The stored data of a key and its owner, and the values of its rules.
 
 mod as_text;
 mod endpoint_rule;

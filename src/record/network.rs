@@ -1,4 +1,4 @@
-//! Which addresses a key may be used from.
+//! Networks: the addresses from which a key may be used.
 
 use std::{fmt, net::IpAddr, str::FromStr};
 
@@ -6,8 +6,8 @@ use ipnet::{IpNet, Ipv4Net};
 
 /// An address or a CIDR network, v4 or v6.
 ///
-/// A v4-mapped v6 network (`::ffff:10.0.0.0/104`) is the v4 network that it maps, and a v4-mapped
-/// address is judged as v4. Host bits are allowed: `10.1.2.3/8` is `10.0.0.0/8`.
+/// A v4-mapped v6 network (`::ffff:10.0.0.0/104`) is the same as the v4 network, and a v4-mapped address is matched as
+/// v4. Host bits are allowed: `10.1.2.3/8` is `10.0.0.0/8`.
 ///
 /// ```
 /// use tower_api_key::AllowedNetwork;
@@ -22,18 +22,18 @@ use ipnet::{IpNet, Ipv4Net};
 pub struct AllowedNetwork(IpNet);
 
 impl AllowedNetwork {
-    /// Whether `address` lies in the network.
+    /// Returns whether the network contains `address`.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&canonical(address))
     }
 }
 
-/// The address with a v4-mapped v6 address seen as v4.
+/// Returns the address, with a v4-mapped v6 address converted to v4.
 pub(crate) fn canonical(address: IpAddr) -> IpAddr {
     address.to_canonical()
 }
 
-/// `::ffff:0:0/96`, the v6 addresses that map v4.
+/// Prefix length of `::ffff:0:0/96`, the v6 addresses that map v4.
 const MAPPED_BITS: u8 = 96;
 
 impl FromStr for AllowedNetwork {
@@ -42,7 +42,7 @@ impl FromStr for AllowedNetwork {
     fn from_str(text: &str) -> Result<Self, NetworkError> {
         let error = || NetworkError(text.chars().take(64).collect());
         let (address, length) = text.split_once('/').map_or((text, None), |(a, l)| (a, Some(l)));
-        // Not by ipnet, which takes a leading zero for nothing where others take it for octal.
+        // ipnet is not used: it ignores a leading zero, which other parsers read as octal.
         let address = address.parse::<IpAddr>().map_err(|_| error())?;
         let network = match length {
             None => IpNet::from(address),
@@ -80,7 +80,7 @@ impl fmt::Display for AllowedNetwork {
     }
 }
 
-/// A text that is neither an address nor a CIDR network.
+/// The error for a text that is neither an address nor a CIDR network.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetworkError(String);
 

@@ -1,12 +1,12 @@
-//! What is left of a key's rate limits: [`Quota`].
+//! The remaining requests of a key's rate limits: [`Quota`].
 
 use std::time::Duration;
 
 use super::key_record::RateLimits;
 
-/// What a [`RateLimiter`](super::RateLimiter) says of a request.
+/// The result of a [`RateLimiter`](super::RateLimiter) for a request.
 ///
-/// Kept small, because it goes with the request: by period, in milliseconds.
+/// It is small, because it is stored in the request: one entry per period, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quota {
     is_allowed: bool,
@@ -16,35 +16,35 @@ pub struct Quota {
     resets_in: [u32; 3],
 }
 
-/// The window of a rate limit that a request came in.
+/// The window of a rate limit that counted a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RateWindow {
-    /// How long such a window is.
+    /// Length of the window.
     pub period: RatePeriod,
-    /// So many requests fit into it.
+    /// Maximum number of requests in the window.
     pub limit: u64,
-    /// So many more do.
+    /// Number of requests left in the window.
     pub remaining: u64,
-    /// How long until the next one begins, to the millisecond.
+    /// Time until the next window begins, in milliseconds precision.
     pub resets_in: Duration,
 }
 
-/// How long a window is.
+/// The length of a window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RatePeriod {
-    /// 60 s.
+    /// A minute: 60 s.
     Minute,
-    /// 3600 s.
+    /// An hour: 3600 s.
     Hour,
-    /// 86,400 s, from midnight UTC.
+    /// A day: 86,400 s, from midnight UTC.
     Day,
 }
 
 impl RatePeriod {
     pub(crate) const ALL: [Self; 3] = [Self::Minute, Self::Hour, Self::Day];
 
-    /// In seconds.
+    /// Returns the length in seconds.
     pub fn seconds(self) -> u64 {
         match self {
             Self::Minute => 60,
@@ -53,7 +53,7 @@ impl RatePeriod {
         }
     }
 
-    /// The name of its policy in the fields of a response.
+    /// Returns the policy name of the window in response header fields.
     pub fn name(self) -> &'static str {
         match self {
             Self::Minute => "minute",
@@ -62,7 +62,7 @@ impl RatePeriod {
         }
     }
 
-    /// The limit for such windows.
+    /// Returns the limit for windows of this length.
     pub fn limit(self, limits: &RateLimits) -> Option<u64> {
         match self {
             Self::Minute => limits.per_minute,
@@ -73,8 +73,8 @@ impl RatePeriod {
 }
 
 impl Quota {
-    /// Whether the request may go on, and the windows that it came in: one of a period at most; of more, the
-    /// last counts.
+    /// Creates a result from whether the request is allowed, and the windows that counted it. A period has at most one
+    /// window; of several, the last is used.
     pub fn new(is_allowed: bool, windows: impl IntoIterator<Item = RateWindow>) -> Self {
         let mut quota = Self::empty(is_allowed);
         for window in windows {
@@ -101,7 +101,7 @@ impl Quota {
         self.remaining = self.remaining.map(|remaining| remaining.saturating_sub(1));
     }
 
-    /// Whether the request may go on.
+    /// Returns whether the request is allowed.
     pub fn is_allowed(&self) -> bool {
         self.is_allowed
     }
@@ -110,7 +110,7 @@ impl Quota {
         self.is_allowed = false;
     }
 
-    /// The windows that have a limit, the shortest first.
+    /// Returns the windows that have a limit, the shortest first.
     #[inline]
     pub fn windows(&self) -> impl DoubleEndedIterator<Item = RateWindow> {
         let with_limit = RatePeriod::ALL.into_iter().filter(|&it| self.has_window[it as usize]);
@@ -122,7 +122,7 @@ impl Quota {
         })
     }
 
-    /// By period.
+    /// Returns the limits by period.
     #[inline]
     pub(crate) fn limits(&self) -> [Option<u64>; 3] {
         RatePeriod::ALL.map(|period| {
@@ -131,7 +131,7 @@ impl Quota {
         })
     }
 
-    /// How long until there is room in every window that is full now.
+    /// Returns the time until every full window has room again.
     pub fn retry_after(&self) -> Duration {
         let full = self.windows().filter(|window| window.remaining == 0);
         full.map(|window| window.resets_in).max().unwrap_or_default()

@@ -1,4 +1,4 @@
-//! The way to Redis, and the breaker on it: [`Link`].
+//! The client of Redis and its circuit breaker: [`Link`].
 
 use std::{
     sync::{
@@ -20,64 +20,64 @@ use crate::{
     telemetry,
 };
 
-/// One multiplexed connection, made and made anew in the background, and a breaker: while it is open,
-/// Redis costs a request nothing.
+/// One multiplexed connection, which is established and re-established in the background, and a circuit breaker: while
+/// it is open, Redis costs a request nothing.
 pub(crate) struct Link {
     connector: Connector,
-    /// The longest that a request waits for Redis.
+    /// Maximum time that a request waits for Redis.
     pub(crate) limit: Duration,
     state: watch::Sender<State>,
-    /// Connection faults and timeouts in a row.
+    /// Number of consecutive connection faults and timeouts.
     faults: AtomicU32,
-    /// Counts connections, to tell a fault of this one from one of the last.
+    /// Number of connections so far, to distinguish a fault of this connection from one of the last.
     made: AtomicU64,
     connecting: Background,
 }
 
 #[derive(Clone)]
 enum State {
-    /// Nobody has asked yet.
+    /// No request has used it yet.
     Idle,
-    /// For the first time: who asks waits a little.
+    /// The first connection is being established. Requests wait for it for a short time.
     Connecting,
     Up {
         connection: Connection,
         number: u64,
         since: Instant,
     },
-    /// The breaker is open.
+    /// The circuit breaker is open.
     Down,
 }
 
-/// How Redis stands, as a [`RedisCache`](crate::RedisCache) sees it.
+/// State of Redis, as a [`RedisCache`](crate::RedisCache) sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RedisState {
-    /// Nothing was asked of it yet, or the first connection is being made.
+    /// Redis was not used yet, or the first connection is being established.
     Connecting,
-    /// It is asked.
+    /// Redis is used.
     Up,
-    /// The breaker is open: it is not asked, and probed in the background.
+    /// The circuit breaker is open: Redis is not used, and is probed in the background.
     Down,
 }
 
-/// Why Redis gave no answer.
+/// The reason why Redis returned no answer.
 #[derive(Debug)]
 pub(crate) enum Fault {
-    /// It is not asked: the breaker is open.
+    /// The circuit breaker is open, so that no command was sent.
     Open,
-    /// It did not answer in time, or the connection broke.
+    /// Redis did not answer in time, or the connection broke.
     Link,
-    /// It answered with an error.
+    /// Redis returned an error.
     Refused(RedisError),
 }
 
-/// So many faults in a row open the breaker.
+/// Number of consecutive faults that open the circuit breaker.
 const FAULTS: u32 = 5;
-/// The pause between probes grows from the one to the other, with jitter, so that a fleet does not come
-/// back all at once.
+/// Minimum and maximum pause between probes. It grows from the one to the other, with jitter, so that the nodes of a
+/// fleet do not reconnect at the same time.
 const PAUSES: [Duration; 2] = [Duration::from_millis(20), Duration::from_secs(2)];
-/// A probe may take longer than a request.
+/// Maximum duration of a probe. It may take longer than a request.
 const PROBE_LIMIT: Duration = Duration::from_secs(2);
 
 impl Link {
@@ -104,25 +104,25 @@ impl Link {
         }
     }
 
-    /// Runs a command, within the limit.
+    /// Runs a command within the limit.
     pub(crate) async fn run(self: &Arc<Self>, command: &Cmd) -> Result<Value, Fault> {
         let begin = Instant::now();
         let (mut connection, number) =
             within(self.limit, self.connection()).await.unwrap_or(Err(Fault::Open))?;
         let left = self.limit.saturating_sub(begin.elapsed());
         match within(left, command.query_async(&mut connection)).await {
-            Some(Ok(Value::ServerError(error))) => Err(self.refused(error.into(), number)),
+            Some(Ok(Value::ServerError(error))) => Err(self.rejected(error.into(), number)),
             Some(Ok(value)) => {
                 self.faults.store(0, Ordering::Relaxed);
                 Ok(value)
             }
-            Some(Err(error)) if is_of_the_link(&error) => {
-                // A connection that is closed is of no more use to anybody.
+            Some(Err(error)) if is_connection_fault(&error) => {
+                // A closed connection can't be used any more.
                 let faults = if error.is_unrecoverable_error() { FAULTS } else { 1 };
                 self.fault(number, faults);
                 Err(Fault::Link)
             }
-            Some(Err(error)) => Err(self.refused(error, number)),
+            Some(Err(error)) => Err(self.rejected(error, number)),
             None => {
                 self.fault(number, 1);
                 Err(Fault::Link)
@@ -130,11 +130,11 @@ impl Link {
         }
     }
 
-    /// Waits until Redis is back, or for `limit`.
+    /// Waits until Redis is up, or for `limit`.
     pub(crate) async fn wait_until_up(&self, limit: Duration) {
         let mut state = self.state.subscribe();
         let up = state.wait_for(|state| matches!(state, State::Up { .. }));
-        // It is looked at again after this, however it ends.
+        // The caller checks the state again in either case.
         let _ = timeout(limit, up).await;
     }
 
@@ -144,7 +144,7 @@ impl Link {
             match &*state.borrow_and_update() {
                 State::Up { connection, number, .. } => return Ok((connection.clone(), *number)),
                 State::Down => {
-                    // The one that probes may have gone with its runtime.
+                    // The task that probes may have ended with its runtime.
                     self.ensure_connecting();
                     return Err(Fault::Open);
                 }
@@ -162,15 +162,15 @@ impl Link {
         }
     }
 
-    /// A server that has become a replica, or a part of a cluster, has to be looked for anew. Anything else
-    /// that it says is no fault of the way to it.
-    fn refused(self: &Arc<Self>, error: RedisError, number: u64) -> Fault {
+    /// Returns the error as a fault. If a server has become a replica, or a part of a cluster, the client connects
+    /// again to find the new one. Any other error is not a fault of the connection.
+    fn rejected(self: &Arc<Self>, error: RedisError, number: u64) -> Fault {
         use ServerErrorKind::{Ask, ClusterDown, MasterDown, Moved, ReadOnly};
         let has_moved = matches!(
             error.kind(),
             ErrorKind::Server(ReadOnly | Moved | Ask | MasterDown | ClusterDown)
         );
-        // Whoever has just looked would find the same again.
+        // After a recent reconnection, the same server would be found again.
         let is_settled = matches!(
             &*self.state.borrow(),
             State::Up { number: current, since, .. } if *current == number && since.elapsed() > PAUSES[1]
@@ -188,7 +188,7 @@ impl Link {
             return;
         }
         let has_opened = self.state.send_if_modified(|state| {
-            // Not a newer connection, which is not at fault.
+            // A newer connection is not at fault.
             let is_it = matches!(state, State::Up { number: current, .. } if *current == number);
             if is_it {
                 *state = State::Down;
@@ -213,13 +213,13 @@ impl Link {
     }
 }
 
-/// Tries until there is a connection, or nobody wants one any more.
+/// Retries until there is a connection, or the client was dropped.
 async fn connect(link: std::sync::Weak<Link>) {
     let mut pause = PAUSES[0];
     loop {
         let Some(link) = link.upgrade() else { return };
         let outcome = timeout(PROBE_LIMIT, link.probe()).await;
-        let outcome = outcome.unwrap_or_else(|_| Err("no answer in time".to_owned()));
+        let outcome = outcome.unwrap_or_else(|_| Err("the probe timed out".to_owned()));
         match outcome {
             Ok(connection) => {
                 link.faults.store(0, Ordering::Relaxed);
@@ -229,12 +229,12 @@ async fn connect(link: std::sync::Weak<Link>) {
                 return;
             }
             Err(reason) => {
-                let was_up = link.state.send_if_modified(|state| {
-                    let is_news = !matches!(state, State::Down);
+                let is_first = link.state.send_if_modified(|state| {
+                    let is_first = !matches!(state, State::Down);
                     *state = State::Down;
-                    is_news
+                    is_first
                 });
-                telemetry::redis_is_out_of_reach(&reason, was_up);
+                telemetry::redis_is_unreachable(&reason, is_first);
             }
         }
         drop(link);
@@ -243,14 +243,14 @@ async fn connect(link: std::sync::Weak<Link>) {
     }
 }
 
-/// Between a half and the whole of `pause`.
+/// Returns a random duration between a half and the whole of `pause`.
 fn jittered(pause: Duration) -> Duration {
     let mut random = [0];
     let share = getrandom::fill(&mut random).map_or(0.5, |()| f64::from(random[0]) / 255.0);
     pause.mul_f64(0.5 + 0.5 * share)
 }
 
-fn is_of_the_link(error: &RedisError) -> bool {
+fn is_connection_fault(error: &RedisError) -> bool {
     error.is_io_error()
         || error.is_timeout()
         || error.is_connection_dropped()

@@ -1,4 +1,4 @@
-//! The way to Redis, for what lies in it: cached answers, and the counters of rate limits.
+//! Connections to Redis, for cached answers and for the counters of rate limits.
 
 mod link;
 mod script;
@@ -15,8 +15,8 @@ pub(crate) use self::{
 };
 use crate::runtime::hex;
 
-/// Puts what goes by `name` into one slot of a cluster. In hexadecimal, because it may have braces in it as
-/// well.
+/// Returns the hash tag that maps all names with `name` to one slot of a cluster. It is hexadecimal, because `name` may
+/// contain braces.
 pub(crate) fn slot(name: &str) -> String {
     format!("{{{}}}", hex(name.as_bytes()))
 }

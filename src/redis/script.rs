@@ -6,24 +6,24 @@ use deadpool_redis::redis::{self, Cmd, ErrorKind, ServerErrorKind, Value, cmd};
 
 use super::link::{Fault, Link};
 
-/// A script that Redis runs by its digest or, where it does not know it (yet, or any more), by its text.
+/// A script that Redis runs by its digest or, if Redis does not have the script, by its text.
 pub(crate) struct Script {
     text: &'static str,
     digest: LazyLock<String>,
 }
 
 impl Script {
-    /// The digest is made when it is first needed.
+    /// Creates a script. The digest is computed at first use.
     pub(crate) const fn new(text: &'static str, digest: fn() -> String) -> Self {
         Self { text, digest: LazyLock::new(digest) }
     }
 
-    /// SHA-1, which is how Redis names scripts.
+    /// Returns the SHA-1 of the text, by which Redis identifies scripts.
     pub(crate) fn digest_of(text: &str) -> String {
         redis::Script::new(text).get_hash().to_owned()
     }
 
-    /// Runs the script with what `arguments` adds: the number of keys, the keys, the other arguments.
+    /// Runs the script with the arguments that `arguments` adds: the number of keys, the keys, the other arguments.
     pub(crate) async fn run(
         &self,
         link: &Arc<Link>,

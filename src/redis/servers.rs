@@ -1,4 +1,4 @@
-//! Which servers, and connections to them: [`RedisServers`].
+//! Redis servers and connections to them: [`RedisServers`].
 
 use std::fmt;
 
@@ -13,11 +13,10 @@ use deadpool_redis::{
     sentinel,
 };
 
-/// The servers of a [`RedisCache`](crate::RedisCache), or of another one that speaks its protocol, such as
-/// Valkey. URLs start with `redis://`, `rediss://` (TLS, with the certificates that the system trusts) or
-/// `redis+unix://`.
+/// The servers of a [`RedisCache`](crate::RedisCache): Redis, or another server with its protocol, such as Valkey. URLs
+/// start with `redis://`, `rediss://` (TLS, with the certificates that the system trusts) or `redis+unix://`.
 ///
-/// `Debug` shows no URL: there may be a password in it.
+/// `Debug` shows no URL, because a URL may contain a password.
 #[derive(Clone)]
 pub struct RedisServers(Kind);
 
@@ -29,17 +28,17 @@ enum Kind {
 }
 
 impl RedisServers {
-    /// One server.
+    /// Uses one server.
     pub fn single(url: impl Into<String>) -> Self {
         Self(Kind::Single(url.into()))
     }
 
-    /// A cluster, of which some nodes are known. Its primaries are asked alone: a replica may lag.
+    /// Uses a cluster, of which some nodes are known. Only its primaries are queried, because a replica may lag.
     pub fn cluster<T: Into<String>>(urls: impl IntoIterator<Item = T>) -> Self {
         Self(Kind::Cluster(urls.into_iter().map(Into::into).collect()))
     }
 
-    /// The server that these sentinels say is the master of the name `master`.
+    /// Uses the server that these sentinels report as the master with the name `master`.
     pub fn sentinel<T: Into<String>>(
         urls: impl IntoIterator<Item = T>,
         master: impl Into<String>,
@@ -48,8 +47,8 @@ impl RedisServers {
         Self(Kind::Sentinel { sentinels, master: master.into(), nodes_like: None })
     }
 
-    /// Behind sentinels: the scheme, user, password and database number that the servers are spoken to
-    /// with are those of `url`; its host is not looked at.
+    /// Sets the scheme, user, password and database number for the servers behind sentinels to those of `url`. The host
+    /// of `url` is ignored.
     #[must_use]
     pub fn nodes_like(mut self, url: impl Into<String>) -> Self {
         if let Kind::Sentinel { nodes_like, .. } = &mut self.0 {
@@ -97,14 +96,14 @@ impl fmt::Debug for RedisServers {
     }
 }
 
-/// Makes connections, each multiplexed: it is held and cloned, not checked out.
+/// Creates connections. They are multiplexed: a connection is held and cloned, not checked out.
 pub(crate) struct Connector {
     servers: RedisServers,
     pool: Pool,
 }
 
-/// deadpool's pools know how to connect; what they make is taken out of them at once, because they ping
-/// whatever is handed out again.
+/// deadpool's pools create the connections. A connection is taken out of the pool at once, because the pool pings each
+/// connection that it hands out again.
 enum Pool {
     Single(single::Pool),
     Cluster(cluster::Pool),
@@ -115,13 +114,13 @@ impl Connector {
     pub(crate) fn new(servers: RedisServers) -> Result<Self, RedisUrlError> {
         let urls = servers.urls();
         if urls.is_empty() {
-            return Err(RedisUrlError("there is none"));
+            return Err(RedisUrlError("no URL was given"));
         }
         if urls.iter().any(|url| url.starts_with("rediss:")) {
             use_a_crypto_provider();
         }
         // The library's error may quote the URL.
-        let malformed = |_| RedisUrlError("it can't be read");
+        let malformed = |_| RedisUrlError("it can't be parsed");
         let pool = match &servers.0 {
             Kind::Single(url) => {
                 let manager = single::Manager::new(url.as_str()).map_err(malformed)?;
@@ -150,9 +149,9 @@ impl Connector {
         Ok(Self { servers, pool })
     }
 
-    /// A new connection.
+    /// Creates a connection.
     pub(crate) async fn connect(&self) -> Result<Connection, String> {
-        // A pool's error says what the server's said.
+        // A pool's error contains the server's error.
         let text = |error: &dyn fmt::Display| error.to_string();
         Ok(match &self.pool {
             Pool::Single(pool) => {
@@ -170,7 +169,7 @@ impl Connector {
         })
     }
 
-    /// A new connection that messages come in on.
+    /// Creates a connection that receives the messages of `channel`.
     pub(crate) async fn subscribe(&self, channel: &str) -> RedisResult<PubSub> {
         let mut messages = self.client().await?.get_async_pubsub().await?;
         messages.subscribe(channel).await?;
@@ -180,7 +179,7 @@ impl Connector {
     async fn client(&self) -> RedisResult<Client> {
         match &self.servers.0 {
             Kind::Single(url) => Client::open(url.as_str()),
-            // Each node of a cluster passes messages on to all.
+            // Each node of a cluster forwards messages to all nodes.
             Kind::Cluster(urls) => {
                 let mut last = Err(no_servers());
                 for url in urls {
@@ -207,11 +206,11 @@ impl Connector {
 }
 
 fn no_servers() -> RedisError {
-    RedisError::from(std::io::Error::other("there is no server"))
+    RedisError::from(std::io::Error::other("no server is configured"))
 }
 
 fn node_info(url: &str) -> Result<sentinel::SentinelNodeConnectionInfo, RedisUrlError> {
-    let malformed = |_| RedisUrlError("it can't be read");
+    let malformed = |_| RedisUrlError("it can't be parsed");
     let client = Client::open(url).map_err(malformed)?;
     let settings = client.get_connection_info().redis_settings();
     let mut info = single::RedisConnectionInfo {
@@ -227,10 +226,11 @@ fn node_info(url: &str) -> Result<sentinel::SentinelNodeConnectionInfo, RedisUrl
     })
 }
 
-/// rustls wants one to be chosen for the process. Whoever has done so is not overruled.
+/// Installs a crypto provider, because rustls requires one for the process. A provider that is already installed is
+/// kept.
 fn use_a_crypto_provider() {
     if rustls::crypto::CryptoProvider::get_default().is_none() {
-        // Somebody else may have been quicker, which is as good.
+        // An error means that another one was installed first, which is as good.
         let _ = rustls::crypto::ring::default_provider().install_default();
     }
 }
@@ -276,7 +276,7 @@ impl fmt::Debug for Connector {
     }
 }
 
-/// Why a Redis URL can't be used. Never shows the URL, which may have a password in it.
+/// The reason why a Redis URL can't be used. It never shows the URL, which may contain a password.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RedisUrlError(&'static str);
 

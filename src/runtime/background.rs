@@ -8,7 +8,8 @@ use std::{
 
 use tokio::task::JoinHandle;
 
-/// A task that begins when it is first needed, begins anew if its runtime has died, and ends with this.
+/// A task that starts when it is first needed, starts again if its runtime has shut down, and ends when this value is
+/// dropped.
 #[derive(Default)]
 pub(crate) struct Background(Mutex<State>);
 
@@ -21,7 +22,7 @@ enum State {
 }
 
 impl Background {
-    /// Begins the task if it does not run. Needs a runtime.
+    /// Starts the task if it is not running. Requires a runtime.
     pub(crate) fn ensure<F: Future<Output = ()> + Send + 'static>(&self, task: impl FnOnce() -> F) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let is_needed = match &*state {
@@ -34,7 +35,7 @@ impl Background {
         }
     }
 
-    /// Ends the task for good.
+    /// Ends the task permanently.
     pub(crate) fn stop(&self) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let State::Running(running) = std::mem::replace(&mut *state, State::Stopped) {

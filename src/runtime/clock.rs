@@ -1,4 +1,4 @@
-//! Injected time, so that no test sleeps to make time pass.
+//! Injected time, so that tests need not sleep.
 
 use std::{
     fmt,
@@ -9,10 +9,10 @@ use std::{
 #[cfg(target_os = "linux")]
 use rustix::time::ClockId;
 
-/// Where the crate reads the time. Give a [`ManualClock`] in tests.
+/// The source of time of the crate. Use a [`ManualClock`] in tests.
 ///
-/// Two readings, because they fail differently: the wall clock can be set back, the monotonic one
-/// stands still while a machine is suspended.
+/// There are two readings, because they fail differently: the wall clock can be set back, and the monotonic clock stops
+/// while a machine is suspended.
 ///
 /// ```
 /// use std::{sync::Arc, time::{Duration, SystemTime}};
@@ -24,29 +24,31 @@ use rustix::time::ClockId;
 /// # Ok::<(), tower_api_key::SchemeError>(())
 /// ```
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
-    /// The wall clock: expiry is judged by it.
+    /// Returns the time of the wall clock, which decides expiry.
     fn now(&self) -> SystemTime;
 
-    /// Time since a fixed moment in this process; never goes back. Rations and ages are measured with it.
+    /// Returns the time since a fixed moment in this process. It never goes back. It measures ages and the waiting
+    /// times of the failure limiter.
     fn monotonic(&self) -> Duration;
 
-    /// Both, in nanoseconds: the wall clock since the Unix epoch (0 for a time before it), and the monotonic
-    /// one. For a clock that can read them faster than one by one: a hit does.
+    /// Returns both readings in nanoseconds: the wall clock since the Unix epoch (0 for a time before it), and the
+    /// monotonic clock. Override it if your clock can read both faster than one by one, because each cache hit calls
+    /// it.
     fn nanos(&self) -> (u64, u64) {
         let wall = self.now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         (nanos(wall), nanos(self.monotonic()))
     }
 }
 
-/// A duration of more than 584 years is the longest that there is.
+/// Returns the duration in nanoseconds, at most 584 years.
 pub(crate) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// The machine's own clocks.
+/// The clocks of the machine.
 ///
-/// On Linux the coarse ones, to the last tick of the kernel (1 to 10 ms): reading them costs a tenth, and a
-/// hit reads both.
+/// On Linux, these are the coarse clocks, with a resolution of one tick of the kernel (1 to 10 ms). Reading them costs
+/// a tenth, and a cache hit reads both.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;
 
@@ -66,7 +68,7 @@ impl Clock for SystemClock {
     }
 }
 
-/// In nanoseconds; a time before its epoch reads as 0.
+/// Returns the reading in nanoseconds; 0 for a time before the epoch of the clock.
 #[cfg(target_os = "linux")]
 #[inline]
 fn coarse(clock: ClockId) -> u64 {
@@ -87,7 +89,7 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that moves only when it is told to.
+/// A clock that changes only when its methods are called.
 #[derive(Debug)]
 pub struct ManualClock(Mutex<Reading>);
 
@@ -98,12 +100,12 @@ struct Reading {
 }
 
 impl ManualClock {
-    /// A clock that stands at `wall`.
+    /// Creates a clock whose wall clock reads `wall`.
     pub fn at(wall: SystemTime) -> Self {
         Self(Mutex::new(Reading { wall, monotonic: Duration::ZERO }))
     }
 
-    /// Moves both readings forward.
+    /// Advances both readings.
     pub fn advance(&self, by: Duration) {
         self.change(|reading| {
             reading.wall += by;
@@ -111,7 +113,7 @@ impl ManualClock {
         });
     }
 
-    /// Makes the wall clock jump, either way, as an operator or NTP would; the monotonic reading stays.
+    /// Sets the wall clock forward or back, as an operator or NTP would. The monotonic reading does not change.
     pub fn set_wall(&self, wall: SystemTime) {
         self.change(|reading| reading.wall = wall);
     }

@@ -1,4 +1,4 @@
-//! Deadlines: [`within`] for look-ups, [`later`] for moments.
+//! Deadlines: [`within`] for look-ups, [`later`] for points in time.
 
 #[cfg(feature = "_sql")]
 use std::time::Instant;
@@ -6,14 +6,14 @@ use std::{future::Future, pin::pin, time::Duration};
 
 use tokio::time::timeout;
 
-/// Nearly every look-up has ended by then.
+/// First timer of a deadline. Nearly every look-up ends earlier.
 const AT_FIRST: Duration = Duration::from_millis(50);
 
-/// The output of `future`, or `None` if it takes longer than `limit`.
+/// Returns the output of `future`, or `None` if it takes longer than `limit`.
 ///
-/// A look-up is under several deadlines, the longest outermost. A timer that ends before all others makes
-/// tokio wake its driver, which is a system call, so that each of them would cost one. Therefore all of them
-/// begin with the same short timer, which a quick answer never sees the end of.
+/// A look-up has several nested deadlines, the longest outermost. A timer that expires before all others makes tokio
+/// wake its driver, which is a system call, so that each deadline would cost one. Therefore all of them start with the
+/// same short timer, which a quick answer never reaches.
 ///
 /// # Panics
 ///
@@ -26,13 +26,13 @@ pub(crate) async fn within<F: Future>(limit: Duration, future: F) -> Option<F::O
     timeout(limit.saturating_sub(AT_FIRST), future).await.ok()
 }
 
-/// A moment so far away that it does not come, where the sum is more than the clock can hold.
+/// Returns the moment `after` from now, or one 30 years from now if the sum exceeds the range of the clock.
 #[cfg(feature = "_sql")]
 pub(crate) fn later(after: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(after).unwrap_or_else(|| now + FAR)
 }
 
-/// 30 years.
+/// A time after which no process of today runs.
 #[cfg(feature = "_sql")]
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);

@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime};
 
 use super::clock::{Clock, nanos};
 
-/// When something happened, by both clocks of this machine, in nanoseconds: the monotonic one can't be
-/// set back, and the wall clock does not stand still while the machine is suspended.
+/// A point in time by both clocks of this machine, in nanoseconds: the monotonic clock can't be set back, and the wall
+/// clock does not stop while the machine is suspended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Moment {
     pub(crate) monotonic: u64,
@@ -19,7 +19,7 @@ impl Moment {
         Self { monotonic, wall }
     }
 
-    /// What has passed since `earlier`, by the clock that says more.
+    /// Returns the time since `earlier`: the larger of what the two clocks measured.
     pub(crate) fn since(self, earlier: Self) -> Duration {
         let monotonic = self.monotonic.saturating_sub(earlier.monotonic);
         let wall = self.wall.saturating_sub(earlier.wall);
@@ -38,12 +38,12 @@ impl Moment {
         Self { monotonic, wall }
     }
 
-    /// The later one, by the monotonic clock.
+    /// Returns the later moment by the monotonic clock.
     pub(crate) fn later(self, other: Self) -> Self {
         if self.monotonic >= other.monotonic { self } else { other }
     }
 
-    /// The wall clock, in nanoseconds since the Unix epoch.
+    /// Returns the wall clock in nanoseconds since the Unix epoch.
     pub(crate) fn wall_nanos(self) -> u64 {
         self.wall
     }

@@ -1,10 +1,10 @@
-//! A map that keeps what was written last: [`RecentMap`].
+//! A map that keeps the most recently written entries: [`RecentMap`].
 
 use std::{borrow::Borrow, collections::HashMap, hash::Hash};
 
-/// A map of bounded size. It consists of two halves: when the young one is full, it takes the place of the
-/// old one, whose entries are dropped. An entry that is written moves into the young half, so that
-/// `capacity / 2` other entries are written before it is dropped, and no write searches for the oldest one.
+/// A map of bounded size with two generations: when the young one is full, it replaces the old one, whose entries are
+/// evicted. A write moves an entry into the young generation. At least `capacity / 2` other entries are therefore
+/// written before an entry is evicted, and no write searches for the oldest entry.
 #[derive(Debug)]
 pub(crate) struct RecentMap<K, V> {
     young: HashMap<K, V>,
@@ -13,7 +13,7 @@ pub(crate) struct RecentMap<K, V> {
 }
 
 impl<K: Hash + Eq, V> RecentMap<K, V> {
-    /// An empty map of at most `capacity` entries, and at least two.
+    /// Creates an empty map of at most `capacity` entries, and at least two.
     pub(crate) fn new(capacity: usize) -> Self {
         Self { young: HashMap::new(), old: HashMap::new(), half: (capacity / 2).max(1) }
     }
@@ -26,7 +26,7 @@ impl<K: Hash + Eq, V> RecentMap<K, V> {
         self.young.get(key).or_else(|| self.old.get(key))
     }
 
-    /// The entry of `key`, to be written, which is `default()` if there is none.
+    /// Returns the entry of `key` for writing. It is `default()` if there is none.
     pub(crate) fn entry(&mut self, key: K, default: impl FnOnce() -> V) -> &mut V {
         if self.young.len() >= self.half && !self.young.contains_key(&key) {
             let kept = self.old.remove(&key);
@@ -57,7 +57,7 @@ mod tests {
             *map.entry(-1, || 0) += 1;
             assert!(map.len() <= 100, "{}", map.len());
         }
-        assert_eq!(map.get(&-1), Some(&10_000), "an entry that is written stays");
+        assert_eq!(map.get(&-1), Some(&10_000), "a written entry is kept");
         assert_eq!((map.get(&9_999), map.get(&9_960), map.get(&5)), (Some(&1), Some(&1), None));
     }
 }

@@ -1,4 +1,4 @@
-//! What passes between a node and its store beside questions: usage, budget leases, the cache secret.
+//! Data that a node and its store exchange beside look-ups: usage, budget leases, the cache secret.
 
 use std::{
     fmt,
@@ -17,32 +17,32 @@ use crate::{
     runtime::hex,
 };
 
-/// Usage that one writer gathered, to be counted once.
+/// A batch of usage of one writer. A store counts each batch once.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct UsageBatch {
-    /// Names the writer, for as long as it lives.
+    /// Identifies the writer for its lifetime.
     pub writer: String,
-    /// Rises by one with each batch of that writer; a store that has seen it ignores the batch.
+    /// Sequence number, one higher for each batch of that writer. A store ignores a batch that it has already counted.
     pub sequence: u64,
     /// When the usage was gathered, by the clock of the writer.
     pub gathered_at: SystemTime,
-    /// When the batch was sent, the last time that it was, by the same clock. How long that was after it was
-    /// gathered says to which day of its own a store has to charge it.
+    /// When the batch was last sent, by the same clock. A store computes from the time since `gathered_at` which day of
+    /// its own calendar it charges.
     pub sent_at: SystemTime,
-    /// At most one entry a key.
+    /// Usage by key: at most one entry per key.
     pub entries: Vec<KeyUsage>,
 }
 
 impl UsageBatch {
-    /// An empty batch.
+    /// Creates an empty batch.
     pub fn new(writer: impl Into<String>, sequence: u64) -> Self {
         let now = SystemTime::now();
         let writer = writer.into();
         Self { writer, sequence, gathered_at: now, sent_at: now, entries: Vec::new() }
     }
 
-    /// The entries of keys with an integer for an id, in the order of their ids, as the SQL stores read them.
+    /// Returns the entries whose key id is an integer, ordered by id, in the form that the SQL stores read.
     #[cfg(feature = "_sql")]
     pub(crate) fn encoded(&self) -> Vec<serde_json::Value> {
         let fits = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
@@ -62,43 +62,43 @@ impl UsageBatch {
         entries.into_iter().map(encode).collect()
     }
 
-    /// In UTC; with a zone or without one, columns take it for the same.
+    /// Returns the time of the batch in UTC. Columns with and without a time zone read it as the same time.
     #[cfg(feature = "_sql")]
     pub(crate) fn time(&self) -> String {
         DateTime::<Utc>::from(self.gathered_at).format("%Y-%m-%d %H:%M:%S%.3f").to_string()
     }
 
-    /// The day on which it was gathered, by the clock of a store for which it is `now`.
+    /// Returns the day on which the usage was gathered, by the clock of a store at which it is `now`.
     pub(crate) fn day(&self, now: SystemTime) -> NaiveDate {
         DateTime::<Utc>::from(now.checked_sub(self.age()).unwrap_or(now)).date_naive()
     }
 
-    /// How long ago it was gathered.
+    /// Returns the time between gathering and sending.
     pub(crate) fn age(&self) -> Duration {
         self.sent_at.duration_since(self.gathered_at).unwrap_or_default()
     }
 }
 
-/// What was used on one key.
+/// Usage of one key.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct KeyUsage {
     /// The key.
     pub key: KeyId,
-    /// Requests.
+    /// Number of requests.
     pub requests: u64,
-    /// Tokens.
+    /// Number of tokens.
     pub tokens: u64,
     /// Cost in micro-cents.
     pub cost_micro_cents: i64,
-    /// How much of the cost was settled from the writer's lease, which shrinks by it.
+    /// The part of the cost that was settled from the writer's lease, which shrinks by this amount.
     pub settled_micro_cents: i64,
-    /// The last use, where it is due to be written.
+    /// Time of the last use; `None` while it is not due to be written.
     pub last_used_at: Option<SystemTime>,
 }
 
 impl KeyUsage {
-    /// No usage of `key` yet.
+    /// Creates an entry for `key` without usage.
     pub fn new(key: KeyId) -> Self {
         Self {
             key,
@@ -111,28 +111,28 @@ impl KeyUsage {
     }
 }
 
-/// Asks for a slice of a key's budget.
+/// A request for a lease on a key's budget.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LeaseRequest {
     /// The key.
     pub key: KeyId,
-    /// Names the node that asks, as [`UsageBatch::writer`] does.
+    /// Identifies the node that requests the lease, as [`UsageBatch::writer`] does.
     pub holder: String,
-    /// Rises with each ask of that holder, from 1. One that a store comes to late, after a newer one for the same
-    /// key, changes nothing.
+    /// Sequence number of the holder's requests, from 1. A store ignores a request that arrives after a newer one for
+    /// the same key.
     pub sequence: u64,
-    /// How much the node wants to hold from now on, in micro-cents, in place of what it holds; 0 hands the slice
-    /// back.
+    /// Amount that the node holds after the request, in micro-cents. It replaces the amount held before; 0 returns the
+    /// lease.
     pub amount_micro_cents: i64,
-    /// With less than this it can't do anything: if there is less left, it keeps what it holds.
+    /// Smallest useful amount, in micro-cents. If less is left, the node keeps what it holds.
     pub needed_micro_cents: i64,
-    /// After this, by the store's clock, the slice goes back by itself: 30 s by default.
+    /// Time after which the lease expires, by the store's clock: 30 s by default.
     pub lifetime: Duration,
 }
 
 impl LeaseRequest {
-    /// Asks for `amount_micro_cents` of the budget of `key`, for `holder`.
+    /// Creates a request of `holder` for `amount_micro_cents` of the budget of `key`.
     pub fn new(
         key: KeyId,
         holder: impl Into<String>,
@@ -144,20 +144,20 @@ impl LeaseRequest {
     }
 }
 
-/// A slice of a key's budget, which its holder may spend without asking.
+/// A part of a key's budget that its holder may spend without a further request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Lease {
-    /// How much was granted, in micro-cents; may be less than was asked for, and 0.
+    /// Amount that was granted, in micro-cents. It may be less than was requested, and 0.
     pub amount_micro_cents: i64,
-    /// The database's time at which what was not settled goes back.
+    /// Time of the database at which the unsettled part is returned to the budget.
     pub expires_at: SystemTime,
-    /// When the period of the budget ends; `None` for one that never does.
+    /// When the period of the budget ends; `None` for [`BudgetPeriod::Total`](crate::BudgetPeriod::Total).
     pub resets_at: Option<SystemTime>,
 }
 
 impl Lease {
-    /// A lease of `amount_micro_cents` until `expires_at`.
+    /// Creates a lease of `amount_micro_cents` until `expires_at`.
     pub fn new(amount_micro_cents: i64, expires_at: SystemTime) -> Self {
         Self { amount_micro_cents, expires_at, resets_at: None }
     }
@@ -165,15 +165,15 @@ impl Lease {
 
 #[cfg(feature = "_sql")]
 impl Lease {
-    /// Of a key that is not there.
+    /// Returns the lease for a key that does not exist.
     pub(crate) fn none(now: SystemTime) -> Self {
         Self::new(0, now)
     }
 
-    /// Reads an array of the amount, and of two times in milliseconds.
+    /// Decodes an array of the amount and two times in milliseconds.
     #[cfg(feature = "postgres")]
     pub(crate) fn from_row(row: Option<&str>) -> Result<Self, StoreError> {
-        let bad = || StoreError::bad_row("a lease can't be read");
+        let bad = || StoreError::bad_row("a lease can't be decoded");
         let (amount, expires, resets): (i64, u64, Option<u64>) =
             row.and_then(|row| serde_json::from_str(row).ok()).ok_or_else(bad)?;
         let time = |millis| SystemTime::UNIX_EPOCH + Duration::from_millis(millis);
@@ -181,31 +181,31 @@ impl Lease {
     }
 }
 
-/// A secret that authenticates shared cache entries. `Debug` shows its id alone.
+/// A secret that authenticates shared cache entries. `Debug` shows only its id.
 #[derive(Clone)]
 pub struct CacheSecret {
     id: u64,
     bytes: Zeroizing<[u8; 32]>,
     previous: Option<Box<CacheSecret>>,
-    /// A part of entries' names, the same for every secret of one scope; empty without one.
+    /// A part of the names of entries, the same for every secret of one scope; empty without a scope.
     tag: Arc<str>,
 }
 
 impl CacheSecret {
-    /// The secret `bytes`, which entries name by `id`.
+    /// Creates a secret of `bytes`. Entries refer to it by `id`.
     pub fn new(id: u64, bytes: [u8; 32]) -> Self {
         Self { id, bytes: Zeroizing::new(bytes), previous: None, tag: Arc::default() }
     }
 
-    /// Adds the secret from before, whose entries are still good.
+    /// Adds the previous secret, whose entries are still valid.
     #[must_use]
     pub fn with_previous(self, previous: CacheSecret) -> Self {
         Self { previous: Some(Box::new(CacheSecret { previous: None, ..previous })), ..self }
     }
 
-    /// Binds the secret, and the one from before, to where the keys are from: the names of entries carry a hash of
-    /// `scope`, and what authenticates them is derived from the secret and from `scope`. A copy of a database has the
-    /// same secret, and must neither read nor replace the entries of the original. Scopes add up.
+    /// Binds the secret and the previous one to the database that the keys come from. The names of entries carry a hash
+    /// of `scope`, and the MAC key is derived from the secret and `scope`. A copy of a database has the same secret,
+    /// and must neither read nor replace the entries of the original. Scopes accumulate.
     #[must_use]
     pub fn with_scope(self, scope: &str) -> Self {
         let Self { id, bytes, previous, tag } = self;
@@ -220,33 +220,33 @@ impl CacheSecret {
         }
     }
 
-    /// The part of names that the scope makes up, with the separator behind it.
+    /// Returns the part of the names that depends on the scope, with the separator after it.
     #[cfg(feature = "redis")]
     pub(crate) fn tag(&self) -> &str {
         &self.tag
     }
 
-    /// How entries name the secret.
+    /// Returns the id by which entries refer to the secret.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// The secret from before.
+    /// Returns the previous secret.
     pub fn previous(&self) -> Option<&CacheSecret> {
         self.previous.as_deref()
     }
 
-    /// The secret itself.
+    /// Returns the bytes of the secret.
     pub fn expose_secret(&self) -> &[u8; 32] {
         &self.bytes
     }
 
-    /// Names a stored hash in a shared cache, where not even its fingerprint is to lie.
+    /// Returns the MAC that identifies a stored hash in a shared cache, where not even its fingerprint is stored.
     pub(crate) fn mac_of_hash(&self, fingerprint: &HashFingerprint) -> [u8; 32] {
         hmac_sha256(self.expose_secret(), &[b"hash:".as_slice(), &fingerprint.0].concat())
     }
 
-    /// Reads the rows of `api_key_cache_secrets`, the newest first: id, secret in hexadecimal, and scope.
+    /// Decodes the rows of `api_key_cache_secrets`, newest first: id, secret in hexadecimal, and scope.
     #[cfg(feature = "_sql")]
     pub(crate) fn from_rows<'a>(
         rows: impl Iterator<Item = &'a str>,
@@ -256,7 +256,7 @@ impl CacheSecret {
             Some(Self::new(id, crate::runtime::unhex(hex)?).with_scope(&scope))
         };
         let secrets: Option<Vec<_>> = rows.map(secret).collect();
-        let bad = || StoreError::bad_row("a row of api_key_cache_secrets can't be read");
+        let bad = || StoreError::bad_row("a row of api_key_cache_secrets can't be decoded");
         let mut secrets = secrets.ok_or_else(bad)?.into_iter();
         let Some(newest) = secrets.next() else { return Ok(None) };
         Ok(Some(match secrets.next() {

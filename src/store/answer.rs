@@ -1,4 +1,4 @@
-//! What a store says to a question: [`Answer`].
+//! The result of a look-up: [`Answer`].
 
 use std::{fmt, time::SystemTime};
 
@@ -10,16 +10,16 @@ use crate::{
     record::{KeyId, KeyRecord, Revision, Revisions},
 };
 
-/// What a store says to a [`Lookup`]: whose key it is, that it is unknown, or that it is wrong.
+/// The result of a [`Lookup`]: the matching record, "unknown", or "mismatch".
 ///
-/// It carries the revisions of the rows behind it and the time of the read, its as-of, for "unknown"
-/// too. Only a `Lookup` makes one.
+/// An answer carries the revisions of the rows behind it and the time of the read, its as-of; so does "unknown". Only a
+/// `Lookup` makes one.
 pub struct Answer {
     outcome: Outcome,
     read: Read,
     as_of: SystemTime,
     source: Source,
-    /// Of the key that was asked about: an answer to another question is refused.
+    /// Digest of the look-up. An answer to another look-up is rejected.
     digest: KeyDigest,
     upgrade: Option<HashUpgrade>,
 }
@@ -28,9 +28,9 @@ pub struct Answer {
 pub(crate) enum Outcome {
     /// Nothing is stored under the lookup id.
     Unknown,
-    /// Something is, but the key is not its.
+    /// A key is stored under the lookup id, but the presented key does not match it.
     Mismatch,
-    /// The key was proven to be this candidate's.
+    /// The presented key matches the candidate at this index.
     Match(usize),
 }
 
@@ -38,31 +38,31 @@ pub(crate) enum Outcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
     Store,
-    /// A copy that somebody else may have made.
+    /// A copy that another node may have made.
     Copy,
 }
 
-/// All the keys under a lookup prefix, as one read of the store found them.
+/// All keys under a lookup id, as one read of the store returned them.
 #[derive(Debug)]
 pub(crate) struct Read {
     pub(crate) candidates: Vec<Candidate>,
-    /// The highest revision under the prefix.
+    /// The highest revision under the lookup id.
     pub(crate) key_revision: Revision,
-    /// Whether there is nothing else under the prefix.
+    /// Whether the read returned every key under the lookup id.
     pub(crate) is_whole: bool,
 }
 
-/// One of them, without its hash.
+/// One of these keys, without its hash.
 #[derive(Debug, Clone)]
 pub(crate) struct Candidate {
     pub(crate) record: KeyRecord,
     pub(crate) owner_revision: Revision,
-    /// That the key has matched its hash, if it is the one that matched.
+    /// Proof of the match, for the candidate that matched.
     pub(crate) proof: Option<Proof>,
 }
 
 impl Candidate {
-    /// Of its hash, where the store was read.
+    /// Returns the fingerprint of the hash, if the answer was read from the store.
     pub(crate) fn fingerprint(&self) -> Option<&HashFingerprint> {
         match &self.proof {
             Some(Proof::Seen(fingerprint)) => Some(fingerprint),
@@ -92,16 +92,15 @@ impl Answer {
         Self { upgrade, ..self }
     }
 
-    /// Sets the revision of what is stored under the lookup prefix, where the store knows of a later one
-    /// than the rows have: that of a key which was deleted, of one which was never there.
+    /// Sets the revision of the lookup id, where the store has a later one than the rows: of a deleted key, or of a
+    /// lookup id that was never used.
     #[must_use]
     pub fn with_key_revision(mut self, revision: Revision) -> Self {
         self.read.key_revision = self.read.key_revision.max(revision);
         self
     }
 
-    /// Sets the as-of: the database's time when the read was sent. Without it, it is the time at
-    /// which the question was asked.
+    /// Sets the as-of: the database's time when the read was sent. The default is the start of the look-up.
     #[must_use]
     pub fn with_as_of(self, as_of: SystemTime) -> Self {
         Self { as_of, ..self }
@@ -112,7 +111,7 @@ impl Answer {
         Self { source: Source::Copy, ..self }
     }
 
-    /// The record, if the key was proven.
+    /// Returns the record, if the key matched.
     pub fn record(&self) -> Option<&KeyRecord> {
         self.matched().map(|candidate| &candidate.record)
     }
@@ -121,23 +120,23 @@ impl Answer {
         if let Outcome::Match(at) = self.outcome { self.read.candidates.get(at) } else { None }
     }
 
-    /// The revisions of the rows behind the answer.
+    /// Returns the revisions of the rows behind the answer.
     pub fn revisions(&self) -> Revisions {
         let owner = self.matched().map(|candidate| candidate.owner_revision).unwrap_or_default();
         Revisions { key: self.read.key_revision, owner }
     }
 
-    /// The time of the read behind the answer.
+    /// Returns the time of the read behind the answer.
     pub fn as_of(&self) -> SystemTime {
         self.as_of
     }
 
-    /// A fast hash that the store should write beside the slow one that was just checked.
+    /// Returns the fast hash that the store should write beside the slow hash that was just checked.
     pub fn upgrade(&self) -> Option<&HashUpgrade> {
         self.upgrade.as_ref()
     }
 
-    /// Whether this is about the key that `lookup` presents.
+    /// Returns whether this is an answer to `lookup`.
     pub(crate) fn answers(&self, lookup: &Lookup) -> bool {
         self.digest.ct_eq(&lookup.digest()).into()
     }
@@ -154,7 +153,7 @@ impl Answer {
         &self.read
     }
 
-    /// The candidate that the key was proven to be.
+    /// Returns the candidate that the key matched.
     pub(crate) fn into_matched(mut self) -> Option<Candidate> {
         match self.outcome {
             Outcome::Match(at) if at < self.read.candidates.len() => {
@@ -178,10 +177,9 @@ impl fmt::Debug for Answer {
 
 /// A fast hash to store beside a bcrypt hash, so that the next look-up of that key runs no bcrypt.
 ///
-/// It counts only for the hash that it was derived from: write it only where `key_hash` is still
-/// `checked`, together with `checked`, and hand it back
-/// ([`StoredKey::with_upgrade`]) only while the two are equal. Then a rotation or a hand-written
-/// `UPDATE` of `key_hash` voids it.
+/// It is valid only for the hash that it was derived from. Write it only where `key_hash` still equals `checked`, store
+/// `checked` with it, and return it ([`StoredKey::with_upgrade`]) only while the two are equal. A rotation or a
+/// hand-written `UPDATE` of `key_hash` then invalidates it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct HashUpgrade {

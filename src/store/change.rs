@@ -1,4 +1,4 @@
-//! What a store says of its own accord: [`Change`], in a [`ChangeStream`].
+//! Changes that a store reports: [`Change`], in a [`ChangeStream`].
 
 use std::{
     collections::VecDeque,
@@ -14,20 +14,20 @@ use futures_core::Stream;
 
 use crate::record::{Revision, UserId};
 
-/// Something that caches above a store must know.
+/// A change event for the caches above a store.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Change {
-    /// A key under this lookup prefix has changed. Give the revision 0 unless each answer carries
-    /// revisions: an answer below the highest that was said is not served.
+    /// A key under this lookup id has changed. Use the revision 0 unless each answer carries revisions: an answer below
+    /// the highest reported revision is not served.
     Prefix(String, Revision),
-    /// This user has changed, and with it every key that it owns.
+    /// This user has changed, and with it all keys that it owns.
     Owner(UserId, Revision),
-    /// Every change up to this time of the database has been said.
+    /// Every change up to this time of the database has been reported.
     Synced(SystemTime),
-    /// Changes may have been missed: drop everything that is cached.
+    /// Changes may have been missed. Caches drop all entries.
     Reset,
-    /// What the feed reports about itself. While it has a fault there is no [`Change::Synced`].
+    /// Status of the feed. While the feed has a fault, it reports no [`Change::Synced`].
     Status(FeedStatus),
 }
 
@@ -43,15 +43,15 @@ pub struct FeedStatus {
     pub oldest: Option<SystemTime>,
 }
 
-/// Why changes may not arrive. Cached keys are served for `max_staleness` after the last sync, as on a node that is
-/// cut off.
+/// The reason why changes may not arrive. Cached keys are served for `max_staleness` after the last sync, as on a node
+/// that is cut off.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FeedFault {
     /// The table of changes can't be read.
     Disconnected(Arc<str>),
-    /// It can be read, but changes of keys or users need not be in it: triggers are missing or disabled. Call
-    /// `migrate()` of the store, which restores them.
+    /// The table can be read, but changes of keys or users may be missing from it, because triggers are missing or
+    /// disabled. Call `migrate()` of the store, which restores them.
     Incomplete(Arc<str>),
 }
 
@@ -64,7 +64,7 @@ impl fmt::Display for FeedFault {
     }
 }
 
-/// A stream of [`Change`]s. It ends when its store can't go on listening.
+/// A stream of [`Change`]s. It ends when its store can't report changes any more.
 #[derive(Default)]
 pub struct ChangeStream {
     changes: Option<Pin<Box<dyn Stream<Item = Change> + Send>>>,
@@ -72,24 +72,24 @@ pub struct ChangeStream {
 }
 
 impl ChangeStream {
-    /// The stream of a store that has no feed.
+    /// Creates the stream of a store that has no feed.
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// Wraps the stream of a store that has a feed: each change is in it, and [`Change::Synced`] says up
-    /// to when that is so.
+    /// Wraps the stream of a store with a complete feed: it contains each change, and [`Change::Synced`] reports up to
+    /// which time.
     pub fn new(changes: impl Stream<Item = Change> + Send + 'static) -> Self {
         Self { changes: Some(Box::pin(changes)), is_complete: true }
     }
 
-    /// Wraps a stream that says of changes what it happens to hear. Resolver get old all the same.
+    /// Wraps a stream that may miss changes. Answers become stale all the same.
     pub fn best_effort(changes: impl Stream<Item = Change> + Send + 'static) -> Self {
         Self { changes: Some(Box::pin(changes)), is_complete: false }
     }
 
-    /// A stream that `step` makes, a batch at a time, from a state that it is given and gives back. It
-    /// ends when `step` gives none back.
+    /// Creates a stream from `step`, which produces one batch at a time from a state and returns the next state. The
+    /// stream ends when `step` returns no state.
     pub(crate) fn steps<S, F>(state: S, step: impl FnMut(S) -> F + Send + 'static) -> Self
     where
         S: Send + 'static,
@@ -98,17 +98,17 @@ impl ChangeStream {
         Self::new(Steps { step, state: Some(state), under_way: None, ready: VecDeque::new() })
     }
 
-    /// The same, as hints.
+    /// Converts the stream into a best-effort stream.
     pub(crate) fn into_hints(self) -> Self {
         Self { is_complete: false, ..self }
     }
 
-    /// Whether there is anything to listen to.
+    /// Returns whether the store has a feed.
     pub fn has_feed(&self) -> bool {
         self.changes.is_some()
     }
 
-    /// Whether each change is in it.
+    /// Returns whether the stream contains each change.
     pub fn is_complete(&self) -> bool {
         self.is_complete
     }
@@ -132,7 +132,7 @@ struct Steps<S, F, G> {
     ready: VecDeque<Change>,
 }
 
-// Nothing in it is pinned but what is boxed.
+// Only boxed values are pinned.
 impl<S, F, G> Unpin for Steps<S, F, G> {}
 
 impl<S, F, G> Stream for Steps<S, F, G>

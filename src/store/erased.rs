@@ -11,7 +11,7 @@ use super::{
 };
 use crate::error::StoreError;
 
-/// Any [`KeyStore`], as one type. Cheap to clone; everything above the stores works on it.
+/// Any [`KeyStore`], as one type. It is cheap to clone. The layers above the stores use this type.
 ///
 /// ```
 /// use tower_api_key::{ApiKeyAuthLayer, DynKeyStore, MemoryStore};
@@ -45,8 +45,8 @@ impl KeyStore for DynKeyStore {
         self.0.record_usage(batch).await
     }
 
-    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
-        self.0.lease(ask).await
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
+        self.0.lease(request).await
     }
 
     fn has_cache_secret(&self) -> bool {
@@ -77,8 +77,8 @@ impl<S: KeyStore> KeyStore for Arc<S> {
         S::record_usage(self, batch).await
     }
 
-    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
-        S::lease(self, ask).await
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
+        S::lease(self, request).await
     }
 
     fn has_cache_secret(&self) -> bool {
@@ -97,7 +97,7 @@ trait Erased: Send + Sync {
     fn resolve<'a>(&'a self, lookup: &'a Lookup) -> Boxed<'a, Answer>;
     fn changes(&self, since: SystemTime) -> ChangeStream;
     fn record_usage<'a>(&'a self, batch: &'a UsageBatch) -> Boxed<'a, ()>;
-    fn lease<'a>(&'a self, ask: &'a LeaseRequest) -> Boxed<'a, Lease>;
+    fn lease<'a>(&'a self, request: &'a LeaseRequest) -> Boxed<'a, Lease>;
     fn has_cache_secret(&self) -> bool;
     fn cache_secret(&self) -> Boxed<'_, Option<CacheSecret>>;
 }
@@ -115,8 +115,8 @@ impl<S: KeyStore> Erased for S {
         Box::pin(KeyStore::record_usage(self, batch))
     }
 
-    fn lease<'a>(&'a self, ask: &'a LeaseRequest) -> Boxed<'a, Lease> {
-        Box::pin(KeyStore::lease(self, ask))
+    fn lease<'a>(&'a self, request: &'a LeaseRequest) -> Boxed<'a, Lease> {
+        Box::pin(KeyStore::lease(self, request))
     }
 
     fn has_cache_secret(&self) -> bool {

@@ -1,4 +1,4 @@
-//! The rule of the ledger, for stores that keep it in this process.
+//! The ledger rule, for stores that evaluate it in this process.
 
 use std::time::SystemTime;
 
@@ -7,72 +7,73 @@ use chrono::{DateTime, Datelike, Days, Months, NaiveDate, Utc};
 use super::account::{Lease, LeaseRequest};
 use crate::record::{Budget, BudgetPeriod};
 
-/// What counts for a lease beside the budget, in micro-cents.
+/// The amounts that a lease is computed from beside the budget, in micro-cents.
 pub(crate) struct LedgerEntry {
-    /// What the period has cost.
+    /// Cost of the current period.
     pub(crate) spent: i64,
-    /// The leases of others that have not expired.
+    /// Unexpired leases of other holders.
     pub(crate) others: i64,
-    /// What the one who asks has.
-    pub(crate) own: Slice,
+    /// The current lease of the requesting holder.
+    pub(crate) own: GrantedLease,
 }
 
-/// What stands in the ledger of a lease: until it expires, also when it was handed back, so that an ask that was on
-/// its way for long is known to be old.
+/// The ledger's row of a lease. It is kept until it expires, also after the lease was returned, so that a delayed
+/// request is recognized as old.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Slice {
+pub(crate) struct GrantedLease {
     pub(crate) amount: i64,
-    /// Of the ask that it was granted for.
+    /// Sequence number of the request that it was granted for.
     pub(crate) sequence: u64,
     pub(crate) expires_at: SystemTime,
 }
 
-impl Slice {
-    /// Of a holder that has none, or one that has expired.
+impl GrantedLease {
+    /// The row of a holder without a lease, or with an expired one.
     pub(crate) const NONE: Self =
         Self { amount: 0, sequence: 0, expires_at: SystemTime::UNIX_EPOCH };
 
-    /// As its holder sees it.
+    /// Returns the lease as its holder receives it.
     pub(crate) fn lease(self, budget: Option<Budget>, now: SystemTime) -> Lease {
         let resets_at = budget.and_then(|budget| budget.period.end(now));
         Lease { resets_at, ..Lease::new(self.amount, self.expires_at) }
     }
 }
 
-/// A slice for the one who asks, in place of the one that it has: what it asks for, but no more than it needs and a
-/// quarter of what is left then. If there is less left than it needs, it keeps what it has. An ask that is not newer
-/// than the last one changes nothing.
+/// Returns the lease that replaces the holder's current one: the requested amount, but at most the needed amount and a
+/// quarter of what is left after it. If less than the needed amount is left, the holder keeps its current lease. A
+/// request that is not newer than the last one is ignored.
 pub(crate) fn grant(
     budget: Option<Budget>,
-    books: &LedgerEntry,
-    ask: &LeaseRequest,
+    entry: &LedgerEntry,
+    request: &LeaseRequest,
     now: SystemTime,
-) -> Slice {
-    if ask.sequence <= books.own.sequence {
-        return books.own;
+) -> GrantedLease {
+    if request.sequence <= entry.own.sequence {
+        return entry.own;
     }
     let limit = budget.map_or(i64::MAX, Budget::micro_cents);
-    let room = limit.saturating_sub(books.spent).saturating_sub(books.others).max(0);
-    let (asked, needed) = (ask.amount_micro_cents.max(0), ask.needed_micro_cents.max(0));
+    let room = limit.saturating_sub(entry.spent).saturating_sub(entry.others).max(0);
+    let (requested, needed) =
+        (request.amount_micro_cents.max(0), request.needed_micro_cents.max(0));
     let amount = if needed > room {
-        books.own.amount.min(room)
+        entry.own.amount.min(room)
     } else {
-        asked.min(needed + (room - needed) / 4)
+        requested.min(needed + (room - needed) / 4)
     };
-    let expires_at = now.checked_add(ask.lifetime).unwrap_or(now);
-    Slice { amount, sequence: ask.sequence, expires_at }
+    let expires_at = now.checked_add(request.lifetime).unwrap_or(now);
+    GrantedLease { amount, sequence: request.sequence, expires_at }
 }
 
 impl Budget {
-    /// The limit.
+    /// Returns the limit in micro-cents.
     pub(crate) fn micro_cents(self) -> i64 {
         i64::try_from(self.limit_cents).unwrap_or(i64::MAX).saturating_mul(1_000_000)
     }
 }
 
 impl BudgetPeriod {
-    /// The first day of the period that `time` is in, and the first one after it; `None` for the whole life of a
-    /// key.
+    /// Returns the first day of the period that contains `time`, and the first day after it; `None` for the whole life
+    /// of a key.
     pub(crate) fn days(self, time: SystemTime) -> Option<(NaiveDate, NaiveDate)> {
         let day = DateTime::<Utc>::from(time).date_naive();
         match self {
@@ -90,7 +91,7 @@ impl BudgetPeriod {
         }
     }
 
-    /// When the period ends that `time` is in: at midnight UTC.
+    /// Returns the end of the period that contains `time`, at midnight UTC.
     pub(crate) fn end(self, time: SystemTime) -> Option<SystemTime> {
         let (_, after) = self.days(time)?;
         Some(after.and_hms_opt(0, 0, 0)?.and_utc().into())
@@ -103,35 +104,35 @@ mod tests {
 
     use super::*;
 
-    fn ask(asked: i64, needed: i64) -> LeaseRequest {
-        let mut ask = LeaseRequest::new(1.into(), "node", 2, asked);
-        ask.needed_micro_cents = needed;
-        ask
+    fn request(requested: i64, needed: i64) -> LeaseRequest {
+        let mut request = LeaseRequest::new(1.into(), "node", 2, requested);
+        request.needed_micro_cents = needed;
+        request
     }
 
-    fn granted(limit_cents: u64, spent: i64, others: i64, own: i64, ask: &LeaseRequest) -> i64 {
+    fn granted(limit_cents: u64, spent: i64, others: i64, own: i64, request: &LeaseRequest) -> i64 {
         let budget = Budget { limit_cents, period: BudgetPeriod::Total };
-        let own = Slice { amount: own, sequence: 1, ..Slice::NONE };
-        let books = LedgerEntry { spent, others, own };
-        grant(Some(budget), &books, ask, SystemTime::UNIX_EPOCH).amount
+        let own = GrantedLease { amount: own, sequence: 1, ..GrantedLease::NONE };
+        let entry = LedgerEntry { spent, others, own };
+        grant(Some(budget), &entry, request, SystemTime::UNIX_EPOCH).amount
     }
 
     #[test]
     fn a_grant_is_never_more_than_what_is_left() {
-        assert_eq!(granted(1, 0, 0, 0, &ask(100, 10)), 100);
-        // What is needed, and a quarter of what is left.
-        assert_eq!(granted(1, 0, 0, 0, &ask(900_000, 20)), 250_015);
-        assert_eq!(granted(1, 0, 0, 0, &ask(900_000, 600_000)), 700_000);
-        assert_eq!(granted(1, 400_000, 600_000, 0, &ask(10, 1)), 0);
-        // What it has, as far as there is room for it.
-        assert_eq!(granted(1, 400_000, 500_000, 90_000, &ask(300_000, 200_000)), 90_000);
-        assert_eq!(granted(1, 400_000, 550_000, 90_000, &ask(300_000, 200_000)), 50_000);
-        assert_eq!(granted(0, 0, 0, 0, &ask(10, 1)), 0);
-        assert_eq!(granted(1, 5_000_000, 0, 0, &ask(10, 1)), 0);
-        assert_eq!(granted(1, 0, 0, 70, &ask(0, 0)), 0);
-        assert_eq!(granted(u64::MAX, i64::MAX - 5, 0, 0, &ask(10, 1)), 2);
-        let books = LedgerEntry { spent: i64::MAX, others: 0, own: Slice::NONE };
-        assert_eq!(grant(None, &books, &ask(10, 0), SystemTime::UNIX_EPOCH).amount, 0);
+        assert_eq!(granted(1, 0, 0, 0, &request(100, 10)), 100);
+        // The needed amount, and a quarter of what is left.
+        assert_eq!(granted(1, 0, 0, 0, &request(900_000, 20)), 250_015);
+        assert_eq!(granted(1, 0, 0, 0, &request(900_000, 600_000)), 700_000);
+        assert_eq!(granted(1, 400_000, 600_000, 0, &request(10, 1)), 0);
+        // The current lease, as far as the budget has room for it.
+        assert_eq!(granted(1, 400_000, 500_000, 90_000, &request(300_000, 200_000)), 90_000);
+        assert_eq!(granted(1, 400_000, 550_000, 90_000, &request(300_000, 200_000)), 50_000);
+        assert_eq!(granted(0, 0, 0, 0, &request(10, 1)), 0);
+        assert_eq!(granted(1, 5_000_000, 0, 0, &request(10, 1)), 0);
+        assert_eq!(granted(1, 0, 0, 70, &request(0, 0)), 0);
+        assert_eq!(granted(u64::MAX, i64::MAX - 5, 0, 0, &request(10, 1)), 2);
+        let entry = LedgerEntry { spent: i64::MAX, others: 0, own: GrantedLease::NONE };
+        assert_eq!(grant(None, &entry, &request(10, 0), SystemTime::UNIX_EPOCH).amount, 0);
     }
 
     #[test]
@@ -153,6 +154,6 @@ mod tests {
             assert!(first <= day && day < after);
         }
         assert_eq!(BudgetPeriod::Total.end(at("2026-11-22T00:00:00Z")), None);
-        assert_eq!(ask(1, 1).lifetime, Duration::from_secs(30));
+        assert_eq!(request(1, 1).lifetime, Duration::from_secs(30));
     }
 }

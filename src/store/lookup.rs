@@ -1,4 +1,4 @@
-//! A question to a store, and the only way to answer it: [`Lookup`].
+//! A look-up, and the only way to answer it: [`Lookup`].
 
 use std::{future::Future, net::IpAddr, sync::Arc, time::SystemTime};
 
@@ -17,13 +17,12 @@ use crate::{
     runtime::Clock,
 };
 
-/// So many keys that share a lookup prefix are tried.
+/// Maximum number of candidates per lookup id.
 pub(crate) const MAX_CANDIDATES: usize = 8;
 
-/// A question to a [`KeyStore`](super::KeyStore): the key that was presented, and what is known
-/// above the store.
+/// A request to a [`KeyStore`](super::KeyStore): the presented key, and the change state of the node.
 ///
-/// `Debug` shows the lookup id alone.
+/// `Debug` shows only the lookup id.
 #[derive(Debug, Clone)]
 pub struct Lookup {
     key: LookupKey,
@@ -60,87 +59,87 @@ impl Lookup {
         }
     }
 
-    /// Sets who waits for the answer, and whether others go first.
+    /// Sets the waiters of the look-up, and its priority.
     #[must_use]
     pub(crate) fn with_waiters(self, priority: Priority, waiters: Arc<dyn Waiting>) -> Self {
         Self { priority, waiters: Some(waiters), ..self }
     }
 
-    /// Whether others go first.
+    /// Returns the priority of the look-up.
     #[cfg(feature = "_sql")]
     pub(crate) fn priority(&self) -> Priority {
         self.priority
     }
 
-    /// The requests that wait for the answer.
+    /// Returns the requests that wait for the answer.
     #[cfg(feature = "_sql")]
     pub(crate) fn waiting(&self) -> Option<&dyn Waiting> {
         self.waiters.as_deref()
     }
 
-    /// Logs that a row under the lookup id can't be used.
+    /// Logs a row under the lookup id that can't be used.
     pub(crate) fn log_bad_row(&self, error: &StoreError) {
         self.view.bad_rows.log(self.id(), error, self.clock().monotonic());
     }
 
-    /// Adds a proof.
+    /// Adds a proof of an earlier match.
     #[must_use]
     pub(crate) fn with_proof(mut self, proof: Proof) -> Self {
         self.proofs.push(proof);
         self
     }
 
-    /// Asks for the truth alone: a copy was not good enough.
+    /// Restricts the look-up to the store itself, because a copy was not sufficient.
     #[must_use]
     pub(crate) fn without_copies(self) -> Self {
         Self { skips_copies: true, ..self }
     }
 
-    /// Whether copies are of no use to this question.
+    /// Returns whether the look-up must not be answered from a copy.
     pub(crate) fn skips_copies(&self) -> bool {
         self.skips_copies
     }
 
-    /// What this node knows of changes.
+    /// Returns the change state of this node.
     pub(crate) fn view(&self) -> &Arc<View> {
         &self.view
     }
 
-    /// The clock of this node.
+    /// Returns the clock of this node.
     pub(crate) fn clock(&self) -> &dyn Clock {
         self.scheme.clock()
     }
 
-    /// The public lookup id, which is stored as `key_prefix`.
+    /// Returns the public lookup id, which is stored as `key_prefix`.
     pub fn id(&self) -> &str {
         self.key.id()
     }
 
-    /// The whole key, for a store that verifies keys elsewhere. Never keep it. Empty in a look-up by
-    /// [`AuthContext::recheck`](crate::AuthContext::recheck), where no key is presented: such a store has to
-    /// answer it with [`Lookup::verify`] of no candidates, or an error.
+    /// Returns the whole key, for a store that verifies keys elsewhere. Never store it. It is empty in a look-up by
+    /// [`AuthContext::recheck`](crate::AuthContext::recheck), where no key is presented. Such a store must answer that
+    /// look-up with [`Lookup::verify`] of no candidates, or with an error.
     pub fn expose_secret(&self) -> &str {
         self.key.presented().map_or("", |key| key.expose_secret())
     }
 
-    /// What this is about.
+    /// Returns the key that the look-up is for.
     pub(crate) fn key(&self) -> &LookupKey {
         &self.key
     }
 
-    /// Whether the key itself is presented. Without it, proofs alone decide, and nothing is hashed.
+    /// Returns whether the key itself is presented. Without it, only proofs match, and nothing is hashed.
     pub(crate) fn is_presented(&self) -> bool {
         self.key.presented().is_some()
     }
 
-    /// Checks the presented key against the keys that are stored under its lookup id, at most 8, and
-    /// makes the answer; with no candidates, the answer "unknown". Fast hashes are compared first, in
-    /// constant time; bcrypt runs on the scheme's pool.
+    /// Verifies the presented key against the keys that are stored under its lookup id, at most 8, and returns the
+    /// answer. With no candidates, the answer is "unknown". Fast hashes are compared first, in constant time; bcrypt
+    /// runs on the scheme's pool.
     ///
     /// # Errors
     ///
-    /// `Overloaded` past the pool's queue or ration; `BadRow` if there are more than 8 candidates, or
-    /// one whose hash this scheme can't check, and no other one matches.
+    /// `Overloaded` if the pool's queue is full or the failure limiter rejects the check. `BadRow` if there are more
+    /// than 8 candidates, or a candidate has a hash that this scheme can't check, and no other candidate matches.
     pub fn verify(
         &self,
         candidates: impl IntoIterator<Item = StoredKey>,
@@ -148,12 +147,12 @@ impl Lookup {
         self.verify_all(candidates.into_iter().map(Ok).collect())
     }
 
-    /// Like [`Lookup::verify`], with rows some of which could not be decoded: such a row fails the
-    /// question only if no other one matches.
+    /// Verifies like [`Lookup::verify`], with rows some of which could not be decoded. Such a row fails the look-up
+    /// only if no other row matches.
     ///
     /// # Errors
     ///
-    /// Those of [`Lookup::verify`], and the first row's that could not be decoded.
+    /// The errors of [`Lookup::verify`], and that of the first row that could not be decoded.
     #[cfg(feature = "_sql")]
     pub(crate) fn verify_rows(
         &self,
@@ -171,7 +170,7 @@ impl Lookup {
                 format!("more than {MAX_CANDIDATES} keys share the lookup prefix {:?}", self.id());
             StoreError::bad_row(message)
         });
-        // Of those that are not tried, too.
+        // The rows that are not tried count too.
         let latest = rows.iter().flatten().map(|key| key.revisions.key).max().unwrap_or_default();
         let mut candidates = Vec::with_capacity(rows.len().min(MAX_CANDIDATES));
         for row in rows.into_iter().take(MAX_CANDIDATES) {
@@ -215,7 +214,7 @@ impl Lookup {
             if matched.is_none() {
                 return Err(fault);
             }
-            // The caller's own key is fine, so nobody else would hear of the row.
+            // The request succeeds, so no other log line reports the row.
             self.log_bad_row(&fault);
         }
         let read = Read::new(candidates, is_whole);
@@ -227,22 +226,21 @@ impl Lookup {
         Ok(self.answer(outcome, read).with_key_revision(latest).with_upgrade(upgrade))
     }
 
-    /// The answer that `read` holds for this key.
+    /// Returns the answer that `read` contains for this key.
     pub(crate) fn answer(&self, outcome: Outcome, read: Read) -> Answer {
         Answer::new(outcome, read, self.asked_at, self.digest())
     }
 
-    /// Names the look-up, so that the answer to another one is not taken for this one's.
+    /// Returns the digest of the look-up, so that the answer to another look-up is not accepted for this one.
     pub(crate) fn digest(&self) -> KeyDigest {
         self.key.lookup_digest()
     }
 
-    /// The proof that goes with a match of the key; `None` without a match, or where the store verifies keys
-    /// elsewhere.
+    /// Returns the proof of a match; `None` without a match, or if the store verifies keys elsewhere.
     ///
     /// # Errors
     ///
-    /// `Unsupported` if the key was not presented and no proof made the match: nothing was verified then.
+    /// `Unsupported` if the key was not presented and no proof made the match, because nothing was verified then.
     pub(crate) fn proof_of(&self, answer: &Answer) -> Result<Option<Proof>, StoreError> {
         let Some(matched) = answer.matched() else { return Ok(None) };
         if self.is_presented() {
@@ -260,7 +258,7 @@ impl Lookup {
 
     fn check_fast(&self, candidate: &StoredKey) -> FastCheck {
         let Some(key) = self.key.presented() else {
-            // There is no text to compare: the hash is the one that the key has matched, or another one.
+            // The key is not presented: only the hash that it matched before can match.
             return match self.has_proof_for(candidate) {
                 true => FastCheck::Match,
                 false => FastCheck::Mismatch,
@@ -268,11 +266,11 @@ impl Lookup {
         };
         let upgraded = candidate.upgraded.as_ref().map(|fast| self.scheme.check_fast(fast, key));
         let verdict = match upgraded {
-            // A valid fast hash decides alone, for a wrong key too.
+            // A valid fast hash is decisive, for a wrong key too.
             Some(verdict @ (FastCheck::Match | FastCheck::Mismatch)) => return verdict,
             _ => self.scheme.check_fast(&candidate.hash, key),
         };
-        // A key already proven costs no slow check, and is never rationed.
+        // A key with a proof needs no slow check, and is never limited.
         match verdict {
             FastCheck::Slow(_) if self.has_proof_for(candidate) => FastCheck::Match,
             verdict => verdict,
@@ -284,27 +282,27 @@ impl Lookup {
         Some(HashUpgrade { key: found.record.id.clone(), checked: found.hash.clone(), fast })
     }
 
-    /// Makes the answer without a check, for a store that proves keys elsewhere: an identity
-    /// provider, a hardware module. Call it only where the presented key was verified to be that record's.
+    /// Creates an answer without a check, for a store that verifies keys elsewhere, such as an identity provider or a
+    /// hardware module. Call it only after the presented key was verified to be the key of that record.
     ///
-    /// [`AuthContext::recheck`](crate::AuthContext::recheck) can't query such a store again, because there is no key
-    /// to present: an answer made with this is then refused.
+    /// [`AuthContext::recheck`](crate::AuthContext::recheck) can't query such a store again, because no key is
+    /// presented. An answer that is made with this function is then rejected.
     pub fn assume_verified(&self, record: KeyRecord) -> Answer {
         let candidate = Candidate { record, owner_revision: Revision::default(), proof: None };
-        // With no hash to tie a copy to, none is made.
+        // A copy must be bound to a hash. There is none, so no copy is made.
         let read = Read { candidates: vec![candidate], key_revision: Revision(0), is_whole: false };
         self.answer(Outcome::Match(0), read)
     }
 }
 
-/// A store that verifies keys elsewhere can't check one again without the key.
+/// Returns the error for a store that verifies keys elsewhere and is queried without the key.
 pub(crate) fn needs_the_key() -> StoreError {
     StoreError::unsupported(
-        "a recheck without the key: it verifies keys elsewhere (Lookup::assume_verified)",
+        "a recheck without the key, because it verifies keys elsewhere (Lookup::assume_verified)",
     )
 }
 
-/// Keeps the first fault: one is enough to refuse, and to name in the log.
+/// Keeps the first fault. One fault fails the look-up, and the log names it.
 fn note_fault(fault: &mut Option<StoreError>, next: StoreError) {
     if fault.is_none() {
         *fault = Some(next);

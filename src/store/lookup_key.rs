@@ -1,4 +1,4 @@
-//! What a look-up is about: [`LookupKey`], and what makes a hash check superfluous: [`Proof`].
+//! The key of a look-up: [`LookupKey`], and proof of an earlier match, which makes a hash check unnecessary: [`Proof`].
 
 use std::{fmt, sync::Arc};
 
@@ -7,39 +7,39 @@ use subtle::ConstantTimeEq;
 use super::account::CacheSecret;
 use crate::key::{HashFingerprint, KeyDigest, PresentedKey};
 
-/// The key that a look-up is about.
+/// The key of a look-up.
 #[derive(Debug, Clone)]
 pub(crate) enum LookupKey {
-    /// A request presents it.
+    /// The request presents the key.
     Presented(Arc<PresentedKey>),
-    /// This node has verified it before; its text is not kept. Proofs alone can match it.
+    /// This node has verified the key before, and does not keep its text. Only proofs match it.
     Verified(Arc<VerifiedKey>),
 }
 
-/// A key that this node has verified: enough to find its row again, and no part of the key's secret.
+/// A key that this node has verified: enough to find its row again, without any part of the secret.
 ///
-/// `Debug` shows the lookup id alone.
+/// `Debug` shows only the lookup id.
 pub(crate) struct VerifiedKey {
     pub(crate) id: Box<str>,
-    /// The digest under which the local cache has the key.
+    /// Digest under which the local cache stores the key.
     pub(crate) digest: KeyDigest,
     /// `None` if the store verifies keys elsewhere.
     pub(crate) proof: Option<Proof>,
 }
 
-/// Knowledge that the key has matched a hash before. It is valid for that hash alone.
+/// Proof that the key has matched a hash before. It is valid only for that hash.
 ///
 /// `Debug` shows neither the hash nor its MAC.
 #[derive(Clone)]
 pub(crate) enum Proof {
     /// This node checked the hash.
     Seen(HashFingerprint),
-    /// A shared cache has it, under the secret that its entries are authenticated with.
+    /// A shared cache holds the match, under the secret that authenticates its entries.
     Shared(Box<(CacheSecret, [u8; 32])>),
 }
 
 impl LookupKey {
-    /// The public lookup id.
+    /// Returns the public lookup id.
     pub(crate) fn id(&self) -> &str {
         match self {
             Self::Presented(key) => key.id(),
@@ -47,7 +47,7 @@ impl LookupKey {
         }
     }
 
-    /// The digest under which the local cache has the key.
+    /// Returns the digest under which the local cache stores the key.
     pub(crate) fn cache_digest(&self) -> KeyDigest {
         match self {
             Self::Presented(key) => key.digest,
@@ -55,8 +55,8 @@ impl LookupKey {
         }
     }
 
-    /// The digest that names the look-up and its answer. It differs from the key's own where the key was not
-    /// presented: such a look-up fails when the row's hash has changed, and one with the key may not.
+    /// Returns the digest that identifies the look-up and its answer. It differs from the key's own digest if the key
+    /// was not presented: such a look-up fails after the row's hash has changed, and one with the key may succeed.
     pub(crate) fn lookup_digest(&self) -> KeyDigest {
         match self {
             Self::Presented(key) => key.digest,

@@ -1,4 +1,4 @@
-//! Where keys are kept: [`KeyStore`], the plug, and [`KeyRepository`], its write side.
+//! The store contract: [`KeyStore`], the look-up side, and [`KeyRepository`], the write side.
 
 mod account;
 mod answer;
@@ -29,7 +29,7 @@ pub use self::{
 };
 pub(crate) use self::{
     answer::{Outcome, Source},
-    ledger::{LedgerEntry, Slice, grant},
+    ledger::{GrantedLease, LedgerEntry, grant},
     lookup::needs_the_key,
     lookup_key::{LookupKey, Proof, VerifiedKey},
     priority::Priority,
@@ -39,13 +39,13 @@ pub(crate) use self::{
 pub(crate) use self::{lookup::MAX_CANDIDATES, waiting::Left};
 use crate::error::StoreError;
 
-/// Why an update that requires a revision fails.
+/// Message of the conflict if an update requires a revision that the row no longer has.
 pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
 
-/// Where keys are looked up.
+/// A store in which keys are looked up.
 ///
-/// A store is asked, listened to and told; only the first is required of it. The smallest one that
-/// is of use:
+/// Only [`resolve`](Self::resolve) is required. The other methods report changes, count usage and grant budget leases.
+/// The smallest useful store:
 ///
 /// ```
 /// use std::collections::HashMap;
@@ -65,9 +65,9 @@ pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
 ///
 /// # What an implementer must never do
 ///
-/// Never return an [`Answer`] about another key than the [`Lookup`]'s (it is refused), never
-/// [`assume_verified`](Lookup::assume_verified) for a key that was not proven, never say "unknown" when the truth is
-/// "could not ask" (that is an error), and never keep the presented key.
+/// Never return an [`Answer`] to another [`Lookup`] (it is rejected). Never call
+/// [`assume_verified`](Lookup::assume_verified) for a key that was not verified. Never return "unknown" when the
+/// look-up could not be completed (return an error). Never store the presented key.
 ///
 /// # Dyn compatibility
 ///
@@ -80,29 +80,30 @@ pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
     note = "a builder becomes a store with `build()`, a path with `SqliteStore::open(path)?`, a URL with `PostgresStore::new(url)?`"
 )]
 pub trait KeyStore: Send + Sync + 'static {
-    /// Ask: what is stored under the key that `lookup` presents, and does it match?
+    /// Looks up the key that `lookup` presents, and verifies it.
     ///
     /// # Errors
     ///
-    /// When the question could not be answered; never for a key that is unknown or wrong.
+    /// If the look-up could not be completed; never for a key that is unknown or wrong.
     fn resolve(
         &self,
         lookup: &Lookup,
         // The compiler shows the next line where `dyn KeyStore` is tried.
     ) -> impl Future<Output = Result<Answer, StoreError>> + Send; // behind a pointer, use `DynKeyStore`
 
-    /// Listen: changes since then, so that caches above can drop what they hold. Each call is an
-    /// independent stream. By default there is no feed.
+    /// Returns the changes since `since`, so that caches above the store can drop outdated entries. Each call creates
+    /// an independent stream. The default is no feed.
     fn changes(&self, since: SystemTime) -> ChangeStream {
         let _ = since;
         ChangeStream::none()
     }
 
-    /// Tell: a batch of usage and last-used times. Must count once however often the same batch comes.
+    /// Records a batch of usage and last-used times. It must be idempotent: a batch that is sent again must not be
+    /// counted again.
     ///
     /// # Errors
     ///
-    /// `Unsupported` by default: a node logs that as a warning, counts no usage from then on, and reserves no budget.
+    /// `Unsupported` by default. The node then logs a warning, counts no more usage, and reserves no budget.
     fn record_usage(
         &self,
         batch: &UsageBatch,
@@ -111,13 +112,17 @@ pub trait KeyStore: Send + Sync + 'static {
         async { Err(StoreError::unsupported("usage")) }
     }
 
-    /// Take, renew or hand back a slice of what is left of a key's budget: the store is the ledger.
+    /// Acquires, renews or returns a lease on what is left of a key's budget. The store is the ledger.
     ///
     /// # Errors
     ///
-    /// `Unsupported` by default: a reservation for a key with a budget is answered 500, and logged as a warning once.
-    fn lease(&self, ask: &LeaseRequest) -> impl Future<Output = Result<Lease, StoreError>> + Send {
-        let _ = ask;
+    /// `Unsupported` by default. A reservation for a key with a budget is then answered 500, and logged as a warning
+    /// once.
+    fn lease(
+        &self,
+        request: &LeaseRequest,
+    ) -> impl Future<Output = Result<Lease, StoreError>> + Send {
+        let _ = request;
         async { Err(StoreError::unsupported("budget leases")) }
     }
 

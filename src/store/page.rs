@@ -5,20 +5,20 @@ use crate::{
     record::{KeyId, KeyRecord, UserId},
 };
 
-/// Which keys to list.
+/// Selects the keys to list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ListKeys {
-    /// Only the keys of this user.
+    /// Lists only the keys of this user.
     pub owner: Option<UserId>,
-    /// Only the keys after this one: [`KeyPage::next`] of the page before.
+    /// Lists only the keys after this one: [`KeyPage::next`] of the previous page.
     pub after: Option<KeyId>,
     /// Maximum number of keys: 100 by default.
     pub limit: u32,
 }
 
 impl ListKeys {
-    /// Lists the keys of one user alone.
+    /// Lists only the keys of one user.
     ///
     /// ```
     /// # async fn run(store: tower_api_key::MemoryStore) -> Result<(), tower_api_key::StoreError> {
@@ -39,7 +39,7 @@ impl ListKeys {
         Self { owner: Some(owner.into()), ..self }
     }
 
-    /// Lists the keys after this one alone: [`KeyPage::next`] of the page before.
+    /// Lists only the keys after this one: [`KeyPage::next`] of the previous page.
     #[must_use]
     pub fn after(self, key: impl Into<KeyId>) -> Self {
         Self { after: Some(key.into()), ..self }
@@ -58,7 +58,7 @@ impl Default for ListKeys {
     }
 }
 
-/// A page of keys in the order of their ids.
+/// A page of keys, ordered by id.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct KeyPage {
@@ -76,13 +76,13 @@ pub struct KeyPage {
 pub struct UnreadableKey {
     /// The key's id.
     pub id: KeyId,
-    /// Why: an error of the kind `BadRow`, which names the row and the column.
+    /// An error of the kind `BadRow`, which names the row and the column.
     pub error: StoreError,
 }
 
 impl KeyPage {
-    /// Builds the page that `page` asks for from its rows, in the order of their ids and one more than its limit
-    /// if there are that many: the extra row shows that this is not the last page.
+    /// Builds the page for `page` from its rows. The rows are ordered by id, and contain one more than the limit if
+    /// there are that many: the extra row shows that this is not the last page.
     pub fn from_rows(
         page: &ListKeys,
         rows: impl IntoIterator<Item = (KeyId, Result<KeyRecord, StoreError>)>,

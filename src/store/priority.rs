@@ -1,9 +1,9 @@
-//! The order of look-ups that wait: [`Priority`].
+//! Priority of look-ups: [`Priority`].
 
-/// Who goes first where look-ups wait, and who is turned away last where there is no more room.
+/// Priority of a look-up. Higher priorities are served first, and are rejected last when the node is full.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Priority {
-    /// The client's network presents keys that don't exist, beyond its allowance.
+    /// The client's network has presented more unknown keys than its allowance.
     Suspect,
     Ordinary,
     /// This node has verified the key before.
@@ -14,8 +14,8 @@ impl Priority {
     #[cfg(feature = "_sql")]
     pub(crate) const ALL: [Self; 3] = [Self::Suspect, Self::Ordinary, Self::Known];
 
-    /// Number of look-ups under way on a node from which on this one is turned away, of `max` in all. The
-    /// last quarter is kept for known keys, and half for what is not suspect.
+    /// Returns the number of look-ups under way on a node, of `max` in all, from which on one of this priority is
+    /// rejected. The last quarter is reserved for known keys, and half for look-ups that are not suspect.
     pub(crate) fn bound(self, max: usize) -> usize {
         match self {
             Self::Suspect => max.div_ceil(2),

@@ -13,10 +13,10 @@ use crate::{
     record::{KeyId, KeyRecord, Revision, User},
 };
 
-/// A store that keys can be written to. [`KeyManager`](crate::KeyManager) works on it.
+/// A store to which keys can be written. [`KeyManager`](crate::KeyManager) uses it.
 ///
-/// All methods fail with a [`StoreError`] of the kind `Conflict` for a write that contradicts what
-/// is stored, and of the kinds of [`KeyStore::resolve`] otherwise.
+/// All methods fail with a [`StoreError`] of the kind `Conflict` for a write that contradicts stored data, and of the
+/// kinds of [`KeyStore::resolve`] otherwise.
 #[diagnostic::on_unimplemented(
     message = "keys can't be written to `{Self}`",
     label = "this is not a `KeyRepository`",
@@ -24,7 +24,7 @@ use crate::{
     note = "a store of your own implements `KeyRepository`, or makes its keys with `KeyScheme::mint`"
 )]
 pub trait KeyRepository: KeyStore {
-    /// Makes an active user.
+    /// Creates an active user.
     ///
     /// # Errors
     ///
@@ -35,29 +35,29 @@ pub trait KeyRepository: KeyStore {
         role: &str,
     ) -> impl Future<Output = Result<User, StoreError>> + Send;
 
-    /// Writes e-mail, role and activity of a user. Returns the change, for the caches above; `None` if
-    /// there is no such user.
+    /// Updates e-mail address, role and activity of a user. Returns the change, for the caches above; `None` if there
+    /// is no such user.
     ///
     /// # Errors
     ///
-    /// `Conflict` if the e-mail address is another user's.
+    /// `Conflict` if another user has the e-mail address.
     fn update_user(
         &self,
         user: &User,
     ) -> impl Future<Output = Result<Option<Change>, StoreError>> + Send;
 
-    /// Stores a key for the user that its record names. The store gives the id, the time stamps and
-    /// usage totals of 0: what the record has there is not looked at.
+    /// Stores a key for the user that its record names. The store assigns the id and the time stamps, and sets usage
+    /// totals to 0. It ignores these fields of the record.
     ///
     /// # Errors
     ///
-    /// `Conflict` if there is no such user, or the same hash is stored already.
+    /// `Conflict` if there is no such user, or the same hash is already stored.
     fn insert_key(
         &self,
         key: &StoredKey,
     ) -> impl Future<Output = Result<KeyRecord, StoreError>> + Send;
 
-    /// The key with this id, if there is one.
+    /// Returns the key with this id, if there is one.
     ///
     /// # Errors
     ///
@@ -67,8 +67,8 @@ pub trait KeyRepository: KeyStore {
         id: &KeyId,
     ) -> impl Future<Output = Result<Option<KeyRecord>, StoreError>> + Send;
 
-    /// Returns a page of keys in the order of their ids. A key that can't be decoded is listed as
-    /// [`unreadable`](KeyPage::unreadable) and fails no other one.
+    /// Returns a page of keys, ordered by id. A key that can't be decoded is listed as
+    /// [`unreadable`](KeyPage::unreadable), and does not affect other keys.
     ///
     /// # Errors
     ///
@@ -78,22 +78,22 @@ pub trait KeyRepository: KeyStore {
         page: &ListKeys,
     ) -> impl Future<Output = Result<KeyPage, StoreError>> + Send;
 
-    /// Writes what can be edited of a key: everything but id, prefix, owner, revocation, usage and time
-    /// stamps. With `expected`, usually the record's [`revision`](KeyRecord::revision), only if the row still
-    /// has that revision. Returns the change; `None` if there is no such key.
+    /// Updates the editable fields of a key: all but id, prefix, owner, revocation, usage and time stamps. With
+    /// `expected`, usually the record's [`revision`](KeyRecord::revision), it updates only if the row still has that
+    /// revision. Returns the change; `None` if there is no such key.
     ///
     /// # Errors
     ///
-    /// `Conflict` if the row has another revision than `expected`: read the key again, and edit that. An
-    /// update with `expected` is not retried after a lost connection, so that its own first attempt is not
-    /// taken for the change of another writer.
+    /// `Conflict` if the row has another revision than `expected`: read the key again, and edit the new record. An
+    /// update with `expected` is not retried after a lost connection, so that its own first attempt is not taken for a
+    /// change by another writer.
     fn update_key(
         &self,
         record: &KeyRecord,
         expected: Option<Revision>,
     ) -> impl Future<Output = Result<Option<Change>, StoreError>> + Send;
 
-    /// Makes a key inactive. Returns the change; `None` if there is no such key. Revoking twice is fine.
+    /// Deactivates a key. Returns the change; `None` if there is no such key. Revoking is idempotent.
     ///
     /// # Errors
     ///

@@ -5,8 +5,8 @@ use crate::{
     record::{KeyRecord, Revisions},
 };
 
-/// A key as it lies in a store: the record, the hash that a presented key is checked against, and
-/// the revisions of the two rows it was read from.
+/// A stored key: the record, the hash that a presented key is checked against, and the revisions of the two rows it was
+/// read from.
 ///
 /// `Debug` shows no hash.
 #[derive(Debug, Clone)]
@@ -18,31 +18,31 @@ pub struct StoredKey {
 }
 
 impl StoredKey {
-    /// A key that matches whatever `hash` was made from.
+    /// Creates a key that matches the key from which `hash` was made.
     pub fn new(record: KeyRecord, hash: KeyHash) -> Self {
         Self { record, hash, upgraded: None, revisions: Revisions::default() }
     }
 
-    /// Adds the revisions of the rows that this was read from, that of the key to the record as well.
+    /// Adds the revisions of the rows that the key was read from. The record gets that of the key as well.
     #[must_use]
     pub fn with_revisions(mut self, revisions: Revisions) -> Self {
         self.record.revision = revisions.key;
         Self { revisions, ..self }
     }
 
-    /// Adds the fast hash that an earlier check stored beside the bcrypt hash. The store must have
-    /// made sure that it was derived from the `key_hash` that stands in the row now.
+    /// Adds the fast hash that an earlier check stored beside the bcrypt hash. The store must ensure that it was
+    /// derived from the current `key_hash` of the row.
     #[must_use]
     pub fn with_upgrade(self, fast: KeyHash) -> Self {
         Self { upgraded: Some(fast), ..self }
     }
 
-    /// What is known of the key.
+    /// Returns the record.
     pub fn record(&self) -> &KeyRecord {
         &self.record
     }
 
-    /// The hash at rest.
+    /// Returns the stored hash.
     pub fn hash(&self) -> &KeyHash {
         &self.hash
     }

@@ -4,9 +4,9 @@ use std::fmt;
 #[cfg(feature = "_sql")]
 use std::{future::Future, pin::Pin};
 
-/// The requests that wait for the outcome of a look-up.
+/// The requests that wait for the result of a look-up.
 pub(crate) trait Waiting: fmt::Debug + Send + Sync {
-    /// Completes when no request waits for the outcome any more. None joins from then on.
+    /// Completes when no request waits for the result any more. No request joins after that.
     #[cfg(feature = "_sql")]
     fn have_left(&self) -> Left<'_>;
 }

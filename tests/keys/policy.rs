@@ -141,7 +141,7 @@ fn a_text_that_is_no_rule_is_refused_with_a_plain_sentence() {
         "/a\u{200b}",
     ] {
         let error = text.parse::<EndpointRule>().expect_err(text).to_string();
-        assert!(error.contains(" is no endpoint rule: "), "{error}");
+        assert!(error.contains(" is not an endpoint rule: "), "{error}");
         assert!(!error.contains(['\0', '\u{7f}']), "{error:?}");
     }
     let long = "x".repeat(1 << 20).parse::<EndpointRule>().unwrap_err();

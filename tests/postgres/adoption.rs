@@ -284,7 +284,7 @@ async fn what_cannot_be_adopted_is_said_column_by_column_and_nothing_is_changed(
     }
     assert_eq!(faults.len(), 8, "{error}");
     assert!(
-        error.to_string().contains("users.id is uuid, but has to be smallint, integer or bigint"),
+        error.to_string().contains("users.id is uuid, but must be smallint, integer or bigint"),
         "{error}"
     );
     let relations = "SELECT count(*)::text FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'";

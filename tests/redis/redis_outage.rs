@@ -78,7 +78,7 @@ fn said(log: &Log) -> (usize, usize) {
     let count = |text: &str, of: [&str; 2]| {
         text.lines().filter(|l| of.iter().all(|o| l.contains(o))).count()
     };
-    (count(&text, ["WARN", "Redis"]), count(&text, ["INFO", "Redis is there"]))
+    (count(&text, ["WARN", "Redis"]), count(&text, ["INFO", "Redis is connected"]))
 }
 
 #[tokio::test]

@@ -162,7 +162,7 @@ async fn an_id_that_is_not_the_row_id_cannot_be_adopted() {
     let file = folder.path().join("app.db");
     Other::at(&file).run("CREATE TABLE Users (id BIGINT PRIMARY KEY, email TEXT)");
     let error = SqliteStore::open(&file).unwrap().migrate().await.unwrap_err().to_string();
-    assert!(error.contains("users.id has to be INTEGER and the primary key"), "{error}");
+    assert!(error.contains("users.id must be INTEGER and the primary key"), "{error}");
 }
 
 #[tokio::test]

@@ -33,7 +33,7 @@ async fn sqlite_errors_name_the_missing_table_or_column_and_migrate() {
     let file = folder.path().join("keys.db");
     let (log, _guard) = capture();
     let missing = refused(SqliteStore::open(&file).unwrap()).await;
-    let table = "the key store refused the request: no such table: api_key";
+    let table = "the key store rejected the request: no such table: api_key";
     assert!(missing.starts_with(table) && missing.ends_with(HINT), "{missing}");
     // Once in the line that is logged.
     let logged = log.lines().into_iter().find(|line| line.contains("can't be checked")).unwrap();
@@ -50,7 +50,7 @@ async fn postgres_errors_name_migrate_where_the_schema_lacks_something_in_any_la
     for server in [Some(Postgres::start()), Postgres::in_german()].into_iter().flatten() {
         let store = || PostgresStore::new(&server.url()).unwrap();
         let missing = refused(store()).await;
-        assert!(missing.starts_with("the key store refused the request: "), "{missing}");
+        assert!(missing.starts_with("the key store rejected the request: "), "{missing}");
         assert!(missing.contains("api_keys") && missing.ends_with(HINT), "{missing}");
 
         store().migrate().await.unwrap();

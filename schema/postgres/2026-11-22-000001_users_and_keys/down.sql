@@ -1,5 +1,4 @@
--- Takes away what up.sql made, and nothing else: adopted tables stay, without the columns that they
--- got.
+-- Removes only what up.sql created: adopted tables are kept, without the columns that were added to them.
 
 DROP INDEX IF EXISTS api_keys_lookup;
 

@@ -1,6 +1,5 @@
--- Users and their API keys. Tables that are already there are adopted: they get the columns that
--- they lack, each with a default, so that whoever else writes to them goes on as before. What this
--- migration made is marked by a comment, so that down.sql takes away that alone.
+-- Users and their API keys. Existing tables are adopted: the columns that they lack are added, each with a default, so
+-- that other writers are not affected. A comment marks what this migration creates, so that down.sql removes only that.
 
 DO $$
 BEGIN
@@ -38,9 +37,9 @@ BEGIN
             expires_at            TIMESTAMPTZ,
             total_requests        BIGINT      NOT NULL DEFAULT 0,
             total_tokens          BIGINT      NOT NULL DEFAULT 0,
-            -- Cents, to a millionth.
+            -- In cents, with a precision of a millionth.
             total_cost            NUMERIC(24, 6) NOT NULL DEFAULT 0,
-            -- Micro-cents that an adopted total_cost is too coarse for.
+            -- Micro-cents below the precision of an adopted total_cost.
             total_cost_rest       BIGINT      NOT NULL DEFAULT 0,
             last_used_at          TIMESTAMPTZ,
             metadata              JSONB,
@@ -85,7 +84,7 @@ BEGIN
             ('api_keys', 'metadata',              'JSONB'),
             ('api_keys', 'created_at',            'TIMESTAMPTZ DEFAULT now()'),
             ('api_keys', 'updated_at',            'TIMESTAMPTZ DEFAULT now()'),
-            -- A fast hash of the same key, which counts only while fast_hash_of = key_hash.
+            -- A fast hash of the same key, which is valid only while fast_hash_of = key_hash.
             ('api_keys', 'fast_hash',             'TEXT'),
             ('api_keys', 'fast_hash_of',          'TEXT')
         ) AS columns (in_table, name, definition)
@@ -103,7 +102,7 @@ BEGIN
 END
 $$;
 
--- Look-ups are by prefix. Not unique: keys from before may share one.
+-- Look-ups use the prefix. It is not unique: existing keys may share one.
 DO $$
 BEGIN
     IF NOT EXISTS (

@@ -1,4 +1,4 @@
--- The triggers go with their functions.
+-- The triggers are dropped with their functions.
 DROP FUNCTION IF EXISTS
     api_key_next_revision, api_key_revise_key, api_key_revise_user, api_key_note_key, api_key_note_user, api_key_note_all, api_key_notify,
     api_key_skip_foreign, api_key_cluster, api_key_horizon, api_key_prune CASCADE;

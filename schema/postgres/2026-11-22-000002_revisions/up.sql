@@ -1,46 +1,47 @@
--- Revisions and changes, from which caches learn that a key or its owner was changed. The functions and triggers
--- that write them are in schema/triggers/postgres.sql.
+-- Revisions and changes, from which caches learn of changed keys and owners. The functions and triggers that write them
+-- are in schema/triggers/postgres.sql.
 
 CREATE SEQUENCE IF NOT EXISTS api_key_revisions;
 
--- Written by triggers alone. The id is random, so that a row can be told from one with the same numbers in a
--- database that lost its last commits, and rows of two databases never collide under logical replication.
+-- Written only by triggers. The id is random, so that a row differs from one with the same numbers in a database that
+-- lost its last commits, and rows of two databases never collide under logical replication.
 CREATE TABLE IF NOT EXISTS api_key_changes (
     id         UUID        PRIMARY KEY DEFAULT gen_random_uuid(),
     revision   BIGINT      NOT NULL DEFAULT nextval('api_key_revisions'),
-    -- Readers continue from a snapshot: a transaction that was in progress then may commit at any later time.
+    -- Readers continue from a snapshot: a transaction in progress may commit at any later time.
     xid        XID8        NOT NULL DEFAULT pg_current_xact_id(),
     changed_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
-    -- The keys with this lookup id (and the row that changed), or those of this user, or with neither all keys.
+    -- The change is of the keys with this lookup id (and of the row that changed), of those of this user, or with
+    -- neither of all keys.
     key_prefix TEXT,
     api_key_id BIGINT,
     user_id    BIGINT
 );
 
--- Snapshots of this cluster at known times. What is not visible in one became visible after it, however long ago
--- it was written: that is what a node that starts has to read, and what must not be pruned yet.
+-- Snapshots of this cluster at known times. A row that is not visible in a snapshot became visible after it, however
+-- long ago it was written. A node that starts must read these rows, and they must not be pruned yet.
 CREATE TABLE IF NOT EXISTS api_key_horizons (
     id       UUID        PRIMARY KEY DEFAULT gen_random_uuid(),
     cluster  TEXT        NOT NULL,
     taken_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp(),
-    -- Every transaction below next_xid is visible, but for those in in_progress.
+    -- Every transaction below next_xid is visible, except for those in in_progress.
     next_xid    XID8     NOT NULL,
     in_progress XID8[]   NOT NULL
 );
 
--- Authenticates entries of shared caches. The latest one is used, the one before it is still accepted. Ids are
--- random, so that those of two databases don't collide under logical replication.
+-- Secrets that authenticate entries of shared caches. The latest one is used, and the one before it is still accepted.
+-- Ids are random, so that those of two databases don't collide under logical replication.
 CREATE TABLE IF NOT EXISTS api_key_cache_secrets (
     id         BIGINT      PRIMARY KEY DEFAULT (('x' || left(md5(gen_random_uuid()::text), 15))::bit(60)::bigint),
     secret     BYTEA       NOT NULL CHECK (length(secret) = 32),
     created_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp()
 );
--- 244 random bits; there is no other strong source without an extension.
+-- 244 random bits. There is no other strong source without an extension.
 INSERT INTO api_key_cache_secrets (secret)
     SELECT sha256((gen_random_uuid()::text || gen_random_uuid()::text)::bytea)
     WHERE NOT EXISTS (SELECT FROM api_key_cache_secrets);
 
--- An index is made only where it is missing: CREATE INDEX IF NOT EXISTS would wait for a lock first.
+-- An index is created only if it is missing: CREATE INDEX IF NOT EXISTS would wait for a lock first.
 DO $$
 DECLARE
     wanted RECORD;
@@ -51,14 +52,14 @@ BEGIN
             ('api_key_changes_prefix', 'api_key_changes', 'key_prefix, revision'),
             ('api_key_changes_user',   'api_key_changes', 'user_id, revision')
         ) AS indexes (name, in_table, columns)
-        -- One of the same name in a later schema is of another table.
+        -- An index of the same name in a later schema belongs to another table.
         WHERE NOT EXISTS (
             SELECT FROM pg_index WHERE indrelid = to_regclass(in_table) AND indexrelid = to_regclass(name))
     LOOP
         EXECUTE format('CREATE INDEX %I ON %I (%s)', wanted.name, wanted.in_table, wanted.columns);
     END LOOP;
 
-    -- For the keys of a user, where an adopted table has no such index.
+    -- An index for the keys of a user, if an adopted table has none.
     IF NOT EXISTS (
         SELECT FROM pg_index i
         JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
@@ -78,7 +79,7 @@ BEGIN
         EXECUTE format('COMMENT ON COLUMN %I.api_key_revision IS ''made by tower-api-key''', wanted.name);
     END LOOP;
 
-    -- A sequence that was dropped took the default along, and goes on behind the highest revision.
+    -- A dropped sequence removed the default as well. The new one continues after the highest revision.
     IF NOT (SELECT is_called FROM api_key_revisions) THEN
         ALTER TABLE api_key_changes ALTER COLUMN revision SET DEFAULT nextval('api_key_revisions');
         PERFORM setval('api_key_revisions', greatest(

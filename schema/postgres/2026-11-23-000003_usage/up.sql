@@ -1,15 +1,15 @@
--- What was used, by day (UTC). Not tied to api_keys: what a key has cost outlives it.
+-- Usage by day (UTC). It does not reference api_keys: the cost of a key is kept after the key is deleted.
 CREATE TABLE IF NOT EXISTS api_key_usage (
     api_key_id       BIGINT NOT NULL,
     day              DATE   NOT NULL,
     requests         BIGINT NOT NULL DEFAULT 0,
     tokens           BIGINT NOT NULL DEFAULT 0,
-    -- A millionth of a cent.
+    -- In millionths of a cent.
     cost_micro_cents BIGINT NOT NULL DEFAULT 0,
     PRIMARY KEY (api_key_id, day)
 );
 
--- The last batch of each writer that was counted: one that is sent again counts once.
+-- The last counted batch of each writer, which makes retries idempotent.
 CREATE TABLE IF NOT EXISTS api_key_usage_writers (
     writer   TEXT        PRIMARY KEY,
     sequence BIGINT      NOT NULL,
@@ -17,9 +17,9 @@ CREATE TABLE IF NOT EXISTS api_key_usage_writers (
 );
 
 -- Runs a statement that has five parameters and returns one text, with the rights of its caller, and returns an error
--- as data: {"row": text} or {"sqlstate": code, "message": text}. What the statement did is rolled back then. Clients
--- that get an error itself may not get its code, and the message is in the server's language. A statement that is
--- cancelled is an error as usual.
+-- as data: {"row": text} or {"sqlstate": code, "message": text}. The statement is rolled back on an error. Some clients
+-- do not expose the code of an error, and the message is in the server's language. A cancelled statement returns an
+-- error as usual.
 CREATE OR REPLACE FUNCTION api_key_try(
     statement TEXT, first TEXT, second TEXT, third BIGINT, fourth TEXT, fifth BIGINT
 ) RETURNS TEXT LANGUAGE plpgsql AS $$

@@ -1,5 +1,5 @@
--- Slices of budgets that nodes may spend without asking. One counts until it expires, and its row stays until then:
--- an ask with a sequence that is not higher is old, and changes nothing.
+-- Leases of budgets, which nodes may spend without a further request. A lease counts until it expires, and its row is
+-- kept until then: a request with a sequence that is not higher is old, and is ignored.
 CREATE TABLE IF NOT EXISTS api_key_leases (
     api_key_id         BIGINT      NOT NULL,
     holder             TEXT        NOT NULL,
@@ -9,10 +9,10 @@ CREATE TABLE IF NOT EXISTS api_key_leases (
     PRIMARY KEY (api_key_id, holder)
 );
 
--- Grants a holder a slice of what is left of a key's budget in the period that is under way (UTC), in place of
--- the one that it has: `asked`, but no more than `needed` and a quarter of what is left then. If there is less left
--- than `needed`, it keeps what it has. A function, so that what is read after the lock is as
--- of the lock: everything that spends or grants holds it.
+-- Grants a holder a lease on what is left of a key's budget in the current period (UTC), which replaces its previous
+-- lease: `asked`, but at most `needed` and a quarter of what is left after it. If less than `needed` is left, the
+-- holder keeps its previous lease. It is a function, so that it reads data as of the lock: every statement that spends
+-- or grants holds the lock.
 CREATE OR REPLACE FUNCTION api_key_lease(
     of_key BIGINT, by_holder TEXT, at_sequence BIGINT, asked BIGINT, needed BIGINT, life_ms BIGINT,
     OUT granted BIGINT, OUT expires TIMESTAMPTZ, OUT resets TIMESTAMPTZ

@@ -1,5 +1,4 @@
--- SQLite has no conditional statements, so that adopted tables are kept by failing before anything is
--- dropped.
+-- SQLite has no conditional statements. Adopted tables are kept, because this script fails before anything is dropped.
 CREATE TEMP TABLE api_key_going_down (
     adopted_tables INTEGER,
     CONSTRAINT adopted_tables_are_not_dropped CHECK (adopted_tables = 0)

@@ -1,13 +1,13 @@
--- Users and their API keys. Lists and metadata are JSON in text; time stamps are in UTC, without a
--- zone, as SQLite's own functions and most ORMs write them. Tables that are already there are adopted:
--- migrate() notes them in api_key_adopted and adds the columns that they lack.
+-- Users and their API keys. Lists and metadata are JSON in text; time stamps are in UTC, without a time zone, as
+-- SQLite's functions and most ORMs write them. Existing tables are adopted: migrate() records them in api_key_adopted
+-- and adds the columns that they lack.
 
 CREATE TABLE IF NOT EXISTS api_key_adopted (
     name TEXT PRIMARY KEY
 );
 
 CREATE TABLE IF NOT EXISTS users (
-    -- Never given again: keys go by it.
+    -- Never reused, because keys refer to it.
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     email      TEXT    NOT NULL UNIQUE,
     role       TEXT    NOT NULL DEFAULT 'user',
@@ -17,13 +17,13 @@ CREATE TABLE IF NOT EXISTS users (
 );
 
 CREATE TABLE IF NOT EXISTS api_keys (
-    -- Never given again: usage and budgets go by it, and outlive the key.
+    -- Never reused, because usage and budgets refer to it, and are kept after the key is deleted.
     id                    INTEGER PRIMARY KEY AUTOINCREMENT,
     user_id               INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
     name                  TEXT    NOT NULL DEFAULT '',
     key_prefix            TEXT    NOT NULL,
     key_hash              TEXT    NOT NULL,
-    -- A fast hash of the same key, which counts only while fast_hash_of = key_hash.
+    -- A fast hash of the same key, which is valid only while fast_hash_of = key_hash.
     fast_hash             TEXT,
     fast_hash_of          TEXT,
     is_active             BOOLEAN NOT NULL DEFAULT TRUE,
@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS api_keys (
     expires_at            TEXT,
     total_requests        INTEGER NOT NULL DEFAULT 0,
     total_tokens          INTEGER NOT NULL DEFAULT 0,
-    -- Cents, to a millionth.
+    -- In cents, with a precision of a millionth.
     total_cost            REAL    NOT NULL DEFAULT 0,
     last_used_at          TEXT,
     metadata              TEXT,
@@ -49,6 +49,6 @@ CREATE TABLE IF NOT EXISTS api_keys (
     updated_at            TEXT    NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f'))
 );
 
--- Look-ups are by prefix. Not unique: keys from before may share one.
+-- Look-ups use the prefix. It is not unique: existing keys may share one.
 CREATE INDEX IF NOT EXISTS api_keys_lookup ON api_keys (key_prefix);
 CREATE INDEX IF NOT EXISTS api_keys_owner ON api_keys (user_id);

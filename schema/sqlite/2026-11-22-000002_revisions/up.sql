@@ -1,13 +1,14 @@
--- Revisions and changes, from which caches learn that a key or its owner was changed. The triggers that write them
--- are in src/store/sqlite/triggers.rs: they depend on the unique indexes of the tables. SQLite has one writer, so
+-- Revisions and changes, from which caches learn of changed keys and owners. The triggers that write them are in
+-- src/backend/sqlite/triggers.rs, because they depend on the unique indexes of the tables. SQLite has one writer, so
 -- that revisions rise in the order of commits.
 
 CREATE TABLE IF NOT EXISTS api_key_changes (
     revision   INTEGER PRIMARY KEY AUTOINCREMENT,
-    -- Tells a row from one with the same revision in an older copy of the file.
+    -- Distinguishes a row from one with the same revision in an older copy of the file.
     nonce      INTEGER NOT NULL DEFAULT (random()),
     changed_at REAL    NOT NULL DEFAULT (julianday('now')),
-    -- The keys with this lookup id (and the row that changed), or those of this user, or with neither all keys.
+    -- The change is of the keys with this lookup id (and of the row that changed), of those of this user, or with
+    -- neither of all keys.
     key_prefix TEXT,
     api_key_id INTEGER,
     user_id    INTEGER,
@@ -17,24 +18,24 @@ CREATE TABLE IF NOT EXISTS api_key_changes (
 CREATE INDEX IF NOT EXISTS api_key_changes_prefix ON api_key_changes (key_prefix, revision);
 CREATE INDEX IF NOT EXISTS api_key_changes_user ON api_key_changes (user_id, revision);
 
--- The first row, of a lookup id that no key has, so that there is always a last row.
+-- The first row, with a lookup id that no key has, so that there is always a last row.
 INSERT INTO api_key_changes (key_prefix) SELECT '' WHERE NOT EXISTS (SELECT 1 FROM api_key_changes);
 
--- The last revision at known times. What is above one was committed after it, however long ago it was written: that
--- is what a node that starts has to read, and what must not be pruned yet.
+-- The last revision at known times. A higher revision was committed after that time, however long ago it was written. A
+-- node that starts must read these rows, and they must not be pruned yet.
 CREATE TABLE IF NOT EXISTS api_key_horizons (
     taken_at REAL    NOT NULL DEFAULT (julianday('now')),
     revision INTEGER NOT NULL
 );
 
--- Users who were deleted, and when: their ids may be given again. A key is theirs, and dead, if it was assigned to the
--- id before that (api_keys.api_key_owned_since).
+-- Deleted users, and when they were deleted: their ids may be assigned again. A key that was assigned to the id before
+-- that (api_keys.api_key_owned_since) belongs to the deleted user, and is not valid.
 CREATE TABLE IF NOT EXISTS api_key_deleted_users (
     user_id  INTEGER PRIMARY KEY,
     revision INTEGER NOT NULL
 );
 
--- Authenticates entries of shared caches. The latest one is used, the one before it is still accepted.
+-- Secrets that authenticate entries of shared caches. The latest one is used, and the one before it is still accepted.
 CREATE TABLE IF NOT EXISTS api_key_cache_secrets (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     secret     BLOB    NOT NULL CHECK (length(secret) = 32),

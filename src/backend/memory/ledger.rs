@@ -10,31 +10,31 @@ use chrono::{DateTime, NaiveDate, TimeDelta, Utc};
 use super::Tables;
 use crate::{
     record::{KeyId, UsageTotals},
-    store::{self, Lease, LeaseRequest, Slice, UsageBatch},
+    store::{self, GrantedLease, Lease, LeaseRequest, UsageBatch},
 };
 
-/// What the tables of the SQL stores have beside users and keys.
+/// The accounting data that the SQL stores keep beside users and keys.
 #[derive(Debug, Default)]
-pub(super) struct LedgerEntry {
-    /// The last batch of each writer that was counted.
+pub(super) struct Ledger {
+    /// Sequence number of the last counted batch of each writer.
     writers: HashMap<String, u64>,
-    /// What each key has cost on each day, in micro-cents.
+    /// Cost of each key on each day, in micro-cents.
     costs: HashMap<KeyId, BTreeMap<NaiveDate, i64>>,
-    /// By key and holder.
-    leases: HashMap<KeyId, HashMap<String, Slice>>,
+    /// Leases by key and holder.
+    leases: HashMap<KeyId, HashMap<String, GrantedLease>>,
 }
 
 impl Tables {
-    /// Counts a batch, unless it was counted before.
+    /// Counts a batch that was not counted before.
     pub(super) fn count(&mut self, batch: &UsageBatch, now: SystemTime) {
-        let last = self.books.writers.entry(batch.writer.clone()).or_default();
+        let last = self.ledger.writers.entry(batch.writer.clone()).or_default();
         if *last >= batch.sequence {
             return;
         }
         *last = batch.sequence;
         let day = batch.day(now);
         for used in &batch.entries {
-            // Of a key that is gone, nobody asks.
+            // Usage of a deleted key is not counted.
             let Some(row) = self.keys.get_mut(&used.key) else { continue };
             let record = &mut row.value.record;
             let cost = used.cost_micro_cents.max(0);
@@ -48,36 +48,37 @@ impl Tables {
                     record.last_used_at = Some(last_used);
                 }
             }
-            let of_day = self.books.costs.entry(used.key.clone()).or_default().entry(day);
+            let of_day = self.ledger.costs.entry(used.key.clone()).or_default().entry(day);
             let of_day = of_day.or_default();
             *of_day = of_day.saturating_add(cost);
-            let leases = self.books.leases.get_mut(&used.key);
-            if let Some(slice) = leases.and_then(|leases| leases.get_mut(&batch.writer)) {
-                let left = slice.amount.saturating_sub(used.settled_micro_cents.max(0));
-                slice.amount = left.max(0);
+            let leases = self.ledger.leases.get_mut(&used.key);
+            if let Some(granted) = leases.and_then(|leases| leases.get_mut(&batch.writer)) {
+                let left = granted.amount.saturating_sub(used.settled_micro_cents.max(0));
+                granted.amount = left.max(0);
             }
         }
     }
 
-    /// Grants a lease in place of the one that the holder has.
-    pub(super) fn lease(&mut self, ask: &LeaseRequest, now: SystemTime) -> Lease {
-        let Some(row) = self.keys.get(&ask.key) else { return Lease::new(0, now) };
+    /// Grants a lease, which replaces the holder's current one.
+    pub(super) fn lease(&mut self, request: &LeaseRequest, now: SystemTime) -> Lease {
+        let Some(row) = self.keys.get(&request.key) else { return Lease::new(0, now) };
         let record = &row.value.record;
         let days = record.budget.and_then(|budget| budget.period.days(now));
         let spent = match days {
             None => record.usage.cost_micro_cents,
             Some((first, after)) => {
-                let costs = self.books.costs.get(&ask.key).map(|costs| costs.range(first..after));
+                let costs =
+                    self.ledger.costs.get(&request.key).map(|costs| costs.range(first..after));
                 costs.into_iter().flatten().fold(0, |sum: i64, (_, cost)| sum.saturating_add(*cost))
             }
         };
-        let leases = self.books.leases.entry(ask.key.clone()).or_default();
-        leases.retain(|_, slice| slice.expires_at > now);
-        let own = leases.remove(&ask.holder).unwrap_or(Slice::NONE);
+        let leases = self.ledger.leases.entry(request.key.clone()).or_default();
+        leases.retain(|_, granted| granted.expires_at > now);
+        let own = leases.remove(&request.holder).unwrap_or(GrantedLease::NONE);
         let others = leases.values().fold(0, |sum: i64, it| sum.saturating_add(it.amount));
-        let books = store::LedgerEntry { spent, others, own };
-        let slice = store::grant(record.budget, &books, ask, now);
-        leases.insert(ask.holder.clone(), slice);
-        slice.lease(record.budget, now)
+        let entry = store::LedgerEntry { spent, others, own };
+        let granted = store::grant(record.budget, &entry, request, now);
+        leases.insert(request.holder.clone(), granted);
+        granted.lease(record.budget, now)
     }
 }

@@ -1,4 +1,4 @@
-//! Connecting for migrations, and whether tables that are already there can be adopted.
+//! Connections for migrations, and the check whether existing tables can be adopted.
 
 use std::time::Duration;
 
@@ -15,32 +15,32 @@ use crate::{
     error::StoreError,
 };
 
-/// No statement of a migration runs longer, the wait for the other nodes included.
+/// Statement timeout of a migration, including the wait for other nodes.
 pub(super) const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
 
 pub(super) type BlockingConnection = AsyncConnectionWrapper<AsyncPgConnection>;
 
 /// Returns whether a table of keys was adopted.
 pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<bool, MigrateError> {
-    // Not one of the pool's: it has another timeout, and goes away with its lock.
+    // The connection is not from the pool: it has another timeout, and is closed with its lock.
     let connection = target.connect(STATEMENT_TIMEOUT, deadline).await.map_err(StoreError::from)?;
-    // Migrations are blocking code; on a thread of their own they work on any runtime.
+    // Migrations are blocking code. On a thread of their own they work on any runtime.
     let migrated = tokio::task::spawn_blocking(move || {
         schema::migrate(&mut BlockingConnection::from(connection))
     });
-    // The server ends what takes longer; this is for one that does not answer at all.
+    // The server ends statements that take longer. This limit is for a server that does not answer at all.
     let limit = STATEMENT_TIMEOUT.saturating_add(deadline);
     let migrated = timeout(limit, migrated).await.map_err(|_| StoreError::timeout(limit))?;
     migrated.map_err(StoreError::unavailable)?
 }
 
-/// What a column has to be so that it can be read and written as it is.
+/// The type that a column must have so that it can be read and written unchanged.
 #[derive(Clone, Copy)]
 pub(super) enum Kind {
     Integer,
     Number,
     Flag,
-    /// Compared in an index.
+    /// Text that is compared in an index.
     PlainText,
     /// Text or an enum.
     Word,
@@ -51,7 +51,7 @@ pub(super) enum Kind {
     Time,
 }
 
-/// The columns that are read, in the order of the tables; `true` for those that nobody can make up.
+/// The columns that are read, in the order of the tables; `true` for those that have no default.
 pub(super) const COLUMNS: [(&str, &str, Kind, bool); 31] = [
     ("users", "id", Kind::Integer, true),
     ("users", "email", Kind::Word, true),
@@ -163,16 +163,16 @@ const TABLE_COLUMNS: &str = "
     FROM pg_class c
     JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
     JOIN pg_type d ON d.oid = a.atttypid
-    -- A domain is what it is over.
+    -- A domain counts as its base type.
     JOIN pg_type t ON t.oid = CASE WHEN d.typtype = 'd' THEN d.typbasetype ELSE d.oid END
     WHERE c.oid IN (to_regclass('users'), to_regclass('api_keys'))";
 
-/// `TRUNCATE` and `DETACH` of a partition fire no trigger of the whole.
-const IN_PARTS: &str = "is partitioned or has child tables: a part can be truncated or detached without a trigger, \
-    and its keys would go on working in caches. Keep keys and users in plain tables";
+/// Fault of a partitioned table. `TRUNCATE` and `DETACH` of a partition fire no trigger of the whole table.
+const PARTITIONED: &str = "is partitioned or has child tables: a part can be truncated or detached without a trigger, \
+    and its keys would remain valid in caches. Keep keys and users in plain tables";
 
-/// Columns that restrict a key. Made anew in a table that was adopted before, with a default, they would lift what
-/// they had restricted: a key that was revoked would be accepted again.
+/// Columns that restrict a key. If such a column were recreated with a default in a table that was adopted before, its
+/// restrictions would be lost: a revoked key would be accepted again.
 const RESTRICTING: [&str; 10] = [
     "is_active",
     "expires_at",
@@ -186,28 +186,28 @@ const RESTRICTING: [&str; 10] = [
     "budget_type",
 ];
 
-/// Everything that stands in the way of adopting the tables that are there.
+/// Returns all reasons why the existing tables can't be adopted.
 pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult<Vec<ColumnFault>> {
     let tables = sql_query(TABLES).load::<Table>(connection)?;
     let columns = sql_query(TABLE_COLUMNS).load::<Column>(connection)?;
     let mut faults = Vec::new();
     let has = |name: &str| tables.iter().any(|table| table.name == name);
     if has("api_keys") && !has("users") {
-        faults.push(ColumnFault::new("users", "", "is missing, though there is a table api_keys"));
+        faults.push(ColumnFault::new("users", "", "is missing, although a table api_keys exists"));
     }
     let was_adopted = |table: &str| {
         columns.iter().any(|column| column.in_table == table && column.name == "api_key_revision")
     };
     for table in &tables {
         if table.kind == "p" || table.has_children {
-            faults.push(ColumnFault::new(&table.name, "", IN_PARTS));
+            faults.push(ColumnFault::new(&table.name, "", PARTITIONED));
         } else if table.kind != "r" {
             faults.push(ColumnFault::new(&table.name, "", "is not a table"));
         } else if !table.has_unique_id {
             faults.push(ColumnFault::new(
                 &table.name,
                 "id",
-                "is not unique: no primary key or unique index is on it alone",
+                "is not unique: there is no primary key or unique index on this column alone",
             ));
         }
     }
@@ -215,21 +215,21 @@ pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult
         let column = columns.iter().find(|column| column.in_table == table && column.name == name);
         match column {
             Some(column) if !kind.accepts(column) => {
-                let reason = format!("is {}, but has to be {}", column.shown_type, kind.wanted());
+                let reason = format!("is {}, but must be {}", column.shown_type, kind.wanted());
                 faults.push(ColumnFault::new(table, name, reason));
             }
             None if RESTRICTING.contains(&name) && was_adopted(table) => {
                 faults.push(ColumnFault::new(
                     table,
                     name,
-                    "is missing, though the table was adopted with it: add it with the values that it had",
+                    "is missing, although the table was adopted with it: add it with its previous values",
                 ));
             }
             None if is_required && has(table) => {
                 faults.push(ColumnFault::new(
                     table,
                     name,
-                    "is missing, and nothing can be made up for it",
+                    "is missing, and has no possible default",
                 ));
             }
             _ => {}

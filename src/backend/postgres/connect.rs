@@ -1,4 +1,4 @@
-//! From a URL to connections: [`PostgresStoreBuilder`].
+//! Settings and connections from a URL: [`PostgresStoreBuilder`].
 
 use std::{fmt, str::FromStr, sync::Arc, time::Duration};
 
@@ -22,7 +22,7 @@ use super::{
 use crate::backend::sql::gate::LookupGate;
 
 /// Number of connections for usage, leases and upgraded hashes.
-const ACCOUNT_CONNECTIONS: usize = 4;
+const ACCOUNTING_CONNECTIONS: usize = 4;
 /// Number of connections for management and the cache secret.
 const MANAGEMENT_CONNECTIONS: usize = 2;
 
@@ -49,57 +49,60 @@ impl PostgresStoreBuilder {
         }
     }
 
-    /// How many connections look-ups have at most: 16 by default; 0 is taken as 1. For each, at most 256
-    /// look-ups wait; past them the answer is 503. Usage and leases have up to 4 connections of their own,
-    /// management up to 2 and the feed of changes one, so that no flood of look-ups delays them.
+    /// Sets the maximum number of connections for look-ups: 16 by default; 0 counts as 1. Per connection, at most 256
+    /// look-ups wait; beyond that, requests are answered 503. Usage and leases have up to 4 connections of their own,
+    /// management up to 2 and the change feed one, so that no number of look-ups delays them.
     #[must_use]
     pub fn max_connections(self, connections: usize) -> Self {
         Self { max_connections: connections.max(1), ..self }
     }
 
-    /// How long a question may take in all, with the wait for a connection: 5 s by default.
+    /// Sets the deadline of a look-up or any other call, including the wait for a connection: 5 s by default.
     #[must_use]
     pub fn timeout(self, timeout: Duration) -> Self {
         Self { deadline: timeout, ..self }
     }
 
-    /// How long it may take to connect to one host, with TLS and authentication: 3 s by default. At most four fifths of
-    /// [`timeout`](Self::timeout) over the number of hosts, so that the last one can still answer.
+    /// Sets the timeout for connecting to one host, including TLS and authentication: 3 s by default. It is at most
+    /// four fifths of [`timeout`](Self::timeout) divided by the number of hosts, so that the last host can still
+    /// answer.
     #[must_use]
     pub fn connect_timeout(self, timeout: Duration) -> Self {
         Self { connect_timeout: timeout, ..self }
     }
 
-    /// How long a statement may run at the server: 2 s by default; 0 is no limit. A connection pooler that takes no
-    /// start-up options (PgBouncer) leaves it to the server's own setting, except for usage and leases.
+    /// Sets the statement timeout of the server: 2 s by default; 0 means unlimited. Behind a connection pooler that
+    /// accepts no start-up options (PgBouncer), the server's own setting applies, except for usage and leases.
     #[must_use]
     pub fn statement_timeout(self, timeout: Duration) -> Self {
         Self { statement_timeout: timeout, ..self }
     }
 
-    /// How often the table of changes is read where no notification comes: 5 s by default. It bounds how
-    /// long a revoked key goes on working behind a pooler that swallows `LISTEN`, as PgBouncer does. At least 1 ms.
+    /// Sets the poll interval of the table of changes, for the case that no notification arrives: 5 s by default, at
+    /// least 1 ms. It bounds how long a revoked key remains valid behind a pooler that drops `LISTEN`, as PgBouncer
+    /// does.
     #[must_use]
     pub fn poll_interval(self, interval: Duration) -> Self {
         // Without a pause, every node would read the table all the time.
         Self { poll_interval: interval.max(Duration::from_millis(1)), ..self }
     }
 
-    /// Builds the store. Needs no runtime; connects at first use.
+    /// Builds the store. It needs no runtime, and connects at first use.
     ///
     /// # Errors
     ///
-    /// If the URL can't be read, or the certificates that it names.
+    /// If the URL can't be parsed, or its certificates can't be used.
     pub fn build(self) -> Result<PostgresStore, PostgresUrlError> {
         let target = Target::parse(&self)?;
         let pool = |size| self.pool(&target, size);
         let (lookups, gate) = (pool(self.max_connections)?, LookupGate::new(self.max_connections));
-        let (accounts, management) = (pool(ACCOUNT_CONNECTIONS)?, pool(MANAGEMENT_CONNECTIONS)?);
+        let (accounting, management) =
+            (pool(ACCOUNTING_CONNECTIONS)?, pool(MANAGEMENT_CONNECTIONS)?);
         let Self { deadline, poll_interval, .. } = self;
         Ok(PostgresStore(Arc::new(Inner {
             lookups,
             gate,
-            accounts,
+            accounting,
             management,
             target,
             deadline,
@@ -107,10 +110,10 @@ impl PostgresStoreBuilder {
         })))
     }
 
-    /// Connections to `target` that are made when they are needed.
+    /// Creates a pool of connections to `target` that are opened on demand.
     fn pool(&self, target: &Target, size: usize) -> Result<Connections, PostgresUrlError> {
         let mut config = ManagerConfig::default();
-        // One round trip less a query than a ping; a dead connection is found out in use.
+        // This saves one round trip per query compared with a ping. A dead connection is detected in use.
         config.recycling_method = RecyclingMethod::Fast;
         let (connect_to, statement_timeout) = (target.clone(), self.statement_timeout);
         // The rest of the deadline is for the query.
@@ -122,7 +125,7 @@ impl PostgresStoreBuilder {
                 connected.map_err(|fault| ConnectionError::BadConnection(fault.to_string()))
             })
         });
-        // The URL stays out of the manager: `target` has what was read from it.
+        // The URL is not passed to the manager: `target` has the parsed settings.
         let manager = AsyncDieselConnectionManager::new_with_config(String::new(), config);
         let pool = Pool::builder(manager).max_size(size).build();
         let pool = pool.map_err(|_| PostgresUrlError::new("the pool can't be built"))?;
@@ -143,7 +146,7 @@ pub(super) type RawConnection = (
     tokio_postgres::Connection<Socket, <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream>,
 );
 
-/// A database, and how to speak to it.
+/// The settings for connecting to a database.
 #[derive(Clone)]
 pub(super) struct Target {
     config: Config,
@@ -160,7 +163,7 @@ impl Target {
             return Err(PostgresUrlError::new("it does not start with postgres://"));
         }
         let (base, query) = url.split_once('?').unwrap_or((url, ""));
-        // tokio-postgres knows neither all of libpq's modes nor its certificate settings.
+        // tokio-postgres supports neither all of libpq's modes nor its certificate settings.
         let (mut mode, mut root_cert, mut rest) = (None, None, Vec::new());
         for pair in query.split('&').filter(|pair| !pair.is_empty()) {
             match pair.split_once('=') {
@@ -172,14 +175,14 @@ impl Target {
         let mut config = Config::from_str(&format!("{base}?{}", rest.join("&")))
             // The parser's error may quote the URL, and with it the password.
             .map_err(|_| {
-                PostgresUrlError::new("its host, port, user or a parameter can't be read")
+                PostgresUrlError::new("its host, port, user or a parameter can't be parsed")
             })?;
         let mode = mode.as_deref().unwrap_or("prefer");
         let (ssl_mode, verification) = match (mode, &root_cert) {
             ("disable", _) => (SslMode::Disable, Verification::None),
             ("allow" | "prefer", _) => (SslMode::Prefer, Verification::None),
             ("require", None) => (SslMode::Require, Verification::None),
-            // As in libpq: naming a certificate means that it is to be looked at.
+            // As in libpq, a given root certificate implies verification.
             ("require", Some(_)) | ("verify-ca", _) => (SslMode::Require, Verification::Chain),
             ("verify-full", _) => (SslMode::Require, Verification::Full),
             _ => {
@@ -198,13 +201,13 @@ impl Target {
         Ok(Self { config, tls, connect_timeout, hosts, sessions: Arc::default() })
     }
 
-    /// Whether transactions have to bring their own settings.
+    /// Returns whether transactions must apply their own settings.
     pub(super) fn is_pooled(&self) -> bool {
         self.sessions.are_pooled()
     }
 
-    /// Opens a connection without diesel around it and without settings, which the caller has to drive. All hosts together
-    /// take at most `budget`.
+    /// Opens a connection without diesel and without settings, which the caller must drive. All hosts together take at
+    /// most `budget`.
     pub(super) async fn connect_raw(
         &self,
         budget: Duration,
@@ -234,7 +237,7 @@ fn decoded(value: &str) -> Result<String, PostgresUrlError> {
     Ok(decoded.map_err(|_| PostgresUrlError::new("its sslrootcert is not UTF-8"))?.into_owned())
 }
 
-/// Hosts and database, no user and no password.
+/// Shows hosts and database, but no user and no password.
 impl fmt::Debug for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Target")
@@ -245,7 +248,7 @@ impl fmt::Debug for Target {
     }
 }
 
-/// Why a PostgreSQL URL can't be used. Never shows the URL, which may have a password in it.
+/// The reason why a PostgreSQL URL can't be used. It never shows the URL, which may contain a password.
 #[derive(Debug, Clone)]
 pub struct PostgresUrlError {
     reason: &'static str,

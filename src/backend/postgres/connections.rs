@@ -1,4 +1,4 @@
-//! Connections for one purpose, and how a statement is run on one of them: [`Connections`].
+//! Connections for one purpose, and the execution of statements on them: [`Connections`].
 
 use std::time::{Duration, Instant};
 
@@ -24,18 +24,18 @@ use crate::{
     error::StoreError,
 };
 
-/// A pool of connections that are made when they are needed.
+/// A pool of connections that are opened on demand.
 pub(super) struct Connections {
     pool: Pool<AsyncPgConnection>,
     target: Target,
     statement_timeout: Duration,
 }
 
-/// What a statement needs of its transaction.
+/// The transaction settings that a statement requires.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Isolation {
     Any,
-    /// It reads what was committed while it waited for a lock.
+    /// The statement must see what was committed while it waited for a lock.
     ReadCommitted,
 }
 
@@ -53,7 +53,7 @@ impl Connections {
         Self { pool, target, statement_timeout }
     }
 
-    /// Runs a statement that may be sent twice: once more if the connection turns out to be dead.
+    /// Runs an idempotent statement. It is retried once if the connection was dead.
     pub(super) async fn load<R>(
         &self,
         isolation: Isolation,
@@ -63,7 +63,7 @@ impl Connections {
         R: QueryableByName<Pg> + Send + 'static,
     {
         let outcome = match self.attempt(isolation, statement).await {
-            // It was in the pool when the server went away, and the others with it.
+            // The connection was in the pool when the server went away, and so were the others.
             Err(Attempt { was_broken: true, .. }) => {
                 self.pool.retain(|_, _| false);
                 self.attempt(isolation, statement).await
@@ -73,7 +73,7 @@ impl Connections {
         outcome.map_err(|attempt| attempt.error)
     }
 
-    /// Runs a statement that must not be sent twice, because the first may have been carried out.
+    /// Runs a statement without a retry, because the first attempt may have been carried out.
     pub(super) async fn load_once<R>(&self, statement: &Statement) -> Result<Vec<R>, StoreError>
     where
         R: QueryableByName<Pg> + Send + 'static,
@@ -85,7 +85,7 @@ impl Connections {
         Ok(Checkout(Some(self.pool.get().await.map_err(StoreError::unavailable)?)))
     }
 
-    /// The settings that a transaction brings along where the session has none.
+    /// Returns the settings that a transaction must apply where the session has none.
     pub(super) fn local_settings(&self) -> String {
         session::local_settings(self.statement_timeout)
     }
@@ -115,10 +115,10 @@ impl Connections {
         let elapsed = began.elapsed();
         let mut limit = None;
         let was_broken = match &result {
-            // A primary that became a standby is of no more use than a dead one.
+            // A primary that became a standby is treated like a dead connection.
             Err(Error::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _)) => true,
-            // diesel does not pass on the SQLSTATE of a server that shuts down (57P01), nor those of time limits.
-            // Whether the connection is still good, the next statement shows.
+            // diesel does not expose the SQLSTATE of a server that shuts down (57P01), nor those of timeouts. The next
+            // statement shows whether the connection still works.
             Err(Error::DatabaseError(DatabaseErrorKind::Unknown, _)) => {
                 match RunQueryDsl::load::<TextRow>(&Statement::new(LIMITS, []), connection).await {
                     Ok(rows) => {
@@ -144,26 +144,27 @@ impl Connections {
     }
 }
 
-/// How long the server lets a statement run, wait for a lock or be in a deadlock, in milliseconds. 0 is no limit.
+/// Selects the server's limits for a statement, for a lock wait and for deadlock detection, in milliseconds. 0 means
+/// unlimited.
 const LIMITS: &str = "SELECT coalesce(json_agg(setting), '[]')::text AS row FROM pg_settings
     WHERE name IN ('statement_timeout', 'lock_timeout', 'deadlock_timeout')";
 
-/// A statement that took less was not ended by any of the limits. One that took longer may have been: by the time
-/// alone, because the message is in the server's language.
+/// Returns the shortest limit. A statement that took less time was not ended by any of them. One that took longer may
+/// have been. Only the time decides, because the message is in the server's language.
 fn shortest_limit(rows: &[TextRow]) -> Option<Duration> {
     let settings: Vec<String> = serde_json::from_str(&rows.first()?.row).ok()?;
     let limits = settings.iter().filter_map(|setting| setting.parse().ok());
     limits.filter(|millis| *millis > 0).min().map(Duration::from_millis)
 }
 
-/// A connection on loan. If it is dropped in the middle of a query, because the caller has gone or the
-/// deadline is over, it leaves the pool and is closed: an answer may still be on its way to it.
+/// A checked-out connection. If it is dropped in the middle of a query, because the caller was dropped or the deadline
+/// has passed, it leaves the pool and is closed: an answer may still arrive on it.
 pub(super) struct Checkout(Option<Object<AsyncPgConnection>>);
 
 impl Checkout {
     pub(super) fn connection(&mut self) -> &mut Object<AsyncPgConnection> {
         let Some(connection) = &mut self.0 else {
-            unreachable!("it is there until it is put back")
+            unreachable!("the connection is present until it is put back")
         };
         connection
     }

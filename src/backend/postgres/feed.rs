@@ -14,7 +14,8 @@ use std::{
 use tokio::time::sleep;
 
 use self::{
-    completeness::Completeness, listener::Listener, position::Position, prune::Pruning, read::Found,
+    completeness::Completeness, listener::Listener, position::Position, prune::Pruning,
+    read::FeedRead,
 };
 use super::{Inner, PostgresStore};
 use crate::{
@@ -24,9 +25,9 @@ use crate::{
     telemetry,
 };
 
-/// The longest that a statement of the feed may take; past it, the connection is made anew.
+/// Deadline of a statement of the feed. Beyond it, the feed reconnects.
 const DEADLINE: Duration = Duration::from_secs(2);
-/// The pause before a connection is made anew grows from the one to the other.
+/// Minimum and maximum pause before a reconnection. It grows from the one to the other.
 const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(2)];
 /// Poll interval where the server allows prepared transactions, so that triggers send no notification.
 const UNNOTIFIED_POLL: Duration = Duration::from_millis(250);
@@ -53,7 +54,7 @@ pub(super) fn changes(store: &PostgresStore, since: SystemTime) -> ChangeStream 
 struct Feed {
     store: Arc<Inner>,
     since: SystemTime,
-    /// Up to where the table was read; `None` before the first read.
+    /// The position up to which the table was read; `None` before the first read.
     position: Option<Position>,
     listener: Option<Listener>,
     pause: Duration,
@@ -61,12 +62,12 @@ struct Feed {
     next_poll: Instant,
     pruning: Pruning,
     completeness: Completeness,
-    /// As it was reported last.
+    /// The status that was last reported.
     status: FeedStatus,
 }
 
 impl Feed {
-    /// Returns what is new, as soon as there is something, and at each poll.
+    /// Returns new changes as soon as there are any, and at each poll.
     async fn next(&mut self) -> Vec<Change> {
         loop {
             match self.attempt().await {
@@ -76,7 +77,7 @@ impl Feed {
                 }
                 Err(error) => {
                     if self.listener.take().is_some() || self.position.is_none() {
-                        telemetry::feed_broken(&error);
+                        telemetry::feed_disconnected(&error);
                     }
                     self.next_poll = Instant::now();
                     let status =
@@ -91,7 +92,7 @@ impl Feed {
         }
     }
 
-    /// Listens, reads what is there already, and only then waits: in this order no change is missed between.
+    /// Subscribes first, then reads, and only then waits: in this order no change is missed in between.
     async fn attempt(&mut self) -> Result<Vec<Change>, StoreError> {
         let listener = match &mut self.listener {
             Some(listener) => {
@@ -104,7 +105,7 @@ impl Feed {
             Some(position) => position,
             None => listener.start(self.since).await?,
         };
-        // Kept if the read fails.
+        // The position is kept if the read fails.
         let position = self.position.insert(position);
         let now = Instant::now();
         if now >= self.next_beat {
@@ -124,12 +125,12 @@ impl Feed {
             self.next_poll = later(self.store.poll_interval.min(most));
         }
         let pruned = self.pruning.poll(&self.store).await;
-        Ok(self.take_in(found, fault, pruned))
+        Ok(self.process(found, fault, pruned))
     }
 
-    fn take_in(
+    fn process(
         &mut self,
-        found: Found,
+        found: FeedRead,
         fault: Option<String>,
         pruned: Option<FeedStatus>,
     ) -> Vec<Change> {
@@ -141,7 +142,7 @@ impl Feed {
         let mut changes: Vec<_> = self.report(status).into_iter().collect();
         if let Some(position) = &mut self.position {
             let read = position.advance(found);
-            // What happened while triggers were missing is not in the table.
+            // Changes while triggers were missing are not in the table.
             if is_synced && was_incomplete && !read.contains(&Change::Reset) {
                 changes.push(Change::Reset);
             }
@@ -153,7 +154,7 @@ impl Feed {
         changes
     }
 
-    /// The change that reports `status`, if it is a new one.
+    /// Returns the change that reports `status`, if it is new.
     fn report(&mut self, status: FeedStatus) -> Option<Change> {
         if status == self.status {
             return None;

@@ -1,4 +1,4 @@
-//! The hosts of a URL, and in which order they are tried: [`Hosts`].
+//! The hosts of a URL, and the order in which they are tried: [`Hosts`].
 
 use std::{
     fmt,
@@ -19,19 +19,19 @@ use tokio_postgres::{
 
 use crate::error::StoreError;
 
-/// With `load_balance_hosts=random`, a host that failed is tried after the others for this long.
+/// With `load_balance_hosts=random`, time for which a failed host is tried after the others.
 const AVOIDED: Duration = Duration::from_secs(10);
 
-/// At least one host, each with a configuration of its own.
+/// The hosts, at least one, each with its own configuration.
 pub(super) struct Hosts {
     configs: Vec<Config>,
     is_random: bool,
-    /// The host that the next connection is made to first, unless the order is random.
+    /// The host to which the next connection is tried first, unless the order is random.
     first: AtomicUsize,
     failed_at: Mutex<Vec<Option<Instant>>>,
 }
 
-/// Why there is no connection.
+/// The reason why a connection failed.
 #[derive(Debug)]
 pub(super) enum ConnectFault {
     Postgres(tokio_postgres::Error),
@@ -42,7 +42,7 @@ pub(super) enum ConnectFault {
 }
 
 impl Hosts {
-    /// Splits a configuration; the error is the reason why it can't be used.
+    /// Splits a configuration by host. The error is the reason why it can't be used.
     pub(super) fn of(config: &Config) -> Result<Self, &'static str> {
         let (hosts, addresses) = (config.get_hosts(), config.get_hostaddrs());
         let (ports, count) = (config.get_ports(), hosts.len().max(addresses.len()));
@@ -50,10 +50,10 @@ impl Hosts {
             return Err("it names no host");
         }
         if !hosts.is_empty() && !addresses.is_empty() && hosts.len() != addresses.len() {
-            return Err("it has another number of hosts than of hostaddr");
+            return Err("the numbers of hosts and of hostaddr differ");
         }
         if ports.len() > 1 && ports.len() != count {
-            return Err("it has another number of ports than of hosts");
+            return Err("the numbers of ports and of hosts differ");
         }
         let configs = (0..count).map(|at| {
             let mut single = without_hosts(config);
@@ -79,10 +79,10 @@ impl Hosts {
         })
     }
 
-    /// Connects to one host after the other until `connect` succeeds.
+    /// Tries the hosts one after the other until `connect` succeeds.
     ///
     /// All hosts together take at most `budget`. One host takes at most `per_host`, and at most its share of what is
-    /// left of the budget, so that a silent host leaves time for those after it.
+    /// left of the budget, so that an unresponsive host leaves time for the hosts after it.
     pub(super) async fn connect<T, F>(
         &self,
         budget: Duration,
@@ -110,7 +110,7 @@ impl Hosts {
         Err(fault)
     }
 
-    /// Connects to one host, to one of its addresses after the other, within `limit`.
+    /// Connects to one host within `limit`, and tries its addresses one after the other.
     async fn connect_to<T, F>(
         &self,
         config: &Config,
@@ -162,7 +162,7 @@ impl Hosts {
         self.failed_at.lock().unwrap_or_else(PoisonError::into_inner)[at] = None;
     }
 
-    /// The next connection starts with the next host, also if the caller does not wait for the end of this one.
+    /// Makes the next connection start with the next host, even if the caller does not wait for the end of this one.
     fn failed(&self, at: usize) {
         let next = (at + 1) % self.configs.len();
         let _ = self.first.compare_exchange(at, next, Ordering::Relaxed, Ordering::Relaxed);
@@ -170,12 +170,12 @@ impl Hosts {
     }
 }
 
-/// The part of `whole` that one of `parts` gets of what is left since `begun`.
+/// Returns the share of one of `parts` in what is left of `whole` since `begun`.
 fn share(whole: Duration, begun: Instant, parts: usize) -> Duration {
     whole.saturating_sub(begun.elapsed()) / u32::try_from(parts).unwrap_or(u32::MAX).max(1)
 }
 
-/// The addresses of a name; none for a socket, or where the configuration has the address.
+/// Returns the addresses of a name; none for a socket, or if the configuration contains the address.
 async fn addresses(config: &Config) -> Result<Vec<IpAddr>, ConnectFault> {
     let port = config.get_ports().first().copied().unwrap_or(5432);
     match config.get_hosts().first() {
@@ -187,7 +187,7 @@ async fn addresses(config: &Config) -> Result<Vec<IpAddr>, ConnectFault> {
     }
 }
 
-/// Without randomness the order stays as it is.
+/// Shuffles the items. Without random bytes the order does not change.
 fn shuffle<T>(items: &mut [T]) {
     for last in (1..items.len()).rev() {
         let mut random = [0; 8];
@@ -198,7 +198,8 @@ fn shuffle<T>(items: &mut [T]) {
     }
 }
 
-/// A copy of everything but hosts, ports and their order; there is no way to take a host out of a configuration.
+/// Returns a copy of the configuration without hosts, ports and their order. tokio-postgres has no method to remove a
+/// host.
 fn without_hosts(config: &Config) -> Config {
     let mut single = Config::new();
     if let Some(user) = config.get_user() {
@@ -255,7 +256,7 @@ impl fmt::Display for ConnectFault {
         match self {
             Self::Postgres(error) => {
                 error.fmt(f)?;
-                // The error's own text is "db error" and the like.
+                // The text of the error itself is only "db error" and the like.
                 match std::error::Error::source(error) {
                     Some(cause) => write!(f, ": {cause}"),
                     None => Ok(()),
@@ -263,7 +264,9 @@ impl fmt::Display for ConnectFault {
             }
             Self::Lookup(error) => write!(f, "the host's name can't be resolved: {error}"),
             Self::Setup(error) => error.fmt(f),
-            Self::Timeout(limit) => write!(f, "the host did not accept a connection in {limit:?}"),
+            Self::Timeout(limit) => {
+                write!(f, "the host did not accept a connection within {limit:?}")
+            }
         }
     }
 }

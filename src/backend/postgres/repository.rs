@@ -1,7 +1,7 @@
 //! The write side of [`PostgresStore`].
 //!
-//! Values go to the server as one JSON object, from which `jsonb_populate_record` makes whatever the
-//! columns of an adopted table are.
+//! Values are sent as one JSON object, from which `jsonb_populate_record` makes the types of the columns of an adopted
+//! table.
 
 use serde_json::{Map, Value, json};
 
@@ -16,9 +16,8 @@ use crate::{
     store::{CHANGED_SINCE, Change, KeyPage, KeyRepository, ListKeys, StoredKey},
 };
 
-/// The object that is bound first, with the time in columns that have it; as text in UTC it fits a
-/// time tag with a zone and one without. Metadata for a column that is text is JSON in text, also if it is a
-/// JSON text itself.
+/// The object that is bound first, with the time in its columns. The time is text in UTC, which is valid for a time
+/// stamp with and without a time zone. Metadata for a text column is JSON in text, even if it is a JSON text itself.
 const VALUES: &str = "$1::jsonb || CASE WHEN $1::jsonb ? 'metadata' AND NOT (
     SELECT coalesce(nullif(t.typbasetype, 0), t.oid) IN ('json'::regtype, 'jsonb'::regtype)
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
@@ -27,7 +26,7 @@ const VALUES: &str = "$1::jsonb || CASE WHEN $1::jsonb ? 'metadata' AND NOT (
     'created_at', to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'),
     'updated_at', to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"'))";
 
-/// What an update returns in place of a change if the row has another revision than the one that is expected.
+/// Result of an update, instead of a change, if the row does not have the expected revision.
 const CONFLICT: &str = "conflict";
 
 impl KeyRepository for PostgresStore {
@@ -58,7 +57,7 @@ impl KeyRepository for PostgresStore {
         values.insert("key_hash".to_owned(), json!(key.hash.expose_hash()));
         let columns = row::INSERTED.iter().chain(&row::EDITED).copied();
         let columns: Vec<_> = columns.chain(["created_at", "updated_at"]).collect();
-        // The row comes back from the statement itself: an answer that is lost leaves no question open.
+        // The row is returned by the statement itself, so that no second query is needed to learn the result.
         let insert = format!(
             "WITH k AS (
                 INSERT INTO api_keys ({}) SELECT n.{}
@@ -75,8 +74,8 @@ impl KeyRepository for PostgresStore {
         );
         let binds = [Bind::Text(Value::Object(values).to_string())];
         let inserted = self.insert(&Statement::new(insert, binds)).await?;
-        let refused = "there is no such user, or the same key is stored already";
-        let inserted = inserted.ok_or_else(|| StoreError::conflict(refused))?;
+        let conflict = "there is no such user, or the same key is already stored";
+        let inserted = inserted.ok_or_else(|| StoreError::conflict(conflict))?;
         Ok(row::decode(&inserted.row)?.record)
     }
 
@@ -111,7 +110,7 @@ impl KeyRepository for PostgresStore {
 }
 
 impl PostgresStore {
-    /// The rows that `select`, [`KEY_COLUMNS`] from somewhere, finds, in the order of their ids.
+    /// Returns the rows that `select` finds, ordered by id. It starts with [`KEY_COLUMNS`].
     async fn records(
         &self,
         select: String,
@@ -124,7 +123,7 @@ impl PostgresStore {
         self.load(&self.0.management, &Statement::new(sql, binds)).await
     }
 
-    /// A page of rows for a review: keys without an owner, too.
+    /// Returns a page of rows for a review, including keys without an owner.
     pub(super) async fn reviewed(&self, after: i64) -> Result<Vec<KeyRow>, StoreError> {
         let select = format!(
             "{KEY_COLUMNS} FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
@@ -134,7 +133,7 @@ impl PostgresStore {
         self.records(select, [Bind::Integer(after)]).await
     }
 
-    /// Writes `columns` of the row with this id, if there is one and it has the revision that is expected.
+    /// Writes `columns` of the row with this id, if it exists and has the expected revision.
     async fn update(
         &self,
         table: &str,
@@ -172,7 +171,7 @@ impl PostgresStore {
     }
 }
 
-/// A JSON null would become the JSON value `null` in a JSON column, instead of no value.
+/// Removes null values. A JSON null would become the JSON value `null` in a JSON column, instead of NULL.
 fn without_nulls(values: Map<String, Value>) -> Map<String, Value> {
     values.into_iter().filter(|(_, value)| !value.is_null()).collect()
 }

@@ -1,4 +1,4 @@
-//! What this crate keeps in a database, and how [`migrate`] makes what is missing of it.
+//! The crate's objects in a database, and [`migrate`], which creates those that are missing.
 
 use diesel::{
     Connection, QueryResult, QueryableByName, RunQueryDsl,
@@ -18,27 +18,27 @@ use crate::{
 };
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/postgres");
-/// The functions and triggers, on the tables that the migrations have made.
+/// The functions and triggers on the tables of the migrations.
 const TRIGGERS: &str = include_str!("../../../schema/triggers/postgres.sql");
-/// The number in the comment on `api_key_changes`. One more whenever a file of the schema changes: a database
-/// with a lower one is brought up to date, one with a higher one is left to the newer nodes.
+/// Version in the comment on `api_key_changes`. Increment it whenever a file of the schema changes: a database with a
+/// lower version is brought up to date, and one with a higher version is left to the newer nodes.
 const VERSION: i64 = 1;
 
-/// Nodes that start at once wait for each other under this advisory lock ("tower-ap" in ASCII).
+/// Advisory lock ("tower-ap" in ASCII) under which nodes that start at the same time wait for each other.
 const LOCK: i64 = 0x746f_7765_722d_6170;
 
 /// Brings the schema up to date, in one transaction. Returns whether a table of keys was adopted.
 pub(super) fn migrate(connection: &mut BlockingConnection) -> Result<bool, MigrateError> {
     let outcome = connection.transaction(|connection| {
-        // Behind a pooler, the connection has neither from its start.
+        // Behind a pooler, the connection does not have these settings from its start.
         connection.batch_execute(&format!(
             "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {}",
             adopt::STATEMENT_TIMEOUT.as_millis()
         ))?;
-        // Before the lock on a table, which would keep its writers waiting while this waits.
+        // This lock comes before the lock on a table, which would block its writers while this one waits.
         sql_query(format!("SELECT pg_advisory_xact_lock({LOCK})")).execute(connection)?;
         connection.batch_execute("SET LOCAL lock_timeout = '10s'")?;
-        connection.batch_execute(GO_HOME)?;
+        connection.batch_execute(SET_SEARCH_PATH)?;
         let faults = adopt::faults(connection)?;
         if !faults.is_empty() {
             return Err(Failure(MigrateError::NotAdoptable(faults)));
@@ -60,8 +60,8 @@ pub(super) fn migrate(connection: &mut BlockingConnection) -> Result<bool, Migra
     outcome.map_err(|Failure(error)| error)
 }
 
-/// Locks the tables of the other service, each attempt for less than its `deadlock_timeout` (1 s by default): a
-/// transaction that writes both in the other order goes on, and this waits.
+/// Locks the tables of the other service. Each attempt takes less than its `deadlock_timeout` (1 s by default): a
+/// transaction that writes both tables in the other order continues, and this one waits.
 const LOCK_TABLES: &str = "DO $lock$
     DECLARE
         deadline TIMESTAMPTZ := clock_timestamp() + INTERVAL '10 s';
@@ -85,7 +85,7 @@ const LOCK_TABLES: &str = "DO $lock$
 
 type MigrationError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Runs every migration, also those that were run before: they make what is not there, and nothing else.
+/// Runs every migration, including those that were run before. A migration creates only what is missing.
 fn make(connection: &mut BlockingConnection) -> Result<(), MigrationError> {
     connection.run_pending_migrations(MIGRATIONS)?;
     let migrations: Vec<Box<dyn Migration<Pg>>> = MIGRATIONS.migrations()?;
@@ -96,9 +96,9 @@ fn make(connection: &mut BlockingConnection) -> Result<(), MigrationError> {
     Ok(connection.batch_execute(&tag())?)
 }
 
-/// What is made goes where the adopted tables are, which need not be the first schema of the `search_path`: the
-/// triggers run with a path of their own.
-const GO_HOME: &str = "SELECT set_config('search_path', (
+/// Sets the `search_path` to the schema of the adopted tables, which need not be its first one. The triggers run with a
+/// path of their own.
+const SET_SEARCH_PATH: &str = "SELECT set_config('search_path', (
         SELECT string_agg(quote_ident(name), ', ' ORDER BY rank) FROM (
             SELECT name, min(rank) AS rank FROM (
                 SELECT relnamespace::regnamespace::name AS name, 0::bigint AS rank
@@ -119,7 +119,7 @@ const TABLES: [&str; 8] = [
     "api_key_leases",
 ];
 
-/// Columns that the tables have beside those that are read from them.
+/// Columns of the crate in these tables, besides those that look-ups read.
 const OWN_COLUMNS: [(&str, &str); 5] = [
     ("users", "api_key_revision"),
     ("api_keys", "api_key_revision"),
@@ -128,7 +128,7 @@ const OWN_COLUMNS: [(&str, &str); 5] = [
     ("api_keys", "total_cost_rest"),
 ];
 
-/// The triggers that changes depend on: table, name, events as in `pg_trigger.tgtype`, and function.
+/// The triggers that record changes: table, name, events as in `pg_trigger.tgtype`, and function.
 const CHANGE_TRIGGERS: [(&str, &str, u8, &str); 8] = [
     ("api_keys", "zzz_api_key_revision", 23, "api_key_revise_key"),
     ("api_keys", "api_key_note_new", 13, "api_key_note_key"),
@@ -140,8 +140,8 @@ const CHANGE_TRIGGERS: [(&str, &str, u8, &str); 8] = [
     ("users", "api_key_note_all", 32, "api_key_note_all"),
 ];
 
-/// An SQL expression: why changes can't be complete, or NULL. It looks at the tables that look-ups read, and at
-/// where the functions write: the two need not be of one schema after a change of the `search_path`.
+/// Returns an SQL expression: why changes may be missing, or NULL. It checks the tables that look-ups read, and the
+/// tables that the functions write to: after a change of the `search_path` they may be in different schemas.
 pub(super) fn incompleteness() -> String {
     let wanted: Vec<_> = CHANGE_TRIGGERS
         .iter()
@@ -163,7 +163,7 @@ pub(super) fn incompleteness() -> String {
             SELECT 'trigger api_key_note_new on users is missing or disabled'
             WHERE NOT EXISTS (
                 SELECT FROM pg_trigger t WHERE t.tgrelid = to_regclass('users') AND t.tgname = 'api_key_note_new'
-                    -- For replication alone, which checks no foreign key, where there is one.
+                    -- Only for replication, which checks no foreign key, if there is one.
                     AND (t.tgenabled = 'A' OR t.tgenabled = 'R' AND EXISTS (
                         SELECT FROM pg_constraint c WHERE c.conrelid = to_regclass('api_keys')
                             AND c.confrelid = t.tgrelid AND c.contype = 'f' AND c.convalidated)))
@@ -182,14 +182,14 @@ pub(super) fn incompleteness() -> String {
     )
 }
 
-/// The columns that look-ups read, as rows of SQL: table and name.
+/// Returns the columns that look-ups read, as rows of SQL: table and name.
 fn column_list() -> String {
     let columns = COLUMNS.iter().map(|(table, name, ..)| (table, name));
     let columns = columns.chain(OWN_COLUMNS.iter().map(|(table, name)| (table, name)));
     columns.map(|(table, name)| format!("('{table}', '{name}')")).collect::<Vec<_>>().join(", ")
 }
 
-/// An SQL expression: a digest of all that [`incompleteness`] looks at.
+/// An SQL expression: a digest of all inputs of [`incompleteness`].
 pub(super) const SHAPE: &str = "md5(concat_ws('|',
     (SELECT string_agg(
             concat_ws(' ', t.oid, t.xmin, t.tgname, t.tgenabled, p.proname, p.pronamespace), ',' ORDER BY t.oid)
@@ -203,7 +203,7 @@ pub(super) const SHAPE: &str = "md5(concat_ws('|',
     (SELECT string_agg(concat_ws(' ', oid, convalidated), ',' ORDER BY oid) FROM pg_constraint
         WHERE conrelid = to_regclass('api_keys') AND contype = 'f')))";
 
-/// An SQL expression that changes whenever a trigger was made, altered or dropped, even if it was put back since.
+/// An SQL expression that changes whenever a trigger is created, altered or dropped, even if it is restored later.
 pub(super) const TRIGGER_STATE: &str = "(
     SELECT md5(string_agg(concat_ws(' ', oid, xmin, tgenabled), ',' ORDER BY oid)) FROM pg_trigger
     WHERE tgrelid IN (to_regclass('users'), to_regclass('api_keys')) AND NOT tgisinternal)";
@@ -215,10 +215,10 @@ struct Missing {
 }
 
 #[derive(QueryableByName)]
-struct CoherenceTag {
+struct SchemaVersion {
     #[diesel(sql_type = Nullable<BigInt>)]
     version: Option<i64>,
-    /// Whether the functions are as they were when the comment was made.
+    /// Whether the functions are unchanged since the comment was written.
     #[diesel(sql_type = Nullable<diesel::sql_types::Bool>)]
     is_intact: Option<bool>,
 }
@@ -239,7 +239,8 @@ const FUNCTIONS: [&str; 13] = [
     "api_key_try",
 ];
 
-/// An SQL expression: a digest of the crate's functions as they are. Others of the schema are not in it.
+/// Returns an SQL expression: a digest of the current definitions of the crate's functions, without other functions of
+/// the schema.
 fn digest() -> String {
     let names = FUNCTIONS.map(|name| format!("'{name}'")).join(", ");
     format!(
@@ -249,7 +250,7 @@ fn digest() -> String {
     )
 }
 
-/// Records which version of the functions was made, and their digest.
+/// Returns the statement that records the version of the functions and their digest.
 fn tag() -> String {
     format!(
         "DO $tag$ BEGIN
@@ -259,7 +260,7 @@ fn tag() -> String {
     )
 }
 
-fn read_stamp() -> String {
+fn select_version() -> String {
     format!(
         r"SELECT split_part(tag, ' ', 2)::bigint AS version, split_part(tag, ' ', 3) = {} AS is_intact
         FROM (SELECT obj_description(to_regclass('api_key_changes'), 'pg_class') AS tag) AS s
@@ -268,10 +269,10 @@ fn read_stamp() -> String {
     )
 }
 
-/// What is not there, or not as it should be. Only reads, so that a role that owns nothing can call it.
+/// Returns what is missing or different. It only reads, so that a role that owns nothing can call it.
 fn missing(connection: &mut BlockingConnection) -> QueryResult<Vec<String>> {
     let tables = TABLES.map(|table| format!("('{table}')")).join(", ");
-    // A table or an index of the same name in a later schema is of another installation.
+    // A table or an index of the same name in a later schema belongs to another installation.
     let select = format!(
         "SELECT 'table ' || name AS what FROM (VALUES {tables}) AS t (name)
         WHERE to_regclass(name) IS NULL
@@ -301,12 +302,12 @@ fn missing(connection: &mut BlockingConnection) -> QueryResult<Vec<String>> {
     );
     let rows = sql_query(select).load::<Missing>(connection)?;
     let mut missing: Vec<_> = rows.into_iter().map(|row| row.what).collect();
-    match sql_query(read_stamp()).load::<CoherenceTag>(connection)?.first() {
-        // Newer nodes see to it; what this one would make is older.
-        Some(CoherenceTag { version: Some(version), .. }) if *version > VERSION => {
+    match sql_query(select_version()).load::<SchemaVersion>(connection)?.first() {
+        // Newer nodes maintain these objects. This node would create older ones.
+        Some(SchemaVersion { version: Some(version), .. }) if *version > VERSION => {
             return Ok(Vec::new());
         }
-        Some(CoherenceTag { version: Some(VERSION), is_intact: Some(true) }) => {}
+        Some(SchemaVersion { version: Some(VERSION), is_intact: Some(true) }) => {}
         _ => missing.push(format!("version {VERSION} of the functions")),
     }
     Ok(missing)
@@ -317,7 +318,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_function_of_the_schema_is_looked_at_for_its_version() {
+    fn every_function_of_the_schema_is_part_of_its_version() {
         let files = [
             TRIGGERS,
             include_str!("../../../schema/postgres/2026-11-23-000003_usage/up.sql"),

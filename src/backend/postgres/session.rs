@@ -1,8 +1,8 @@
-//! Settings of a connection, which must not reach the other clients of a connection pooler: [`Sessions`].
+//! Settings of a connection, which must not leak to other clients of a connection pooler: [`Sessions`].
 //!
-//! They are start-up options. A pooler such as PgBouncer gives a server connection to one client after the other and
-//! resets nothing between transactions, so a `SET` would stay for the next client. PgBouncer rejects start-up options
-//! that it doesn't track (SQLSTATE 08P01) or, with `ignore_startup_parameters = options`, drops them.
+//! They are start-up options. A pooler such as PgBouncer assigns a server connection to one client after the other and
+//! resets nothing between transactions, so that a `SET` would remain for the next client. PgBouncer rejects start-up
+//! options that it doesn't track (SQLSTATE 08P01) or, with `ignore_startup_parameters = options`, drops them.
 
 use std::{
     future::{Future, poll_fn},
@@ -17,22 +17,22 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{connect::RawConnection, hosts::ConnectFault};
 
-/// A setting without a meaning to the server. If it is there after the connect, so are the others.
+/// A setting without a meaning to the server. If it is set after the connect, so are the other settings.
 const MARKER: &str = "tower_api_key.session";
 
-/// Whether connections are sessions of their own.
+/// Whether each connection has its own session.
 #[derive(Default)]
 pub(super) struct Sessions {
     are_pooled: AtomicBool,
 }
 
 impl Sessions {
-    /// Whether a connection may be without the settings: transactions have to bring their own.
+    /// Returns whether a connection may lack the settings, so that transactions must apply their own.
     pub(super) fn are_pooled(&self) -> bool {
         self.are_pooled.load(Ordering::Relaxed)
     }
 
-    /// Connects with the settings or, where they are not accepted, without.
+    /// Connects with the settings or, if they are rejected, without them.
     pub(super) async fn connect(
         &self,
         config: &Config,
@@ -50,7 +50,7 @@ impl Sessions {
                     }
                     return Ok((client, connection));
                 }
-                Err(error) if is_refusal(&error) => {
+                Err(error) if is_rejection(&error) => {
                     self.are_pooled.store(true, Ordering::Relaxed);
                 }
                 Err(error) => return Err(error.into()),
@@ -60,19 +60,21 @@ impl Sessions {
     }
 }
 
-/// Gives the transaction under way a time-out for its statements.
+/// Returns the statement that sets the statement timeout of the current transaction.
 pub(super) fn local_settings(statement_timeout: Duration) -> String {
     format!("SET LOCAL statement_timeout = {}", millis(statement_timeout))
 }
 
-/// The server counts in 31 bits, and 0 is no limit, so that what is not 0 must not become it.
+/// Returns the timeout in milliseconds. The server uses 31 bits, and 0 means unlimited, so that a timeout other than 0
+/// must not become 0.
 fn millis(statement_timeout: Duration) -> u128 {
     statement_timeout.as_micros().div_ceil(1000).min(i32::MAX as u128)
 }
 
-/// The options of the URL come first: of two values for one setting, the server takes the last.
+/// Returns the start-up options. Those of the URL come first: of two values for one setting, the server uses the last.
 fn options(given: Option<&str>, statement_timeout: Duration) -> String {
-    // Functions read what was committed while they waited for a lock, whatever the database's default is.
+    // With READ COMMITTED, functions read what was committed while they waited for a lock, whatever the database's
+    // default is.
     format!(
         "{} -c statement_timeout={} -c default_transaction_isolation=read\\ committed -c {MARKER}=on",
         given.unwrap_or_default(),
@@ -80,8 +82,8 @@ fn options(given: Option<&str>, statement_timeout: Duration) -> String {
     )
 }
 
-/// PgBouncer answers 08P01, Amazon's RDS Proxy 0A000.
-fn is_refusal(error: &tokio_postgres::Error) -> bool {
+/// Returns whether a pooler rejected the options. PgBouncer returns 08P01, Amazon's RDS Proxy 0A000.
+fn is_rejection(error: &tokio_postgres::Error) -> bool {
     let refusals = [&SqlState::PROTOCOL_VIOLATION, &SqlState::FEATURE_NOT_SUPPORTED];
     error.code().is_some_and(|code| refusals.contains(&code))
 }
@@ -93,7 +95,7 @@ async fn has_marker(client: &Client) -> Result<bool, tokio_postgres::Error> {
         .any(|message| matches!(message, SimpleQueryMessage::Row(row) if row.get(0) == Some("on"))))
 }
 
-/// The output of a query on a connection that has no task of its own yet.
+/// Returns the output of a query on a connection that no task drives yet.
 async fn driven<T>(
     connection: &mut (impl Future<Output = Result<(), tokio_postgres::Error>> + Unpin),
     query: impl Future<Output = Result<T, tokio_postgres::Error>>,
@@ -107,7 +109,7 @@ async fn driven<T>(
                 return Poll::Ready(Err(error));
             }
         }
-        // A closed connection shows in the error of the query itself.
+        // The error of the query itself reports a closed connection.
         query.as_mut().poll(cx)
     })
     .await

@@ -1,5 +1,5 @@
-//! What became of a statement that `api_key_try` ran: decided by SQLSTATE, because the message is in the
-//! server's language and diesel does not pass on most codes.
+//! The outcome of a statement that `api_key_try` ran. It is classified by SQLSTATE, because the message is in the
+//! server's language and diesel does not expose most codes.
 
 use std::{error::Error, fmt};
 
@@ -13,16 +13,16 @@ use crate::{
     error::StoreError,
 };
 
-/// Runs `sql`, which has five parameters and returns one text, and returns its error as data.
+/// Returns a statement that runs `sql`, which has five parameters and returns one text, and returns its error as data.
 pub(super) fn attempt(sql: String, binds: [Bind; 5]) -> Statement {
     let call = "SELECT api_key_try($1, $2, $3, $4, $5, $6) AS row";
     Statement::new(call, [Bind::Text(sql)].into_iter().chain(binds))
 }
 
-/// What a statement that was run by [`attempt`] returned, or why it failed.
+/// Returns the result of a statement from [`attempt`], or its error.
 pub(super) fn outcome(rows: &[TextRow]) -> Result<Result<Option<String>, SqlFault>, StoreError> {
     let answer = rows.first().and_then(|row| serde_json::from_str(&row.row).ok());
-    match answer.ok_or_else(|| StoreError::bad_row("api_key_try returned something else"))? {
+    match answer.ok_or_else(|| StoreError::bad_row("api_key_try returned an unknown result"))? {
         Attempted::Done { row } => Ok(Ok(row)),
         Attempted::Failed(fault) => Ok(Err(fault)),
     }
@@ -35,7 +35,7 @@ enum Attempted {
     Done { row: Option<String> },
 }
 
-/// Why PostgreSQL refused a statement.
+/// The error with which PostgreSQL rejected a statement.
 #[derive(Debug, Deserialize)]
 pub(super) struct SqlFault {
     sqlstate: String,
@@ -43,23 +43,23 @@ pub(super) struct SqlFault {
 }
 
 impl SqlFault {
-    /// Whether it is a fault of one of the rows: a value that does not fit its column, a constraint, a trigger or
-    /// a view of another service that refuses it.
+    /// Returns whether it is a fault of one of the rows: a value that does not fit its column, a constraint, or a
+    /// trigger or a view of another service that rejects it.
     pub(super) fn is_of_a_row(&self) -> bool {
         matches!(self.class(), "22" | "23" | "44" | "P0")
     }
 
-    /// Whether trying again helps: a lock, a deadlock, too few resources, a shutdown.
+    /// Returns whether a retry helps: a lock, a deadlock, insufficient resources, a shutdown.
     fn is_transient(&self) -> bool {
         matches!(self.class(), "08" | "40" | "53" | "55" | "57" | "58")
     }
 
-    /// Whether a table, a column or a function is missing.
+    /// Returns whether a table, a column or a function is missing.
     fn is_undefined(&self) -> bool {
         matches!(&*self.sqlstate, "42P01" | "42703" | "42883")
     }
 
-    /// <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+    /// Returns the class of the SQLSTATE: <https://www.postgresql.org/docs/current/errcodes-appendix.html>
     fn class(&self) -> &str {
         self.sqlstate.get(..2).unwrap_or_default()
     }

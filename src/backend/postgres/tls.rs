@@ -1,4 +1,4 @@
-//! TLS to PostgreSQL with rustls, as libpq's `sslmode` means it:
+//! TLS to PostgreSQL with rustls, with the meaning of libpq's `sslmode`:
 //! <https://www.postgresql.org/docs/current/libpq-ssl.html>.
 
 use std::sync::Arc;
@@ -14,14 +14,14 @@ use rustls::{
 };
 use tokio_postgres_rustls::MakeRustlsConnect;
 
-/// How closely the server's certificate is looked at.
+/// Verification of the server's certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verification {
-    /// Not at all: encryption without knowing to whom.
+    /// No verification: the connection is encrypted, but the server is not authenticated.
     None,
-    /// It was signed by a trusted authority.
+    /// The certificate must be signed by a trusted authority.
     Chain,
-    /// That, and it is for the host that was asked for.
+    /// In addition, the certificate must be for the requested host.
     Full,
 }
 
@@ -30,12 +30,12 @@ pub(super) struct TlsFault {
     pub(super) source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-/// Connects with certificates from the file `root_cert`, or those of the system.
+/// Creates a connector with certificates from the file `root_cert`, or those of the system.
 pub(super) fn connector(
     verification: Verification,
     root_cert: Option<&str>,
 ) -> Result<MakeRustlsConnect, TlsFault> {
-    // Given explicitly, so that the process default is neither needed nor changed.
+    // The provider is passed explicitly, so that the process default is neither needed nor changed.
     let provider = Arc::new(ring::default_provider());
     let fault = |reason| move |error: Error| TlsFault { reason, source: Some(error.into()) };
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
@@ -79,7 +79,7 @@ fn root_certificates(file: Option<&str>) -> Result<RootCertStore, TlsFault> {
             }
         }
         _ => {
-            // Some systems carry certificates that rustls can't read; the others still count.
+            // Some systems contain certificates that rustls can't parse; the others are still used.
             let found = rustls_native_certs::load_native_certs();
             roots.add_parsable_certificates(found.certs);
         }
@@ -93,11 +93,11 @@ fn root_certificates(file: Option<&str>) -> Result<RootCertStore, TlsFault> {
     Ok(roots)
 }
 
-/// What looks less closely than rustls does by itself.
+/// A verifier that is less strict than that of rustls.
 #[derive(Debug)]
 struct Lenient {
-    /// `None` takes whatever certificate the server shows (`sslmode=require`, `prefer`); otherwise it
-    /// is one of a trusted authority, for whatever host (`verify-ca`).
+    /// `None` accepts any certificate (`sslmode=require`, `prefer`); otherwise it must be of a trusted authority, for
+    /// any host (`verify-ca`).
     chain: Option<Arc<WebPkiServerVerifier>>,
     provider: Arc<CryptoProvider>,
 }
@@ -113,7 +113,7 @@ impl ServerCertVerifier for Lenient {
     ) -> Result<ServerCertVerified, Error> {
         use CertificateError::{NotValidForName, NotValidForNameContext};
         let Some(full) = &self.chain else { return Ok(ServerCertVerified::assertion()) };
-        // The name is looked at last, after the chain was found to be good.
+        // The name is checked last, after the chain was verified.
         match full.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now) {
             Err(Error::InvalidCertificate(NotValidForName | NotValidForNameContext { .. })) => {
                 Ok(ServerCertVerified::assertion())

@@ -1,4 +1,4 @@
-//! Usage, written behind.
+//! Usage accounting, written in batches.
 
 use std::time::Duration;
 
@@ -21,15 +21,16 @@ use crate::{
     telemetry,
 };
 
-/// `$1` is the batch in JSON, `$2` and `$3` its writer and number, `$4` when it was gathered and `$5` how many
-/// milliseconds ago. Counts the batch unless it was counted before, and returns whether it did and for how many keys.
+/// Returns the statement that counts a batch. `$1` is the batch in JSON, `$2` and `$3` its writer and number, `$4` when
+/// it was gathered and `$5` how many milliseconds ago. It counts the batch unless it was counted before, and returns
+/// whether it did and for how many keys.
 ///
-/// The day is the database's, as it is for leases: by the clock of a node that is wrong, what was spent today could
-/// be charged to another day.
+/// The day is the database's, as it is for leases: with the wrong clock of a node, today's cost could be charged to
+/// another day.
 ///
-/// The rows of keys are locked in the order of their ids before any is written; an `UPDATE` alone locks them in
-/// the order in which it finds them, and two of them would wait for each other. Rows of days and leases
-/// are written by whoever holds the lock of their key. Sums stay at the largest number that their column holds.
+/// The rows of keys are locked in the order of their ids before any is written. An `UPDATE` alone locks them in the
+/// order in which it finds them, and two of them could deadlock. Rows of days and leases are written only under the
+/// lock of their key. Sums are capped at the largest number that their column holds.
 fn count(is_gated: bool, has_totals: bool) -> String {
     let total = |column: &str, added: &str| {
         format!(
@@ -50,7 +51,7 @@ fn count(is_gated: bool, has_totals: bool) -> String {
                 AS b (id BIGINT, requests BIGINT, tokens BIGINT, cost BIGINT, settled BIGINT,
                     is_last_used BOOLEAN)
         ), writer AS ({writer}), time AS (
-            -- As the column has it. From a row, because in one of nothing a column may not be NULL.
+            -- In the type of the column. From an existing row, because a column of an empty row may be NOT NULL.
             SELECT jsonb_populate_record(k, jsonb_build_object('last_used_at', $4::text)) AS row
             FROM api_keys k LIMIT 1
         ), locked AS (
@@ -87,10 +88,10 @@ fn count(is_gated: bool, has_totals: bool) -> String {
     )
 }
 
-/// The column `total_cost`, which may be narrow and coarse where it was adopted: the largest number that fits into it,
-/// NULL if every one does, and the micro-cents of its smallest step. What is less than a step is kept in
-/// `total_cost_rest` until it makes one: rounded at each flush, it would add up. A NUMERIC's modifier has its digits in
-/// the upper half, and how many are behind the point in the lower, with a sign in its 11th bit.
+/// The column `total_cost`, which may be narrow and coarse in an adopted table: the largest number that fits into it,
+/// NULL if every number does, and the micro-cents of its smallest step. An amount below a step is kept in
+/// `total_cost_rest` until it makes one: rounding at each flush would add up. A NUMERIC's modifier has the number of
+/// digits in the upper half, and the number of decimal places in the lower half, with a sign in its 11th bit.
 const COST: &str = "
     SELECT CASE type WHEN 'int2' THEN 32767 WHEN 'int4' THEN 2147483647 WHEN 'int8' THEN 9223372036854775807
             WHEN 'numeric' THEN 10::numeric ^ (digits - scale) - 10::numeric ^ (-scale) END AS most,
@@ -100,14 +101,14 @@ const COST: &str = "
         SELECT t.typname AS type, (modifier - 4) >> 16 AS digits,
             (((modifier - 4) & 2047) # 1024) - 1024 AS scale
         FROM pg_attribute a JOIN pg_type d ON d.oid = a.atttypid
-        -- A domain is what it is over.
+        -- A domain counts as its base type.
         JOIN pg_type t ON t.oid = CASE WHEN d.typtype = 'd' THEN d.typbasetype ELSE d.oid END,
             LATERAL (SELECT nullif(CASE WHEN d.typtype = 'd' THEN d.typtypmod ELSE a.atttypmod END, -1) AS modifier) AS m
         WHERE a.attrelid = 'api_keys'::regclass AND a.attname = 'total_cost'
     ) AS total_cost";
 
-/// Returns a row if the batch was not counted before. While another attempt to send it is under way, this waits
-/// for its end.
+/// Records the batch of a writer. Returns a row if the batch was not counted before. While another attempt to send it
+/// is under way, this waits for its end.
 const WRITER: &str = "
     INSERT INTO api_key_usage_writers AS w (writer, sequence, seen_at)
     VALUES ($2, $3::bigint, clock_timestamp())
@@ -115,9 +116,9 @@ const WRITER: &str = "
         WHERE w.sequence < excluded.sequence
     RETURNING 1";
 
-/// Writers that are gone, none of which sends a batch again after so long, and leases that have expired on keys that
-/// nobody asks for any more. It waits for no lock.
-const FORGET_THE_GONE: &str = "
+/// Deletes old writers, none of which retries a batch after that time, and expired leases on keys without new requests.
+/// It waits for no lock.
+const DELETE_OLD: &str = "
     WITH writers AS (
         DELETE FROM api_key_usage_writers WHERE seen_at < now() - INTERVAL '30 days' RETURNING 1
     ), leases AS (
@@ -133,8 +134,9 @@ impl PostgresStore {
         let entries = batch.encoded();
         let all = Value::from(entries.clone()).to_string();
         let statement = sqlstate::attempt(count(true, true), binds(batch, all));
-        let counted = self.load_in(&self.0.accounts, Isolation::ReadCommitted, &statement).await?;
-        // Whatever is not the fault of a row delays the batch: the recorder sends it again.
+        let counted =
+            self.load_in(&self.0.accounting, Isolation::ReadCommitted, &statement).await?;
+        // Any error that is not the fault of a row delays the batch: the recorder retries it.
         match sqlstate::outcome(&counted)? {
             Ok(counts) => report(batch, counts.as_deref()),
             Err(fault) if fault.is_of_a_row() => self.count_in_parts(batch, &entries).await?,
@@ -142,25 +144,25 @@ impl PostgresStore {
         }
         if batch.sequence == 1
             && let Err(error) =
-                self.load::<TextRow>(&self.0.accounts, &Statement::new(FORGET_THE_GONE, [])).await
+                self.load::<TextRow>(&self.0.accounting, &Statement::new(DELETE_OLD, [])).await
         {
             telemetry::not_pruned(&error);
         }
         Ok(())
     }
 
-    /// In one transaction, by halves, so that a row which can't be written keeps no other one from
-    /// being counted.
+    /// Counts a batch in one transaction, by halves, so that a row that can't be written does not prevent other rows
+    /// from being counted.
     async fn count_in_parts(
         &self,
         batch: &UsageBatch,
         entries: &[Value],
     ) -> Result<(), StoreError> {
-        let mut checkout = self.0.accounts.checkout().await?;
+        let mut checkout = self.0.accounting.checkout().await?;
         let connection = checkout.connection();
         let gate = format!("WITH w AS ({WRITER}) SELECT count(*)::text AS row FROM w");
         let gate = Statement::new(gate, binds(batch, String::new()));
-        let settings = self.0.accounts.local_settings();
+        let settings = self.0.accounting.local_settings();
         let mut transaction = connection.build_transaction().read_committed();
         let work = transaction.run(async |connection| {
             let set = connection.batch_execute(&settings).await;
@@ -181,7 +183,7 @@ impl PostgresStore {
                     parts.extend([rest, first]);
                     continue;
                 }
-                // The totals are what checks and triggers are on; what it has cost is charged all the same.
+                // Checks and triggers apply to the totals. The cost is charged even if they fail.
                 count_part(connection, batch, rest, false)
                     .await?
                     .map_err(StoreError::from)
@@ -203,7 +205,7 @@ impl PostgresStore {
     }
 }
 
-/// Below the one that the recorder has for a batch.
+/// Deadline of this transaction, below that of the recorder for a batch.
 const PARTS_DEADLINE: Duration = Duration::from_secs(25);
 
 async fn count_part(

@@ -1,4 +1,4 @@
-//! From servers to a cache: [`RedisCacheBuilder`].
+//! Settings of a cache: [`RedisCacheBuilder`].
 
 use std::{fmt, sync::Arc, time::Duration};
 
@@ -10,7 +10,7 @@ use crate::{
     store::{CacheSecret, KeyStore},
 };
 
-/// So many writes may be under way; past that, an answer is not written.
+/// Maximum number of writes under way. Beyond it, an answer is not written.
 const MAX_FILLS: usize = 256;
 
 /// Builds a [`RedisCache`].
@@ -33,33 +33,32 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
         }
     }
 
-    /// The longest that a request waits for Redis: 100 ms by default.
+    /// Sets the maximum time that a request waits for Redis: 100 ms by default.
     #[must_use]
     pub fn timeout(self, timeout: Duration) -> Self {
         Self { timeout, ..self }
     }
 
-    /// Keeps the entries of this cache apart from those of others on the same Redis; all nodes of a service have the
-    /// same namespace. None by default: entries are bound to the database that they were read from, which is enough
-    /// unless it is a storage-level copy of another one (see [`RedisCache`]).
+    /// Sets a namespace, which separates the entries of this cache from those of others on the same Redis. All nodes of
+    /// a service need the same namespace. None by default: entries are bound to the database that they were read from,
+    /// which is sufficient unless it is a storage-level copy of another one (see [`RedisCache`]).
     #[must_use]
     pub fn namespace(self, namespace: impl Into<String>) -> Self {
         Self { namespace: namespace.into(), ..self }
     }
 
-    /// The secret that entries are authenticated with, for a store that has none of its own. All nodes have
-    /// to have the same. It is not bound to a database: services with secrets of their own on one Redis need a
-    /// [`namespace`](Self::namespace) each.
+    /// Sets the secret that authenticates entries, for a store that has none. All nodes need the same secret. It is not
+    /// bound to a database: services with secrets of their own on one Redis need a [`namespace`](Self::namespace) each.
     #[must_use]
     pub fn secret(self, secret: CacheSecret) -> Self {
         Self { secret: Some(secret), ..self }
     }
 
-    /// Builds the cache. Needs no runtime; connects at first use.
+    /// Builds the cache. It needs no runtime, and connects at first use.
     ///
     /// # Errors
     ///
-    /// If a URL can't be read, or the store has no secret and none was given.
+    /// If a URL can't be parsed, or the store has no secret and none was given.
     pub fn build(self) -> Result<RedisCache<S>, RedisCacheError> {
         let Self { store, servers, timeout, secret, namespace } = self;
         if secret.is_none() && !store.has_cache_secret() {
@@ -85,14 +84,14 @@ impl<S: fmt::Debug> fmt::Debug for RedisCacheBuilder<S> {
     }
 }
 
-/// Why a [`RedisCache`] can't be built.
+/// The reason why a [`RedisCache`] can't be built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RedisCacheError {
     /// A URL can't be used.
     Url(RedisUrlError),
-    /// The store has no secret to authenticate entries with, and none was given: whoever can write to Redis
-    /// could let themselves in.
+    /// The store has no secret to authenticate entries with, and none was given. Without it, write access to Redis
+    /// would grant access to the service.
     NoSecret,
 }
 

@@ -1,7 +1,7 @@
-//! What lies in Redis, and why it can be believed: [`Entry`].
+//! The entries in Redis and their authentication: [`Entry`].
 //!
-//! A value is a header in ASCII of fixed width, so that a script can compare revisions, a body, and
-//! HMAC-SHA-256 over the name that it lies under and all of that:
+//! A value is an ASCII header of fixed width, so that a script can compare revisions, a body, and HMAC-SHA-256 over the
+//! name of the entry and all of that:
 //!
 //! ```text
 //! tak1 kind secret-id key-revision owner-revision as-of-µs expires-µs body mac
@@ -24,16 +24,16 @@ const MAGIC: &str = "tak1";
 const NUMBER: usize = 20;
 pub(super) const HEADER: usize = MAGIC.len() + 1 + 5 * NUMBER;
 pub(super) const MAC: usize = 32;
-/// No entry is larger; a larger value is somebody else's.
+/// Maximum size of an entry, in bytes. A larger value was not written by this crate.
 pub(super) const MAX_BYTES: usize = 256 * 1024;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
-    /// The keys under a prefix.
+    /// The keys under a lookup id.
     Keys,
-    /// A change came, and what was read before it is not to be written any more.
+    /// A tombstone: the keys have changed, and a value that was read before must not be written any more.
     Tombstone,
-    /// A key has matched a hash.
+    /// A presented key has matched a hash.
     Verified,
 }
 
@@ -42,28 +42,27 @@ impl Kind {
         [(b'k', Self::Keys), (b't', Self::Tombstone), (b'v', Self::Verified)];
 }
 
-/// An entry, which is believed once it was read with its secret.
+/// An entry. A decoded entry was authenticated with its secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {
     pub(super) kind: Kind,
     pub(super) key_revision: Revision,
     /// The highest of the owners' revisions.
     pub(super) owner_revision: Revision,
-    /// The database's time of the read behind it.
+    /// Time of the database at the read behind the entry.
     pub(super) as_of: SystemTime,
     pub(super) expires_at: SystemTime,
     pub(super) body: Vec<u8>,
 }
 
-/// Why a value is not taken.
+/// The reason why a value is rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unreadable {
-    /// It was written under a secret that this node does not have (yet, or any more).
+    /// It was written under a secret that this node does not have, or no longer has.
     UnknownSecret,
-    /// It was written under a secret that is older than those that are still good, or never was one. The next
-    /// write replaces it.
+    /// It was written under a secret that is older than the valid ones, or was never valid. The next write replaces it.
     Retired,
-    /// It is no entry, or not the one that lies under this name. The next write replaces it.
+    /// It is not an entry, or belongs to another name. The next write replaces it.
     Forged,
 }
 
@@ -86,7 +85,7 @@ impl Entry {
         value
     }
 
-    /// Reads the value under `name`.
+    /// Authenticates and decodes the value under `name`.
     pub(super) fn decode(
         name: &str,
         value: &[u8],
@@ -128,7 +127,7 @@ impl Entry {
     }
 }
 
-/// The name comes first, with its length, so that no entry can be moved to another one's place.
+/// Returns the MAC. It starts with the name and its length, so that no entry can be moved to another name.
 fn mac(name: &str, signed: &[u8], secret: &CacheSecret) -> [u8; MAC] {
     let message = [name.len().to_string().as_bytes(), b":", name.as_bytes(), signed].concat();
     hmac_sha256(secret.expose_secret(), &message)
@@ -149,7 +148,7 @@ fn time(micros: u64) -> SystemTime {
 }
 
 impl CacheSecret {
-    /// Names a presented key in a shared cache.
+    /// Returns the name of a presented key in a shared cache.
     pub(super) fn name_of_key(&self, key: &str) -> String {
         let mac = hmac_sha256(self.expose_secret(), &[b"key:", key.as_bytes()].concat());
         hex(&mac[..16])
@@ -168,7 +167,7 @@ pub(super) struct Key {
 }
 
 impl Keys {
-    /// `None` if there is a key that can't be tied to a hash.
+    /// Returns `None` if a key can't be bound to a hash.
     pub(super) fn new(read: &Read, secret: &CacheSecret) -> Option<Self> {
         let key = |it: &Candidate| {
             let hash = hex(&secret.mac_of_hash(it.fingerprint()?));
@@ -185,7 +184,7 @@ impl Keys {
         serde_json::from_slice(body).ok()
     }
 
-    /// The key whose hash has this MAC.
+    /// Returns the key whose hash has this MAC.
     pub(super) fn into_key_with(self, hash: &[u8]) -> Option<Key> {
         self.0.into_iter().find(|key| {
             unhex::<32>(&key.hash).is_some_and(|mac| bool::from(mac.as_slice().ct_eq(hash)))

@@ -1,15 +1,15 @@
-//! Under which names entries lie in Redis: [`Names`].
+//! Names of entries in Redis: [`Names`].
 
 use crate::{
     redis::slot,
     store::{CacheSecret, Lookup},
 };
 
-/// Where the entries of one look-up lie. All of them are in one slot of a cluster.
+/// The names of the entries of one look-up. All of them are in one slot of a cluster.
 pub(super) struct Names {
     pub(super) keys: String,
     pub(super) verified: String,
-    /// Under the secret from before.
+    /// The name under the previous secret.
     pub(super) verified_before: Option<String>,
 }
 
@@ -32,7 +32,7 @@ pub(super) fn keys_name(prefix: &str, secret: &CacheSecret) -> String {
     format!("api_key:data:{}{}", secret.tag(), slot(prefix))
 }
 
-/// The pub/sub channel of changes.
+/// Returns the pub/sub channel of changes.
 pub(super) fn channel(secret: &CacheSecret) -> String {
     format!("api_key:changes:{}", secret.tag()).trim_end_matches(':').to_owned()
 }

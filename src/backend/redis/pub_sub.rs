@@ -1,4 +1,4 @@
-//! Changes, from the store below or, where that has no feed, from the other nodes by pub/sub.
+//! Change events, from the store below or, if it has no feed, from the other nodes by pub/sub.
 
 use std::{
     pin::Pin,
@@ -28,53 +28,53 @@ pub(super) fn changes<S: KeyStore>(cache: &RedisCache<S>, since: SystemTime) -> 
     let below = cache.0.store.changes(since);
     if below.has_feed() {
         let is_complete = below.is_complete();
-        let deleting = Deleting { below, cache: cache.clone() };
+        let with_tombstones = WithTombstones { below, cache: cache.clone() };
         return if is_complete {
-            ChangeStream::new(deleting)
+            ChangeStream::new(with_tombstones)
         } else {
-            ChangeStream::best_effort(deleting)
+            ChangeStream::best_effort(with_tombstones)
         };
     }
-    let listening = Listening { cache: cache.clone(), messages: None };
-    ChangeStream::steps(listening, |mut listening| async move {
-        let change = listening.next().await;
-        Some((vec![change], listening))
+    let subscription = Subscription { cache: cache.clone(), messages: None };
+    ChangeStream::steps(subscription, |mut subscription| async move {
+        let change = subscription.next().await;
+        Some((vec![change], subscription))
     })
     .into_hints()
 }
 
-/// Passes changes on, and deletes in Redis what they are about.
-struct Deleting<S> {
+/// Passes changes on, and queues tombstones for them.
+struct WithTombstones<S> {
     below: ChangeStream,
     cache: RedisCache<S>,
 }
 
-impl<S> Unpin for Deleting<S> {}
+impl<S> Unpin for WithTombstones<S> {}
 
-impl<S: KeyStore> Stream for Deleting<S> {
+impl<S: KeyStore> Stream for WithTombstones<S> {
     type Item = Change;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Change>> {
         let change = ready!(Pin::new(&mut self.below).poll_next(cx));
         if let Some(change) = &change {
-            self.cache.delete(change);
+            self.cache.queue_tombstone(change);
         }
         Poll::Ready(change)
     }
 }
 
 impl<S: KeyStore> RedisCache<S> {
-    /// Deletes in Redis what a change is about, in the background. Of an owner's keys, the prefixes are not
-    /// known here: for those there are minimum revisions.
-    pub(super) fn delete(&self, change: &Change) {
+    /// Queues a tombstone for a change. The lookup ids of an owner's keys are not known here; minimum revisions cover
+    /// them.
+    pub(super) fn queue_tombstone(&self, change: &Change) {
         if let (Change::Prefix(prefix, revision), Some(secret)) =
             (change, self.0.secrets.current(self))
         {
-            self.0.deletes.push(prefix, *revision, secret);
+            self.0.tombstones.push(prefix, *revision, secret);
         }
     }
 
-    /// Tells the other nodes of a change that was made here, if the store does not.
+    /// Publishes a change that was made here to the other nodes, if the store has no feed.
     pub(super) fn publish(&self, change: &Change) {
         let Some(secret) = self.0.secrets.current(self) else { return };
         let Some(message) = Message::of(change).and_then(|message| message.encode(&secret)) else {
@@ -84,7 +84,7 @@ impl<S: KeyStore> RedisCache<S> {
         tokio::spawn(async move {
             let mut publish = cmd("PUBLISH");
             publish.arg(channel(&secret)).arg(message);
-            // Nodes that hear nothing ask the store again after `max_staleness`.
+            // Nodes that miss the message query the store again after `max_staleness`.
             let _ = link.run(&publish).await;
         });
     }
@@ -130,22 +130,22 @@ impl Message {
     }
 }
 
-/// Not that of an entry: the name comes first there, with its length.
+/// Returns the MAC of a message. It differs from that of an entry, which starts with the name and its length.
 fn mac(message: &[u8], secret: &CacheSecret) -> [u8; MAC] {
     hmac_sha256(secret.expose_secret(), &[b"change:", message].concat())
 }
 
-struct Listening<S> {
+struct Subscription<S> {
     cache: RedisCache<S>,
     messages: Option<PubSub>,
 }
 
-impl<S: KeyStore> Listening<S> {
+impl<S: KeyStore> Subscription<S> {
     async fn next(&mut self) -> Change {
         loop {
             let Some(messages) = &mut self.messages else {
                 let Some(secret) = self.cache.0.secrets.current(&self.cache) else {
-                    // Without the secret, no message is taken.
+                    // Without the secret, no message can be verified.
                     sleep(SECRET_PAUSE).await;
                     continue;
                 };
@@ -154,7 +154,7 @@ impl<S: KeyStore> Listening<S> {
                 match timeout(CONNECT_LIMIT, subscribe).await {
                     Ok(Ok(messages)) => {
                         self.messages = Some(messages);
-                        // What was said meanwhile is not known.
+                        // Messages may have been missed meanwhile.
                         return Change::Reset;
                     }
                     _ => sleep(PAUSE).await,
@@ -167,7 +167,7 @@ impl<S: KeyStore> Listening<S> {
             };
             match message {
                 Some(message) => {
-                    if let Some(change) = self.believe(&message) {
+                    if let Some(change) = self.verify(&message) {
                         return change;
                     }
                 }
@@ -176,11 +176,11 @@ impl<S: KeyStore> Listening<S> {
         }
     }
 
-    fn believe(&self, message: &Msg) -> Option<Change> {
+    fn verify(&self, message: &Msg) -> Option<Change> {
         let secret = self.cache.0.secrets.current(&self.cache)?;
         let message = Message::decode(message.get_payload_bytes(), &secret);
         if message.is_none() {
-            telemetry::redis_entry_not_believed(&channel(&secret));
+            telemetry::redis_entry_invalid(&channel(&secret));
         }
         message.map(Message::change)
     }

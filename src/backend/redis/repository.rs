@@ -1,4 +1,4 @@
-//! The write side of a [`RedisCache`]: the store's own, and what it changes is dropped here.
+//! The write side of a [`RedisCache`]: it calls the store, and queues tombstones for its changes.
 
 use super::RedisCache;
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
 };
 
 impl<S: KeyRepository> RedisCache<S> {
-    /// In the background: no change waits for Redis.
+    /// Announces a change in the background: no change waits for Redis.
     fn announce(&self, change: Option<Change>) -> Option<Change> {
         if let Some(change) = &change {
             self.delete(change);

@@ -1,4 +1,4 @@
-//! The one script that writes: it never lets something older replace something newer.
+//! The script that writes entries. It never replaces a newer entry by an older one.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,12 +6,13 @@ use deadpool_redis::redis::{Cmd, Value};
 
 use crate::redis::{Fault, Link, Script};
 
-/// `KEYS[1]` is the entry of the prefix and `KEYS[2]`, if given, the one of the verified key, which lies in
-/// the same slot. `ARGV`: the value and its lifetime in ms; the last bytes of a value that was read and
-/// could not be believed, which is replaced whatever it says; the verified value and its lifetime.
+/// `KEYS[1]` is the entry of the lookup id and `KEYS[2]`, if given, the one of the verified key, which is in the same
+/// slot. `ARGV`: the value and its lifetime in ms; the last bytes of a value that was rejected, which is always
+/// replaced; the verified value and its lifetime.
 ///
-/// Newer is a higher revision of the key and no lower one of the owner; with equal ones a later read. All
-/// numbers are digits of fixed width, so that comparing text compares them, and large ones lose nothing.
+/// An entry is newer if the revision of the key is higher and that of the owner is not lower; with equal revisions, if
+/// it was read later. All numbers are digits of fixed width, so that they compare as text, and large ones keep their
+/// precision.
 const TEXT: &str = r"
         local function number(value, at) return string.sub(value, 6 + at * 20, 25 + at * 20) end
         local now, new = redis.pcall('GET', KEYS[1]), ARGV[1]
@@ -34,19 +35,19 @@ const TEXT: &str = r"
 
 static PUT: Script = Script::new(TEXT, || Script::digest_of(TEXT));
 
-/// What is to be written.
+/// A value to write.
 pub(super) struct Put<'a> {
     pub(super) name: &'a str,
     pub(super) value: &'a [u8],
     pub(super) lifetime: Duration,
-    /// The end of a value that was read under the name and could not be believed.
-    pub(super) unbelieved: &'a [u8],
+    /// The last bytes of a value that was read under the name and rejected.
+    pub(super) rejected_tail: &'a [u8],
     /// Name, value and lifetime of a verified key.
     pub(super) verified: Option<(&'a str, &'a [u8], Duration)>,
 }
 
 impl Put<'_> {
-    /// Returns whether it wrote.
+    /// Runs the script. Returns whether it has written the value.
     pub(super) async fn run(&self, link: &Arc<Link>) -> Result<bool, Fault> {
         let outcome = PUT.run(link, |command| self.arguments(command)).await;
         outcome.map(|value| value == Value::Int(1))
@@ -58,7 +59,7 @@ impl Put<'_> {
         if let Some((name, ..)) = self.verified {
             command.arg(name);
         }
-        command.arg(self.value).arg(millis(self.lifetime)).arg(self.unbelieved);
+        command.arg(self.value).arg(millis(self.lifetime)).arg(self.rejected_tail);
         if let Some((_, value, lifetime)) = self.verified {
             command.arg(value).arg(millis(lifetime));
         }

@@ -1,4 +1,4 @@
-//! The secret that entries are authenticated with: [`Secrets`].
+//! The secret that authenticates entries: [`Secrets`].
 
 use std::{
     sync::{
@@ -15,28 +15,28 @@ use crate::{
     telemetry,
 };
 
-/// The secret that was given, or the store's. Until that is known Redis is not asked.
+/// The configured secret, or the store's. Redis is not used until it is known.
 pub(super) struct Secrets {
     given: Option<CacheSecret>,
-    /// Empty if there is none.
+    /// The namespace; empty if there is none.
     namespace: String,
-    found: Mutex<Found>,
+    cached: Mutex<CachedSecret>,
     is_outdated: AtomicBool,
-    asking: Background,
+    querying: Background,
 }
 
 #[derive(Default)]
-struct Found {
+struct CachedSecret {
     secret: Option<CacheSecret>,
-    asked_at: Option<Instant>,
+    queried_at: Option<Instant>,
 }
 
-/// A store that could not be asked is asked again after this.
+/// Pause before a failed query is retried.
 const PAUSE: Duration = Duration::from_millis(500);
-/// No secret is asked for more often because of entries under another one.
-const ASKED_EVERY: Duration = Duration::from_secs(10);
+/// Minimum interval of queries that entries under another secret cause.
+const QUERY_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Derived once, and not for each request.
+/// Binds the secret to the namespace. It is derived once, not for each request.
 fn within(namespace: &str, secret: CacheSecret) -> CacheSecret {
     if namespace.is_empty() { secret } else { secret.with_scope(&format!("namespace:{namespace}")) }
 }
@@ -46,21 +46,21 @@ impl Secrets {
         Self {
             given: given.map(|secret| within(&namespace, secret)),
             namespace,
-            found: Mutex::default(),
+            cached: Mutex::default(),
             is_outdated: AtomicBool::new(false),
-            asking: Background::default(),
+            querying: Background::default(),
         }
     }
 
-    /// The secret, if it is known yet; if not, it is asked for.
+    /// Returns the secret, if it is known. Otherwise it starts a query.
     pub(super) fn current<S: KeyStore>(&self, cache: &RedisCache<S>) -> Option<CacheSecret> {
         if let Some(given) = &self.given {
             return Some(given.clone());
         }
-        let secret = self.found.lock().unwrap_or_else(PoisonError::into_inner).secret.clone();
+        let secret = self.cached.lock().unwrap_or_else(PoisonError::into_inner).secret.clone();
         if secret.is_none() || self.is_outdated.load(Ordering::Relaxed) {
             let weak = std::sync::Arc::downgrade(&cache.0);
-            self.asking.ensure(|| async move {
+            self.querying.ensure(|| async move {
                 while let Some(tier) = weak.upgrade() {
                     match tier.store.cache_secret().await {
                         Ok(secret) => {
@@ -69,9 +69,9 @@ impl Secrets {
                             if secret.is_none() {
                                 telemetry::no_cache_secret();
                             }
-                            let found = Found { secret, asked_at: Some(Instant::now()) };
-                            *tier.secrets.found.lock().unwrap_or_else(PoisonError::into_inner) =
-                                found;
+                            let cached = CachedSecret { secret, queried_at: Some(Instant::now()) };
+                            *tier.secrets.cached.lock().unwrap_or_else(PoisonError::into_inner) =
+                                cached;
                             tier.secrets.is_outdated.store(false, Ordering::Relaxed);
                             return;
                         }
@@ -85,12 +85,12 @@ impl Secrets {
         secret
     }
 
-    /// An entry was written under another secret: the store may have a new one.
-    pub(super) fn ask_again<S: KeyStore>(&self, cache: &RedisCache<S>) {
-        let asked_at = self.found.lock().unwrap_or_else(PoisonError::into_inner).asked_at;
-        if asked_at.is_some_and(|asked| asked.elapsed() > ASKED_EVERY) {
+    /// Queries the secret again, because an entry was written under another secret.
+    pub(super) fn refresh<S: KeyStore>(&self, cache: &RedisCache<S>) {
+        let queried_at = self.cached.lock().unwrap_or_else(PoisonError::into_inner).queried_at;
+        if queried_at.is_some_and(|queried| queried.elapsed() > QUERY_INTERVAL) {
             self.is_outdated.store(true, Ordering::Relaxed);
-            // Whoever comes next finds it out.
+            // This starts the query; the next look-up gets the secret.
             let _ = self.current(cache);
         }
     }

@@ -1,10 +1,10 @@
-//! A database's errors as [`StoreError`]s.
+//! Conversion of database errors to [`StoreError`]s.
 
 use diesel::result::{DatabaseErrorInformation, DatabaseErrorKind, Error};
 
 use crate::error::StoreError;
 
-/// Lets a diesel transaction fail with an error of ours, which diesel's own turn into as well.
+/// The error of a diesel transaction that fails with an error of this crate or of diesel.
 pub(in crate::backend) struct Failure<E>(pub(in crate::backend) E);
 
 impl<E: From<StoreError>> From<Error> for Failure<E> {
@@ -13,8 +13,9 @@ impl<E: From<StoreError>> From<Error> for Failure<E> {
     }
 }
 
-/// The start of SQLite's messages for SQLITE_BUSY and SQLITE_LOCKED. diesel does not pass on these codes, and SQLite
-/// has its messages in one language. PostgreSQL has them in many, so that none of its errors is decided by text.
+/// Prefixes of SQLite's messages for SQLITE_BUSY and SQLITE_LOCKED. diesel does not expose these codes, and SQLite has
+/// its messages in one language. PostgreSQL has them in many languages, so that none of its errors is classified by
+/// text.
 #[cfg(feature = "sqlite")]
 const LOCKED: [&str; 3] =
     ["database is locked", "database table is locked", "database schema is locked"];
@@ -36,7 +37,7 @@ pub(in crate::backend) fn store_error(error: Error) -> StoreError {
     };
     match &error {
         Error::DatabaseError(UniqueViolation | ForeignKeyViolation, _) => {
-            StoreError::conflict("the row contradicts what is stored").caused_by(error)
+            StoreError::conflict("the row contradicts stored data").caused_by(error)
         }
         Error::DatabaseError(
             ClosedConnection | UnableToSendCommand | SerializationFailure | ReadOnlyTransaction,
@@ -55,17 +56,17 @@ pub(in crate::backend) fn store_error(error: Error) -> StoreError {
     }
 }
 
-/// What to do if a table, a column or a function of the schema is missing.
+/// Hint for a missing table, column or function of the schema.
 pub(in crate::backend) const CALL_MIGRATE: &str = "call migrate() of the store";
 
-/// The start of SQLite's messages for what a statement names and the schema lacks.
+/// Prefixes of SQLite's messages for a name that the schema lacks.
 #[cfg(feature = "sqlite")]
 const UNDEFINED: [&str; 3] = ["no such table", "no such column", "no such function"];
 
-/// Whether the schema lacks what a statement names. diesel does not pass on PostgreSQL's SQLSTATE (42P01, 42703, 42883),
-/// and the message is in the server's language. But only an error that is found while a statement is analysed has a
-/// position in it, and the statements of this crate are fixed and take their values as parameters: the schema is not
-/// the one that they are written for.
+/// Returns whether the schema lacks a name in a statement. diesel does not expose PostgreSQL's SQLSTATE (42P01, 42703,
+/// 42883), and the message is in the server's language. But only an error that is found while a statement is analysed
+/// has a position in it, and the statements of this crate are fixed and take their values as parameters: so the schema
+/// differs from the one that they are written for.
 fn lacks_schema(info: &(dyn DatabaseErrorInformation + Send + Sync)) -> bool {
     #[cfg(feature = "sqlite")]
     if UNDEFINED.iter().any(|start| info.message().starts_with(start)) {

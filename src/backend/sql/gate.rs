@@ -16,18 +16,18 @@ use crate::{
     store::{Lookup, Priority},
 };
 
-/// Number of look-ups that may wait for each connection.
+/// Maximum number of waiting look-ups per connection.
 const WAITING_PER_PERMIT: usize = 256;
-/// Number of suspect look-ups that may wait in all.
+/// Maximum number of waiting suspect look-ups in all.
 const WAITING_SUSPECTS: usize = 64;
-/// One suspect look-up runs at a time, and the next one begins after a pause of this many times as long as
-/// it took: all suspects together use less than a tenth of one connection, whatever the flood.
+/// Pause after a suspect look-up, as a multiple of its duration. One suspect look-up runs at a time. All of them
+/// together use less than a tenth of one connection, whatever their number.
 const SUSPECT_PAUSE: u32 = 10;
-/// The longest such pause, for a store that hangs.
+/// Maximum length of this pause, for a store that hangs.
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
-/// Bounds the look-ups that a store runs at once and those that wait for that, and orders them by
-/// [`Priority`]. Past the bound, a look-up takes the place of one of lower priority, or is turned away.
+/// Bounds the running and waiting look-ups of a store, and orders the waiting ones by [`Priority`]. Beyond the bound, a
+/// look-up replaces one of lower priority, or is rejected.
 #[derive(Debug)]
 pub(in crate::backend) struct LookupGate {
     state: Mutex<Waiting>,
@@ -38,7 +38,7 @@ pub(in crate::backend) struct LookupGate {
 struct Waiting {
     free: usize,
     last_ticket: u64,
-    /// By priority, in the order of arrival.
+    /// Waiting look-ups by priority, in the order of arrival.
     queues: [BTreeMap<u64, oneshot::Sender<Pass>>; Priority::ALL.len()],
     is_suspect_running: bool,
     suspects_from: Option<Instant>,
@@ -46,16 +46,16 @@ struct Waiting {
 
 type Pass = Result<Permit, StoreError>;
 
-/// A look-up may use a connection until this is dropped, on any thread.
+/// A permit of a look-up to use a connection, valid until it is dropped, on any thread.
 #[derive(Debug)]
 pub(in crate::backend) struct Permit {
-    /// `None` once it is given back.
+    /// `None` after it was returned.
     gate: Option<Arc<LookupGate>>,
-    /// Of a suspect look-up: when it began, and where the pause after it is timed.
+    /// For a suspect look-up: its start, and the runtime that times the pause after it.
     suspect: Option<(Instant, Option<Handle>)>,
 }
 
-/// A place in the queue, which is free when this is dropped.
+/// A place in the queue, which is freed on drop.
 struct Ticket<'a> {
     gate: &'a LookupGate,
     priority: Priority,
@@ -63,7 +63,7 @@ struct Ticket<'a> {
 }
 
 impl LookupGate {
-    /// A gate in front of `permits` connections.
+    /// Creates a gate in front of `permits` connections.
     pub(in crate::backend) fn new(permits: usize) -> Arc<Self> {
         let state = Waiting {
             free: permits,
@@ -76,8 +76,8 @@ impl LookupGate {
         Arc::new(Self { state: Mutex::new(state), max_waiting })
     }
 
-    /// Waits until the look-up may use a connection. Dropping the future gives up its place, and the permit
-    /// if it has it by then.
+    /// Waits until the look-up may use a connection. Dropping the future frees its place, and the permit if it has one
+    /// by then.
     ///
     /// # Errors
     ///
@@ -85,7 +85,7 @@ impl LookupGate {
     pub(in crate::backend) async fn acquire(self: &Arc<Self>, priority: Priority) -> Pass {
         let (number, passed) = {
             let mut waiting = self.waiting();
-            if waiting.may_go(priority) {
+            if waiting.may_run(priority) {
                 return Ok(waiting.take(self, priority));
             }
             waiting.make_room(priority, self.max_waiting)?;
@@ -95,13 +95,12 @@ impl LookupGate {
             (number, passed)
         };
         let _ticket = Ticket { gate: self, priority, number };
-        // The sender stays in the queue for as long as this waits.
+        // The sender stays in the queue while this waits.
         passed.await.map_err(StoreError::unavailable)?
     }
 
-    /// Waits until `lookup` may use a connection. Gives up when no request waits for the answer any more, but
-    /// not if a connection is free: a look-up whose caller has gone may be what finds out that a store that
-    /// failed is back.
+    /// Waits until `lookup` may use a connection. It ends when no request waits for the answer any more, unless a
+    /// connection is free: a look-up whose caller was dropped may be the one that detects the recovery of the store.
     ///
     /// # Errors
     ///
@@ -135,12 +134,12 @@ impl LookupGate {
 }
 
 impl Waiting {
-    fn may_go(&self, priority: Priority) -> bool {
-        // While a connection is free, nothing waits but suspects.
-        self.free > 0 && (priority != Priority::Suspect || self.may_suspect_go())
+    fn may_run(&self, priority: Priority) -> bool {
+        // While a connection is free, only suspect look-ups wait.
+        self.free > 0 && (priority != Priority::Suspect || self.may_suspect_run())
     }
 
-    fn may_suspect_go(&self) -> bool {
+    fn may_suspect_run(&self) -> bool {
         !self.is_suspect_running && self.suspects_from.is_none_or(|from| Instant::now() >= from)
     }
 
@@ -152,7 +151,7 @@ impl Waiting {
         Permit { gate: Some(Arc::clone(gate)), suspect }
     }
 
-    /// Makes room for one more, at the cost of one of lower priority if need be.
+    /// Makes room for one more look-up. If the queue is full, a look-up of lower priority is removed.
     fn make_room(&mut self, priority: Priority, max: usize) -> Result<(), StoreError> {
         let is_suspect = priority == Priority::Suspect;
         if is_suspect && self.queues[Priority::Suspect as usize].len() >= WAITING_SUSPECTS {
@@ -168,19 +167,19 @@ impl Waiting {
         Ok(())
     }
 
-    /// Hands free connections to those who wait.
+    /// Passes free connections to waiting look-ups.
     fn dispatch(&mut self, gate: &Arc<LookupGate>) {
         while self.free > 0 {
-            let may_suspect_go = self.may_suspect_go();
+            let may_suspect_run = self.may_suspect_run();
             let next = Priority::ALL.into_iter().rev().find(|&priority| {
                 !self.queues[priority as usize].is_empty()
-                    && (priority != Priority::Suspect || may_suspect_go)
+                    && (priority != Priority::Suspect || may_suspect_run)
             });
             let Some(priority) = next else { return };
             let Some((_, pass)) = self.queues[priority as usize].pop_first() else { return };
             let permit = self.take(gate, priority);
             if let Err(Ok(mut permit)) = pass.send(Ok(permit)) {
-                // The receiver is gone. Not by dropping the permit, which would lock this again.
+                // The receiver was dropped. The permit must not be dropped here, which would lock this again.
                 permit.gate = None;
                 self.free += 1;
                 self.is_suspect_running &= priority != Priority::Suspect;
@@ -204,7 +203,7 @@ impl Drop for Permit {
             waiting.suspects_from = Some(Instant::now() + pause);
             if let Some(handle) = handle {
                 let gate = Arc::clone(&gate);
-                // If its runtime ends, the next look-up hands over what is free.
+                // If its runtime ends, the next look-up passes the free connections on.
                 handle.spawn(async move {
                     tokio::time::sleep(pause).await;
                     gate.waiting().dispatch(&gate);
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn known_keys_go_first_and_suspects_last() {
+    fn known_keys_run_first_and_suspects_last() {
         let gate = LookupGate::new(1);
         let first = granted(begin(&gate, Priority::Ordinary).1);
         let mut waiting: Vec<_> =
@@ -275,11 +274,11 @@ mod tests {
         let _ordinary = granted(begin(&gate, Priority::Ordinary).1);
         std::thread::sleep(Duration::from_millis(20));
         drop(first);
-        assert!(poll(&mut second).is_pending(), "it pauses for 200 ms");
+        assert!(poll(&mut second).is_pending(), "the pause lasts 200 ms");
     }
 
     #[test]
-    fn past_the_bound_a_look_up_takes_the_place_of_one_of_lower_priority() {
+    fn past_the_bound_a_look_up_replaces_one_of_lower_priority() {
         let gate = LookupGate::new(1);
         let _permit = granted(begin(&gate, Priority::Known).1);
         let mut suspects: Vec<_> =
@@ -297,18 +296,18 @@ mod tests {
             ordinary.push(begin(&gate, Priority::Ordinary).0);
         }
         assert!(matches!(begin(&gate, Priority::Ordinary).1, Poll::Ready(Err(_))));
-        assert!(begin(&gate, Priority::Known).1.is_pending(), "in the place of an ordinary one");
+        assert!(begin(&gate, Priority::Known).1.is_pending(), "it replaces an ordinary look-up");
         drop(last);
     }
 
     #[test]
-    fn a_waiter_that_goes_away_loses_no_permit() {
+    fn a_waiter_that_is_dropped_loses_no_permit() {
         let gate = LookupGate::new(1);
         let permit = granted(begin(&gate, Priority::Ordinary).1);
         let (gone, _) = begin(&gate, Priority::Ordinary);
         drop(gone);
         assert_eq!(gate.len(), 0);
-        // This one has the permit when it goes away.
+        // This one is dropped while it has the permit.
         let (handed, _) = begin(&gate, Priority::Ordinary);
         drop(permit);
         drop(handed);

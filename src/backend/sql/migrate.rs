@@ -1,21 +1,21 @@
-//! What a migration did, [`MigrationReport`], and why a schema can't be brought up to date: [`MigrateError`].
+//! The result of a migration, [`MigrationReport`], and its errors: [`MigrateError`].
 
 use std::fmt;
 
 use super::review::KeyReview;
 use crate::{error::StoreError, telemetry};
 
-/// What `migrate()` did.
+/// Result of `migrate()`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MigrationReport {
-    /// The keys of a table that this call adopted: which of them fail, and which change their meaning. `None` if it
-    /// adopted none; `review_keys()` reviews them at any time.
+    /// Review of the keys of a table that this call adopted: the keys that fail, and those that change their meaning.
+    /// `None` if it adopted no table. `review_keys()` reviews them at any time.
     pub adopted_keys: Option<KeyReview>,
 }
 
 impl MigrationReport {
-    /// What was adopted is committed, so that a review that fails does not fail the migration.
+    /// The adoption is committed, so that a failed review does not fail the migration.
     pub(in crate::backend) fn of_adopted(review: Result<KeyReview, StoreError>) -> Self {
         match review {
             Ok(review) => {
@@ -30,26 +30,26 @@ impl MigrationReport {
     }
 }
 
-/// Why `migrate()` failed.
+/// Error of `migrate()`.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum MigrateError {
-    /// There are tables already that can't be adopted as they are. Found out before anything was
-    /// changed; all the reasons at once.
+    /// Existing tables can't be adopted as they are. This is detected before any change, and all reasons are reported
+    /// at once.
     NotAdoptable(Vec<ColumnFault>),
-    /// The database failed, or refused a statement. What was begun was rolled back.
+    /// The database failed, or rejected a statement. The migration was rolled back.
     Store(StoreError),
 }
 
-/// What is wrong with a column, or with a table as a whole.
+/// A fault of a column, or of a table as a whole.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ColumnFault {
     /// The table.
     pub table: String,
-    /// The column; empty if it is the table as a whole.
+    /// The column; empty for a fault of the table as a whole.
     pub column: String,
-    /// What is wrong, and what would be right.
+    /// The fault, and what is required instead.
     pub reason: String,
 }
 
@@ -69,7 +69,7 @@ impl fmt::Display for MigrateError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotAdoptable(faults) => {
-                f.write_str("the tables that are already there can't be adopted: ")?;
+                f.write_str("the existing tables can't be adopted: ")?;
                 for (at, fault) in faults.iter().enumerate() {
                     let separator = if at == 0 { "" } else { "; " };
                     write!(f, "{separator}{fault}")?;

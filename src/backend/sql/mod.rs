@@ -1,4 +1,4 @@
-//! What the two SQL databases share.
+//! Code that the two SQL stores share.
 
 pub(super) mod fault;
 pub(super) mod gate;

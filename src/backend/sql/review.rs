@@ -1,11 +1,11 @@
-//! Which keys of adopted tables fail here, or mean something else: [`KeyReview`].
+//! The review of adopted tables: keys that fail here, or have another meaning: [`KeyReview`].
 
 use serde_json::{Map, Value};
 
 use super::{row::Row, statement::KeyRow, values::UNLIMITED};
 use crate::{policy::wildcard, record::KeyId};
 
-/// What a team has to know of its keys before this crate checks them: which ones fail, and which ones change their
+/// Review of the keys of a table before this crate checks them: the keys that fail, and those that change their
 /// meaning.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -14,13 +14,13 @@ pub struct KeyReview {
     pub keys: u64,
     /// Number of keys that fail.
     pub failing_keys: u64,
-    /// Number of keys that change their meaning, but do not fail.
+    /// Number of keys that change their meaning without failing.
     pub changed_keys: u64,
-    /// What was found, in the order of the keys' ids: the first 1,000 findings.
+    /// The findings, ordered by key id: the first 1,000.
     pub findings: Vec<KeyFinding>,
 }
 
-/// What was found of one column of one key. It shows no hash.
+/// A finding about one column of one key. It shows no hash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct KeyFinding {
@@ -28,31 +28,31 @@ pub struct KeyFinding {
     pub key: KeyId,
     /// The column of `api_keys`; empty if the row can't be read at all.
     pub column: &'static str,
-    /// What it means for requests.
+    /// Effect on requests.
     pub kind: FindingKind,
-    /// What the value is taken for.
+    /// How the value is interpreted, or why it can't be.
     pub reason: String,
 }
 
-/// What a [`KeyFinding`] means for requests.
+/// Effect of a [`KeyFinding`] on requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum FindingKind {
     /// Requests with the key are answered 500, or 401 where it can't be found.
     Fails,
-    /// The key works, but the value may grant or limit something else than it did before.
+    /// The key works, but the value may grant or limit something other than before.
     ChangesMeaning,
 }
 
 const MAX_FINDINGS: usize = 1_000;
-/// Number of keys that are read at once.
+/// Number of keys per page.
 pub(in crate::backend) const PAGE: usize = 1_000;
 
 const LIMITS: [&str; 4] =
     ["rate_limit_per_minute", "rate_limit_per_hour", "rate_limit_per_day", "budget_limit_cents"];
 
 impl KeyReview {
-    /// Adds a page of rows, each joined with its owner's if there is one. Returns the last id if there may be more.
+    /// Adds a page of rows, each joined with its owner if there is one. Returns the last id if there may be more rows.
     pub(in crate::backend) fn add(&mut self, rows: &[KeyRow]) -> Option<i64> {
         for row in rows {
             self.keys += 1;
@@ -72,7 +72,7 @@ impl KeyReview {
 fn findings(row: &KeyRow) -> Vec<KeyFinding> {
     let found = |kind, (column, reason)| KeyFinding { key: row.id().into(), column, kind, reason };
     let Some(columns) = row.columns() else {
-        let reason = "the row can't be read: it is not UTF-8, or has a number that is too large";
+        let reason = "the row can't be decoded: it is not UTF-8, or has a number that is too large";
         return vec![found(FindingKind::Fails, ("", reason.to_owned()))];
     };
     let changes = changes(&columns).into_iter();
@@ -81,11 +81,11 @@ fn findings(row: &KeyRow) -> Vec<KeyFinding> {
     fails.chain(changes).collect()
 }
 
-/// Everything that can't be decoded: each fault is taken out of the row, until there is none.
+/// Returns everything that can't be decoded. Each fault is removed from the row, until none is left.
 fn faults(mut columns: Map<String, Value>) -> Vec<(&'static str, String)> {
     let mut faults = Vec::new();
     if matches!(columns.get("user_id"), Some(Value::Null)) {
-        faults.push(("user_id", "is of no user: the key is unknown".to_owned()));
+        faults.push(("user_id", "refers to no user: the key is treated as unknown".to_owned()));
         columns.insert("user_id".to_owned(), 0.into());
     }
     if columns.get("key_prefix").is_some_and(|prefix| prefix.is_null() || prefix == "") {
@@ -98,23 +98,23 @@ fn faults(mut columns: Map<String, Value>) -> Vec<(&'static str, String)> {
             break;
         }
     }
-    // A column that is required fails again as NULL.
+    // A required column fails again as NULL.
     faults.dedup_by(|next, fault| next.0 == fault.0);
     faults
 }
 
-/// What is decoded, but may have meant something else.
+/// Returns the columns that can be decoded, but may have had another meaning.
 fn changes(columns: &Map<String, Value>) -> Vec<(&'static str, String)> {
     let value = |column: &str| columns.get(column).unwrap_or(&Value::Null);
     let mut changes = Vec::new();
     for column in LIMITS {
         if value(column).as_i64() == Some(UNLIMITED) {
-            changes.push((column, "is -1, which is no limit".to_owned()));
+            changes.push((column, "is -1, which means unlimited".to_owned()));
         }
     }
     let is_limited = value("budget_limit_cents").as_i64().is_some_and(|limit| limit >= 0);
     if is_limited && matches!(value("budget_type").as_str(), None | Some("")) {
-        let reason = "is empty: the budget is for the whole life of the key";
+        let reason = "is empty, so the budget applies to the whole life of the key";
         changes.push(("budget_type", reason.to_owned()));
     }
     for column in ["permissions", "scopes"] {
@@ -143,7 +143,7 @@ fn changes(columns: &Map<String, Value>) -> Vec<(&'static str, String)> {
     changes
 }
 
-/// The first few of them.
+/// Returns the first few names.
 fn abridged(names: &[String]) -> String {
     const SHOWN: usize = 5;
     let shown = names.iter().take(SHOWN).map(|name| name.chars().take(64).collect::<String>());

@@ -1,8 +1,8 @@
-//! A key's row as one JSON object, the form in which both SQL stores read and write it.
+//! A key's row as one JSON object, the form in which both SQL stores read and write rows.
 //!
-//! The tables may be another service's, whose ORM chose `json` or `jsonb`, `integer` or `bigint`, a
-//! time tag with or without a zone. The databases turn any of those into JSON and back by
-//! themselves, so that one decoder serves all of them and names what it can't read.
+//! The tables may belong to another service, whose ORM chose `json` or `jsonb`, `integer` or `bigint`, a timestamp with
+//! or without a time zone. The databases convert all of these to JSON and back, so that one decoder handles all of them
+//! and names the columns that it can't decode.
 
 use chrono::{DateTime, NaiveDateTime, Utc};
 use serde_json::{Map, Value, json};
@@ -15,8 +15,8 @@ use crate::{
     store::StoredKey,
 };
 
-/// The columns of `api_keys` that an edit writes. Not `is_active`: an edit of a record that was read before a
-/// revocation would undo it.
+/// The columns of `api_keys` that an edit writes. `is_active` is not one of them: an edit of a record that was read
+/// before a revocation would undo the revocation.
 pub(in crate::backend) const EDITED: [&str; 14] = [
     "name",
     "permissions",
@@ -34,8 +34,8 @@ pub(in crate::backend) const EDITED: [&str; 14] = [
     "metadata",
 ];
 
-/// The columns of `api_keys` that a new key writes beside those; the totals because an ORM keeps its
-/// defaults to itself.
+/// The columns of `api_keys` that a new key writes in addition. The totals are included because an ORM may apply its
+/// defaults only in the application.
 pub(in crate::backend) const INSERTED: [&str; 7] = [
     "user_id",
     "key_prefix",
@@ -46,7 +46,7 @@ pub(in crate::backend) const INSERTED: [&str; 7] = [
     "total_cost",
 ];
 
-/// A record as the values of [`EDITED`] and [`INSERTED`].
+/// Encodes a record as the values of [`EDITED`] and [`INSERTED`].
 pub(in crate::backend) fn encode(record: &KeyRecord) -> Map<String, Value> {
     let texts = |list: &[String]| json!(list);
     let instant = |time: DateTime<Utc>| time.to_rfc3339_opts(chrono::SecondsFormat::Micros, true);
@@ -79,14 +79,14 @@ fn displayed<T: ToString>(list: &[T]) -> Vec<String> {
     list.iter().map(T::to_string).collect()
 }
 
-/// Decodes a key's row, joined with its owner's.
+/// Decodes a key's row, joined with its owner's row.
 ///
 /// # Errors
 ///
-/// `BadRow`, with the row's id and the column, and of values at most a rule or a network.
+/// `BadRow`, with the row's id and the column. It contains no value other than a rule or a network.
 pub(in crate::backend) fn decode(row: &str) -> Result<StoredKey, StoreError> {
     let Ok(Value::Object(columns)) = serde_json::from_str(row) else {
-        return Err(StoreError::bad_row("a row of api_keys is no JSON object"));
+        return Err(StoreError::bad_row("a row of api_keys is not a JSON object"));
     };
     let id = columns.get("id").map(Value::to_string).unwrap_or_default();
     Row(columns).decode().map_err(|Fault { column, reason }| {
@@ -96,7 +96,7 @@ pub(in crate::backend) fn decode(row: &str) -> Result<StoredKey, StoreError> {
 
 pub(in crate::backend) struct Row(pub(in crate::backend) Map<String, Value>);
 
-/// What of a row can't be decoded.
+/// The column of a row that can't be decoded, and the reason.
 pub(in crate::backend) struct Fault {
     pub(in crate::backend) column: &'static str,
     pub(in crate::backend) reason: String,
@@ -153,13 +153,14 @@ impl Row {
         })
     }
 
-    /// A column that is absent from the result is an error: read as NULL, an allow-list would allow everything.
+    /// Takes a column. A column that is missing from the result is an error: read as NULL, an allow-list would allow
+    /// everything.
     fn take(&mut self, column: &'static str) -> Result<Value, Fault> {
         let value = self.0.get_mut(column).map(Value::take);
         value.ok_or_else(|| fault(column, "is missing from the result"))
     }
 
-    /// A JSON column, which comes as JSON or, from a text column, as a text with JSON in it.
+    /// Takes a JSON column, which is JSON or, for a text column, text that contains JSON.
     fn json(&mut self, column: &'static str) -> Result<Value, Fault> {
         match self.take(column)? {
             Value::String(text) => {
@@ -169,8 +170,8 @@ impl Row {
         }
     }
 
-    /// The column `metadata`, which both databases return as JSON text whatever its type is, so that a JSON
-    /// text in it is not parsed a second time.
+    /// Takes the column `metadata`, which both databases return as JSON text whatever its type is, so that a JSON text
+    /// in it is not parsed a second time.
     fn metadata(&mut self) -> Result<Value, Fault> {
         let Some(text) = self.text("metadata")? else { return Ok(Value::Null) };
         serde_json::from_str(&text).map_err(|_| fault("metadata", "is not JSON"))
@@ -184,7 +185,7 @@ impl Row {
         }
     }
 
-    /// NULL is false: what is not known to be active or unlimited is not.
+    /// Takes a boolean. NULL is false: without a value, a key is neither active nor unlimited.
     fn flag(&mut self, column: &'static str) -> Result<bool, Fault> {
         match self.take(column)? {
             Value::Null => Ok(false),
@@ -212,19 +213,19 @@ impl Row {
         Ok(Revision(revision.unwrap_or(0)))
     }
 
-    /// A total decides nothing, so that a wrong one does not fail the key.
+    /// Takes a total. It decides nothing, so that an invalid one does not fail the key.
     fn total(&mut self, column: &'static str) -> Result<u64, Fault> {
         Ok(self.integer(column)?.and_then(|total| u64::try_from(total).ok()).unwrap_or(0))
     }
 
-    /// A number of cents, which comes as text, because JSON numbers lose digits.
+    /// Takes an amount in cents, which is text, because JSON numbers lose digits.
     fn micro_cents(&mut self, column: &'static str) -> Result<i64, Fault> {
         let cents = self.text(column)?.unwrap_or_default();
-        // Exact up to 2⁵³ micro-cents, 90 million dollars.
+        // It is exact up to 2⁵³ micro-cents, which are 90 million dollars.
         Ok((cents.parse::<f64>().unwrap_or(0.0) * 1e6).round() as i64)
     }
 
-    /// A list of texts. NULL is empty; so is the `{}` that some ORMs default to.
+    /// Takes a list of texts. NULL is empty, and so is `{}`, which is the default of some ORMs.
     fn texts(&mut self, column: &'static str) -> Result<Vec<String>, Fault> {
         let value = self.json(column)?;
         Self::list(column, value)
@@ -262,7 +263,7 @@ impl Row {
         budget.map_err(|(column, reason)| fault(column, reason))
     }
 
-    /// A time tag; one without a zone is UTC.
+    /// Takes a time stamp. One without a time zone is UTC.
     fn instant(&mut self, column: &'static str) -> Result<Option<DateTime<Utc>>, Fault> {
         let Some(text) = self.text(column)? else { return Ok(None) };
         let instant = match text.as_str() {
@@ -276,7 +277,7 @@ impl Row {
                 })
             }
         };
-        instant.map(Some).ok_or_else(|| fault(column, "is not a time tag"))
+        instant.map(Some).ok_or_else(|| fault(column, "is not a time stamp"))
     }
 
     fn hash(&mut self, column: &'static str) -> Result<Option<KeyHash>, Fault> {
@@ -293,7 +294,7 @@ fn fault(column: &'static str, reason: impl ToString) -> Fault {
 mod tests {
     use super::*;
 
-    /// A row as the stores select it.
+    /// Returns a row as the stores select it.
     fn row() -> Map<String, Value> {
         let mut row = encode(&KeyRecord::new(7, "prefix", User::new(1, "")));
         let hash = KeyHash::sha256("secret").expose_hash();

@@ -17,10 +17,10 @@ use crate::{
     store::{Change, HashUpgrade, ListKeys},
 };
 
-/// SQL text in which `$1` and so on stand for the bound values.
+/// SQL text with the placeholders `$1` and so on for the bound values.
 ///
-/// Unlike diesel's `sql_query`, whose statements are prepared anew each time, it is kept prepared by
-/// the connection: a look-up is one round trip instead of two.
+/// diesel's `sql_query` prepares a statement each time. This statement is cached by the connection, so that a
+/// look-up takes one round trip instead of two.
 #[derive(Debug)]
 pub(in crate::backend) struct Statement {
     sql: Cow<'static, str>,
@@ -28,7 +28,7 @@ pub(in crate::backend) struct Statement {
 }
 
 impl HashUpgrade {
-    /// Writes the fast hash where the slow one is still what was checked.
+    /// Returns the statement that writes the fast hash, if the slow hash is still the one that was checked.
     pub(in crate::backend) fn statement(&self) -> Statement {
         let update = "UPDATE api_keys SET fast_hash = $1, fast_hash_of = $2
             WHERE id = $3 AND key_hash = $2 RETURNING CAST(id AS TEXT) AS row";
@@ -42,8 +42,8 @@ impl HashUpgrade {
 }
 
 impl ListKeys {
-    /// The values for tables whose ids are integers: whether there is an owner, the owner, the key to
-    /// start after, one row more than the limit. `None` if an id is no integer, which no row can have.
+    /// Returns the values for tables with integer ids: whether an owner is given, the owner, the key to start after,
+    /// and the limit plus one row. `None` if an id is not an integer, so that no row can have it.
     pub(in crate::backend) fn binds(&self) -> Option<[Bind; 4]> {
         let owner = self.owner.as_ref().map_or(Some(0), UserId::as_i64)?;
         let after = self.after.as_ref().map_or(Some(i64::MIN), KeyId::as_i64)?;
@@ -60,21 +60,21 @@ pub(in crate::backend) enum Bind {
 }
 
 impl Bind {
-    /// At most the largest integer that there is in SQL.
+    /// Creates an integer, at most the largest one of SQL.
     pub(in crate::backend) fn number(number: u64) -> Self {
         Self::Integer(i64::try_from(number).unwrap_or(i64::MAX))
     }
 }
 
-/// What most statements of the stores return: a key's row in JSON, or an id.
+/// The row of most statements: a key's row in JSON, or an id.
 #[derive(Debug, QueryableByName)]
 pub(in crate::backend) struct TextRow {
     #[diesel(sql_type = Text)]
     pub(in crate::backend) row: String,
 }
 
-/// A key's row in JSON beside the id, which is there even if the row can't be decoded. As bytes, because
-/// diesel fails the whole result for a text that is not UTF-8.
+/// A key's row in JSON, and its id, which is present even if the row can't be decoded. The row is bytes, because diesel
+/// fails the whole result if a text is not UTF-8.
 #[derive(Debug, QueryableByName)]
 pub(in crate::backend) struct KeyRow {
     #[diesel(sql_type = BigInt)]
@@ -88,7 +88,7 @@ impl KeyRow {
         self.id
     }
 
-    /// `None` if the row is not JSON that can be read.
+    /// Returns the columns; `None` if the row is not JSON that can be decoded.
     pub(in crate::backend) fn columns(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
         serde_json::from_slice(&self.row).ok()
     }
@@ -101,12 +101,12 @@ impl KeyRow {
 }
 
 impl TextRow {
-    /// The id that was written, if this is one.
+    /// Returns the id that was written, if the row is one.
     pub(in crate::backend) fn id(&self) -> Option<i64> {
         self.row.parse().ok()
     }
 
-    /// The change that was made, if this is one: the prefix or the user, and the revision.
+    /// Returns the change, if the row is one: the lookup id or the user, and the revision.
     pub(in crate::backend) fn change(&self) -> Result<Change, StoreError> {
         let prefix = |(prefix, revision)| Change::Prefix(prefix, Revision(revision));
         let owner = |(user, revision): (i64, u64)| Change::Owner(user.into(), Revision(revision));
@@ -125,8 +125,8 @@ impl Statement {
         Self { sql: sql.into(), binds: binds.into_iter().collect() }
     }
 
-    /// The value that the placeholder at the start of `text` stands for, and the text behind it.
-    /// `None` if there is no placeholder.
+    /// Returns the value of the placeholder at the start of `text`, and the text after it. `None` if there is no
+    /// placeholder.
     fn placeholder<'a>(&self, text: &'a str) -> Option<(Option<&Bind>, &'a str)> {
         let digits = text.bytes().take_while(u8::is_ascii_digit).count();
         let (number, rest) = text.split_at(digits);
@@ -146,7 +146,7 @@ where
         out.push_sql(pieces.next().unwrap_or_default());
         for piece in pieces {
             let Some((bind, rest)) = self.placeholder(piece) else {
-                // A JSON path.
+                // A `$` without a number belongs to a JSON path.
                 out.push_sql("$");
                 out.push_sql(piece);
                 continue;
@@ -168,7 +168,7 @@ where
 impl QueryId for Statement {
     type QueryId = ();
 
-    // The text decides which prepared statement it is.
+    // The prepared statement is identified by the text.
     const HAS_STATIC_QUERY_ID: bool = false;
 }
 

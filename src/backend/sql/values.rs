@@ -1,19 +1,19 @@
-//! What values mean that the columns of another service's tables may have: limits, budgets, grants.
+//! Interpretation of values in the columns of another service's tables: limits, budgets, grants.
 
 use serde_json::Value;
 
 use crate::record::{Budget, BudgetPeriod};
 
-/// How services write "unlimited" where a column may not be NULL.
+/// The value for "unlimited" where a column may not be NULL.
 pub(in crate::backend) const UNLIMITED: i64 = -1;
 
-/// A limit; NULL and -1 are none.
+/// Decodes a limit. NULL and -1 mean unlimited.
 pub(in crate::backend) fn limit(value: Option<i64>) -> Result<Option<u64>, &'static str> {
     let limit = value.filter(|value| *value != UNLIMITED).map(u64::try_from).transpose();
     limit.map_err(|_| "is negative")
 }
 
-/// A budget, or the column of it that can't be read and why. The period counts only with a limit.
+/// Decodes a budget; on failure it returns the column and the reason. The period matters only with a limit.
 pub(in crate::backend) fn budget(
     limit_cents: Option<i64>,
     period: Option<&str>,
@@ -21,7 +21,7 @@ pub(in crate::backend) fn budget(
     let limit = limit(limit_cents).map_err(|reason| ("budget_limit_cents", reason))?;
     let Some(limit_cents) = limit else { return Ok(None) };
     let period = match period {
-        // The strictest period, because there is no other.
+        // The strictest period is used, because none is given.
         None | Some("") => BudgetPeriod::Total,
         Some(name) => BudgetPeriod::from_name(name)
             .ok_or(("budget_type", "is not total, daily, weekly or monthly"))?,
@@ -29,11 +29,11 @@ pub(in crate::backend) fn budget(
     Ok(Some(Budget { limit_cents, period }))
 }
 
-/// What is granted: a list of texts, or an object, whose names are joined by `:` down to what is true or a list of
-/// texts: `{"chat": {"read": true}, "models": ["a"]}` grants `chat:read` and `models:a`. Any other value in an object
-/// grants nothing. `None` if it is neither.
+/// Decodes grants: a list of texts, or an object. The names of an object are joined by `:` down to a value that is true
+/// or a list of texts: `{"chat": {"read": true}, "models": ["a"]}` grants `chat:read` and `models:a`. Any other value
+/// in an object grants nothing. `None` if it is neither a list nor an object.
 ///
-/// An allow-list can't be an object: with nothing set it would be empty, and allow everything.
+/// An allow-list can't be an object: an object without a true value would be an empty list, which allows everything.
 pub(in crate::backend) fn grants(value: Value) -> Option<Vec<String>> {
     match value {
         Value::Null => Some(Vec::new()),

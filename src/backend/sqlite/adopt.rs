@@ -1,4 +1,4 @@
-//! Migrations, and whether tables that are already there can be adopted.
+//! Migrations, and the check whether existing tables can be adopted.
 
 use diesel::{
     QueryResult, QueryableByName, RunQueryDsl, SqliteConnection,
@@ -24,7 +24,7 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/sqlite");
 
 /// Returns whether a table of keys was adopted.
 pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<bool, MigrateError> {
-    // IMMEDIATE takes the write lock first, so that of several processes one migrates.
+    // IMMEDIATE acquires the write lock first, so that only one of several processes migrates.
     let outcome = connection.immediate_transaction(|connection| {
         let tables = foreign_tables(connection)?;
         let faults = faults(&tables, &columns(connection)?);
@@ -43,7 +43,7 @@ pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<bool, Migrate
     outcome.map_err(|Failure(error)| error)
 }
 
-/// Runs every migration, also those that were run before: they make what is not there, and nothing else.
+/// Runs every migration, including those that were run before. A migration creates only what is missing.
 fn make(connection: &mut SqliteConnection) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     connection.run_pending_migrations(MIGRATIONS)?;
     let migrations: Vec<Box<dyn Migration<Sqlite>>> = MIGRATIONS.migrations()?;
@@ -53,10 +53,10 @@ fn make(connection: &mut SqliteConnection) -> Result<(), Box<dyn std::error::Err
     Ok(())
 }
 
-/// As the first migration makes it.
+/// The table as the first migration creates it.
 const ADOPTED: &str = "CREATE TABLE IF NOT EXISTS api_key_adopted (name TEXT PRIMARY KEY)";
 
-/// The columns that an adopted table can't be without.
+/// The columns that an adopted table must have.
 const REQUIRED: [(&str, &str); 6] = [
     ("users", "id"),
     ("users", "email"),
@@ -66,8 +66,8 @@ const REQUIRED: [(&str, &str); 6] = [
     ("api_keys", "key_hash"),
 ];
 
-/// The columns that an adopted table gets if it lacks them. All have a default or may be NULL, so that
-/// whoever else writes to it goes on as before.
+/// The columns that are added to an adopted table if it lacks them. All have a default or may be NULL, so that other
+/// writers are not affected.
 const ADDED: [(&str, &str, &str); 30] = [
     ("users", "role", "TEXT DEFAULT 'user'"),
     ("users", "is_active", "BOOLEAN NOT NULL DEFAULT TRUE"),
@@ -98,7 +98,7 @@ const ADDED: [(&str, &str, &str); 30] = [
     ("api_keys", "updated_at", "TEXT"),
     ("users", "api_key_revision", "INTEGER NOT NULL DEFAULT 0"),
     ("api_keys", "api_key_revision", "INTEGER NOT NULL DEFAULT 0"),
-    // The revision at which the key got its owner.
+    // The revision at which the key was assigned to its owner.
     ("api_keys", "api_key_owned_since", "INTEGER NOT NULL DEFAULT 0"),
 ];
 
@@ -118,12 +118,12 @@ struct Column {
     name: String,
     #[diesel(sql_type = Text)]
     shown_type: String,
-    /// Whether it alone is the primary key.
+    /// Whether this column alone is the primary key.
     #[diesel(sql_type = Bool)]
     is_key: bool,
 }
 
-/// Tables with our names in a database that this crate has not been in yet.
+/// Returns the tables with this crate's names in a database where this crate was not used before.
 fn foreign_tables(connection: &mut SqliteConnection) -> QueryResult<Vec<Table>> {
     sql_query(
         "SELECT lower(name) AS name, type = 'table' AS is_table FROM sqlite_master
@@ -147,12 +147,12 @@ fn find<'a>(columns: &'a [Column], table: &str, name: &str) -> Option<&'a Column
     columns.iter().find(|column| column.in_table == table && column.name == name)
 }
 
-/// Everything that stands in the way of adopting the tables that are there.
+/// Returns all reasons why the existing tables can't be adopted.
 fn faults(tables: &[Table], columns: &[Column]) -> Vec<ColumnFault> {
     let mut faults = Vec::new();
     let has = |name: &str| tables.iter().any(|table| table.name == name);
     if has("api_keys") && !has("users") {
-        faults.push(ColumnFault::new("users", "", "is missing, though there is a table api_keys"));
+        faults.push(ColumnFault::new("users", "", "is missing, although a table api_keys exists"));
     }
     for table in tables.iter().filter(|table| !table.is_table) {
         faults.push(ColumnFault::new(&table.name, "", "is not a table"));
@@ -160,22 +160,22 @@ fn faults(tables: &[Table], columns: &[Column]) -> Vec<ColumnFault> {
     for (table, name) in REQUIRED.into_iter().filter(|(table, _)| has(table)) {
         match find(columns, table, name) {
             None => {
-                let reason = "is missing, and nothing can be made up for it";
+                let reason = "is missing, and has no possible default";
                 faults.push(ColumnFault::new(table, name, reason));
             }
-            // Nothing else is the row id, which SQLite makes up: https://sqlite.org/lang_createtable.html#rowid
+            // Only such a column is the row id, which SQLite assigns: https://sqlite.org/lang_createtable.html#rowid
             Some(column)
                 if name == "id"
                     && !(column.is_key && column.shown_type.eq_ignore_ascii_case("INTEGER")) =>
             {
-                let reason = "has to be INTEGER and the primary key";
+                let reason = "must be INTEGER and the primary key";
                 faults.push(ColumnFault::new(table, name, reason));
             }
-            // The rule for the affinity of integers: https://sqlite.org/datatype3.html#determination_of_column_affinity
+            // The rule for integer affinity: https://sqlite.org/datatype3.html#determination_of_column_affinity
             Some(column)
                 if name == "user_id" && !column.shown_type.to_uppercase().contains("INT") =>
             {
-                let reason = format!("is {}, but has to be an integer", column.shown_type);
+                let reason = format!("is {}, but must be an integer", column.shown_type);
                 faults.push(ColumnFault::new(table, name, reason));
             }
             Some(_) => {}
@@ -184,7 +184,7 @@ fn faults(tables: &[Table], columns: &[Column]) -> Vec<ColumnFault> {
     faults
 }
 
-/// Notes which tables are not ours to drop.
+/// Records which tables were adopted and must not be dropped.
 fn note_adopted(connection: &mut SqliteConnection, tables: &[Table]) -> QueryResult<()> {
     if !tables.is_empty() {
         connection.batch_execute(ADOPTED)?;
@@ -196,7 +196,7 @@ fn note_adopted(connection: &mut SqliteConnection, tables: &[Table]) -> QueryRes
     Ok(())
 }
 
-/// Adds the columns that the tables lack: adopted ones, and those that another service has made anew.
+/// Adds the columns that the tables lack: adopted tables, and those that another service has recreated.
 fn add_columns(connection: &mut SqliteConnection) -> QueryResult<()> {
     let columns = columns(connection)?;
     for (table, name, definition) in ADDED {

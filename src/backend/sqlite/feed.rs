@@ -1,5 +1,5 @@
-//! The change feed: the table `api_key_changes`, read whenever this process has written, or `PRAGMA data_version`
-//! shows that another one has.
+//! The change feed: the table `api_key_changes`. It is read after each write of this process, and when `PRAGMA
+//! data_version` shows a write of another process.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -20,13 +20,13 @@ use crate::{
     telemetry,
 };
 
-/// How often the counter of other processes' writes is read, which is in shared memory.
+/// Interval at which the counter of other processes' writes is read, which is in shared memory.
 const WATCHED_EVERY: Duration = Duration::from_millis(20);
-/// How often a sync is reported while nothing happens.
+/// Interval of syncs without a change.
 const PULSE: Duration = Duration::from_secs(1);
-/// The pause after a failure.
+/// Pause after a failure.
 const PAUSE: Duration = Duration::from_millis(500);
-/// Past so many new changes at once everything is read anew.
+/// Maximum number of new changes per read. Beyond it, everything is read again.
 const MAX_CHANGES: usize = 10_000;
 const PRUNED_EVERY: Duration = Duration::from_secs(600);
 
@@ -47,7 +47,7 @@ pub(super) fn changes(store: &SqliteStore, since: SystemTime) -> ChangeStream {
             match feed.next().await {
                 Ok(changes) => return Some((changes, feed)),
                 Err(error) => {
-                    telemetry::feed_broken(&error);
+                    telemetry::feed_disconnected(&error);
                     let fault = Some(FeedFault::Disconnected(error.to_string().into()));
                     let status = FeedStatus { fault, ..feed.status.clone() };
                     if !matches!(feed.status.fault, Some(FeedFault::Disconnected(_))) {
@@ -62,33 +62,33 @@ pub(super) fn changes(store: &SqliteStore, since: SystemTime) -> ChangeStream {
 
 struct Feed {
     store: SqliteStore,
-    /// What this process has written, which its own connections may not see in the pragma.
+    /// Writes of this process, which its own connections may not see in the pragma.
     written: watch::Receiver<u64>,
     since: SystemTime,
     data_version: Option<i64>,
     position: Option<Position>,
-    /// As of the schema that `position` names.
+    /// The missing triggers at the schema version of `position`.
     missing_triggers: Vec<String>,
     next_pruning: Instant,
-    /// As it was reported last.
+    /// The status that was last reported.
     status: FeedStatus,
     has_failed_to_prune: bool,
 }
 
-/// Up to where the table was read.
+/// The position up to which the table was read.
 #[derive(Clone, Copy)]
 struct Position {
     revision: i64,
-    /// Of the row with that revision: another one shows another copy of the file.
+    /// Random number of the row with that revision. Another number means another copy of the file.
     nonce: i64,
-    /// Counts changes of the schema.
+    /// Version of the schema, which SQLite increments with each change.
     schema: i64,
 }
 
-/// What one read finds, in one snapshot.
-struct Found {
+/// The result of one read, from one snapshot.
+struct FeedRead {
     position: Position,
-    /// Whether the row that was read last is still there.
+    /// Whether the last row of the previous read still exists.
     is_continuous: bool,
     missing_triggers: Vec<String>,
     changes: Vec<TextRow>,
@@ -97,8 +97,8 @@ struct Found {
 impl Feed {
     async fn next(&mut self) -> Result<Vec<Change>, StoreError> {
         if self.position.is_some() {
-            // It ends with a write, or at the pulse.
-            let _ = timeout(PULSE, self.something_new()).await;
+            // It ends with a write or at the pulse.
+            let _ = timeout(PULSE, self.wait_for_change()).await;
         }
         let mut status = self.status.clone();
         if self.position.is_some() && Instant::now() >= self.next_pruning {
@@ -122,7 +122,7 @@ impl Feed {
             FeedFault::Incomplete(format!("triggers are missing or altered: {missing}").into())
         });
         let is_synced = status.fault.is_none();
-        // What happened before a change of the schema need not be in the table, even if the triggers are there again.
+        // Changes before a change of the schema may be missing from the table, even if the triggers exist again.
         let has_altered = position.is_some_and(|before| before.schema != found.position.schema);
         let is_reset = !found.is_continuous
             || has_altered
@@ -145,7 +145,7 @@ impl Feed {
         Ok(changes)
     }
 
-    /// The change that reports `status`, if it is a new one.
+    /// Returns the change that reports `status`, if it is new.
     fn report(&mut self, status: FeedStatus) -> Option<Change> {
         if status == self.status {
             return None;
@@ -165,7 +165,7 @@ impl Feed {
                 status.rows = Some(rows);
                 status.oldest = Some(SystemTime::UNIX_EPOCH + Duration::from_secs(oldest));
             }
-            // What could not be deleted is deleted the next time.
+            // Rows that could not be deleted are deleted the next time.
             Err(error) => {
                 if !std::mem::replace(&mut self.has_failed_to_prune, true) {
                     telemetry::not_pruned(&error);
@@ -174,9 +174,9 @@ impl Feed {
         }
     }
 
-    /// Ends when there may be something to read.
-    async fn something_new(&mut self) {
-        // In memory, there is no other process.
+    /// Completes when there may be something to read.
+    async fn wait_for_change(&mut self) {
+        // No other process can open a database in memory.
         if self.store.0.watcher.is_none() {
             let _ = self.written.changed().await;
             return;
@@ -219,7 +219,7 @@ fn read(
     position: Option<Position>,
     known: Vec<String>,
     age: Duration,
-) -> Result<Found, StoreError> {
+) -> Result<FeedRead, StoreError> {
     let last = "SELECT revision, nonce, s.schema_version AS schema
         FROM api_key_changes, pragma_schema_version AS s ORDER BY revision DESC LIMIT 1";
     let last = sql_query(last).load::<Last>(connection).map_err(store_error)?;
@@ -238,7 +238,7 @@ fn read(
             let binds = [Bind::Integer(position.revision)];
             load(connection, &Statement::new(select("revision > $1"), binds))?
         }
-        // What was committed since then; all there is if that is not known.
+        // The changes committed since then; all changes if that is not known.
         None => {
             let seconds = i64::try_from(age.as_secs() + 1).unwrap_or(i64::MAX);
             let filter = "revision > coalesce((
@@ -250,11 +250,11 @@ fn read(
         Some(position) if position.schema == here.schema => known,
         _ => triggers::missing(connection).map_err(store_error)?,
     };
-    Ok(Found { position: here, is_continuous, missing_triggers, changes })
+    Ok(FeedRead { position: here, is_continuous, missing_triggers, changes })
 }
 
-/// The changes for which `filter` is true. Of a user who is new, with the lookup ids of the keys that were there
-/// before: they were unknown until then.
+/// Returns the changes for which `filter` is true. For a new user, these include the lookup ids of the keys that were
+/// stored before their owner: they were unknown until then.
 fn select(filter: &str) -> String {
     format!(
         "SELECT json_array(revision, key_prefix, user_id, json(CASE WHEN is_new_user THEN (
@@ -274,7 +274,7 @@ fn add_changes(row: &TextRow, changes: &mut Vec<Change>) -> Result<(), StoreErro
         (Some(prefix), _) => changes.push(Change::Prefix(prefix, revision)),
         (None, Some(user)) => {
             changes.push(Change::Owner(user.into(), revision));
-            // Their rows have no revision for this.
+            // The rows of these keys have no revision for this change.
             let unknown = keys.into_iter().flatten().flatten();
             changes.extend(unknown.map(|prefix| Change::Prefix(prefix, Revision(0))));
         }
@@ -283,8 +283,8 @@ fn add_changes(row: &TextRow, changes: &mut Vec<Change>) -> Result<(), StoreErro
     Ok(())
 }
 
-/// Notes the last revision with the time, and deletes rows that have been there for two hours, but for the last.
-/// Returns how many rows there are, and the time of the oldest in seconds since the Unix epoch.
+/// Records the last revision with the time, and deletes rows older than two hours, except the last row. Returns the
+/// number of rows, and the time of the oldest in seconds since the Unix epoch.
 fn prune(connection: &mut SqliteConnection) -> Result<TextRow, StoreError> {
     const STATEMENTS: [&str; 3] = [
         "INSERT INTO api_key_horizons (revision) SELECT max(revision) FROM api_key_changes
@@ -302,5 +302,5 @@ fn prune(connection: &mut SqliteConnection) -> Result<TextRow, StoreError> {
         "SELECT json_array(count(*), CAST((min(changed_at) - 2440587.5) * 86400 AS INTEGER)) AS row
         FROM api_key_changes";
     let rows = load(connection, &Statement::new(count, []))?;
-    rows.into_iter().next().ok_or_else(|| StoreError::rejected("a count has no row"))
+    rows.into_iter().next().ok_or_else(|| StoreError::rejected("a count returned no row"))
 }

@@ -16,7 +16,7 @@ use crate::{
     store::{CHANGED_SINCE, Change, KeyPage, KeyRepository, ListKeys, StoredKey},
 };
 
-/// In UTC and milliseconds, without a zone, as ORMs read it.
+/// The current time in UTC and milliseconds, without a time zone, as ORMs read it.
 const NOW: &str = "strftime('%Y-%m-%d %H:%M:%f')";
 
 impl KeyRepository for SqliteStore {
@@ -60,16 +60,18 @@ impl KeyRepository for SqliteStore {
         let insert = Statement::new(insert, binds);
         let inserted = self.in_transaction(move |connection| {
             let inserted = load(connection, &insert)?;
-            let refused = "there is no such user, or the same key is stored already";
+            let conflict = "there is no such user, or the same key is already stored";
             let id = inserted.first().and_then(TextRow::id);
-            let id = id.ok_or_else(|| StoreError::conflict(refused))?;
+            let id = id.ok_or_else(|| StoreError::conflict(conflict))?;
             let select = keys_where("k.id = $1");
             load(connection, &Statement::new(select, [Bind::Integer(id)]))
         });
         let found = inserted.await?;
         let found = found.first().map(|found| row::decode(&found.row)).transpose()?;
-        // It was read in the transaction that wrote it.
-        found.map(|key| key.record).ok_or_else(|| StoreError::bad_row("the new row can't be read"))
+        // The row was read in the transaction that wrote it.
+        found
+            .map(|key| key.record)
+            .ok_or_else(|| StoreError::bad_row("the new row can't be decoded"))
     }
 
     async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
@@ -102,7 +104,7 @@ impl KeyRepository for SqliteStore {
 }
 
 impl SqliteStore {
-    /// The rows that `select`, [`keys_where`] something is true, finds, in the order of their ids.
+    /// Returns the rows that `select` finds, ordered by id. It is a [`keys_where`] with a condition.
     async fn records(
         &self,
         select: String,
@@ -112,13 +114,13 @@ impl SqliteStore {
         self.read_rows(Statement::new(select, binds)).await
     }
 
-    /// A page of rows for a review: keys without an owner, too.
+    /// Returns a page of rows for a review, including keys without an owner.
     pub(super) async fn reviewed(&self, after: i64) -> Result<Vec<KeyRow>, StoreError> {
         let page = format!("k.id > $1 ORDER BY k.id LIMIT {}", review::PAGE);
         self.records(keys_and_orphans_where(&page), [Bind::Integer(after)]).await
     }
 
-    /// Writes `columns` of the row with this id, if there is one and it has the revision that is expected.
+    /// Writes `columns` of the row with this id, if it exists and has the expected revision.
     async fn update(
         &self,
         table: &str,
@@ -139,7 +141,7 @@ impl SqliteStore {
         let revision = expected.map(|revision| Bind::number(revision.0));
         let binds = [Bind::Text(values.to_string()), Bind::Integer(id)];
         let update = Statement::new(update, binds.into_iter().chain(revision));
-        // RETURNING shows the row as it was before its triggers.
+        // RETURNING returns the row as it was before its triggers.
         let subject = if table == "users" { "id" } else { "key_prefix" };
         let select = format!(
             "SELECT json_array({subject}, api_key_revision) AS row FROM {table} WHERE id = $1"
@@ -157,7 +159,7 @@ impl SqliteStore {
     }
 }
 
-/// Time stamps as SQLite's functions and most ORMs write them.
+/// Encodes a record, with time stamps as SQLite's functions and most ORMs write them.
 fn encode(record: &KeyRecord) -> Map<String, Value> {
     let mut values = row::encode(record);
     if let Some(expiry) = record.expires_at {
@@ -167,10 +169,10 @@ fn encode(record: &KeyRecord) -> Map<String, Value> {
     values
 }
 
-/// The value of a column in the JSON object that is bound first.
+/// Returns the SQL for the value of a column in the JSON object that is bound first.
 fn field(column: &str) -> String {
     if column == "metadata" {
-        // As JSON, whatever it is: a text or a number would be taken for SQLite's own.
+        // The value is kept as JSON: a text or a number would be taken for SQLite's own.
         return "nullif(n.row -> '$.metadata', 'null')".to_owned();
     }
     format!("json_extract(n.row, '$.{column}')")

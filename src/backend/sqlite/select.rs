@@ -1,20 +1,19 @@
-//! The statement that reads keys.
+//! Statements that read keys.
 
 use std::sync::LazyLock;
 
-/// The statement that reads the keys for which `filter` is true, each joined with its owner (`k` and
-/// `u`), as the JSON that `row` decodes. A key that is left of an owner who was deleted has none, even if another user
-/// got the id since.
+/// Returns the statement that reads the keys for which `filter` is true, each joined with its owner (`k` and `u`), as
+/// the JSON that `row` decodes. A key of a deleted owner has no owner, even if another user has got the id since.
 pub(super) fn keys_where(filter: &str) -> String {
     format!("{} JOIN {OWNERS} WHERE {filter}", *KEYS)
 }
 
-/// The same for keys without an owner, too.
+/// Returns the same statement, including keys without an owner.
 pub(super) fn keys_and_orphans_where(filter: &str) -> String {
     format!("{} LEFT JOIN {OWNERS} WHERE {filter}", *KEYS)
 }
 
-/// Not a user who got the id of the one that the key was assigned to.
+/// The join with the owner. It excludes a user who got the id after the key was assigned to it.
 const OWNERS: &str = "users u ON u.id = k.user_id AND NOT EXISTS (
     SELECT 1 FROM api_key_deleted_users d WHERE d.user_id = k.user_id AND d.revision > k.api_key_owned_since)";
 
@@ -38,7 +37,7 @@ static KEYS: LazyLock<String> = LazyLock::new(|| {
     )
 });
 
-/// Columns of `api_keys` that have texts in them, some of them JSON or time stamps.
+/// Columns of `api_keys` that contain text, some of it JSON or time stamps.
 const TEXTS: [&str; 14] = [
     "name",
     "key_prefix",
@@ -56,7 +55,7 @@ const TEXTS: [&str; 14] = [
     "updated_at",
 ];
 
-/// Columns of `api_keys` that have numbers in them, some of them booleans.
+/// Columns of `api_keys` that contain numbers, some of them booleans.
 const NUMBERS: [&str; 10] = [
     "id",
     "api_key_revision",
@@ -70,7 +69,7 @@ const NUMBERS: [&str; 10] = [
     "total_tokens",
 ];
 
-/// SQLite lets anybody write bytes into any column, and takes some of them for JSON in binary.
+/// Returns the SQL for a text column. SQLite accepts bytes in any column, and interprets some of them as binary JSON.
 fn text(column: &str) -> String {
     format!("CAST({column} AS TEXT)")
 }

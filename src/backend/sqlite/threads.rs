@@ -1,4 +1,4 @@
-//! Threads that have an SQLite connection each and run what they are sent.
+//! Threads with an SQLite connection each, which run queued queries.
 
 use std::{
     io,
@@ -13,18 +13,18 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{error::StoreError, runtime::within};
 
-/// So many queries wait for a thread; past them the answer is 503.
+/// Maximum number of waiting queries. Beyond it, requests are answered 503.
 const QUEUE: usize = 1024;
 
 type Job = Box<dyn FnOnce(&mut SqliteConnection) + Send>;
 
-/// A few threads with one queue. They end when this is dropped, after what they are at.
+/// A few threads with one queue. After a drop, they finish their current query and end.
 pub(super) struct Threads {
     jobs: mpsc::Sender<Job>,
 }
 
 impl Threads {
-    /// Starts `count` threads, each with a connection that `open` makes.
+    /// Starts `count` threads, each with a connection from `open`.
     pub(super) fn start(
         count: usize,
         open: &impl Fn() -> Result<SqliteConnection, StoreError>,
@@ -46,8 +46,8 @@ impl Threads {
         Ok(Self { jobs })
     }
 
-    /// Runs `query` on one of the threads. One that has begun runs to its end even if nobody waits for
-    /// it any more, so that a connection is never left in the middle of something.
+    /// Runs `query` on one of the threads. A query that has begun runs to its end even if its caller was dropped, so
+    /// that a connection is never left in the middle of a transaction.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         deadline: Duration,
@@ -58,10 +58,10 @@ impl Threads {
             if answer.is_closed() {
                 return;
             }
-            // A panic in a query must not take the thread with it, nor the queries behind it.
+            // A panic in a query must not end the thread, or the waiting queries would be lost.
             let result = catch_unwind(AssertUnwindSafe(|| query(connection)));
             let panicked = |_| Err(StoreError::rejected(io::Error::other("a query panicked")));
-            // The receiver is gone if the caller is; the query has run all the same.
+            // The receiver is closed if the caller was dropped; the query has run all the same.
             let _ = answer.send(result.unwrap_or_else(panicked));
         });
         self.jobs.try_send(job).map_err(|_| {

@@ -1,9 +1,9 @@
-//! The triggers that record changes, and whether they are there.
+//! The triggers that record changes, and the check whether they exist.
 //!
-//! `REPLACE` and `UPDATE OR REPLACE` delete the rows that conflict without firing a trigger
-//! (<https://sqlite.org/lang_conflict.html>), so that a trigger before the statement notes them, by the unique indexes
-//! that the table has. No trigger of one table names the other one: SQLite refuses to rename a rebuilt table while a
-//! trigger names one that is not there, which is how ORMs alter tables.
+//! `REPLACE` and `UPDATE OR REPLACE` delete conflicting rows without firing a trigger
+//! (<https://sqlite.org/lang_conflict.html>), so that a trigger before the statement records them, by the unique
+//! indexes of the table. No trigger of one table names the other one: SQLite rejects renaming a rebuilt table while a
+//! trigger names a missing table, and ORMs alter tables in this way.
 
 use diesel::{
     QueryResult, QueryableByName, RunQueryDsl, SqliteConnection,
@@ -48,7 +48,7 @@ struct Flag {
     is_so: bool,
 }
 
-/// Why changes can't be complete: the names of the triggers that are missing or different.
+/// Returns the names of the triggers that are missing or different. Without them, changes may be missing.
 pub(super) fn missing(connection: &mut SqliteConnection) -> QueryResult<Vec<String>> {
     let present = present(connection)?;
     let is_missing = |wanted: &&Trigger| {
@@ -58,8 +58,8 @@ pub(super) fn missing(connection: &mut SqliteConnection) -> QueryResult<Vec<Stri
     Ok(wanted.iter().filter(is_missing).map(|trigger| trigger.name.clone()).collect())
 }
 
-/// Makes the triggers that are missing or different, and returns their names. Every node then reads everything
-/// anew: what happened while one was missing is not known.
+/// Creates the triggers that are missing or different, and returns their names. Every node then reads everything again,
+/// because changes while a trigger was missing are unknown.
 pub(super) fn make(connection: &mut SqliteConnection) -> QueryResult<Vec<String>> {
     let made = missing(connection)?;
     for Trigger { name, sql } in wanted(connection)? {
@@ -68,7 +68,7 @@ pub(super) fn make(connection: &mut SqliteConnection) -> QueryResult<Vec<String>
         }
     }
     if !made.is_empty() {
-        // A new database has nothing but its first row.
+        // A new database contains only its first row.
         connection.batch_execute(
             "INSERT INTO api_key_changes (key_prefix)
             SELECT NULL WHERE (SELECT max(revision) FROM api_key_changes) > 1",
@@ -94,7 +94,7 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
         let differs = |column: &&str| format!("OLD.{column} IS NOT NEW.{column}");
         columns.iter().map(differs).collect::<Vec<_>>().join(" OR ")
     };
-    // The lookup id that a deleted or moved row had; NULL is none.
+    // Records the lookup id of a deleted or moved row; NULL means none.
     let note_key = |row: &str, filter: &str| {
         format!(
             "INSERT INTO api_key_changes (key_prefix, api_key_id)
@@ -191,7 +191,7 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
     ])
 }
 
-/// Records those who are gone, of the users whom the last changes are about.
+/// Records the deleted users among the users of the last changes.
 const DELETED_LATELY: &str = "INSERT INTO api_key_deleted_users (user_id, revision)
     SELECT c.user_id, max(c.revision) FROM api_key_changes c
     WHERE c.revision > (SELECT max(revision) FROM api_key_changes) - 100 AND c.user_id IS NOT NULL
@@ -199,13 +199,13 @@ const DELETED_LATELY: &str = "INSERT INTO api_key_deleted_users (user_id, revisi
     GROUP BY c.user_id
     ON CONFLICT (user_id) DO UPDATE SET revision = excluded.revision;";
 
-/// What the triggers have to know of a table.
+/// The properties of a table that its triggers depend on.
 struct Table {
     name: &'static str,
     columns: Vec<String>,
     /// For each unique index the condition under which a row `o` conflicts with `NEW`.
     conflicts: Vec<String>,
-    /// Whether ids of deleted rows are given again.
+    /// Whether ids of deleted rows are assigned again.
     reuses_ids: bool,
 }
 
@@ -246,7 +246,7 @@ impl Table {
         if let Some(columns) = index.iter().map(equals).collect::<Option<Vec<_>>>() {
             return columns.join(" AND ");
         }
-        // On an expression: what it is of the row that is there, and of the new one.
+        // For an index on an expression, its value for the existing row is compared with that for the new one.
         let definition = index.first().and_then(|it| it.definition.as_deref());
         match definition.and_then(indexed_expressions) {
             Some(expressions) => {
@@ -254,12 +254,12 @@ impl Table {
                     self.columns.iter().map(|column| format!("NEW.{column} AS {column}")).collect();
                 format!("({expressions}) = (SELECT {expressions} FROM (SELECT {}))", new.join(", "))
             }
-            // It can't be read, so that every row may be the one.
+            // The expression can't be parsed, so that every row may conflict.
             None => "TRUE".to_owned(),
         }
     }
 
-    /// The columns of which a changed value may conflict.
+    /// Returns the columns whose change may cause a conflict.
     fn unique_columns(&self) -> String {
         let is_used = |column: &&String| {
             let bare = column.trim_matches('"');
@@ -268,7 +268,7 @@ impl Table {
         self.columns.iter().filter(is_used).cloned().collect::<Vec<_>>().join(", ")
     }
 
-    /// The condition under which a row `o` is deleted by a statement that replaces.
+    /// Returns the condition under which a statement that replaces rows deletes a row `o`.
     fn is_replaced(&self, is_update: bool) -> String {
         let conflicts: Vec<_> = self.conflicts.iter().map(|it| format!("({it})")).collect();
         let conflicts = conflicts.join(" OR ");
@@ -287,7 +287,7 @@ impl Table {
         )
     }
 
-    /// Where an id may be given again, what its key has spent is kept under the negative id.
+    /// Returns the statements that move the cost of a deleted key to the negative id, if ids may be assigned again.
     fn retire_usage(&self) -> &'static str {
         if !self.reuses_ids {
             return "";

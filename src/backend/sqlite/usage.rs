@@ -1,4 +1,4 @@
-//! Usage, written behind.
+//! Usage accounting, written in batches.
 
 use std::time::SystemTime;
 
@@ -16,15 +16,16 @@ use crate::{
     telemetry,
 };
 
-/// Returns a row if the batch was not counted before.
+/// Records the batch of a writer. Returns a row if the batch was not counted before.
 const WRITER: &str = "
     INSERT INTO api_key_usage_writers (writer, sequence, seen_at) VALUES ($1, $2, $3)
     ON CONFLICT (writer) DO UPDATE SET sequence = excluded.sequence, seen_at = excluded.seen_at
         WHERE sequence < excluded.sequence
     RETURNING writer AS row";
 
-/// `$1` is the entry in JSON, `$2` the time. An overflow would make a float of an integer. The cost is rounded to
-/// the millionth of a cent each time, so that the sum of floats is exact up to 2^53 of them.
+/// Adds to the totals of a key. `$1` is the entry in JSON, `$2` the time. An overflow would turn an integer into a
+/// float. The cost is rounded to the millionth of a cent each time, so that the sum of floats is exact up to 2^53 of
+/// them.
 const TOTALS: &str = "
     UPDATE api_keys SET
         total_requests = CASE WHEN total_requests > 9223372036854775807 - n.requests
@@ -40,7 +41,7 @@ const TOTALS: &str = "
         $1 ->> 'cost' AS cost, $1 ->> 'is_last_used' AS is_last_used) AS n
     WHERE api_keys.id = n.id RETURNING CAST(api_keys.id AS TEXT) AS row";
 
-/// `$1` is the entry in JSON, `$2` the day.
+/// Adds to the cost of a day. `$1` is the entry in JSON, `$2` the day.
 const DAYS: &str = "
     INSERT INTO api_key_usage (api_key_id, day, requests, tokens, cost_micro_cents)
     VALUES ($1 ->> 'id', $2, $1 ->> 'requests', $1 ->> 'tokens', $1 ->> 'cost')
@@ -53,18 +54,18 @@ const DAYS: &str = "
             THEN 9223372036854775807 ELSE cost_micro_cents + excluded.cost_micro_cents END
     RETURNING day AS row";
 
-/// `$1` is the entry in JSON, `$2` the writer.
+/// Reduces the lease of the writer. `$1` is the entry in JSON, `$2` the writer.
 const LEASES: &str = "
     UPDATE api_key_leases SET amount_micro_cents = max(amount_micro_cents - ($1 ->> 'settled'), 0)
     WHERE api_key_id = $1 ->> 'id' AND holder = $2 RETURNING holder AS row";
 
-/// Writers that are gone. None that is there sends a batch again after so long.
-const FORGET_WRITERS: &str = "
+/// Deletes old writers. No writer retries a batch after that time.
+const DELETE_WRITERS: &str = "
     DELETE FROM api_key_usage_writers WHERE seen_at < strftime('%Y-%m-%d %H:%M:%f', $1, '-30 days')
     RETURNING writer AS row";
 
-/// Leases that have expired on keys that nobody asks for any more.
-const FORGET_LEASES: &str =
+/// Deletes expired leases on keys without new requests.
+const DELETE_LEASES: &str =
     "DELETE FROM api_key_leases WHERE expires_at < $1 RETURNING holder AS row";
 
 impl SqliteStore {
@@ -87,7 +88,8 @@ fn count(
     let entries = batch.encoded();
     let mut missing = batch.entries.len() - entries.len();
     for entry in entries {
-        // A row that can't be written keeps no other one from being counted, nor itself from being charged.
+        // A row that can't be written does not prevent other rows from being counted, and its own cost is still
+        // charged.
         match connection.transaction(|c| count_key(c, batch, &entry).map_err(Failure)) {
             Ok(true) => charge_key(connection, batch, now, &entry)?,
             Ok(false) => missing += 1,
@@ -102,13 +104,13 @@ fn count(
         telemetry::usage_of_deleted_keys(missing);
     }
     if batch.sequence == 1 {
-        load(connection, &Statement::new(FORGET_WRITERS, [Bind::Text(batch.time())]))?;
-        load(connection, &Statement::new(FORGET_LEASES, [millis(now)]))?;
+        load(connection, &Statement::new(DELETE_WRITERS, [Bind::Text(batch.time())]))?;
+        load(connection, &Statement::new(DELETE_LEASES, [millis(now)]))?;
     }
     Ok(())
 }
 
-/// Whether there is such a key.
+/// Counts the usage of one key. Returns whether the key exists.
 fn count_key(
     connection: &mut SqliteConnection,
     batch: &UsageBatch,
@@ -118,7 +120,7 @@ fn count_key(
     Ok(!load(connection, &Statement::new(TOTALS, totals))?.is_empty())
 }
 
-/// The day, and the lease.
+/// Charges the day and the lease of one key.
 fn charge_key(
     connection: &mut SqliteConnection,
     batch: &UsageBatch,

@@ -1,12 +1,12 @@
-//! Whether changes are sure to be in the table: [`Completeness`].
+//! The check whether the table contains all changes: [`Completeness`].
 
 use serde::Deserialize;
 
 use super::listener::Listener;
 use crate::{backend::postgres::schema, error::StoreError};
 
-/// What was found out about the tables and their triggers, for as long as none of them is altered: a read compares a
-/// digest of them, and looks at them one by one only if it differs.
+/// Cached result of the check of the tables and their triggers. It is valid until one of them is altered: a read
+/// compares a digest of them, and checks them one by one only if it differs.
 #[derive(Default)]
 pub(super) struct Completeness {
     known: Option<Checked>,
@@ -19,8 +19,8 @@ struct Checked {
 }
 
 impl Completeness {
-    /// Returns why changes may be missing in a read that found this `shape`, if they may. The outer `None`: the
-    /// tables were altered since, so that nothing is known about that read.
+    /// Returns why changes may be missing in a read with this `shape`, if they may. The outer `None` means that the
+    /// tables were altered since, so that the completeness of the read is unknown.
     pub(super) async fn fault_of(
         &mut self,
         shape: &str,

@@ -12,15 +12,15 @@ use tokio_postgres::{AsyncMessage, Client, SimpleQueryMessage};
 use super::DEADLINE;
 use crate::{backend::postgres::Inner, error::StoreError, telemetry};
 
-/// Notifications in a burst are answered by one read.
+/// Time in which notifications are combined into one read.
 const BURST: Duration = Duration::from_millis(2);
 
-/// A connection of its own on which notifications arrive.
+/// A dedicated connection on which notifications arrive.
 pub(super) struct Listener {
     client: Client,
     notified: mpsc::Receiver<Notified>,
-    /// A channel of this connection alone: what comes back on it shows that notifications arrive, which through
-    /// PgBouncer they don't.
+    /// A channel that only this connection uses. A notification that returns on it shows that notifications arrive,
+    /// which they don't through PgBouncer.
     own_channel: String,
     awaits_beat: bool,
     was_deaf: bool,
@@ -37,17 +37,17 @@ impl Listener {
         getrandom::fill(&mut random).map_err(|error| StoreError::unavailable(error.to_string()))?;
         let own_channel = format!("api_key_beat_{:016x}", u64::from_ne_bytes(random));
         let (client, mut connection) = store.target.connect_raw(DEADLINE).await?;
-        // A full queue has all the hints in it that one read needs.
+        // A full queue already contains all the hints that one read needs.
         let (hint, notified) = mpsc::channel(64);
         let own = own_channel.clone();
-        // Ends when the client is dropped.
+        // The task ends when the client is dropped.
         tokio::spawn(async move {
             while let Some(Ok(message)) =
                 std::future::poll_fn(|cx| connection.poll_message(cx)).await
             {
                 let AsyncMessage::Notification(notification) = message else { continue };
                 let is_own = notification.channel() == own;
-                // The payload is not read: any role may have written it.
+                // The payload is ignored, because any role may have written it.
                 let _ = hint.try_send(if is_own { Notified::OwnBeat } else { Notified::Changes });
             }
         });
@@ -56,7 +56,7 @@ impl Listener {
         Ok(listener)
     }
 
-    /// Waits for a hint, at most until `until`.
+    /// Waits for a notification, at most until `until`.
     pub(super) async fn wait(&mut self, until: Instant) -> Result<(), StoreError> {
         loop {
             match timeout_at(until.into(), self.notified.recv()).await {
@@ -82,7 +82,7 @@ impl Listener {
         }
     }
 
-    /// Sends a notification to this connection itself, and reports if the last one has not come back.
+    /// Sends a notification to this connection itself, and logs if the last one has not arrived.
     pub(super) async fn beat(&mut self) -> Result<(), StoreError> {
         if self.awaits_beat && !std::mem::replace(&mut self.was_deaf, true) {
             telemetry::feed_notified(false);
@@ -91,15 +91,16 @@ impl Listener {
         self.run(&format!("NOTIFY {}", self.own_channel)).await.map(drop)
     }
 
-    /// Runs a statement that returns one value, in JSON.
+    /// Runs a statement that returns one JSON value.
     pub(super) async fn run_json<T: DeserializeOwned>(&self, sql: &str) -> Result<T, StoreError> {
         let text = self.run(sql).await?;
         let text = text.ok_or_else(|| StoreError::rejected("the feed's query returns no row"))?;
         serde_json::from_str(&text).map_err(StoreError::rejected)
     }
 
-    /// Runs statements and returns the first value. As text in one message: nothing is prepared, so that it works
-    /// through any pooler. Nothing in it comes from outside but numbers and ids that the database made.
+    /// Runs statements and returns the first value. They are sent as text in one message: nothing is prepared, so that
+    /// it works through any pooler. The text contains no external values other than numbers and ids that the database
+    /// made.
     async fn run(&self, sql: &str) -> Result<Option<String>, StoreError> {
         let ran = timeout(DEADLINE, self.client.simple_query(sql)).await;
         let messages = ran.map_err(|_| StoreError::timeout(DEADLINE))?;

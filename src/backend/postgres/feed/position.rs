@@ -1,28 +1,28 @@
-//! Up to where the table of changes was read: [`Position`].
+//! Position in the table of changes: [`Position`].
 
 use std::{
     collections::{BTreeMap, VecDeque},
     time::{Duration, SystemTime},
 };
 
-use super::read::{Found, MAX_CHANGES, Row};
+use super::read::{FeedRead, MAX_CHANGES, Row};
 use crate::{
     record::{Revision, UserId},
     store::Change,
 };
 
-/// Up to where the table was read: every row of a transaction below `next_xid` was visible, but for those that were
-/// in progress. This is bounded by the number of connections, not by what has changed meanwhile.
+/// The position up to which the table was read: every row of a transaction below `next_xid` was visible, except for
+/// those in progress. Its size is bounded by the number of connections, not by the number of changes.
 pub(super) struct Position {
-    /// At most one past the last transaction that left a row: after a crash the database assigns the ids again of
-    /// those that wrote nothing.
+    /// At most one more than the last transaction that left a row: after a crash the database reassigns the ids of
+    /// transactions that wrote nothing.
     pub(super) next_xid: u64,
     pub(super) in_progress: Vec<u64>,
-    /// A row of each of the transactions that were read last. A failover may lose the last commits, also one with
-    /// a lower id than one that survived: then one of these is gone.
+    /// A row of each of the transactions that were read last. A failover may lose the last commits, including one with
+    /// a lower id than one that survived. Then one of these rows is missing.
     recent: VecDeque<Recent>,
-    /// What the last read found, if it was of more transactions than `recent` holds.
-    crowd: Option<Crowd>,
+    /// The rows of the last read, if they were of more transactions than `recent` holds.
+    bulk: Option<BulkRead>,
     /// The row of the highest transaction id.
     last: Option<String>,
     triggers: Option<String>,
@@ -34,43 +34,43 @@ struct Recent {
     read_at: SystemTime,
 }
 
-/// Rows of many transactions that one read returned. Any of these may have been the last to commit, so that their
-/// number is checked for as long as no later transaction was read.
-pub(super) struct Crowd {
-    /// The ids of the transactions: from the one to before the other, and `before` them.
+/// Rows of many transactions that one read returned. Any of these transactions may have been the last to commit, so
+/// that their number is checked until a later transaction is read.
+pub(super) struct BulkRead {
+    /// The transaction ids: those from `from` up to, but not including, `to`, and those in `before`.
     pub(super) from: u64,
     pub(super) to: u64,
     pub(super) before: Vec<u64>,
-    /// Those that were in progress still.
+    /// The transactions that were still in progress.
     pub(super) except: Vec<u64>,
     pub(super) rows: usize,
     read_at: SystemTime,
 }
 
-/// So many transactions are checked for still being there. The last ones to commit are the first to be lost, so
-/// that a few are enough, unless one read returns more.
+/// Maximum number of transactions whose rows are checked. The last commits are the first to be lost, so that a few are
+/// sufficient, unless one read returns more.
 const MAX_RECENT: usize = 64;
-/// Commits of longer ago are not lost by a failover. Half of the time for which rows are kept: a node that has not
-/// read for so long may have missed rows that were pruned.
+/// Age from which on a failover can't lose a commit. It is half of the time for which rows are kept: a node that has
+/// not read for that time may have missed rows that were pruned.
 const MAX_GAP: Duration = Duration::from_secs(3600);
 
 impl Position {
     pub(super) fn new(next_xid: u64, in_progress: Vec<u64>) -> Self {
-        let (recent, crowd, last, triggers, as_of) = (VecDeque::new(), None, None, None, None);
-        Self { next_xid, in_progress, recent, crowd, last, triggers, as_of }
+        let (recent, bulk, last, triggers, as_of) = (VecDeque::new(), None, None, None, None);
+        Self { next_xid, in_progress, recent, bulk, last, triggers, as_of }
     }
 
-    /// Ids of rows that have to be there still.
+    /// Returns the ids of rows that must still exist.
     pub(super) fn recent(&self) -> impl Iterator<Item = &str> {
         self.recent.iter().map(|row| row.id.as_str()).chain(self.last.as_deref())
     }
 
-    pub(super) fn crowd(&self) -> Option<&Crowd> {
-        self.crowd.as_ref()
+    pub(super) fn bulk(&self) -> Option<&BulkRead> {
+        self.bulk.as_ref()
     }
 
-    /// Moves on to behind what was found, and returns the changes in it.
-    pub(super) fn advance(&mut self, found: Found) -> Vec<Change> {
+    /// Advances past a read, and returns its changes.
+    pub(super) fn advance(&mut self, found: FeedRead) -> Vec<Change> {
         let as_of = found.as_of();
         let is_first = self.as_of.is_none();
         let is_late = self
@@ -87,13 +87,13 @@ impl Position {
         }
         if !is_same_database {
             self.recent.clear();
-            self.crowd = None;
+            self.bulk = None;
         }
-        let transactions = self.remember(&rows, as_of);
-        let is_old = |crowd: &Crowd| is_past(crowd.read_at, as_of);
-        if transactions > 0 || self.crowd.as_ref().is_some_and(is_old) {
-            let is_crowd = !is_first && transactions > MAX_RECENT && rows.len() <= MAX_CHANGES;
-            self.crowd = is_crowd.then(|| Crowd {
+        let transactions = self.record(&rows, as_of);
+        let is_old = |bulk: &BulkRead| is_past(bulk.read_at, as_of);
+        if transactions > 0 || self.bulk.as_ref().is_some_and(is_old) {
+            let is_bulk = !is_first && transactions > MAX_RECENT && rows.len() <= MAX_CHANGES;
+            self.bulk = is_bulk.then(|| BulkRead {
                 from: self.next_xid,
                 to: found.next_xid,
                 before: self.in_progress.clone(),
@@ -113,8 +113,8 @@ impl Position {
         changes
     }
 
-    /// Returns of how many transactions the rows are.
-    fn remember(&mut self, rows: &[Row], read_at: SystemTime) -> usize {
+    /// Records the rows, and returns the number of their transactions.
+    fn record(&mut self, rows: &[Row], read_at: SystemTime) -> usize {
         let by_transaction: BTreeMap<_, _> = rows.iter().map(|row| (row.xid, &row.id)).collect();
         let transactions = by_transaction.len();
         let read = by_transaction.into_values();
@@ -127,14 +127,14 @@ impl Position {
     }
 }
 
-/// Whether a failover can't lose any more what was read then.
+/// Returns whether a failover can't lose any more what was read at `read_at`.
 fn is_past(read_at: SystemTime, now: SystemTime) -> bool {
     now.duration_since(read_at).is_ok_and(|age| age > MAX_GAP)
 }
 
-/// The changes in rows of one snapshot, each subject once. Revisions of one row rise in the order of its commits, so
-/// that the highest is the last. Where several keys share a lookup id, the lower one may have been committed last:
-/// both are returned, the lower one after the higher.
+/// Returns the changes in rows of one snapshot, each subject once. Revisions of one row rise in the order of its
+/// commits, so that the highest is the last. If several keys share a lookup id, the lower revision may have been
+/// committed last: both are returned, the lower one after the higher.
 fn changes_of(mut rows: Vec<Row>) -> Vec<Change> {
     let mut changes = Vec::with_capacity(rows.len());
     if rows.iter().any(|row| row.key_prefix.is_none() && row.user_id.is_none()) {

@@ -1,4 +1,4 @@
-//! Pruning the table of changes, in the background.
+//! Pruning of the table of changes, in the background.
 
 use std::{
     sync::Arc,
@@ -19,10 +19,10 @@ use crate::{
 };
 
 const INTERVAL: Duration = Duration::from_secs(600);
-/// The interval while there is more to delete than one call deletes.
+/// Interval of calls while one call does not delete all old rows.
 const BUSY_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Calls `api_key_prune` from time to time, on another connection, so that no change waits for it.
+/// Calls `api_key_prune` periodically on another connection, so that no change waits for it.
 pub(super) struct Pruning {
     next: Instant,
     running: Option<JoinHandle<Result<Pruned, StoreError>>>,
@@ -41,7 +41,7 @@ impl Pruning {
         Self { next: Instant::now(), running: None, has_failed: false }
     }
 
-    /// Begins a call when it is time, and returns what one that has ended reports.
+    /// Starts a call when it is due, and returns the report of one that has ended.
     pub(super) async fn poll(&mut self, store: &Arc<Inner>) -> Option<FeedStatus> {
         if self.running.as_ref().is_some_and(JoinHandle::is_finished) {
             let outcome = self.running.take()?.await.ok()?;

@@ -6,27 +6,27 @@ use serde::Deserialize;
 
 use super::{
     listener::Listener,
-    position::{Crowd, Position},
+    position::{BulkRead, Position},
 };
 use crate::{backend::postgres::schema, error::StoreError};
 
-/// Past so many new changes at once everything is read anew.
+/// Maximum number of new changes per read. Beyond it, everything is read again.
 pub(super) const MAX_CHANGES: usize = 10_000;
 
-/// What one read finds.
+/// The result of one read.
 #[derive(Deserialize)]
-pub(super) struct Found {
+pub(super) struct FeedRead {
     as_of_micros: u64,
-    /// From which transaction id on, and of which lower ones, the next read has to return the rows.
+    /// The transaction id from which on the next read must return rows; of lower ones, only those in progress.
     pub(super) next_xid: u64,
     pub(super) in_progress: Vec<u64>,
-    /// A digest of the tables and triggers, as of this read.
+    /// Digest of the tables and triggers at this read.
     pub(super) shape: String,
-    /// Differs from the last read's if a trigger was touched meanwhile.
+    /// State of the triggers. It differs from that of the last read if a trigger was altered meanwhile.
     pub(super) triggers: Option<String>,
     /// Whether the triggers send notifications.
     pub(super) is_notified: bool,
-    /// Whether the rows that were read before are all still there.
+    /// Whether all rows of earlier reads still exist.
     pub(super) is_continuous: bool,
     pub(super) last: Option<Row>,
     pub(super) changes: Option<Vec<Row>>,
@@ -34,7 +34,7 @@ pub(super) struct Found {
 
 #[derive(Deserialize)]
 pub(super) struct Row {
-    /// Random.
+    /// Random id of the row.
     pub(super) id: String,
     pub(super) revision: u64,
     pub(super) xid: u64,
@@ -43,7 +43,7 @@ pub(super) struct Row {
     pub(super) user_id: Option<i64>,
 }
 
-impl Found {
+impl FeedRead {
     pub(super) fn as_of(&self) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_micros(self.as_of_micros)
     }
@@ -53,14 +53,14 @@ const ROW: &str =
     "c.id, c.revision, c.xid::text::bigint AS xid, c.key_prefix, c.api_key_id, c.user_id";
 
 impl Listener {
-    /// From where a node reads that has read nothing yet: what became visible since then.
+    /// Returns the start position of a node: what became visible since `since`.
     pub(super) async fn start(&self, since: SystemTime) -> Result<Position, StoreError> {
         #[derive(Deserialize)]
         struct Horizon {
             next_xid: u64,
             in_progress: Vec<u64>,
         }
-        // How long ago, not when: the clocks of this machine and of the database may differ.
+        // The age is sent, not the time: the clocks of this machine and of the database may differ.
         let age = SystemTime::now().duration_since(since).unwrap_or_default();
         let sql = format!(
             "SELECT json_build_object('next_xid', next_xid::text::bigint, 'in_progress', ARRAY(
@@ -71,16 +71,16 @@ impl Listener {
         Ok(Position::new(next_xid, in_progress))
     }
 
-    /// Reads what has become visible since `position`, and what shows whether it is all there: in one
+    /// Reads the rows that became visible since `position`, and the data that shows whether they are complete: in one
     /// statement, so that all of it is from one snapshot.
-    pub(super) async fn read(&self, position: &Position) -> Result<Found, StoreError> {
+    pub(super) async fn read(&self, position: &Position) -> Result<FeedRead, StoreError> {
         let limit = MAX_CHANGES + 1;
         let recent = join(position.recent().map(|id| format!("\"{id}\"")));
         let in_progress = join(position.in_progress.iter());
-        let crowd = position.crowd().map_or("TRUE".to_owned(), is_complete);
-        // Transaction ids that are ahead of this cluster's came with a dump of another one. Ordered by the index
-        // with a limit, so that no plan reads the whole table, whatever the statistics are. On a standby the
-        // snapshot does not list what is in progress.
+        let bulk = position.bulk().map_or("TRUE".to_owned(), is_complete);
+        // Transaction ids ahead of this cluster's came with a dump of another one. The rows are ordered by the index
+        // with a limit, so that no plan reads the whole table, whatever the statistics are. On a standby the snapshot
+        // does not list transactions in progress.
         let sql = format!(
             "WITH s AS MATERIALIZED (
                 SELECT pg_current_snapshot() AS now
@@ -104,7 +104,7 @@ impl Listener {
                 'is_notified', current_setting('max_prepared_transactions') = '0',
                 'is_continuous', NOT EXISTS (
                     SELECT FROM unnest('{{{recent}}}'::uuid[]) AS r (id)
-                    WHERE NOT EXISTS (SELECT FROM api_key_changes c WHERE c.id = r.id)) AND {crowd},
+                    WHERE NOT EXISTS (SELECT FROM api_key_changes c WHERE c.id = r.id)) AND {bulk},
                 'last', (SELECT row_to_json(last) FROM last),
                 'changes', (SELECT json_agg(c) FROM (
                     (SELECT {ROW} FROM api_key_changes c
@@ -123,17 +123,17 @@ impl Listener {
     }
 }
 
-/// An SQL expression: whether all the rows are still there.
-fn is_complete(crowd: &Crowd) -> String {
-    let [before, except] = [&crowd.before, &crowd.except].map(|xids| join(xids.iter()));
+/// Returns an SQL expression: whether all the rows still exist.
+fn is_complete(bulk: &BulkRead) -> String {
+    let [before, except] = [&bulk.before, &bulk.except].map(|xids| join(xids.iter()));
     let count = |which: String| {
         format!(
             "(SELECT count(*) FROM api_key_changes c WHERE {which} AND c.xid <> ALL ('{{{except}}}'::xid8[]))"
         )
     };
-    let range = count(format!("c.xid >= '{}'::xid8 AND c.xid < '{}'::xid8", crowd.from, crowd.to));
+    let range = count(format!("c.xid >= '{}'::xid8 AND c.xid < '{}'::xid8", bulk.from, bulk.to));
     let single = count(format!("c.xid = ANY ('{{{before}}}'::xid8[])"));
-    format!("{range} + {single} >= {}", crowd.rows)
+    format!("{range} + {single} >= {}", bulk.rows)
 }
 
 fn join(items: impl Iterator<Item = impl ToString>) -> String {

@@ -1,4 +1,4 @@
-//! Deletes in Redis, in the background: [`Deletes`].
+//! Tombstones in Redis, written in the background: [`TombstoneQueue`].
 
 use std::{
     collections::VecDeque,
@@ -20,16 +20,16 @@ use crate::{
     telemetry,
 };
 
-/// What has changed and is still to be deleted in Redis. No revoke waits for it, and nothing but the node
-/// that is cut off from the store depends on it: good manners, with retries.
-pub(super) struct Deletes {
+/// Tombstones that are still to be written to Redis. They are an optimization, with retries: no revocation waits for
+/// them, and only a node that is cut off from the store depends on them.
+pub(super) struct TombstoneQueue {
     link: Arc<Link>,
-    pending: Mutex<VecDeque<Delete>>,
+    pending: Mutex<VecDeque<PendingTombstone>>,
     work: Background,
 }
 
 #[derive(Clone)]
-struct Delete {
+struct PendingTombstone {
     prefix: String,
     revision: Revision,
     secret: CacheSecret,
@@ -37,18 +37,18 @@ struct Delete {
     made_at: SystemTime,
 }
 
-/// So many wait. Past that the oldest are forgotten: entries end on their own.
+/// Maximum number of pending tombstones. Beyond it, the oldest are dropped: entries expire anyway.
 const MAX_PENDING: usize = 10_000;
 const PAUSE: Duration = Duration::from_millis(200);
 
-impl Deletes {
+impl TombstoneQueue {
     pub(super) fn new(link: Arc<Link>) -> Arc<Self> {
         Arc::new(Self { link, pending: Mutex::default(), work: Background::default() })
     }
 
-    /// Deletes the entry of the keys under `prefix`, and leaves a tombstone in its place.
+    /// Queues a tombstone that replaces the entry of the keys under `prefix`.
     pub(super) fn push(self: &Arc<Self>, prefix: &str, revision: Revision, secret: CacheSecret) {
-        let delete = Delete {
+        let tombstone = PendingTombstone {
             prefix: prefix.to_owned(),
             revision,
             secret,
@@ -59,24 +59,24 @@ impl Deletes {
         if pending.len() == MAX_PENDING {
             pending.pop_front();
         }
-        pending.push_back(delete);
+        pending.push_back(tombstone);
         drop(pending);
         self.work.ensure(|| work(Arc::downgrade(self)));
     }
 
-    fn pending(&self) -> MutexGuard<'_, VecDeque<Delete>> {
+    fn pending(&self) -> MutexGuard<'_, VecDeque<PendingTombstone>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Carries out the oldest delete; `None` if there is none.
+    /// Writes the oldest tombstone; returns `None` if there is none.
     async fn next(&self) -> Option<Result<(), Fault>> {
-        let delete = self.pending().front().cloned()?;
-        let outcome = delete.run(&self.link).await;
-        // After this, what the entry held has ended on its own.
-        if outcome.is_ok() || delete.since.elapsed() > KEYS_LIFETIME {
+        let tombstone = self.pending().front().cloned()?;
+        let outcome = tombstone.run(&self.link).await;
+        // After this time, the entry itself has expired.
+        if outcome.is_ok() || tombstone.since.elapsed() > KEYS_LIFETIME {
             let mut pending = self.pending();
-            // Not another one, if this was pushed out meanwhile.
-            if pending.front().is_some_and(|it| it.since == delete.since) {
+            // The front may be another one, if this was dropped meanwhile.
+            if pending.front().is_some_and(|it| it.since == tombstone.since) {
                 pending.pop_front();
             }
         }
@@ -84,36 +84,37 @@ impl Deletes {
     }
 }
 
-async fn work(deletes: Weak<Deletes>) {
-    // A moment longer than it has to: a delete that comes just as this ends would wait for the next.
+async fn work(queue: Weak<TombstoneQueue>) {
+    // The task stays idle for a moment before it ends: a tombstone that is queued just as it ends would wait for the
+    // next one.
     let mut idle = 0;
-    while let Some(deletes) = deletes.upgrade() {
-        match deletes.next().await {
+    while let Some(queue) = queue.upgrade() {
+        match queue.next().await {
             Some(Ok(())) => idle = 0,
             Some(Err(fault)) => {
-                telemetry::not_deleted_in_redis(&format!("{fault:?}"));
-                deletes.link.wait_until_up(PAUSE * 10).await;
+                telemetry::tombstone_not_written(&format!("{fault:?}"));
+                queue.link.wait_until_up(PAUSE * 10).await;
                 tokio::time::sleep(PAUSE).await;
             }
             None if idle == 10 => return,
             None => {
                 idle += 1;
-                drop(deletes);
+                drop(queue);
                 tokio::time::sleep(PAUSE).await;
             }
         }
     }
 }
 
-impl Delete {
+impl PendingTombstone {
     async fn run(&self, link: &Arc<Link>) -> Result<(), Fault> {
         let name = keys_name(&self.prefix, &self.secret);
         let tombstone = Entry {
             kind: Kind::Tombstone,
             key_revision: self.revision,
             owner_revision: Revision(0),
-            // Against an entry of the same revision, which was read after the change, it does not stand; where
-            // there are no revisions, the later one counts.
+            // An entry of the same revision that was read after the change replaces the tombstone. Without revisions,
+            // the later of the two wins.
             as_of: if self.revision == Revision(0) { self.made_at } else { SystemTime::UNIX_EPOCH },
             expires_at: self.made_at + KEYS_LIFETIME,
             body: Vec::new(),
@@ -123,7 +124,7 @@ impl Delete {
             name: &name,
             value: &value,
             lifetime: KEYS_LIFETIME,
-            unbelieved: &[],
+            rejected_tail: &[],
             verified: None,
         };
         put.run(link).await.map(drop)
