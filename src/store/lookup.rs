@@ -157,7 +157,7 @@ impl Lookup {
     ///
     /// # Errors
     ///
-    /// The errors of [`Lookup::verify`], and that of the first row that could not be decoded.
+    /// The errors of [`Lookup::verify`], and the error of the first row that could not be decoded.
     pub fn verify_rows(
         &self,
         rows: impl IntoIterator<Item = Result<StoredKey, StoreError>>,

@@ -6,8 +6,8 @@ use tokio::sync::Semaphore;
 
 use super::{
     RedisCache, Tier,
-    deletes::Deletes,
     secret::{self, Secrets},
+    tombstones::TombstoneQueue,
 };
 use crate::{
     redis::{Connector, Link, RedisServers, RedisUrlError},
@@ -71,7 +71,7 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
         let link = Link::new(Connector::new(servers).map_err(RedisCacheError::Url)?, timeout);
         Ok(RedisCache(Arc::new(Tier {
             store,
-            deletes: Deletes::new(Arc::clone(&link)),
+            tombstones: TombstoneQueue::new(Arc::clone(&link)),
             link,
             secrets: Secrets::new(secret, namespace),
             fills: Arc::new(Semaphore::new(MAX_FILLS)),
