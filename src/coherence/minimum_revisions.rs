@@ -84,8 +84,8 @@ impl Seen {
 pub(crate) enum Standing {
     /// It may be cached.
     Current,
-    /// A change without an order came while the look-up was under way. The answer may be from before it, and may be
-    /// served only to requests that came before the change.
+    /// A change that revisions do not order came while the look-up was under way. The answer may be from before it, and
+    /// may be served only to requests that came before the change.
     Overtaken,
     /// It is from before a known change, and must not be served.
     Below,

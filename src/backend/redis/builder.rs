@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
 
-use super::{RedisCache, Tier, deletes::Deletes, secret::Secrets};
+use super::{RedisCache, Tier, secret::Secrets, tombstones::TombstoneQueue};
 use crate::{
     redis::{Connector, Link, RedisServers, RedisUrlError},
     store::{CacheSecret, KeyStore},
@@ -67,7 +67,7 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
         let link = Link::new(Connector::new(servers).map_err(RedisCacheError::Url)?, timeout);
         Ok(RedisCache(Arc::new(Tier {
             store,
-            deletes: Deletes::new(Arc::clone(&link)),
+            tombstones: TombstoneQueue::new(Arc::clone(&link)),
             link,
             secrets: Secrets::new(secret, namespace),
             fills: Arc::new(Semaphore::new(MAX_FILLS)),

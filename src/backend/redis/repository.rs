@@ -11,7 +11,7 @@ impl<S: KeyRepository> RedisCache<S> {
     /// Announces a change in the background: no change waits for Redis.
     fn announce(&self, change: Option<Change>) -> Option<Change> {
         if let Some(change) = &change {
-            self.delete(change);
+            self.queue_tombstone(change);
             self.publish(change);
         }
         change
