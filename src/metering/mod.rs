@@ -1,5 +1,6 @@
 //! Usage accounting and budgets of keys.
 
+mod key_lease;
 mod leases;
 mod recorder;
 mod reservation;

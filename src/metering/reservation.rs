@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use super::{leases::KeyLease, usage::Usage, usage_counter::UsageCounter};
+use super::{key_lease::KeyLease, usage::Usage, usage_counter::UsageCounter};
 
 /// Part of a key's budget that is held for future work, created by
 /// [`AuthContext::reserve`](crate::AuthContext::reserve). [`settle`](Reservation::settle) it with the actual cost. If
