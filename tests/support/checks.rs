@@ -26,7 +26,8 @@ impl Checks {
         let guard = ONE_AT_A_TIME.lock().await;
         subscribe();
         let checks = Self(guard);
-        (checks.take(), checks.take_most());
+        checks.take();
+        checks.take_most();
         checks
     }
 
