@@ -105,8 +105,8 @@ impl Authenticator {
         outcome.inspect_err(Denial::log)
     }
 
-    /// Invalidates the entries of the keys under a lookup id, in the local cache and in shared caches as seen by this
-    /// node: later look-ups read the store. Use it for changes made outside the store's knowledge. Revoking through a
+    /// Invalidates the entries of the keys under a lookup id in the local cache. This node also ignores copies in
+    /// shared caches from before the call. Use it for changes made outside the store's knowledge. Revoking through a
     /// [`KeyManager`](crate::KeyManager) or in the database does not require it.
     pub fn invalidate(&self, prefix: &str) {
         self.0.invalidate(prefix);
@@ -120,8 +120,8 @@ impl Authenticator {
     /// Stops the background tasks within 10 s: writes the pending usage, returns the budget leases, and stops
     /// following the change feed. Usage that the store does not accept in this time is lost, and the number of its
     /// keys is logged. Requests are still answered afterwards, like on a node that is cut off from changes. They are
-    /// no longer counted, and reservations fail. Without this call, the tasks end when the last clone is dropped, and
-    /// the usage of the last interval is lost.
+    /// no longer counted, and budgets can't be reserved. Without this call, the tasks end when the last clone is
+    /// dropped, and the usage of the last interval is lost.
     ///
     /// ```
     /// # async fn run(app: axum::Router, authenticator: tower_api_key::Authenticator) -> std::io::Result<()> {
@@ -222,11 +222,11 @@ impl AuthenticatorBuilder {
     /// Sets the maximum number of concurrent look-ups: 4,096 by default, at about 3 KiB each. When it is reached, a
     /// request whose key is not in the local cache is answered with 503.
     ///
-    /// The last quarter is reserved for keys that this node has verified before. Clients whose network presents keys
-    /// that don't exist may use at most half. The allowance of an IPv4 address or an IPv6 /64 is 10 failures at once
-    /// and one in two seconds; that of a /24 or /56 is 4 times as large, of a /48 8 times, and of an IPv6 /32 32
-    /// times. While look-ups wait for the store, the look-ups of such clients go last, one at a time. Behind a proxy,
-    /// set [`trusted_proxies`](crate::ApiKeyAuthLayer::trusted_proxies); otherwise all clients count as one.
+    /// The last quarter is reserved for keys that this node has verified before. Clients whose network exceeds its
+    /// allowance of keys that don't exist may use at most half. The allowance of an IPv4 address or an IPv6 /64 is 10
+    /// at once and one in two seconds; that of a /24 or /56 is 4 times as large, of a /48 8 times, and of an IPv6 /32
+    /// 32 times. While look-ups wait for the store, the look-ups of such clients go last, one at a time. Behind a
+    /// proxy, set [`trusted_proxies`](crate::ApiKeyAuthLayer::trusted_proxies); otherwise all clients count as one.
     #[must_use]
     pub fn max_lookups(mut self, lookups: usize) -> Self {
         self.settings.max_lookups = lookups.max(1);

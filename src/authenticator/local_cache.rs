@@ -65,8 +65,8 @@ impl LocalCache {
     /// Returns the fingerprint of the hash that the key has matched, if it is cached.
     pub(crate) fn proof(&self, key: &KeyDigest) -> Option<HashFingerprint> {
         match self.valid.get(key) {
-            // The proof of a shared cache is not used: that cache may have become untrusted since, by a change of the
-            // secret.
+            // The proof of a shared cache is not used: the entry may have become untrusted since, by a change of the
+            // cache secret.
             Some(caller) => match caller.verified_key()?.proof {
                 Some(Proof::Seen(fingerprint)) => Some(fingerprint),
                 _ => None,

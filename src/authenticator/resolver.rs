@@ -177,8 +177,8 @@ impl Resolver {
         })
     }
 
-    /// Invalidates the entries of the keys under `prefix`, in the local cache and in shared caches as seen by this
-    /// node.
+    /// Invalidates the entries of the keys under `prefix` in the local cache, and ignores copies in shared caches
+    /// from before the call.
     pub(crate) fn invalidate(&self, prefix: &str) {
         self.view.invalidate(prefix, self.now());
     }

@@ -83,7 +83,7 @@ where
     S: Service<Request<B>>,
     G: Gate,
 {
-    /// Creates a call whose request the inner service, which was ready, has got.
+    /// Creates a call whose request was passed to the inner service, which was ready.
     pub(crate) fn inner(mut gate: G, future: S::Future) -> Self {
         gate.called();
         Self { state: CallState::Inner { future }, gate }

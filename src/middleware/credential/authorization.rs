@@ -89,7 +89,7 @@ pub(crate) enum Misplaced<'a> {
     /// The text is a key only in a structured format: in a format with few rules, credentials of another scheme look
     /// like keys.
     Structured(&'a str),
-    /// The text follows `Bearer` without a space, so it is a key in any format.
+    /// The text follows `Bearer` without a space, so it may be a key in any format.
     Any(&'a str),
 }
 
