@@ -11,6 +11,7 @@ use std::{
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
 use tower_api_key::*;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::support::{
     self, checks::Checks, door::Told, fleet::*, servers::Redis, with_wrong_secret,
@@ -609,6 +610,8 @@ fn an_url_that_cannot_be_used_is_refused_and_not_shown() {
 
 #[tokio::test]
 async fn the_password_is_shown_nowhere() {
+    // Forwards the records of the `log` crate, which are searched as well.
+    let _forwarded = tracing_subscriber::registry().set_default();
     let (log, _guard) = support::log::capture();
     let redis = Redis::with_settings(&["requirepass=hunter2"]);
     let keys = sqlite().await;

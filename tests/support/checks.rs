@@ -9,7 +9,6 @@ use tracing_subscriber::{
     Layer,
     layer::{Context, SubscriberExt},
     registry::LookupSpan,
-    util::SubscriberInitExt,
 };
 
 static BEGUN: AtomicUsize = AtomicUsize::new(0);
@@ -46,7 +45,11 @@ impl Checks {
 /// a thread without one reaches it first, and another thread that captures its log lines misses that one.
 pub fn subscribe() {
     static ONCE: std::sync::Once = std::sync::Once::new();
-    ONCE.call_once(|| tracing_subscriber::registry().with(CountChecks).init());
+    // Not `init`, which also forwards the records of the `log` crate, with the statements of database clients.
+    ONCE.call_once(|| {
+        let subscriber = tracing_subscriber::registry().with(CountChecks);
+        tracing::subscriber::set_global_default(subscriber).unwrap();
+    });
 }
 
 struct CountChecks;
