@@ -68,6 +68,17 @@ impl Client {
     }
 }
 
+/// Each of the clients reads each denial, from the service and from nginx in front of it.
+async fn assert_each_reads_every_401(clients: &[Client]) {
+    let url = uploads(&fixture().await).await;
+    let nginx = Nginx::start("", &format!("location / {{ proxy_pass {url}; {LIMIT} }}"));
+    let behind_nginx = format!("http://{}", nginx.address(http::Version::HTTP_11));
+    for client in clients {
+        client.assert_reads_every_401(&format!("{url}/upload")).await;
+        client.assert_reads_every_401(&format!("{behind_nginx}/upload")).await;
+    }
+}
+
 async fn curl(options: &[&str], url: &str, key: &str, bytes: usize, times: usize) -> Vec<String> {
     let file = NamedTempFile::new().unwrap();
     fs::write(file.path(), vec![b'x'; bytes]).unwrap();
@@ -142,10 +153,7 @@ async fn node_reads_why_its_upload_is_denied() {
     if !is_there("node", &["--eval", "fetch"]).await {
         return;
     }
-    let url = uploads(&fixture().await).await + "/upload";
-    for client in ["http", "fetch"] {
-        Client::Node(client).assert_reads_every_401(&url).await;
-    }
+    assert_each_reads_every_401(&["http", "fetch"].map(Client::Node)).await;
 }
 
 #[tokio::test]
@@ -153,13 +161,11 @@ async fn python_reads_why_its_upload_is_denied() {
     if !is_there(python(), &["--version"]).await {
         return;
     }
-    let url = uploads(&fixture().await).await + "/upload";
-    for client in ["http.client", "urllib"] {
-        Client::Python(client).assert_reads_every_401(&url).await;
-    }
+    let mut clients = ["http.client", "urllib"].map(Client::Python).to_vec();
     if is_there(python(), &["-c", "import requests"]).await {
-        Client::Python("requests").assert_reads_every_401(&url).await;
+        clients.push(Client::Python("requests"));
     }
+    assert_each_reads_every_401(&clients).await;
 }
 
 #[tokio::test]
@@ -171,8 +177,7 @@ async fn go_reads_why_its_upload_is_denied() {
     build.env("CGO_ENABLED", "0").env("GOCACHE", in_crate("target/go/cache"));
     build.args(["build", "-o"]).arg(go_program()).arg(script("upload.go"));
     assert!(build.status().await.unwrap().success(), "{build:?}");
-    let url = uploads(&fixture().await).await + "/upload";
-    Client::Go.assert_reads_every_401(&url).await;
+    assert_each_reads_every_401(&[Client::Go]).await;
 }
 
 #[tokio::test]
