@@ -81,14 +81,17 @@ impl Authenticator {
         address: Option<IpAddr>,
     ) -> Result<AuthContext, Denial> {
         let outcome = match token(key.as_bytes()) {
-            Ok(token) => match self.cached(token) {
-                Cached::Hit(caller) => Ok(caller),
-                Cached::Negative(reason) => Err(reason.into()),
-                Cached::Miss => match self.parse(token) {
-                    Ok(key) => self.look_up(key, address).await,
-                    Err(denial) => Err(denial),
-                },
-            },
+            Ok(token) => {
+                let digest = KeyDigest::of(token.as_bytes());
+                match self.cached(&digest) {
+                    Cached::Hit(caller) => Ok(caller),
+                    Cached::Negative(reason) => Err(reason.into()),
+                    Cached::Miss => match self.parse(token, digest) {
+                        Ok(key) => self.look_up(key, address).await,
+                        Err(denial) => Err(denial),
+                    },
+                }
+            }
             Err(malformed) => Err(malformed.into()),
         };
         let outcome = outcome.and_then(|caller| {
@@ -136,26 +139,26 @@ impl Authenticator {
         self.0.stop().await;
     }
 
-    /// Returns the context of a key if the local cache has a fresh entry. No lock, no I/O, and no allocation.
+    /// Returns the local cache's result for a key. No lock, no I/O, and no allocation.
     #[inline]
-    pub(crate) fn cached_context(&self, key: &[u8]) -> Option<AuthContext> {
-        self.0.cached_context(&KeyDigest::of(key))
+    pub(crate) fn cached(&self, key: &KeyDigest) -> Cached {
+        self.0.cached(key)
     }
 
-    /// Returns the local cache's result for the key in `token`.
-    #[inline]
-    pub(crate) fn cached(&self, token: &str) -> Cached {
-        self.0.cached(token)
+    /// Parses a token of visible ASCII with this digest. Only parsed keys are looked up.
+    pub(crate) fn parse(&self, token: &str, digest: KeyDigest) -> Result<PresentedKey, Denial> {
+        Ok(self.0.scheme.parse(token, digest)?)
     }
 
-    /// Parses a token of visible ASCII. Only parsed keys are looked up.
-    pub(crate) fn parse(&self, token: &str) -> Result<PresentedKey, Denial> {
-        Ok(self.0.scheme.parse(token)?)
+    /// Returns whether `text` is a key of any format.
+    pub(crate) fn has_key(&self, text: &str) -> bool {
+        self.0.scheme.parse(text, KeyDigest::of(text.as_bytes())).is_ok()
     }
 
     /// Returns whether `text` is a key of a structured format, with a valid brand and checksum.
     pub(crate) fn has_structured_key(&self, text: &str) -> bool {
-        self.0.scheme.parse(text).is_ok_and(|key| key.is_structured)
+        let key = self.0.scheme.parse(text, KeyDigest::of(text.as_bytes()));
+        key.is_ok_and(|key| key.is_structured)
     }
 
     /// Logs once that a key with address rules is denied because its caller's address is unknown. `remedy` describes

@@ -35,6 +35,36 @@ pub(crate) struct NegativeEntry {
     pub(crate) proof: Option<HashFingerprint>,
 }
 
+/// Entry of the local cache, of any age.
+#[derive(Clone)]
+pub(crate) enum CacheEntry {
+    Valid(AuthContext),
+    Negative(NegativeEntry),
+}
+
+impl CacheEntry {
+    /// Returns whether this node has verified the key before.
+    pub(crate) fn was_verified(&self) -> bool {
+        match self {
+            Self::Valid(_) => true,
+            Self::Negative(entry) => entry.proof.is_some(),
+        }
+    }
+
+    /// Returns the fingerprint of the hash that the key has matched, if it is cached.
+    pub(crate) fn proof(&self) -> Option<HashFingerprint> {
+        match self {
+            // The proof of a shared cache is not used: the entry may have become untrusted since, by a change of the
+            // cache secret.
+            Self::Valid(caller) => match caller.verified_key()?.proof {
+                Some(Proof::Seen(fingerprint)) => Some(fingerprint),
+                _ => None,
+            },
+            Self::Negative(entry) => entry.proof,
+        }
+    }
+}
+
 /// Maximum number of negative entries.
 const MAX_NEGATIVE_ENTRIES: usize = 10_000;
 
@@ -57,21 +87,12 @@ impl LocalCache {
         self.valid.get(key)
     }
 
-    /// Returns the negative entry of a key, of any age.
-    pub(crate) fn negative(&self, key: &KeyDigest) -> Option<NegativeEntry> {
-        self.negative.get(key)
-    }
-
-    /// Returns the fingerprint of the hash that the key has matched, if it is cached.
-    pub(crate) fn proof(&self, key: &KeyDigest) -> Option<HashFingerprint> {
+    /// Returns the entry of a key, of any age.
+    #[inline]
+    pub(crate) fn entry(&self, key: &KeyDigest) -> Option<CacheEntry> {
         match self.valid.get(key) {
-            // The proof of a shared cache is not used: the entry may have become untrusted since, by a change of the
-            // cache secret.
-            Some(caller) => match caller.verified_key()?.proof {
-                Some(Proof::Seen(fingerprint)) => Some(fingerprint),
-                _ => None,
-            },
-            None => self.negative.get(key)?.proof,
+            Some(caller) => Some(CacheEntry::Valid(caller)),
+            None => self.negative.get(key).map(CacheEntry::Negative),
         }
     }
 
@@ -83,7 +104,7 @@ impl LocalCache {
     /// Inserts a negative entry, and removes the entry of the valid key, which is never served again, even while the
     /// store fails.
     pub(crate) fn insert_negative(&self, key: KeyDigest, entry: NegativeEntry) {
-        let proof = self.proof(&key);
+        let proof = self.entry(&key).as_ref().and_then(CacheEntry::proof);
         self.valid.remove(&key);
         self.negative.insert(key, NegativeEntry { proof, ..entry });
     }

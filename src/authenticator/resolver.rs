@@ -4,6 +4,7 @@ mod judge;
 mod recheck;
 
 use std::{
+    cell::OnceCell,
     fmt,
     future::Future,
     net::IpAddr,
@@ -21,7 +22,7 @@ use super::{
     admission::Admission,
     change_feed::{FeedState, follow},
     health::Health,
-    local_cache::LocalCache,
+    local_cache::{CacheEntry, LocalCache},
     settings::Settings,
     single_flight::{Finished, Outcome, SingleFlight, Waiter, Waiters},
 };
@@ -30,7 +31,7 @@ use crate::{
     context::{AuthContext, Origin},
     denial::{Denial, InvalidKey},
     error::{StoreError, StoreErrorKind},
-    key::{KeyDigest, KeyScheme, PresentedKey},
+    key::{HashFingerprint, KeyDigest, KeyScheme, PresentedKey},
     metering::Recorder,
     runtime::{Background, Moment, within},
     store::{Answer, DynKeyStore, KeyStore, Lookup, LookupKey, Priority, Proof, Source},
@@ -108,26 +109,20 @@ impl Resolver {
         })
     }
 
-    /// Returns the local cache's result for the key in `token`. No lock, no I/O, and no allocation.
+    /// Returns the local cache's result for a key. No lock, no I/O, and no allocation.
     #[inline]
-    pub(crate) fn cached(&self, token: &str) -> Cached {
-        self.cached_digest(&KeyDigest::of(token.as_bytes()))
-    }
-
-    /// Returns the context of a key if the local cache has a fresh entry.
-    #[inline]
-    pub(crate) fn cached_context(&self, key: &KeyDigest) -> Option<AuthContext> {
-        self.cache.valid(key).filter(|caller| self.age(caller) == Age::Fresh)
+    pub(crate) fn cached(&self, key: &KeyDigest) -> Cached {
+        self.cache.entry(key).map_or(Cached::Miss, |entry| self.servable(entry))
     }
 
     #[inline]
-    fn cached_digest(&self, key: &KeyDigest) -> Cached {
-        if let Some(caller) = self.cached_context(key) {
-            return Cached::Hit(caller);
-        }
-        match self.cache.negative(key) {
-            Some(it) if it.is_servable(&self.view, self.now()) => Cached::Negative(it.reason),
-            _ => Cached::Miss,
+    fn servable(&self, entry: CacheEntry) -> Cached {
+        match entry {
+            CacheEntry::Valid(caller) if self.age(&caller) == Age::Fresh => Cached::Hit(caller),
+            CacheEntry::Negative(it) if it.is_servable(&self.view, self.now()) => {
+                Cached::Negative(it.reason)
+            }
+            CacheEntry::Valid(_) | CacheEntry::Negative(_) => Cached::Miss,
         }
     }
 
@@ -233,7 +228,10 @@ impl Resolver {
         let prefix = Subject::Prefix(key.id().into());
         let generation = self.view.minimum_revisions.generation(&prefix);
         let digest = key.cache_digest();
-        let cached = || match self.cached_digest(&digest) {
+        // The only probe of the cache on this way: a look-up may have finished since the one before it.
+        let entry = OnceCell::new();
+        let entry = || entry.get_or_init(|| self.cache.entry(&digest)).as_ref();
+        let cached = || match self.servable(entry()?.clone()) {
             Cached::Hit(caller) => Some(Ok(caller)),
             Cached::Negative(reason) => Some(Err(reason.into())),
             Cached::Miss => None,
@@ -242,8 +240,7 @@ impl Resolver {
             let LookupKey::Presented(key) = key else {
                 return self.admission.admit_verified(under_way);
             };
-            let is_known =
-                self.cache.valid(&digest).is_some() || self.cache.proof(&digest).is_some();
+            let is_known = entry().is_some_and(CacheEntry::was_verified);
             self.admission.admit(&self.scheme, (key, is_known), address, under_way)
         };
         self.single_flight.join(
@@ -254,10 +251,17 @@ impl Resolver {
             admit,
             |seen, priority, leader| {
                 let (resolver, key) = (Arc::clone(self), key.clone());
+                let proof = entry().and_then(CacheEntry::proof);
                 tokio::spawn(async move {
                     let waiters = leader.waiters().clone();
-                    let look_up =
-                        resolver.look_up_in_store(key, prefix, address, seen, priority, waiters);
+                    let look_up = resolver.look_up_in_store(
+                        (key, proof),
+                        prefix,
+                        address,
+                        seen,
+                        priority,
+                        waiters,
+                    );
                     let finished = look_up.await;
                     if priority != Priority::Known {
                         let now = resolver.scheme.clock().monotonic();
@@ -272,15 +276,14 @@ impl Resolver {
     /// Reads the store, checks what does not depend on the request, and caches the answer.
     async fn look_up_in_store(
         self: &Arc<Self>,
-        key: LookupKey,
+        (key, proof): (LookupKey, Option<HashFingerprint>),
         prefix: Subject,
         address: Option<IpAddr>,
         mut seen: Seen,
         priority: Priority,
         waiters: Waiters,
     ) -> Finished {
-        let mut proofs: Vec<_> =
-            self.cache.proof(&key.cache_digest()).map(Proof::Seen).into_iter().collect();
+        let mut proofs: Vec<_> = proof.map(Proof::Seen).into_iter().collect();
         if let LookupKey::Verified(key) = &key {
             proofs.extend(key.proof.clone());
         }

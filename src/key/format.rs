@@ -8,8 +8,9 @@ use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 use super::{
+    KeyDigest,
     base62::{self, is_base62},
-    presented::PresentedKey,
+    presented::{KeyShape, PresentedKey},
 };
 use crate::denial::UnrecognizedKey;
 
@@ -65,7 +66,7 @@ const MAX_FIRST_CHARS: usize = 64;
 /// The result of parsing a text in one format.
 pub(super) enum Verdict {
     /// The text is a key of this format.
-    Key(PresentedKey),
+    Key(KeyShape),
     /// The text has this format's brand, but is not a valid key. No other format may accept it.
     Claimed(UnrecognizedKey),
     /// The text does not belong to this format.
@@ -169,7 +170,7 @@ impl KeyFormat {
             Kind::Structured(structured) => structured.judge(text),
             // A key that consists only of its lookup id has no secret.
             Kind::FirstChars(n) if text.len() > *n => {
-                Verdict::Key(PresentedKey::new(text, 0..*n, false))
+                Verdict::Key(KeyShape { id: 0..*n, is_structured: false })
             }
             Kind::FirstChars(_) => Verdict::Foreign,
         }
@@ -204,7 +205,8 @@ impl Structured {
             return Verdict::Claimed(UnrecognizedKey::WrongCheck);
         }
         let id_start = text.len() - rest.len();
-        Verdict::Key(PresentedKey::new(text, id_start..id_start + ID_DIGITS, true))
+        let id = id_start..id_start + ID_DIGITS;
+        Verdict::Key(KeyShape { id, is_structured: true })
     }
 
     fn generate(&self) -> Result<PresentedKey, getrandom::Error> {
@@ -220,7 +222,8 @@ impl Structured {
         base62::push_random(&mut text, SECRET_DIGITS)?;
         let check = self.check.mint(&text);
         text.extend(check.map(char::from));
-        Ok(PresentedKey::new(&text, id, true))
+        let digest = KeyDigest::of(text.as_bytes());
+        Ok(PresentedKey::new(&text, KeyShape { id, is_structured: true }, digest))
     }
 }
 

@@ -22,14 +22,17 @@ pub(crate) struct PresentedKey {
     pub(crate) digest: KeyDigest,
 }
 
+/// What a format recognizes in the text of a key.
+pub(super) struct KeyShape {
+    pub(super) id: std::ops::Range<usize>,
+    pub(super) is_structured: bool,
+}
+
 impl PresentedKey {
-    pub(super) fn new(text: &str, id: std::ops::Range<usize>, is_structured: bool) -> Self {
-        Self {
-            text: Zeroizing::new(text.into()),
-            id,
-            is_structured,
-            digest: KeyDigest::of(text.as_bytes()),
-        }
+    /// Creates a key from a text in this shape. `digest` is that of the text.
+    pub(super) fn new(text: &str, shape: KeyShape, digest: KeyDigest) -> Self {
+        let KeyShape { id, is_structured } = shape;
+        Self { text: Zeroizing::new(text.into()), id, is_structured, digest }
     }
 
     /// Returns the public lookup id.

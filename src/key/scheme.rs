@@ -6,6 +6,7 @@ use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 use super::{
+    digest::KeyDigest,
     format::{FormatError, KeyFormat, Verdict},
     hash::{BcryptHash, KeyHash, Kind, Pepper},
     pool::{BcryptPool, SlowCheck},
@@ -78,12 +79,18 @@ impl KeyScheme {
 
     /// Parses visible ASCII. A key with the brand of a structured format is parsed only by the formats of that brand,
     /// in any order of formats, so that a forged key is never accepted by a less strict format.
-    pub(crate) fn parse(&self, token: &str) -> Result<PresentedKey, UnrecognizedKey> {
+    ///
+    /// `digest` is that of the token.
+    pub(crate) fn parse(
+        &self,
+        token: &str,
+        digest: KeyDigest,
+    ) -> Result<PresentedKey, UnrecognizedKey> {
         check_length(token)?;
         let mut claimed = None;
         for format in self.0.formats.iter().filter(|format| format.is_structured()) {
             match format.judge(token) {
-                Verdict::Key(key) => return Ok(key),
+                Verdict::Key(shape) => return Ok(PresentedKey::new(token, shape, digest)),
                 // A wrong check is more specific than a wrong environment.
                 Verdict::Claimed(UnrecognizedKey::WrongCheck) => {
                     claimed = Some(UnrecognizedKey::WrongCheck);
@@ -97,7 +104,8 @@ impl KeyScheme {
         }
         let lax = self.0.formats.iter().filter(|format| !format.is_structured());
         lax.map(|format| format.judge(token))
-            .find_map(|verdict| if let Verdict::Key(key) = verdict { Some(key) } else { None })
+            .find_map(|verdict| if let Verdict::Key(shape) = verdict { Some(shape) } else { None })
+            .map(|shape| PresentedKey::new(token, shape, digest))
             .ok_or(UnrecognizedKey::UnknownFormat)
     }
 

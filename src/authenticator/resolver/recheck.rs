@@ -14,7 +14,7 @@ use crate::{
 impl Engine for Resolver {
     fn recheck(self: Arc<Self>, key: Arc<VerifiedKey>) -> RecheckFuture {
         Box::pin(async move {
-            let outcome = match self.cached_digest(&key.digest) {
+            let outcome = match self.cached(&key.digest) {
                 Cached::Hit(caller) => Ok(caller),
                 Cached::Negative(reason) => Err(reason.into()),
                 Cached::Miss if key.proof.is_none() => Err(needs_the_key().into()),
