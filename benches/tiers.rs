@@ -355,6 +355,10 @@ impl KeyStore for Counting {
         self.store.changes(since)
     }
 
+    fn has_cache_secret(&self) -> bool {
+        self.store.has_cache_secret()
+    }
+
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
         // Never at once, as the store itself.
         self.store.cache_secret().await

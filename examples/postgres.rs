@@ -28,7 +28,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .format(KeyFormat::structured("acme", "live")?)
         .format(KeyFormat::first_chars(8)?)
         .pepper(pepper)
-        .upgrade_hashes(true)
+        .upgrade_hashes()
         .build()?;
     let layer = ApiKeyAuthLayer::new(store.clone()).scheme(scheme.clone()).realm("acme")?;
 

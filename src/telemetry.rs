@@ -211,7 +211,7 @@ pub(crate) fn rate_limit_refused_by_redis(error: &dyn std::fmt::Display) {
 /// Logs that a value in Redis, or a message, was not written by a node with the secret.
 #[cfg(feature = "redis")]
 pub(crate) fn redis_entry_invalid(name: &str) {
-    count("api_key_redis_entries_not_believed_total");
+    count("api_key_redis_invalid_entries_total");
     tracing::warn!(name, "an entry in Redis is forged, moved or damaged; using the store");
 }
 

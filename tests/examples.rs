@@ -176,7 +176,7 @@ fn the_axum_stack_lets_through_what_needs_no_key() {
     let folder = tempfile::tempdir().unwrap();
     let example = Example::run("axum_stack", folder.path(), &[]);
     let url = example.url();
-    for (path, body) in [("health", "healthy\n"), ("greeting", "hello, stranger!\n")] {
+    for (path, body) in [("health", "healthy\n"), ("greeting", "hello, guest!\n")] {
         let answer = shell(&format!("curl -i {url}/{path} -H 'Origin: https://example.com'"));
         assert!(answer.starts_with("http/1.1 200") && answer.ends_with(body), "{answer}");
         assert!(answer.contains("access-control-allow-origin: *\r\n"), "{answer}");

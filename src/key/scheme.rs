@@ -31,7 +31,7 @@ use crate::{
 ///     // Existing keys, whose first 8 characters are in the column `key_prefix`.
 ///     .format(KeyFormat::first_chars(8)?)
 ///     .pepper("read this from the environment")
-///     .upgrade_hashes(true)
+///     .upgrade_hashes()
 ///     .build()?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -226,11 +226,11 @@ impl KeySchemeBuilder {
         self
     }
 
-    /// Sets whether a successful bcrypt check stores a fast hash beside the slow one, so that the next look-up of that
-    /// key runs no bcrypt. Off by default. Requires a pepper if there are formats of unknown strength.
+    /// Stores a fast hash beside the slow one after a successful bcrypt check, so that the next look-up of that key runs
+    /// no bcrypt. Off by default. Requires a pepper if there are formats of unknown strength.
     #[must_use]
-    pub fn upgrade_hashes(mut self, upgrade: bool) -> Self {
-        self.upgrades_hashes = upgrade;
+    pub fn upgrade_hashes(mut self) -> Self {
+        self.upgrades_hashes = true;
         self
     }
 

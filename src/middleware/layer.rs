@@ -139,11 +139,11 @@ impl ApiKeyAuthLayer {
         self.with(|options| options.client.closure = Some(Arc::new(find)))
     }
 
-    /// Sets whether denials contain the reason for which a key is not valid: unknown, expired, revoked. Off by
-    /// default, because the reason reveals the state of a key to a caller that found it.
+    /// Adds to denials the reason for which a key is not valid: unknown, expired, revoked. Off by default, because the
+    /// reason reveals the state of a key to a caller that found it.
     #[must_use]
-    pub fn verbose(self, verbose: bool) -> Self {
-        self.with(|options| options.presentation.verbose = verbose)
+    pub fn verbose(self) -> Self {
+        self.with(|options| options.presentation.verbose = true)
     }
 
     /// Sets a closure that creates the responses to denied HTTP requests. gRPC callers always get the response of

@@ -28,7 +28,7 @@ fn order(page: &str) -> Vec<String> {
     rows.filter_map(|row| Some(row.split('`').nth(1)?.to_owned())).collect()
 }
 
-fn rust_files(folder: &Path) -> Vec<PathBuf> {
+pub(crate) fn rust_files(folder: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();

@@ -120,7 +120,7 @@ async fn a_refusal_that_is_remembered_looks_like_the_first() {
     let expired =
         fixture.issue(|new| new.expires_at("2020-01-01T00:00:00Z".parse().unwrap())).await;
     let store = Counted::over(fixture.store.clone());
-    let layer = ApiKeyAuthLayer::new(store.clone()).verbose(true);
+    let layer = ApiKeyAuthLayer::new(store.clone()).verbose();
     for (key, reason) in [
         (unknown_key(), InvalidKey::Unknown),
         (with_wrong_secret(&fixture.key), InvalidKey::WrongSecret),

@@ -224,7 +224,7 @@ async fn a_recheck_of_a_bcrypt_key_runs_no_bcrypt_and_upgrades_nothing() {
         Arc::new(Mutex::new(row(KeyHash::bcrypt(key, 4).unwrap()))),
         Arc::new(AtomicUsize::new(0)),
     );
-    let scheme = old_and_new_keys().pepper("sixteen bytes of pepper").upgrade_hashes(true);
+    let scheme = old_and_new_keys().pepper("sixteen bytes of pepper").upgrade_hashes();
     let node = Authenticator::builder(store.clone()).scheme(scheme.build().unwrap());
     let node = node.cache_capacity(0).build();
     let caller = node.authenticate(key).await.unwrap();

@@ -132,12 +132,12 @@ async fn a_key_that_is_not_valid_is_answered_401_and_the_answer_does_not_say_why
 #[tokio::test]
 async fn a_verbose_layer_says_why_a_key_is_not_valid() {
     let fixture = fixture().await;
-    let layer = fixture.layer().verbose(true);
+    let layer = fixture.layer().verbose();
     for (key, reason, word) in invalid_keys(&fixture).await {
         let answer = send(&layer, bearer(&key)).await;
         let detail = problem(&answer)["detail"].as_str().unwrap().to_owned();
         assert!(detail.contains(word), "{reason:?}: {detail}");
-        let terse = send(&layer.clone().verbose(false), bearer(&key)).await;
+        let terse = send(&fixture.layer(), bearer(&key)).await;
         assert_eq!(problem(&terse)["detail"], "the API key is not valid");
     }
 }
@@ -145,7 +145,7 @@ async fn a_verbose_layer_says_why_a_key_is_not_valid() {
 #[tokio::test]
 async fn a_verbose_layer_says_nothing_of_the_insides_of_the_service() {
     for error in [StoreError::unavailable("db.internal:5432"), StoreError::bad_row("key 17")] {
-        for layer in [store_fails(error.clone()), store_fails(error).verbose(true)] {
+        for layer in [store_fails(error.clone()), store_fails(error).verbose()] {
             let answer = send(&layer, bearer(&unknown_key())).await;
             for secret in ["db.internal", "17", "can't be reached"] {
                 assert!(!answer.body.contains(secret), "{}", answer.body);

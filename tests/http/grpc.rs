@@ -138,7 +138,7 @@ async fn the_message_says_no_more_than_the_layer_may() {
     let fixture = fixture().await;
     let answer = send(&fixture.layer(), grpc(bearer(&unknown_key()), "application/grpc")).await;
     assert_eq!(answer.header("grpc-message"), Some("the API key is not valid"));
-    let verbose = fixture.layer().verbose(true);
+    let verbose = fixture.layer().verbose();
     let answer = send(&verbose, grpc(bearer(&unknown_key()), "application/grpc")).await;
     assert_eq!(answer.header("grpc-message"), Some("the API key is unknown"));
 }

@@ -54,7 +54,7 @@ fn a_scheme_that_cannot_be_is_a_typed_error() {
         (new().pepper(&short), ShortPepper),
         (new().pepper(&long).retired_pepper(&short), ShortPepper),
         (new().retired_pepper(&long), NoCurrentPepper),
-        (new().format(first_chars(8)).upgrade_hashes(true), UpgradeWithoutPepper),
+        (new().format(first_chars(8)).upgrade_hashes(), UpgradeWithoutPepper),
         (new().bcrypt_slots(0), Bounds),
         (new().bcrypt_slots(1025), Bounds),
         (new().bcrypt_queue(usize::MAX), Bounds),
@@ -62,8 +62,8 @@ fn a_scheme_that_cannot_be_is_a_typed_error() {
         assert_eq!(made.build().unwrap_err(), error);
         assert!(error.to_string().contains(' '));
     }
-    assert!(new().format(first_chars(8)).upgrade_hashes(true).pepper(&long).build().is_ok());
-    assert!(new().upgrade_hashes(true).build().is_ok());
+    assert!(new().format(first_chars(8)).upgrade_hashes().pepper(&long).build().is_ok());
+    assert!(new().upgrade_hashes().build().is_ok());
 }
 
 #[test]

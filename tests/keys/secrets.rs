@@ -176,7 +176,7 @@ async fn a_question_and_its_answer_hide_the_key() {
     let scheme = KeyScheme::builder()
         .format(KeyFormat::first_chars(8).unwrap())
         .pepper(PEPPER)
-        .upgrade_hashes(true)
+        .upgrade_hashes()
         .build()
         .unwrap();
     let (key, bytes) = ("prefix01-the-rest-of-an-old-key", "116, 104, 101, 45, 114");
@@ -295,7 +295,7 @@ async fn a_postgres_password_shows_nowhere() {
     assert_hides(&store, &["hunter2"]);
 
     let (log, _guard) = log::capture();
-    let layer = ApiKeyAuthLayer::new(store.clone()).verbose(true);
+    let layer = ApiKeyAuthLayer::new(store.clone()).verbose();
     let answer = send(&layer, bearer(&unknown_key())).await;
     assert_eq!(answer.status(), 503);
     assert_hides(answer.response.extensions().get::<Denial>().unwrap(), &["hunter2"]);

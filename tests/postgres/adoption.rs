@@ -71,7 +71,7 @@ fn scheme() -> KeyScheme {
         .format(KeyFormat::structured("acme", "live").unwrap())
         .format(KeyFormat::first_chars(8).unwrap())
         .pepper("a pepper of this test")
-        .upgrade_hashes(true)
+        .upgrade_hashes()
         .build()
         .unwrap()
 }

@@ -221,6 +221,10 @@ impl<S: KeyStore> KeyStore for Counting<S> {
         }
     }
 
+    fn has_cache_secret(&self) -> bool {
+        self.store.has_cache_secret()
+    }
+
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
         match &self.secret {
             Secret::Stores => {}

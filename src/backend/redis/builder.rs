@@ -100,7 +100,7 @@ impl fmt::Display for RedisCacheError {
         match self {
             Self::Url(error) => error.fmt(f),
             Self::NoSecret => f.write_str(
-                "the store has no cache secret: give one with RedisCacheBuilder::secret",
+                "the store has no cache secret (KeyStore::has_cache_secret): set one with RedisCacheBuilder::secret",
             ),
         }
     }
