@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     fmt,
-    panic::catch_unwind,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -11,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::watch, time::sleep};
+use tokio::sync::watch;
 
 use crate::{
     coherence::{Generation, Seen, View},
@@ -19,7 +18,7 @@ use crate::{
     denial::Denial,
     error::StoreError,
     key::KeyDigest,
-    runtime::within,
+    runtime::{timer, within},
     store::{Priority, Waiting},
 };
 
@@ -193,8 +192,7 @@ impl Waiter {
     /// Returns `None` if the outcome was judged before a change that was known when this request arrived: it has to
     /// join again.
     pub(crate) async fn outcome(mut self, limit: Duration) -> Option<Outcome> {
-        // tokio panics if the runtime has no timer.
-        if catch_unwind(|| sleep(limit)).is_err() {
+        if timer(limit).is_none() {
             let no_timer = "the Tokio runtime has no timer: build it with enable_all";
             return Some(Err(StoreError::unavailable(no_timer).into()));
         }

@@ -15,12 +15,10 @@ use std::{
 use bytes::Buf;
 use http::{Request, Version, header};
 use http_body::Body;
-use tokio::{
-    runtime::Handle,
-    time::{Sleep, sleep},
-};
+use tokio::{runtime::Handle, time::Sleep};
 
 use super::{credential::RequestHead, response::ContentType};
+use crate::runtime::timer;
 
 /// Limits for reading the body of a denied request. The auth layer inserts its limits into the extensions of a
 /// request, for guards, if they are not the default.
@@ -72,13 +70,10 @@ impl<B: Body> UnreadBody<B> {
         if limits.are_off() || is_grpc || awaits_continue || !is_worth_reading {
             return None;
         }
-        // Without a runtime there is no timer.
         Handle::try_current().ok()?;
-        Some(Self {
-            body: Box::pin(request.into_body()),
-            bytes_left: limits.bytes,
-            timer: Box::pin(sleep(limits.time)),
-        })
+        // Without a timer, nothing bounds the wait for the client.
+        let timer = Box::pin(timer(limits.time)?);
+        Some(Self { body: Box::pin(request.into_body()), bytes_left: limits.bytes, timer })
     }
 
     /// Reads and discards frames. Ready at the end of the body, on an error, or when a limit is reached.

@@ -2,12 +2,17 @@
 
 #[cfg(feature = "_sql")]
 use std::time::Instant;
-use std::{future::Future, pin::pin, time::Duration};
+use std::{future::Future, panic::catch_unwind, pin::pin, time::Duration};
 
-use tokio::time::timeout;
+use tokio::time::{Sleep, sleep, timeout};
 
 /// First timer of a deadline. Nearly every look-up ends earlier.
 const AT_FIRST: Duration = Duration::from_millis(50);
+
+/// Returns a timer, or `None` if the current Tokio runtime has none. tokio offers no other way to find out than its panic.
+pub(crate) fn timer(duration: Duration) -> Option<Sleep> {
+    catch_unwind(|| sleep(duration)).ok()
+}
 
 /// Returns the output of `future`, or `None` if it takes longer than `limit`.
 ///

@@ -12,7 +12,7 @@ pub use self::clock::{Clock, ManualClock, SystemClock};
 pub(crate) use self::deadline::later;
 pub(crate) use self::{
     background::Background,
-    deadline::within,
+    deadline::{timer, within},
     hex::{hex, unhex},
     moment::Moment,
     recent::RecentMap,

@@ -137,6 +137,13 @@ async fn a_client_that_waits_for_a_continue_and_a_grpc_call_are_answered_at_once
     assert_eq!((response.status().as_u16(), taken.load(SeqCst)), (200, 0));
 }
 
+#[test]
+fn without_a_timer_a_denied_request_is_answered_and_its_body_not_read() {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let layer = ApiKeyAuthLayer::new(MemoryStore::new());
+    assert_eq!(runtime.block_on(Case { ..CASE }.taken_by(&layer)), 0);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_client_that_stalls_is_answered_after_the_time_limit() {
     let fixture = fixture().await;
