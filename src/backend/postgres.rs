@@ -7,6 +7,7 @@ mod feed;
 mod hosts;
 mod repository;
 mod schema;
+mod select;
 mod session;
 mod sqlstate;
 mod tls;
@@ -29,6 +30,7 @@ pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use self::{
     connect::Target,
     connections::{Connections, Isolation},
+    select::{KEY_TABLES, SELECT_KEY},
 };
 use super::sql::{
     gate::LookupGate,
@@ -184,26 +186,6 @@ struct FoundRow {
     row: Option<String>,
 }
 
-/// A key's row, joined with its owner's row, in the form that `row` decodes. PostgreSQL converts every possible type of
-/// a column to JSON, and time stamps to ISO 8601.
-const KEY_COLUMNS: &str = "SELECT
-        k.id, k.name, k.key_prefix, k.key_hash,
-        CASE WHEN k.fast_hash_of = k.key_hash THEN k.fast_hash END AS fast_hash,
-        k.is_active, k.permissions, k.scopes,
-        k.rate_limit_per_minute, k.rate_limit_per_hour, k.rate_limit_per_day,
-        k.allowed_models, k.allowed_endpoints, k.allowed_ips, k.is_unlimited,
-        k.budget_limit_cents, k.budget_type, k.expires_at,
-        k.total_requests, k.total_tokens, 
-        CASE k.total_cost_rest WHEN 0 THEN k.total_cost::text
-            ELSE (coalesce(k.total_cost, 0)::numeric + k.total_cost_rest::numeric / 1000000)::text END AS total_cost,
-        k.last_used_at, k.metadata::text AS metadata, k.created_at, k.updated_at, k.api_key_revision,
-        greatest(u.api_key_revision, (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id))
-            AS user_revision,
-        u.id AS user_id, u.email AS user_email, u.role AS user_role, u.is_active AS user_is_active";
-
-/// The tables of these columns.
-const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.user_id";
-
 impl KeyStore for PostgresStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         // The query returns at least one row, because "unknown" has an as-of too. OFFSET 0 keeps the planner from
@@ -213,9 +195,10 @@ impl KeyStore for PostgresStore {
                 coalesce((SELECT max(revision) FROM api_key_changes WHERE key_prefix = $1), 0) AS latest,
                 row_to_json(found)::text AS row
             FROM (VALUES (1)) AS one LEFT JOIN (
-                SELECT * FROM ({KEY_COLUMNS} {KEY_TABLES} WHERE k.key_prefix = $1 OFFSET 0) AS keys
+                SELECT * FROM ({} {KEY_TABLES} WHERE k.key_prefix = $1 OFFSET 0) AS keys
                 ORDER BY id LIMIT {}
             ) AS found ON TRUE",
+            *SELECT_KEY,
             MAX_CANDIDATES + 1
         );
         let statement = Statement::new(sql, [Bind::Text(lookup.id().to_owned())]);

@@ -11,7 +11,10 @@ use tokio::time::timeout;
 
 use super::{connect::Target, schema};
 use crate::{
-    backend::sql::migrate::{ColumnFault, MigrateError},
+    backend::sql::{
+        columns::{ColumnKind as Kind, KEY_COLUMNS},
+        migrate::{ColumnFault, MigrateError},
+    },
     error::StoreError,
 };
 
@@ -34,57 +37,40 @@ pub(super) async fn migrate(target: &Target, deadline: Duration) -> Result<bool,
     migrated.map_err(StoreError::unavailable)?
 }
 
-/// The type that a column must have so that it can be read and written unchanged.
-#[derive(Clone, Copy)]
-pub(super) enum Kind {
-    Integer,
-    Number,
-    Flag,
-    /// Text that is compared in an index.
-    PlainText,
-    /// Text or an enum.
-    Word,
-    /// JSON, an array of text, or JSON in text.
-    List,
-    /// JSON, or JSON in text.
-    Json,
-    Time,
+/// A column that is read.
+pub(super) struct ReadColumn {
+    pub(super) table: &'static str,
+    pub(super) name: &'static str,
+    kind: Kind,
+    /// Whether the column has no possible default.
+    is_required: bool,
+    /// See [`KeyColumn::is_restriction`](crate::backend::sql::columns::KeyColumn).
+    is_restriction: bool,
 }
 
-/// The columns that are read, in the order of the tables; `true` for those that have no default.
-pub(super) const COLUMNS: [(&str, &str, Kind, bool); 31] = [
-    ("users", "id", Kind::Integer, true),
-    ("users", "email", Kind::Word, true),
-    ("users", "role", Kind::Word, false),
-    ("users", "is_active", Kind::Flag, false),
-    ("users", "created_at", Kind::Time, false),
-    ("users", "updated_at", Kind::Time, false),
-    ("api_keys", "id", Kind::Integer, true),
-    ("api_keys", "user_id", Kind::Integer, true),
-    ("api_keys", "name", Kind::Word, false),
-    ("api_keys", "key_prefix", Kind::PlainText, true),
-    ("api_keys", "key_hash", Kind::PlainText, true),
-    ("api_keys", "is_active", Kind::Flag, false),
-    ("api_keys", "permissions", Kind::List, false),
-    ("api_keys", "scopes", Kind::List, false),
-    ("api_keys", "rate_limit_per_minute", Kind::Integer, false),
-    ("api_keys", "rate_limit_per_hour", Kind::Integer, false),
-    ("api_keys", "rate_limit_per_day", Kind::Integer, false),
-    ("api_keys", "allowed_models", Kind::List, false),
-    ("api_keys", "allowed_endpoints", Kind::List, false),
-    ("api_keys", "allowed_ips", Kind::List, false),
-    ("api_keys", "is_unlimited", Kind::Flag, false),
-    ("api_keys", "budget_limit_cents", Kind::Integer, false),
-    ("api_keys", "budget_type", Kind::Word, false),
-    ("api_keys", "expires_at", Kind::Time, false),
-    ("api_keys", "total_requests", Kind::Integer, false),
-    ("api_keys", "total_tokens", Kind::Integer, false),
-    ("api_keys", "total_cost", Kind::Number, false),
-    ("api_keys", "last_used_at", Kind::Time, false),
-    ("api_keys", "metadata", Kind::Json, false),
-    ("api_keys", "created_at", Kind::Time, false),
-    ("api_keys", "updated_at", Kind::Time, false),
+const USER_COLUMNS: [(&str, Kind, bool); 6] = [
+    ("id", Kind::Integer, true),
+    ("email", Kind::Word, true),
+    ("role", Kind::Word, false),
+    ("is_active", Kind::Flag, false),
+    ("created_at", Kind::Time, false),
+    ("updated_at", Kind::Time, false),
 ];
+
+/// Returns the columns of both tables that are read.
+pub(super) fn read_columns() -> impl Iterator<Item = ReadColumn> {
+    let users = USER_COLUMNS.into_iter().map(|(name, kind, is_required)| {
+        let is_restriction = name == "is_active";
+        ReadColumn { table: "users", name, kind, is_required, is_restriction }
+    });
+    users.chain(KEY_COLUMNS.iter().map(|column| ReadColumn {
+        table: "api_keys",
+        name: column.name,
+        kind: column.kind,
+        is_required: column.definition.is_none(),
+        is_restriction: column.is_restriction,
+    }))
+}
 
 impl Kind {
     fn accepts(self, column: &Column) -> bool {
@@ -171,21 +157,6 @@ const TABLE_COLUMNS: &str = "
 const PARTITIONED: &str = "is partitioned or has child tables: a part can be truncated or detached without a trigger, \
     and its keys would remain valid in caches. Keep keys and users in plain tables";
 
-/// Columns that restrict a key. If such a column were recreated with a default in a table that was adopted before, its
-/// restrictions would be lost: a revoked key would be accepted again.
-const RESTRICTING: [&str; 10] = [
-    "is_active",
-    "expires_at",
-    "allowed_models",
-    "allowed_endpoints",
-    "allowed_ips",
-    "rate_limit_per_minute",
-    "rate_limit_per_hour",
-    "rate_limit_per_day",
-    "budget_limit_cents",
-    "budget_type",
-];
-
 /// Returns all reasons why the existing tables can't be adopted.
 pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult<Vec<ColumnFault>> {
     let tables = sql_query(TABLES).load::<Table>(connection)?;
@@ -211,14 +182,14 @@ pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult
             ));
         }
     }
-    for (table, name, kind, is_required) in COLUMNS {
+    for ReadColumn { table, name, kind, is_required, is_restriction } in read_columns() {
         let column = columns.iter().find(|column| column.in_table == table && column.name == name);
         match column {
             Some(column) if !kind.accepts(column) => {
                 let reason = format!("is {}, but must be {}", column.shown_type, kind.wanted());
                 faults.push(ColumnFault::new(table, name, reason));
             }
-            None if RESTRICTING.contains(&name) && was_adopted(table) => {
+            None if is_restriction && was_adopted(table) => {
                 faults.push(ColumnFault::new(
                     table,
                     name,

@@ -5,10 +5,13 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{KEY_COLUMNS, KEY_TABLES, PostgresStore};
+use super::{
+    PostgresStore,
+    select::{KEY_TABLES, SELECT_KEY},
+};
 use crate::{
     backend::sql::{
-        review, row,
+        columns, review, row,
         statement::{Bind, KeyRow, Statement, TextRow},
     },
     error::StoreError,
@@ -55,7 +58,7 @@ impl KeyRepository for PostgresStore {
     async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
         let mut values = without_nulls(row::encode(&key.record));
         values.insert("key_hash".to_owned(), json!(key.hash.expose_hash()));
-        let columns = row::INSERTED.iter().chain(&row::EDITED).copied();
+        let columns = columns::INSERTED.iter().copied();
         let columns: Vec<_> = columns.chain(["created_at", "updated_at"]).collect();
         // The row is returned by the statement itself, so that no second query is needed to learn the result.
         let insert = format!(
@@ -68,9 +71,10 @@ impl KeyRepository for PostgresStore {
                 ) AND EXISTS (SELECT FROM users AS u WHERE u.id = n.user_id)
                 RETURNING *
             ) SELECT row_to_json(found)::text AS row
-            FROM ({KEY_COLUMNS} FROM k JOIN users u ON u.id = k.user_id) AS found",
+            FROM ({} FROM k JOIN users u ON u.id = k.user_id) AS found",
             columns.join(", "),
             columns.join(", n."),
+            *SELECT_KEY,
         );
         let binds = [Bind::Text(Value::Object(values).to_string())];
         let inserted = self.insert(&Statement::new(insert, binds)).await?;
@@ -81,7 +85,7 @@ impl KeyRepository for PostgresStore {
 
     async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
         let Some(id) = id.as_i64() else { return Ok(None) };
-        let select = format!("{KEY_COLUMNS} {KEY_TABLES} WHERE k.id = $1");
+        let select = format!("{} {KEY_TABLES} WHERE k.id = $1", *SELECT_KEY);
         let found = self.records(select, [Bind::Integer(id)]).await?;
         found.first().map(|row| row.record().1).transpose()
     }
@@ -90,7 +94,7 @@ impl KeyRepository for PostgresStore {
         let Some(binds) = page.binds() else { return Ok(KeyPage::default()) };
         let filter = "($1 = 0 OR k.user_id = $2) AND k.id > $3 ORDER BY k.id LIMIT $4";
         let rows =
-            self.records(format!("{KEY_COLUMNS} {KEY_TABLES} WHERE {filter}"), binds).await?;
+            self.records(format!("{} {KEY_TABLES} WHERE {filter}", *SELECT_KEY), binds).await?;
         Ok(KeyPage::from_rows(page, rows.iter().map(KeyRow::record)))
     }
 
@@ -100,7 +104,7 @@ impl KeyRepository for PostgresStore {
         expected: Option<Revision>,
     ) -> Result<Option<Change>, StoreError> {
         let values = Value::Object(without_nulls(row::encode(record)));
-        self.update("api_keys", &row::EDITED, record.id.as_i64(), &values, expected).await
+        self.update("api_keys", &columns::EDITED, record.id.as_i64(), &values, expected).await
     }
 
     async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
@@ -110,7 +114,7 @@ impl KeyRepository for PostgresStore {
 }
 
 impl PostgresStore {
-    /// Returns the rows that `select` finds, ordered by id. It starts with [`KEY_COLUMNS`].
+    /// Returns the rows that `select` finds, ordered by id. It starts with [`SELECT_KEY`].
     async fn records(
         &self,
         select: String,
@@ -126,8 +130,9 @@ impl PostgresStore {
     /// Returns a page of rows for a review, including keys without an owner.
     pub(super) async fn reviewed(&self, after: i64) -> Result<Vec<KeyRow>, StoreError> {
         let select = format!(
-            "{KEY_COLUMNS} FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
+            "{} FROM api_keys k LEFT JOIN users u ON u.id = k.user_id
             WHERE k.id > $1 ORDER BY k.id LIMIT {}",
+            *SELECT_KEY,
             review::PAGE
         );
         self.records(select, [Bind::Integer(after)]).await

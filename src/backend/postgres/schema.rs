@@ -10,7 +10,7 @@ use diesel::{
 };
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
 
-use super::adopt::{self, BlockingConnection, COLUMNS};
+use super::adopt::{self, BlockingConnection};
 use crate::{
     backend::sql::{fault::Failure, migrate::MigrateError},
     error::StoreError,
@@ -120,13 +120,8 @@ const TABLES: [&str; 8] = [
 ];
 
 /// Columns of the crate in these tables, besides those that look-ups read.
-const OWN_COLUMNS: [(&str, &str); 5] = [
-    ("users", "api_key_revision"),
-    ("api_keys", "api_key_revision"),
-    ("api_keys", "fast_hash"),
-    ("api_keys", "fast_hash_of"),
-    ("api_keys", "total_cost_rest"),
-];
+const OWN_COLUMNS: [(&str, &str); 3] =
+    [("users", "api_key_revision"), ("api_keys", "fast_hash_of"), ("api_keys", "total_cost_rest")];
 
 /// The triggers that record changes: table, name, events as in `pg_trigger.tgtype`, and function.
 const CHANGE_TRIGGERS: [(&str, &str, u8, &str); 8] = [
@@ -184,8 +179,8 @@ pub(super) fn incompleteness() -> String {
 
 /// Returns the columns that look-ups read, as rows of SQL: table and name.
 fn column_list() -> String {
-    let columns = COLUMNS.iter().map(|(table, name, ..)| (table, name));
-    let columns = columns.chain(OWN_COLUMNS.iter().map(|(table, name)| (table, name)));
+    let columns = adopt::read_columns().map(|column| (column.table, column.name));
+    let columns = columns.chain(OWN_COLUMNS);
     columns.map(|(table, name)| format!("('{table}', '{name}')")).collect::<Vec<_>>().join(", ")
 }
 

@@ -5,78 +5,23 @@
 //! and names the columns that it can't decode.
 
 use chrono::{DateTime, NaiveDateTime, Utc};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use super::values;
+use super::{
+    columns::{KEY_COLUMNS, Written},
+    values,
+};
 use crate::{
     error::StoreError,
     key::KeyHash,
-    record::{Budget, KeyId, KeyRecord, RateLimits, Revision, Revisions, UsageTotals, User},
+    record::{Budget, KeyRecord, Revision, Revisions, User},
     store::StoredKey,
 };
 
-/// The columns of `api_keys` that an edit writes. `is_active` is not one of them: an edit of a record that was read
-/// before a revocation would undo the revocation.
-pub(in crate::backend) const EDITED: [&str; 14] = [
-    "name",
-    "permissions",
-    "scopes",
-    "rate_limit_per_minute",
-    "rate_limit_per_hour",
-    "rate_limit_per_day",
-    "allowed_models",
-    "allowed_endpoints",
-    "allowed_ips",
-    "is_unlimited",
-    "budget_limit_cents",
-    "budget_type",
-    "expires_at",
-    "metadata",
-];
-
-/// The columns of `api_keys` that a new key writes in addition. The totals are included because an ORM may apply its
-/// defaults only in the application.
-pub(in crate::backend) const INSERTED: [&str; 7] = [
-    "user_id",
-    "key_prefix",
-    "key_hash",
-    "is_active",
-    "total_requests",
-    "total_tokens",
-    "total_cost",
-];
-
-/// Encodes a record as the values of [`EDITED`] and [`INSERTED`].
+/// Encodes a record as the values of the columns that an insertion writes, without the hash.
 pub(in crate::backend) fn encode(record: &KeyRecord) -> Map<String, Value> {
-    let texts = |list: &[String]| json!(list);
-    let instant = |time: DateTime<Utc>| time.to_rfc3339_opts(chrono::SecondsFormat::Micros, true);
-    let row = json!({
-        "user_id": record.user.id.as_i64(),
-        "key_prefix": record.prefix,
-        "name": record.name,
-        "is_active": record.is_active,
-        "permissions": texts(&record.permissions),
-        "scopes": texts(&record.scopes),
-        "rate_limit_per_minute": record.rate_limits.per_minute,
-        "rate_limit_per_hour": record.rate_limits.per_hour,
-        "rate_limit_per_day": record.rate_limits.per_day,
-        "allowed_models": texts(&record.allowed_models),
-        "allowed_endpoints": texts(&displayed(&record.allowed_endpoints)),
-        "allowed_ips": texts(&displayed(&record.allowed_ips)),
-        "is_unlimited": record.is_unlimited,
-        "budget_limit_cents": record.budget.map(|budget| budget.limit_cents),
-        "budget_type": record.budget.map(|budget| budget.period.name()),
-        "expires_at": record.expires_at.map(instant),
-        "metadata": record.metadata,
-        "total_requests": 0,
-        "total_tokens": 0,
-        "total_cost": 0,
-    });
-    if let Value::Object(row) = row { row } else { Map::new() }
-}
-
-fn displayed<T: ToString>(list: &[T]) -> Vec<String> {
-    list.iter().map(T::to_string).collect()
+    let written = KEY_COLUMNS.iter().filter(|column| column.written != Written::Elsewhere);
+    written.map(|column| (column.name.to_owned(), column.encode(record))).collect()
 }
 
 /// Decodes a key's row, joined with its owner's row.
@@ -102,54 +47,33 @@ pub(in crate::backend) struct Fault {
     pub(in crate::backend) reason: String,
 }
 
+/// The decoded columns of a row.
+pub(in crate::backend) struct RowParts {
+    pub(super) record: KeyRecord,
+    pub(super) hash: Option<KeyHash>,
+    pub(super) fast_hash: Option<KeyHash>,
+    pub(super) revisions: Revisions,
+}
+
 impl Row {
     pub(in crate::backend) fn decode(mut self) -> Result<StoredKey, Fault> {
-        let user = User {
-            id: self.integer("user_id")?.ok_or_else(|| fault("user_id", "is null"))?.into(),
-            email: self.text("user_email")?.unwrap_or_default(),
-            role: self.text("user_role")?.unwrap_or_else(|| "user".to_owned()),
-            is_active: self.flag("user_is_active")?,
-        };
-        let id: KeyId = self.integer("id")?.ok_or_else(|| fault("id", "is null"))?.into();
-        let record = KeyRecord {
-            id,
-            name: self.text("name")?.unwrap_or_default(),
-            prefix: self.text("key_prefix")?.unwrap_or_default(),
-            is_active: self.flag("is_active")?,
-            permissions: self.grants("permissions")?,
-            scopes: self.grants("scopes")?,
-            rate_limits: RateLimits {
-                per_minute: self.limit("rate_limit_per_minute")?,
-                per_hour: self.limit("rate_limit_per_hour")?,
-                per_day: self.limit("rate_limit_per_day")?,
-            },
-            allowed_models: self.texts("allowed_models")?,
-            allowed_endpoints: self.parsed("allowed_endpoints")?,
-            allowed_ips: self.parsed("allowed_ips")?,
-            is_unlimited: self.flag("is_unlimited")?,
-            budget: self.budget()?,
-            expires_at: self.instant("expires_at")?,
-            usage: UsageTotals {
-                requests: self.total("total_requests")?,
-                tokens: self.total("total_tokens")?,
-                cost_micro_cents: self.micro_cents("total_cost")?,
-            },
-            last_used_at: self.instant("last_used_at")?,
-            created_at: self.instant("created_at")?.unwrap_or_default(),
-            updated_at: self.instant("updated_at")?.unwrap_or_default(),
-            metadata: self.metadata()?,
-            revision: Revision(0),
-            user,
-        };
-        let hash = self.hash("key_hash")?.ok_or_else(|| fault("key_hash", "is null"))?;
-        let revisions = Revisions {
-            key: self.revision("api_key_revision")?,
-            owner: self.revision("user_revision")?,
-        };
-        let key = StoredKey::new(record, hash).with_revisions(revisions);
-        Ok(match self.hash("fast_hash")? {
-            Some(fast) => key.with_upgrade(fast),
-            None => key,
+        let record = KeyRecord::new(0, "", User::new(0, ""));
+        let revisions = Revisions::default();
+        let mut key = RowParts { record, hash: None, fast_hash: None, revisions };
+        for column in &KEY_COLUMNS {
+            column.decode(&mut self, &mut key)?;
+        }
+        let user = &mut key.record.user;
+        user.email = self.text("user_email")?.unwrap_or_default();
+        user.role = self.text("user_role")?.unwrap_or_else(|| "user".to_owned());
+        user.is_active = self.flag("user_is_active")?;
+        key.revisions.owner = self.revision("user_revision")?;
+
+        let hash = key.hash.ok_or_else(|| fault("key_hash", "is null"))?;
+        let stored = StoredKey::new(key.record, hash).with_revisions(key.revisions);
+        Ok(match key.fast_hash {
+            Some(fast) => stored.with_upgrade(fast),
+            None => stored,
         })
     }
 
@@ -172,12 +96,12 @@ impl Row {
 
     /// Takes the column `metadata`, which both databases return as JSON text whatever its type is, so that a JSON text
     /// in it is not parsed a second time.
-    fn metadata(&mut self) -> Result<Value, Fault> {
-        let Some(text) = self.text("metadata")? else { return Ok(Value::Null) };
-        serde_json::from_str(&text).map_err(|_| fault("metadata", "is not JSON"))
+    pub(super) fn metadata(&mut self, column: &'static str) -> Result<Value, Fault> {
+        let Some(text) = self.text(column)? else { return Ok(Value::Null) };
+        serde_json::from_str(&text).map_err(|_| fault(column, "is not JSON"))
     }
 
-    fn text(&mut self, column: &'static str) -> Result<Option<String>, Fault> {
+    pub(super) fn text(&mut self, column: &'static str) -> Result<Option<String>, Fault> {
         match self.take(column)? {
             Value::Null => Ok(None),
             Value::String(text) => Ok(Some(text)),
@@ -186,7 +110,7 @@ impl Row {
     }
 
     /// Takes a boolean. NULL is false: without a value, a key is neither active nor unlimited.
-    fn flag(&mut self, column: &'static str) -> Result<bool, Fault> {
+    pub(super) fn flag(&mut self, column: &'static str) -> Result<bool, Fault> {
         match self.take(column)? {
             Value::Null => Ok(false),
             Value::Bool(flag) => Ok(flag),
@@ -196,6 +120,10 @@ impl Row {
         }
     }
 
+    pub(super) fn required_integer(&mut self, column: &'static str) -> Result<i64, Fault> {
+        self.integer(column)?.ok_or_else(|| fault(column, "is null"))
+    }
+
     fn integer(&mut self, column: &'static str) -> Result<Option<i64>, Fault> {
         match self.take(column)? {
             Value::Null => Ok(None),
@@ -203,35 +131,35 @@ impl Row {
         }
     }
 
-    fn limit(&mut self, column: &'static str) -> Result<Option<u64>, Fault> {
+    pub(super) fn limit(&mut self, column: &'static str) -> Result<Option<u64>, Fault> {
         values::limit(self.integer(column)?).map_err(|reason| fault(column, reason))
     }
 
-    fn revision(&mut self, column: &'static str) -> Result<Revision, Fault> {
+    pub(super) fn revision(&mut self, column: &'static str) -> Result<Revision, Fault> {
         let revision = self.integer(column)?.map(u64::try_from).transpose();
         let revision = revision.map_err(|_| fault(column, "is negative"))?;
         Ok(Revision(revision.unwrap_or(0)))
     }
 
     /// Takes a total. It decides nothing, so that an invalid one does not fail the key.
-    fn total(&mut self, column: &'static str) -> Result<u64, Fault> {
+    pub(super) fn total(&mut self, column: &'static str) -> Result<u64, Fault> {
         Ok(self.integer(column)?.and_then(|total| u64::try_from(total).ok()).unwrap_or(0))
     }
 
     /// Takes an amount in cents, which is text, because JSON numbers lose digits.
-    fn micro_cents(&mut self, column: &'static str) -> Result<i64, Fault> {
+    pub(super) fn micro_cents(&mut self, column: &'static str) -> Result<i64, Fault> {
         let cents = self.text(column)?.unwrap_or_default();
         // It is exact up to 2⁵³ micro-cents, which are 90 million dollars.
         Ok((cents.parse::<f64>().unwrap_or(0.0) * 1e6).round() as i64)
     }
 
     /// Takes a list of texts. NULL is empty, and so is `{}`, which is the default of some ORMs.
-    fn texts(&mut self, column: &'static str) -> Result<Vec<String>, Fault> {
+    pub(super) fn texts(&mut self, column: &'static str) -> Result<Vec<String>, Fault> {
         let value = self.json(column)?;
         Self::list(column, value)
     }
 
-    fn grants(&mut self, column: &'static str) -> Result<Vec<String>, Fault> {
+    pub(super) fn grants(&mut self, column: &'static str) -> Result<Vec<String>, Fault> {
         let granted = values::grants(self.json(column)?);
         granted.ok_or_else(|| fault(column, "is neither a list of texts nor an object"))
     }
@@ -248,7 +176,7 @@ impl Row {
         entries.into_iter().map(text).collect()
     }
 
-    fn parsed<T>(&mut self, column: &'static str) -> Result<Vec<T>, Fault>
+    pub(super) fn parsed<T>(&mut self, column: &'static str) -> Result<Vec<T>, Fault>
     where
         T: std::str::FromStr<Err: std::fmt::Display>,
     {
@@ -256,15 +184,19 @@ impl Row {
         self.texts(column)?.into_iter().map(parse).collect()
     }
 
-    fn budget(&mut self) -> Result<Option<Budget>, Fault> {
-        let limit_cents = self.integer("budget_limit_cents")?;
-        let period = self.text("budget_type")?;
+    pub(super) fn budget(
+        &mut self,
+        limit: &'static str,
+        period: &'static str,
+    ) -> Result<Option<Budget>, Fault> {
+        let limit_cents = self.integer(limit)?;
+        let period = self.text(period)?;
         let budget = values::budget(limit_cents, period.as_deref());
         budget.map_err(|(column, reason)| fault(column, reason))
     }
 
     /// Takes a time stamp. One without a time zone is UTC.
-    fn instant(&mut self, column: &'static str) -> Result<Option<DateTime<Utc>>, Fault> {
+    pub(super) fn instant(&mut self, column: &'static str) -> Result<Option<DateTime<Utc>>, Fault> {
         let Some(text) = self.text(column)? else { return Ok(None) };
         let instant = match text.as_str() {
             "infinity" => Some(DateTime::<Utc>::MAX_UTC),
@@ -280,30 +212,35 @@ impl Row {
         instant.map(Some).ok_or_else(|| fault(column, "is not a time stamp"))
     }
 
-    fn hash(&mut self, column: &'static str) -> Result<Option<KeyHash>, Fault> {
+    pub(super) fn hash(&mut self, column: &'static str) -> Result<Option<KeyHash>, Fault> {
         let Some(text) = self.text(column)? else { return Ok(None) };
         text.parse().map(Some).map_err(|error| fault(column, error))
     }
 }
 
-fn fault(column: &'static str, reason: impl ToString) -> Fault {
+pub(super) fn fault(column: &'static str, reason: impl ToString) -> Fault {
     Fault { column, reason: reason.to_string() }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+    use crate::record::{BudgetPeriod, RateLimits};
 
     /// Returns a row as the stores select it.
     fn row() -> Map<String, Value> {
         let mut row = encode(&KeyRecord::new(7, "prefix", User::new(1, "")));
         let hash = KeyHash::sha256("secret").expose_hash();
         let rest = json!({
-            "id": 7, "user_id": 1, "user_email": "a@b.c", "user_role": "user", "user_is_active": true,
-            "total_cost": "0", "key_hash": hash, "fast_hash": null, "metadata": null, "last_used_at": null,
-            "created_at": null, "updated_at": null, "api_key_revision": 1, "user_revision": 1,
+            "id": 7, "user_email": "a@b.c", "user_role": "user", "user_is_active": true, "total_cost": "0",
+            "key_hash": hash, "metadata": null, "api_key_revision": 1, "user_revision": 1,
         });
         row.extend(rest.as_object().cloned().unwrap());
+        for column in &KEY_COLUMNS {
+            row.entry(column.name).or_insert(Value::Null);
+        }
         row
     }
 
@@ -315,6 +252,52 @@ mod tests {
             lacking.remove(column);
             let error = decode(&Value::Object(lacking).to_string()).unwrap_err().to_string();
             assert!(error.contains(&format!("column {column}: ")), "{column}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_record_that_is_encoded_and_decoded_is_unchanged() {
+        let mut record = KeyRecord::new(7, "prefix", User::new(1, "a@b.c"));
+        record.name = "laptop".to_owned();
+        record.permissions = vec!["files".to_owned()];
+        record.scopes = vec!["chat:write".to_owned()];
+        record.rate_limits = RateLimits::default().per_minute(1).per_hour(2).per_day(3);
+        record.allowed_models = vec!["small".to_owned()];
+        record.allowed_endpoints = vec!["POST /v1/chat".parse().unwrap()];
+        record.allowed_ips = vec!["10.0.0.0/8".parse().unwrap()];
+        record.is_unlimited = true;
+        record.budget = Some(Budget { limit_cents: 5, period: BudgetPeriod::Daily });
+        record.expires_at = DateTime::from_timestamp(1_900_000_000, 0);
+        record.metadata = json!({ "team": "a" });
+        record.revision = Revision(1);
+
+        let mut row = row();
+        row.extend(encode(&record));
+        row.insert("key_hash".to_owned(), json!(KeyHash::sha256("secret").expose_hash()));
+        row.insert("total_cost".to_owned(), json!("0"));
+        // Both databases return it as text.
+        row.insert("metadata".to_owned(), json!(record.metadata.to_string()));
+        let decoded = decode(&Value::Object(row).to_string()).unwrap();
+        assert_eq!(*decoded.record(), record);
+    }
+
+    /// A new column that decisions read must be in the trigger, or a change of it reaches no node.
+    #[test]
+    fn the_trigger_of_postgres_compares_each_column_whose_update_is_a_change() {
+        let trigger = include_str!("../../../schema/triggers/postgres.sql");
+        let (_, body) = trigger.split_once("FUNCTION api_key_revise_key()").unwrap();
+        let (body, _) = body.split_once("FUNCTION api_key_revise_user()").unwrap();
+        for column in &KEY_COLUMNS {
+            let name = column.name;
+            let typed = [
+                format!("OLD.{name} IS DISTINCT FROM NEW.{name}"),
+                format!("OLD.{name}::text IS DISTINCT FROM NEW.{name}::text"),
+            ];
+            let is_compared = typed.iter().any(|comparison| body.contains(comparison));
+            let is_compared_as_json =
+                body.contains(&format!("o -> '{name}' IS DISTINCT FROM n -> '{name}'"));
+            let expected = (column.is_change, column.is_change);
+            assert_eq!((is_compared, is_compared_as_json), expected, "{name}");
         }
     }
 }

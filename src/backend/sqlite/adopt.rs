@@ -13,6 +13,7 @@ use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
 use super::triggers;
 use crate::{
     backend::sql::{
+        columns::KEY_COLUMNS,
         fault::Failure,
         migrate::{ColumnFault, MigrateError},
     },
@@ -66,38 +67,16 @@ const REQUIRED: [(&str, &str); 6] = [
     ("api_keys", "key_hash"),
 ];
 
-/// The columns that are added to an adopted table if it lacks them. All have a default or may be NULL, so that other
-/// writers are not affected.
-const ADDED: [(&str, &str, &str); 30] = [
+/// The columns that are added if the tables lack them, besides those of [`KEY_COLUMNS`]. All have a default or may be
+/// NULL, so that other writers are not affected.
+const ADDED: [(&str, &str, &str); 7] = [
     ("users", "role", "TEXT DEFAULT 'user'"),
     ("users", "is_active", "BOOLEAN NOT NULL DEFAULT TRUE"),
     ("users", "created_at", "TEXT"),
     ("users", "updated_at", "TEXT"),
-    ("api_keys", "name", "TEXT DEFAULT ''"),
-    ("api_keys", "fast_hash", "TEXT"),
-    ("api_keys", "fast_hash_of", "TEXT"),
-    ("api_keys", "is_active", "BOOLEAN NOT NULL DEFAULT TRUE"),
-    ("api_keys", "permissions", "TEXT"),
-    ("api_keys", "scopes", "TEXT"),
-    ("api_keys", "rate_limit_per_minute", "INTEGER"),
-    ("api_keys", "rate_limit_per_hour", "INTEGER"),
-    ("api_keys", "rate_limit_per_day", "INTEGER"),
-    ("api_keys", "allowed_models", "TEXT"),
-    ("api_keys", "allowed_endpoints", "TEXT"),
-    ("api_keys", "allowed_ips", "TEXT"),
-    ("api_keys", "is_unlimited", "BOOLEAN NOT NULL DEFAULT FALSE"),
-    ("api_keys", "budget_limit_cents", "INTEGER"),
-    ("api_keys", "budget_type", "TEXT"),
-    ("api_keys", "expires_at", "TEXT"),
-    ("api_keys", "total_requests", "INTEGER NOT NULL DEFAULT 0"),
-    ("api_keys", "total_tokens", "INTEGER NOT NULL DEFAULT 0"),
-    ("api_keys", "total_cost", "REAL NOT NULL DEFAULT 0"),
-    ("api_keys", "last_used_at", "TEXT"),
-    ("api_keys", "metadata", "TEXT"),
-    ("api_keys", "created_at", "TEXT"),
-    ("api_keys", "updated_at", "TEXT"),
     ("users", "api_key_revision", "INTEGER NOT NULL DEFAULT 0"),
-    ("api_keys", "api_key_revision", "INTEGER NOT NULL DEFAULT 0"),
+    // The hash that the fast hash belongs to.
+    ("api_keys", "fast_hash_of", "TEXT"),
     // The revision at which the key was assigned to its owner.
     ("api_keys", "api_key_owned_since", "INTEGER NOT NULL DEFAULT 0"),
 ];
@@ -199,7 +178,9 @@ fn note_adopted(connection: &mut SqliteConnection, tables: &[Table]) -> QueryRes
 /// Adds the columns that the tables lack: adopted tables, and those that another service has recreated.
 fn add_columns(connection: &mut SqliteConnection) -> QueryResult<()> {
     let columns = columns(connection)?;
-    for (table, name, definition) in ADDED {
+    let of_keys =
+        KEY_COLUMNS.iter().filter_map(|column| Some(("api_keys", column.name, column.definition?)));
+    for (table, name, definition) in ADDED.into_iter().chain(of_keys) {
         if find(&columns, table, name).is_none() {
             let add = format!("ALTER TABLE {table} ADD COLUMN {name} {definition}");
             connection.batch_execute(&add)?;

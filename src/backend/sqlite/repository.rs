@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     backend::sql::{
-        review, row,
+        columns, review, row,
         statement::{Bind, KeyRow, Statement, TextRow},
     },
     error::StoreError,
@@ -42,7 +42,7 @@ impl KeyRepository for SqliteStore {
     async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
         let mut values = encode(&key.record);
         values.insert("key_hash".to_owned(), json!(key.hash.expose_hash()));
-        let columns: Vec<_> = row::INSERTED.iter().chain(&row::EDITED).copied().collect();
+        let columns = &*columns::INSERTED;
         let fields: Vec<_> = columns.iter().map(|column| field(column)).collect();
         let insert = format!(
             "INSERT INTO api_keys ({}, created_at, updated_at)
@@ -94,7 +94,7 @@ impl KeyRepository for SqliteStore {
         expected: Option<Revision>,
     ) -> Result<Option<Change>, StoreError> {
         let values = Value::Object(encode(record));
-        self.update("api_keys", &row::EDITED, record.id.as_i64(), &values, expected).await
+        self.update("api_keys", &columns::EDITED, record.id.as_i64(), &values, expected).await
     }
 
     async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {

@@ -12,7 +12,7 @@ use diesel::{
     sql_types::{Bool, Nullable, Text},
 };
 
-use crate::backend::sql::row;
+use crate::backend::sql::columns::KEY_COLUMNS;
 
 #[derive(QueryableByName)]
 struct Trigger {
@@ -105,9 +105,8 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
         "UPDATE api_keys SET api_key_revision = (SELECT max(revision) FROM api_key_changes)";
     let revise_user =
         "UPDATE users SET api_key_revision = (SELECT max(revision) FROM api_key_changes)";
-    let own = ["id", "user_id", "key_prefix", "key_hash", "is_active"];
-    let edited = row::EDITED.into_iter().filter(|column| !own.contains(column));
-    let key_columns: Vec<_> = own.into_iter().chain(edited).collect();
+    let changes = KEY_COLUMNS.iter().filter(|column| column.is_change);
+    let key_columns: Vec<_> = changes.map(|column| column.name).collect();
     Ok(vec![
         trigger(
             "api_key_note_new",
