@@ -28,8 +28,6 @@ pub(crate) struct LocalCache {
 pub(crate) struct NegativeEntry {
     pub(crate) reason: InvalidKey,
     pub(crate) tag: CoherenceTag,
-    /// Time from which on the reason applies, by the wall clock like `expires_at`.
-    pub(crate) from: u64,
     /// Fingerprint of the hash that the key matched when it was valid. If the key becomes valid again, it needs no
     /// slow check.
     pub(crate) proof: Option<HashFingerprint>,
@@ -71,7 +69,7 @@ const MAX_NEGATIVE_ENTRIES: usize = 10_000;
 impl NegativeEntry {
     /// Returns whether the entry may be served.
     pub(crate) fn is_servable(&self, view: &View, now: Moment) -> bool {
-        now.wall_nanos() >= self.from && self.tag.age(view, now) == Age::Fresh
+        self.tag.age(view, now) == Age::Fresh
     }
 }
 

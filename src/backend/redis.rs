@@ -212,6 +212,8 @@ impl<S: KeyStore> RedisCache<S> {
                 self.0.secrets.refresh(self);
                 None
             }
+            // Its revisions are authentic: a newer answer replaces it.
+            Err(Unreadable::OtherVersion) => None,
             Err(Unreadable::Retired) => {
                 if name == names.keys {
                     read.rejected_tail = end_of(value);

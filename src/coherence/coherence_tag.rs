@@ -11,17 +11,21 @@ pub(crate) struct CoherenceTag {
     /// Generations of the lookup id and the owner, read before the answer was judged.
     pub(crate) prefix: Generation,
     pub(crate) owner: Option<Generation>,
-    /// Expiry of the key by the wall clock, in nanoseconds since the Unix epoch.
+    /// Time from which on the answer applies, by the wall clock, in nanoseconds since the Unix epoch.
+    pub(crate) applies_from: u64,
+    /// Time from which on the answer no longer applies, by the same clock: the key expires, or becomes valid.
     pub(crate) expires_at: u64,
 }
 
 impl CoherenceTag {
-    /// Returns the age of the answer. It is `Expired` if a change was notified after the read, or the key has expired.
+    /// Returns the age of the answer. It is `Expired` if a change was notified after the read, or the wall clock is
+    /// outside the time in which the answer applies.
     #[inline]
     pub(crate) fn age(&self, view: &View, now: Moment) -> Age {
         let is_current = view.minimum_revisions.is_current(self.prefix)
             && self.owner.is_none_or(|owner| view.minimum_revisions.is_current(owner));
-        if !is_current || now.wall_nanos() >= self.expires_at {
+        let applies = (self.applies_from..self.expires_at).contains(&now.wall_nanos());
+        if !is_current || !applies {
             return Age::Expired;
         }
         view.freshness.age(self.as_of, now)

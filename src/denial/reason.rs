@@ -60,6 +60,8 @@ pub enum InvalidKey {
     Revoked,
     /// The key has expired.
     Expired,
+    /// The key is not valid yet: its `not_before` is in the future.
+    NotYetValid,
     /// The owner of the key is not active.
     OwnerInactive,
 }
@@ -224,6 +226,7 @@ impl fmt::Display for InvalidKey {
             Self::WrongSecret => "the secret of the API key is wrong",
             Self::Revoked => "the API key was revoked",
             Self::Expired => "the API key has expired",
+            Self::NotYetValid => "the API key is not valid yet",
             Self::OwnerInactive => "the owner of the API key is not active",
         })
     }

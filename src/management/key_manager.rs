@@ -162,6 +162,13 @@ impl NewKey {
         self
     }
 
+    /// Sets the time before which the key is denied.
+    #[must_use]
+    pub fn not_before(mut self, start: DateTime<Utc>) -> Self {
+        self.record.not_before = Some(start);
+        self
+    }
+
     /// Sets the metadata that is stored with the key.
     #[must_use]
     pub fn metadata(mut self, metadata: Value) -> Self {

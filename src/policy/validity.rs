@@ -5,7 +5,7 @@ use chrono::{DateTime, Utc};
 use crate::{denial::InvalidKey, record::KeyRecord};
 
 /// Returns the first reason for which the key is not valid at `now`, in the order in which users check them: the key
-/// itself, its owner, its expiry. A key is expired from `expires_at` on.
+/// itself, its owner, its expiry, its start. A key is expired from `expires_at` on, and valid from `not_before` on.
 pub(crate) fn validity(record: &KeyRecord, now: DateTime<Utc>) -> Result<(), InvalidKey> {
     if !record.is_active {
         return Err(InvalidKey::Revoked);
@@ -15,6 +15,9 @@ pub(crate) fn validity(record: &KeyRecord, now: DateTime<Utc>) -> Result<(), Inv
     }
     if record.expires_at.is_some_and(|expiry| now >= expiry) {
         return Err(InvalidKey::Expired);
+    }
+    if record.not_before.is_some_and(|start| now < start) {
+        return Err(InvalidKey::NotYetValid);
     }
     Ok(())
 }

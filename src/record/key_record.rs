@@ -51,6 +51,8 @@ pub struct KeyRecord {
     /// Time from which the key is rejected, by the clock of the node that checks it; `None` means that it never
     /// expires.
     pub expires_at: Option<DateTime<Utc>>,
+    /// Time before which the key is rejected, by the same clock; `None` means that it is valid from its creation.
+    pub not_before: Option<DateTime<Utc>>,
     /// Usage of the key at the time of the read.
     pub usage: UsageTotals,
     /// When the key was last used, in steps of a minute.
@@ -85,6 +87,7 @@ impl KeyRecord {
             is_unlimited: false,
             budget: None,
             expires_at: None,
+            not_before: None,
             usage: UsageTotals::default(),
             last_used_at: None,
             created_at: DateTime::UNIX_EPOCH,

@@ -119,6 +119,7 @@ async fn a_refusal_that_is_remembered_looks_like_the_first() {
     fixture.manager.revoke(&revoked.record().id).await.unwrap();
     let expired =
         fixture.issue(|new| new.expires_at("2020-01-01T00:00:00Z".parse().unwrap())).await;
+    let early = fixture.issue(|new| new.not_before("2999-01-01T00:00:00Z".parse().unwrap())).await;
     let store = Counted::over(fixture.store.clone());
     let layer = ApiKeyAuthLayer::new(store.clone()).verbose();
     for (key, reason) in [
@@ -126,6 +127,7 @@ async fn a_refusal_that_is_remembered_looks_like_the_first() {
         (with_wrong_secret(&fixture.key), InvalidKey::WrongSecret),
         (revoked.expose_secret().to_owned(), InvalidKey::Revoked),
         (expired.expose_secret().to_owned(), InvalidKey::Expired),
+        (early.expose_secret().to_owned(), InvalidKey::NotYetValid),
     ] {
         let (first, second) = (send(&layer, bearer(&key)).await, send(&layer, bearer(&key)).await);
         assert_eq!(store.take_asked(), 1, "{reason:?}");
@@ -163,6 +165,72 @@ async fn a_key_that_is_remembered_expires_by_the_wall_clock_alone() {
     // The machine was suspended.
     node.clock.set_wall(start + Duration::from_secs(10));
     assert_eq!(node.ask(&issued.key).await.0, 401);
+}
+
+#[tokio::test]
+async fn a_key_that_is_not_valid_yet_is_denied_from_memory_until_it_becomes_valid() {
+    for store in [Scripted::new(), Scripted::without_feed()] {
+        let node = Node::over(store);
+        let issued = node.store.issue(1).await;
+        let start = DateTime::from(node.now() + Duration::from_secs(10));
+        node.store.edit(&issued, 1, 1, |record| record.not_before = Some(start));
+        assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
+        let denial = node.authenticator.authenticate(&issued.key).await.unwrap_err();
+        assert!(matches!(denial, Denial::InvalidKey(InvalidKey::NotYetValid)), "{denial:?}");
+        node.seconds(9);
+        assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+        node.clock.advance(Duration::from_secs(1) - Duration::from_nanos(1));
+        assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+        // No change is notified.
+        node.moment();
+        assert_eq!(node.ask(&issued.key).await, ASKED);
+        assert_eq!(node.ask(&issued.key).await, HIT);
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_is_remembered_is_denied_while_the_clock_is_set_back_before_its_start() {
+    let node = Node::over(Scripted::new());
+    let issued = node.store.issue(1).await;
+    let start = node.now();
+    node.store.edit(&issued, 1, 1, |record| record.not_before = Some(start.into()));
+    assert_eq!(node.ask(&issued.key).await, ASKED);
+    assert_eq!(node.ask(&issued.key).await, HIT);
+    node.clock.set_wall(start - Duration::from_secs(1));
+    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+    node.clock.set_wall(start);
+    assert_eq!(node.ask(&issued.key).await, ASKED);
+}
+
+#[tokio::test]
+async fn a_key_that_is_not_valid_yet_is_not_let_in_while_the_store_fails() {
+    let node = Node::over(Scripted::new());
+    let issued = node.store.issue(1).await;
+    let start = node.now();
+    node.store.edit(&issued, 1, 1, |record| record.not_before = Some(start.into()));
+    assert_eq!(node.ask(&issued.key).await, ASKED);
+    node.store.fail();
+    node.clock.set_wall(start - Duration::from_secs(1));
+    assert_eq!(node.ask(&issued.key).await, (503, 1));
+    node.clock.set_wall(start);
+    assert_eq!(node.ask(&issued.key).await, HIT);
+}
+
+#[tokio::test]
+async fn a_key_that_ends_before_it_starts_is_never_valid() {
+    let node = Node::over(Scripted::new());
+    let issued = node.store.issue(1).await;
+    let [end, start] = [5, 10].map(|s| DateTime::from(node.now() + Duration::from_secs(s)));
+    node.store.edit(&issued, 1, 1, |record| {
+        (record.expires_at, record.not_before) = (Some(end), Some(start));
+    });
+    let reasons = [InvalidKey::NotYetValid, InvalidKey::Expired, InvalidKey::Expired];
+    for reason in reasons {
+        let denial = node.authenticator.authenticate(&issued.key).await.unwrap_err();
+        assert!(matches!(denial, Denial::InvalidKey(found) if found == reason), "{denial:?}");
+        node.seconds(5);
+    }
 }
 
 /// The clock of a machine that has just started may be wrong until it is set.

@@ -51,6 +51,7 @@ async fn invalid_keys(fixture: &Fixture) -> Vec<(String, InvalidKey, &'static st
     fixture.manager.revoke(&revoked.record().id).await.unwrap();
     let expired =
         fixture.issue(|new| new.expires_at("2020-01-01T00:00:00Z".parse().unwrap())).await;
+    let early = fixture.issue(|new| new.not_before("2999-01-01T00:00:00Z".parse().unwrap())).await;
     let mut leaver = fixture.manager.create_user("leaver@example.com", "user").await.unwrap();
     let owner = leaver.id.clone();
     let orphaned = fixture.manager.issue(tower_api_key::NewKey::new(owner, "old")).await.unwrap();
@@ -70,6 +71,7 @@ async fn invalid_keys(fixture: &Fixture) -> Vec<(String, InvalidKey, &'static st
         (with_wrong_secret(&fixture.key), InvalidKey::WrongSecret, "secret"),
         (revoked.expose_secret().into(), InvalidKey::Revoked, "revoked"),
         (expired.expose_secret().into(), InvalidKey::Expired, "expired"),
+        (early.expose_secret().into(), InvalidKey::NotYetValid, "not valid yet"),
         (orphaned.expose_secret().into(), InvalidKey::OwnerInactive, "owner"),
     ]
 }

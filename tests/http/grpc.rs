@@ -174,6 +174,7 @@ async fn a_denial_of_a_handler_becomes_a_status_with_the_text_that_callers_may_s
     for (denial, code, message) in [
         (Denial::MissingCredential, Code::Unauthenticated, "an API key is required"),
         (Denial::from(InvalidKey::Revoked), Code::Unauthenticated, "the API key is not valid"),
+        (Denial::from(InvalidKey::NotYetValid), Code::Unauthenticated, "the API key is not valid"),
         (
             Denial::from(Forbidden::Scope("chat:write".into())),
             Code::PermissionDenied,

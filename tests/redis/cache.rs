@@ -172,6 +172,32 @@ async fn a_key_that_ends_soon_is_cached_no_longer_than_it_lives() {
 }
 
 #[tokio::test]
+async fn a_copy_of_a_key_that_is_not_valid_yet_lets_it_in_when_it_becomes_valid() {
+    let redis = Redis::start();
+    let clock = Arc::new(ManualClock::at(SystemTime::now()));
+    let keys = Keys::over(MemoryStore::new()).await;
+    let start = clock.now() + Duration::from_secs(10);
+    let new = NewKey::new(keys.user.clone(), "early").not_before(start.into());
+    let early = keys.manager.issue(new).await.unwrap();
+    let early = early.expose_secret();
+    let [a, b, c] = [(); 3].map(|()| manual(&keys, &redis, &clock));
+    let not_yet = Told::Invalid(InvalidKey::NotYetValid);
+    assert_eq!(a.try_key(early).await, (not_yet, 1));
+    // The answer is in Redis, as that of a valid key is.
+    eventually("Redis answers", async || b.try_key(early).await == (not_yet, 0)).await;
+
+    clock.advance(Duration::from_secs(9));
+    for node in [&a, &b] {
+        assert_eq!(node.try_key(early).await, (not_yet, 0));
+    }
+    // No change is notified.
+    clock.advance(Duration::from_secs(1));
+    for node in [&a, &b, &c] {
+        assert_eq!(node.try_key(early).await, (Told::Passes, 0));
+    }
+}
+
+#[tokio::test]
 async fn a_revoked_key_stays_refused_by_all_nodes_though_its_entries_are_put_back() {
     let (redis, keys) = (Redis::start(), sqlite().await);
     let other = keys.issue().await;
@@ -340,6 +366,7 @@ async fn a_handler_sees_the_same_whether_redis_or_the_store_answered() {
     record.is_unlimited = true;
     record.budget = Some(Budget { limit_cents: u64::MAX, period: BudgetPeriod::Weekly });
     record.expires_at = Some("2999-12-31T23:59:59.123456789Z".parse().unwrap());
+    record.not_before = Some("2001-12-31T23:59:59.123456789Z".parse().unwrap());
     record.metadata =
         serde_json::json!({"π": [0.1, 1e300, -0.0, i64::MIN, u64::MAX, null, {"a": ""}]});
     let key = keys.issue().await;

@@ -38,6 +38,7 @@ impl Resolver {
             },
             prefix: minimums.generation(prefix),
             owner: owner.as_ref().map(|owner| minimums.generation(owner)),
+            applies_from: 0,
             expires_at: u64::MAX,
         };
         let subjects: Vec<_> = [(prefix.clone(), revisions.key)]
@@ -55,20 +56,12 @@ impl Resolver {
             Err(error) => return Some(Err(error.into())),
         };
         let result = answer.outcome();
-        let mut negative_from = 0;
         let outcome = match (result, answer.into_matched()) {
             (store::Outcome::Match(_), Some(matched)) => {
                 // Checked at the time after the look-up, which may have taken a while.
-                let expiry = matched.record.expires_at;
                 let validity = policy::validity(&matched.record, DateTime::from(now.wall()));
-                if validity == Err(InvalidKey::Expired) {
-                    // The clock may have been ahead, and may be corrected.
-                    negative_from = expiry.map_or(0, wall_nanos);
-                }
-                validity.map(|()| {
-                    tag.expires_at = expiry.map_or(u64::MAX, wall_nanos);
-                    self.context(matched.record, tag, lookup.key(), proof)
-                })
+                (tag.applies_from, tag.expires_at) = time_of(validity, &matched.record);
+                validity.map(|()| self.context(matched.record, tag, lookup.key(), proof))
             }
             (store::Outcome::Unknown, _) => Err(InvalidKey::Unknown),
             _ => Err(InvalidKey::WrongSecret),
@@ -85,7 +78,7 @@ impl Resolver {
             Err(reason) => {
                 match lookup.key() {
                     LookupKey::Presented(_) if is_kept => {
-                        let entry = NegativeEntry { reason, tag, from: negative_from, proof: None };
+                        let entry = NegativeEntry { reason, tag, proof: None };
                         self.cache.insert_negative(digest, entry);
                     }
                     // No negative entry is inserted: the key may match a hash that the proof does not match.
@@ -113,6 +106,20 @@ impl Resolver {
         let key = VerifiedKey { id: key.id().into(), digest: key.cache_digest(), proof };
         let verified = Verified { key: Arc::new(key), engine: engine as Weak<dyn Engine> };
         AuthContext::new(record, provenance, verified)
+    }
+}
+
+/// Returns the time in which the validity applies, from the first value on and before the second, by the wall clock.
+/// It is limited at both ends, because the clock may have been ahead or behind, and may be corrected.
+fn time_of(validity: Result<(), InvalidKey>, record: &KeyRecord) -> (u64, u64) {
+    let start = record.not_before.map_or(0, wall_nanos);
+    let expiry = record.expires_at.map_or(u64::MAX, wall_nanos);
+    match validity {
+        Ok(()) => (start, expiry),
+        Err(InvalidKey::Expired) => (expiry, u64::MAX),
+        // A key that expires before it starts becomes expired.
+        Err(InvalidKey::NotYetValid) => (0, start.min(expiry)),
+        Err(_) => (0, u64::MAX),
     }
 }
 

@@ -38,8 +38,11 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    /// The letter of `Keys` is the version of its body. It changes with the fields of [`KeyRecord`]: a version that does
+    /// not know a field must not read an entry that has it, and an absent field must not be read as "no restriction".
+    /// Earlier letters: `k`, without `not_before`.
     const LETTERS: [(u8, Self); 3] =
-        [(b'k', Self::Keys), (b't', Self::Tombstone), (b'v', Self::Verified)];
+        [(b'n', Self::Keys), (b't', Self::Tombstone), (b'v', Self::Verified)];
 }
 
 /// An entry. A decoded entry was authenticated with its secret.
@@ -62,6 +65,8 @@ pub(super) enum Unreadable {
     UnknownSecret,
     /// It was written under a secret that is older than the valid ones, or was never valid. The next write replaces it.
     Retired,
+    /// It was written by another version of this crate. The next write of a newer answer replaces it.
+    OtherVersion,
     /// It is not an entry, or belongs to another name. The next write replaces it.
     Forged,
 }
@@ -113,17 +118,18 @@ impl Entry {
             return Err(Unreadable::Forged);
         }
         let kind = Kind::LETTERS.iter().find(|(letter, _)| *letter == signed[MAGIC.len()]);
-        let entry = kind.and_then(|(_, kind)| {
+        let (_, kind) = *kind.ok_or(Unreadable::OtherVersion)?;
+        let entry = || {
             Some(Self {
-                kind: *kind,
+                kind,
                 key_revision: Revision(number(signed, 1)?),
                 owner_revision: Revision(number(signed, 2)?),
                 as_of: time(number(signed, 3)?),
                 expires_at: time(number(signed, 4)?),
                 body: signed.get(HEADER..)?.to_vec(),
             })
-        });
-        entry.ok_or(Unreadable::Forged)
+        };
+        entry().ok_or(Unreadable::Forged)
     }
 }
 
@@ -189,5 +195,59 @@ impl Keys {
         self.0.into_iter().find(|key| {
             unhex::<32>(&key.hash).is_some_and(|mac| bool::from(mac.as_slice().ct_eq(hash)))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::User;
+
+    fn entry(kind: Kind) -> Entry {
+        let (as_of, body) = (SystemTime::UNIX_EPOCH, b"[]".to_vec());
+        let expires_at = as_of + Duration::from_secs(1);
+        Entry {
+            kind,
+            key_revision: Revision(1),
+            owner_revision: Revision(2),
+            as_of,
+            expires_at,
+            body,
+        }
+    }
+
+    #[test]
+    fn an_entry_of_another_version_is_not_read() {
+        let secret = CacheSecret::new(1, [7; 32]);
+        let value = entry(Kind::Keys).encode("name", &secret);
+        assert_eq!(Entry::decode("name", &value, &secret), Ok(entry(Kind::Keys)));
+        for letter in [b'k', b'o'] {
+            let mut other = value[..value.len() - MAC].to_vec();
+            other[MAGIC.len()] = letter;
+            other.extend_from_slice(&mac("name", &other, &secret));
+            let decoded = Entry::decode("name", &other, &secret);
+            assert_eq!(decoded, Err(Unreadable::OtherVersion), "{}", char::from(letter));
+        }
+    }
+
+    #[test]
+    fn the_letter_changes_with_the_fields_of_a_record() {
+        let record = KeyRecord::new(1, "a", User::new(2, "b"));
+        let Ok(serde_json::Value::Object(record)) = serde_json::to_value(record) else {
+            panic!("a record is an object");
+        };
+        let fields: Vec<_> = record.keys().map(String::as_str).collect();
+        let (letter, _) = Kind::LETTERS[0];
+        // After a change of the fields, change the letter in `Kind::LETTERS`, too.
+        assert_eq!(
+            (letter, fields.join(" ")),
+            (
+                b'n',
+                "allowed_endpoints allowed_ips allowed_models budget created_at expires_at id is_active is_unlimited \
+                 last_used_at metadata name not_before permissions prefix rate_limits revision scopes updated_at \
+                 usage user"
+                    .to_owned()
+            )
+        );
     }
 }
