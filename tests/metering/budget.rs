@@ -163,8 +163,7 @@ where
     let day = Duration::from_secs(86_400);
     for wrong in [SystemTime::now() - 3 * day, SystemTime::now() + 3 * day] {
         let clock = Arc::new(ManualClock::at(wrong));
-        let scheme = KeyScheme::builder().clock(clock).build().unwrap();
-        let node = Authenticator::builder(store.clone()).scheme(scheme).build();
+        let node = Authenticator::builder(store.clone()).clock(clock).build();
         let caller = node.authenticate(issued.expose_secret()).await.unwrap();
         caller.reserve(400_000).await.unwrap().settle(400_000);
         node.shutdown().await;

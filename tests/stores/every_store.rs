@@ -345,10 +345,10 @@ async fn a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again(store: impl KeyRe
     let clock = Arc::new(ManualClock::at(SystemTime::now()));
     // A scheme of its own each time, so that the ration of failed checks is fresh.
     let authenticator = |upgrade| {
-        let scheme = first_chars().clock(clock.clone());
+        let scheme = first_chars();
         let scheme = if upgrade { scheme.upgrade_hashes() } else { scheme };
         let scheme = scheme.build().unwrap();
-        asking(store.clone()).scheme(scheme).build()
+        asking(store.clone()).scheme(scheme).clock(clock.clone()).build()
     };
     /// How many wrong keys are called wrong before slow checks are rationed.
     async fn wrong(authenticator: Authenticator) -> usize {
