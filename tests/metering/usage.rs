@@ -25,7 +25,7 @@ fn used(key: &KeyId, requests: u64, tokens: u64, cost: i64) -> KeyUsage {
 }
 
 fn batch(writer: &str, sequence: u64, entries: impl IntoIterator<Item = KeyUsage>) -> UsageBatch {
-    let mut batch = UsageBatch::new(writer, sequence);
+    let mut batch = UsageBatch::new(writer, sequence, SystemTime::now());
     batch.entries = entries.into_iter().collect();
     batch
 }
