@@ -19,7 +19,7 @@ use std::{
     pin::pin,
     sync::Barrier,
     task::{Context, Poll, Waker},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use call::{Call, Inner, request};
@@ -236,7 +236,7 @@ async fn flushing(postgres: &Postgres) -> f64 {
     let mut times = Vec::new();
     for round in 0..ROUNDS as u64 {
         let batches = (0..10_u64).map(|part| {
-            let mut batch = UsageBatch::new("bench", round * 10 + part + 1);
+            let mut batch = UsageBatch::new("bench", round * 10 + part + 1, SystemTime::now());
             batch.entries = (0..1_000)
                 .map(|n| {
                     let mut usage = KeyUsage::new(((part * 1_000 + n) as i64 + 1).into());

@@ -71,7 +71,7 @@ pub use record::{
 };
 #[cfg(feature = "redis")]
 pub use redis::{RedisServers, RedisState, RedisUrlError};
-pub use runtime::{Clock, ManualClock, SystemClock};
+pub use runtime::{Clock, ManualClock, Moment, SystemClock};
 pub use store::{
     Answer, CacheSecret, Change, ChangeStream, DynKeyStore, FeedFault, FeedStatus, HashUpgrade,
     KeyPage, KeyRepository, KeyStore, KeyUsage, Lease, LeaseRequest, ListKeys, Lookup, StoredKey,

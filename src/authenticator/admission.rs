@@ -28,7 +28,7 @@ impl Admission {
     }
 
     /// Returns the priority of a look-up while `under_way` other look-ups are in progress. `is_known` is true if this
-    /// node has verified the key before.
+    /// node has verified the key before, and `now` is the monotonic time.
     ///
     /// # Errors
     ///
@@ -39,14 +39,15 @@ impl Admission {
         scheme: &KeyScheme,
         (key, is_known): (&PresentedKey, bool),
         address: Option<IpAddr>,
+        now: Duration,
         under_way: usize,
     ) -> Result<Priority, StoreError> {
         let priority = if is_known {
             Priority::Known
-        } else if let Some(error) = scheme.turns_away(key, address) {
+        } else if let Some(error) = scheme.turns_away(key, address, now) {
             return Err(error);
         } else {
-            self.limiter().priority(NetworkSteps::of(address), scheme.clock().monotonic())
+            self.limiter().priority(NetworkSteps::of(address), now)
         };
         self.admit_as(priority, under_way)
     }

@@ -11,6 +11,7 @@ use crate::{
     context::AuthContext,
     denial::{Denial, Forbidden},
     key::{KeyDigest, KeyScheme, PresentedKey, token},
+    runtime::Clock,
     store::{DynKeyStore, KeyStore},
     telemetry,
 };
@@ -180,7 +181,7 @@ impl Authenticator {
     /// Creates an authenticator over the same store with another scheme. Nothing else is shared.
     pub(crate) fn with_scheme(&self, scheme: KeyScheme) -> Self {
         let Resolver { store, settings, .. } = &*self.0;
-        AuthenticatorBuilder { store: store.clone(), scheme, settings: *settings }.build()
+        AuthenticatorBuilder { store: store.clone(), scheme, settings: settings.clone() }.build()
     }
 }
 
@@ -209,10 +210,18 @@ pub struct AuthenticatorBuilder {
 }
 
 impl AuthenticatorBuilder {
-    /// Sets the formats and hashes of keys, and the clock.
+    /// Sets the formats and hashes of keys.
     #[must_use]
     pub fn scheme(self, scheme: KeyScheme) -> Self {
         Self { scheme, ..self }
+    }
+
+    /// Sets the clock, which decides expiry, freshness, when budget leases end, and the waiting times of the failure
+    /// limiter: [`SystemClock`](crate::SystemClock) by default. Set the same clock for the store, as far as it has one.
+    #[must_use]
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.settings.clock = clock;
+        self
     }
 
     /// Sets the capacity of the local cache in valid keys: 100,000 by default, at about 1 KiB each; 0 disables it.

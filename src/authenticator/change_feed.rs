@@ -4,14 +4,14 @@ use std::{
     future::poll_fn,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError, Weak},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use futures_core::Stream;
 
 use crate::{
     coherence::{MINIMUM_REVISION_LIFETIME, View},
-    runtime::Moment,
+    runtime::{Clock, Moment},
     store::{Change, ChangeStream, DynKeyStore, FeedFault, FeedStatus, KeyStore},
     telemetry,
 };
@@ -55,19 +55,19 @@ impl FeedState {
 
 /// Applies the change events of `store` until `feed` is dropped. A store without a feed sends no events. There are no
 /// changes to catch up with then, and only the maximum age bounds its answers.
-pub(crate) async fn follow(store: DynKeyStore, feed: Weak<FeedState>, clock: impl Fn() -> Moment) {
+pub(crate) async fn follow(store: DynKeyStore, feed: Weak<FeedState>, clock: Arc<dyn Clock>) {
     loop {
         // Copies live at most this long. This node has read no changes yet, or may have missed some.
-        let mut changes = store.changes(SystemTime::now() - MINIMUM_REVISION_LIFETIME);
+        let mut changes = store.changes(clock.read().minus(MINIMUM_REVISION_LIFETIME).wall());
         if let Some(feed) = feed.upgrade()
             && feed
                 .view
                 .freshness
                 .last_sync()
-                .is_some_and(|sync| clock().since(sync) >= MINIMUM_REVISION_LIFETIME)
+                .is_some_and(|sync| clock.read().since(sync) >= MINIMUM_REVISION_LIFETIME)
         {
             // The feed starts no further back than this.
-            feed.apply(Change::Reset, clock());
+            feed.apply(Change::Reset, clock.read());
         }
         if !changes.is_complete()
             && let Some(feed) = feed.upgrade()
@@ -83,7 +83,7 @@ pub(crate) async fn follow(store: DynKeyStore, feed: Weak<FeedState>, clock: imp
             log_change(&change);
             // A node that receives only notifications is never in sync.
             if changes.is_complete() || !matches!(change, Change::Synced(_)) {
-                feed.apply(change, clock());
+                feed.apply(change, clock.read());
             }
         }
         if feed.strong_count() == 0 {

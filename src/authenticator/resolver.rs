@@ -89,13 +89,12 @@ impl Resolver {
         Arc::new(Self {
             usage: Recorder::new(
                 store.clone(),
-                scheme.clone(),
+                Arc::clone(&settings.clock),
                 settings.usage_interval,
                 settings.lease_lifetime,
             ),
             store,
             scheme,
-            settings,
             origin: Origin::default(),
             unknown_address: FirstTime::default(),
             view: Arc::clone(&view),
@@ -106,6 +105,7 @@ impl Resolver {
             feed: Background::default(),
             is_store_failing: AtomicBool::new(false),
             warned: FirstTime::default(),
+            settings,
         })
     }
 
@@ -196,7 +196,7 @@ impl Resolver {
     }
 
     fn now(&self) -> Moment {
-        Moment::now(self.scheme.clock())
+        self.settings.clock.read()
     }
 
     #[inline]
@@ -209,9 +209,8 @@ impl Resolver {
     fn ensure_tasks(&self) {
         self.usage.ensure_tasks();
         self.feed.ensure(|| {
-            let scheme = self.scheme.clone();
-            let now = move || Moment::now(scheme.clock());
-            follow(self.store.clone(), Arc::downgrade(&self.feed_state), now)
+            let clock = Arc::clone(&self.settings.clock);
+            follow(self.store.clone(), Arc::downgrade(&self.feed_state), clock)
         });
     }
 
@@ -241,7 +240,8 @@ impl Resolver {
                 return self.admission.admit_verified(under_way);
             };
             let is_known = entry().is_some_and(CacheEntry::was_verified);
-            self.admission.admit(&self.scheme, (key, is_known), address, under_way)
+            let now = self.now().monotonic();
+            self.admission.admit(&self.scheme, (key, is_known), address, now, under_way)
         };
         self.single_flight.join(
             key.lookup_digest(),
@@ -264,7 +264,7 @@ impl Resolver {
                     );
                     let finished = look_up.await;
                     if priority != Priority::Known {
-                        let now = resolver.scheme.clock().monotonic();
+                        let now = resolver.now().monotonic();
                         resolver.admission.count(&finished.outcome, address, now);
                     }
                     leader.finish_with(finished);
@@ -292,10 +292,14 @@ impl Resolver {
                 tokio::time::sleep(pause).await;
                 seen = self.view.minimum_revisions.seen();
             }
-            let as_of = self.now();
-            let mut lookup =
-                Lookup::new(key.clone(), self.scheme.clone(), address, Arc::clone(&self.view))
-                    .with_waiters(priority, Arc::new(waiters.clone()));
+            let mut lookup = Lookup::new(
+                key.clone(),
+                self.scheme.clone(),
+                Arc::clone(&self.settings.clock),
+                address,
+                Arc::clone(&self.view),
+            )
+            .with_waiters(priority, Arc::new(waiters.clone()));
             for proof in &proofs {
                 lookup = lookup.with_proof(proof.clone());
             }
@@ -308,7 +312,7 @@ impl Resolver {
             };
             // Taken before the answer is judged: the outcome need not include later changes.
             let judged = Some(self.view.minimum_revisions.seen());
-            if let Some(outcome) = self.judge(answer, &lookup, &prefix, as_of, seen) {
+            if let Some(outcome) = self.judge(answer, &lookup, &prefix, seen) {
                 return Finished { outcome, judged };
             }
         }

@@ -1,10 +1,13 @@
 //! Settings of an authenticator: [`Settings`].
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
-/// Sizes, staleness bounds and intervals of a node.
-#[derive(Debug, Clone, Copy)]
+use crate::runtime::{Clock, SystemClock};
+
+/// Clock, sizes, staleness bounds and intervals of a node.
+#[derive(Debug, Clone)]
 pub(crate) struct Settings {
+    pub(crate) clock: Arc<dyn Clock>,
     /// Maximum number of valid keys in the local cache.
     pub(crate) capacity: usize,
     /// Maximum number of concurrent look-ups.
@@ -19,6 +22,7 @@ pub(crate) struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
+            clock: Arc::new(SystemClock),
             capacity: 100_000,
             max_lookups: 4096,
             max_staleness: Duration::from_secs(30),

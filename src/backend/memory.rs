@@ -68,7 +68,7 @@ impl MemoryStore {
     }
 
     /// Creates an empty store with a custom clock, which decides when leases expire and budget periods end. Use the
-    /// same clock for the [`KeyScheme`](crate::KeyScheme).
+    /// same clock for the [`Authenticator`](crate::Authenticator).
     pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
         let (tables, changed) = (RwLock::default(), watch::Sender::default());
         Self(Arc::new(Inner { clock, tables, changed }))

@@ -42,7 +42,7 @@ use super::sql::{
 use crate::{
     error::StoreError,
     record::Revision,
-    runtime::within,
+    runtime::{Clock, within},
     store::{
         Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, MAX_CANDIDATES,
         UsageBatch,
@@ -80,6 +80,7 @@ struct Inner {
     target: Target,
     deadline: Duration,
     poll_interval: Duration,
+    clock: Arc<dyn Clock>,
 }
 
 impl PostgresStore {
@@ -227,7 +228,7 @@ impl KeyStore for PostgresStore {
     }
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
-        let Some(key) = request.key.as_i64() else { return Ok(Lease::none(SystemTime::now())) };
+        let Some(key) = request.key.as_i64() else { return Ok(Lease::none(self.0.clock.now())) };
         let select =
             "SELECT json_build_array(granted, (extract(epoch FROM expires) * 1000)::bigint,
                 (extract(epoch FROM resets) * 1000)::bigint)::text AS row

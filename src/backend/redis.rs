@@ -32,7 +32,7 @@ use crate::{
     policy,
     record::{KeyRecord, Revision},
     redis::{Link, RedisServers, RedisState},
-    runtime::Moment,
+    runtime::{Clock, Moment},
     store::{
         Answer, CacheSecret, Candidate, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup,
         Outcome, Proof, Read, Source, UsageBatch,
@@ -78,6 +78,7 @@ struct Tier<S> {
     tombstones: Arc<TombstoneQueue>,
     /// Permits of the writes under way.
     fills: Arc<Semaphore>,
+    clock: Arc<dyn Clock>,
 }
 
 /// Lifetime of an entry of keys. A look-up reads the store at least once in this time.
@@ -195,7 +196,7 @@ impl<S: KeyStore> RedisCache<S> {
             Some(Value::BulkString(bytes)) => Some(bytes.as_slice()),
             _ => None,
         };
-        let now = Moment::now(lookup.clock());
+        let now = lookup.clock().read();
         let database_now = lookup.view().freshness.database_now(now);
         let mut read = CacheRead::default();
         let end_of = |value: &[u8]| value[value.len().saturating_sub(MAC)..].to_vec();
@@ -295,7 +296,7 @@ impl<S: KeyStore> RedisCache<S> {
         let keys = entry(Kind::Keys, keys_lifetime(read, answer.as_of()), body);
         let mac = secret.mac_of_hash(fingerprint).to_vec();
         let verified = entry(Kind::Verified, VERIFIED_LIFETIME, mac);
-        let now = Moment::now(lookup.clock());
+        let now = lookup.clock().read();
         let database_now = lookup.view().freshness.database_now(now);
         let left =
             |entry: &Entry| entry.expires_at.duration_since(database_now).unwrap_or_default();

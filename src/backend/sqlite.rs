@@ -14,7 +14,7 @@ mod usage;
 use std::{
     fmt,
     future::Future,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
     thread,
     time::{Duration, Instant, SystemTime},
@@ -38,7 +38,7 @@ use super::sql::{
 use crate::{
     error::StoreError,
     record::Revision,
-    runtime::{hex, later, within},
+    runtime::{Clock, SystemClock, hex, later, within},
     store::{
         Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, MAX_CANDIDATES,
         UsageBatch,
@@ -78,14 +78,16 @@ struct Inner {
     /// Identifies a database in memory.
     name_in_memory: String,
     deadline: Duration,
+    clock: Arc<dyn Clock>,
 }
 
 /// Builds a [`SqliteStore`].
 #[derive(Debug, Clone)]
 pub struct SqliteStoreBuilder {
-    path: Option<std::path::PathBuf>,
+    path: Option<PathBuf>,
     readers: usize,
     deadline: Duration,
+    clock: Arc<dyn Clock>,
 }
 
 impl SqliteStore {
@@ -105,12 +107,12 @@ impl SqliteStore {
     ///
     /// If a thread can't be started.
     pub fn in_memory() -> Result<Self, StoreError> {
-        SqliteStoreBuilder { path: None, readers: 0, deadline: DEADLINE }.open()
+        SqliteStoreBuilder::new(None, 0).open()
     }
 
     /// Creates a builder for the database in the file at `path`.
     pub fn builder(path: impl AsRef<Path>) -> SqliteStoreBuilder {
-        SqliteStoreBuilder { path: Some(path.as_ref().to_owned()), readers: 2, deadline: DEADLINE }
+        SqliteStoreBuilder::new(Some(path.as_ref().to_owned()), 2)
     }
 
     /// Brings the schema up to date, and adopts existing tables `users` and `api_keys`. Several processes may call it
@@ -239,6 +241,10 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const MIGRATION_DEADLINE: Duration = Duration::from_secs(60);
 
 impl SqliteStoreBuilder {
+    fn new(path: Option<PathBuf>, readers: usize) -> Self {
+        Self { path, readers, deadline: DEADLINE, clock: Arc::new(SystemClock) }
+    }
+
     /// Sets the number of reading threads: 2 by default, 1 to 64. Other values are clamped.
     #[must_use]
     pub fn readers(self, readers: usize) -> Self {
@@ -251,13 +257,21 @@ impl SqliteStoreBuilder {
         Self { deadline: timeout, ..self }
     }
 
+    /// Sets the clock, which decides when leases expire and budget periods end, and which day usage is charged to:
+    /// [`SystemClock`] by default. Use the same clock for the
+    /// [`Authenticator`](crate::Authenticator).
+    #[must_use]
+    pub fn clock(self, clock: Arc<dyn Clock>) -> Self {
+        Self { clock, ..self }
+    }
+
     /// Opens the database. It needs no runtime.
     ///
     /// # Errors
     ///
     /// If the file can't be opened, or is not an SQLite database.
     pub fn open(self) -> Result<SqliteStore, StoreError> {
-        let Self { path, readers: reader_count, deadline } = self;
+        let Self { path, readers: reader_count, deadline, clock } = self;
         let open = move || open(path.as_deref(), deadline);
         // The writer is opened first: it creates the file and sets WAL mode.
         let writer = Threads::start(1, &open)?;
@@ -269,7 +283,8 @@ impl SqliteStoreBuilder {
         let mut name = [0; 16];
         getrandom::fill(&mut name).map_err(|error| StoreError::unavailable(error.to_string()))?;
         let name_in_memory = hex(&name);
-        let inner = Inner { writer, readers, gate, watcher, written, name_in_memory, deadline };
+        let inner =
+            Inner { writer, readers, gate, watcher, written, name_in_memory, deadline, clock };
         Ok(SqliteStore(Arc::new(inner)))
     }
 }

@@ -26,7 +26,6 @@ pub(super) struct BcryptPool {
     /// One permit per lookup id, kept while a check uses it.
     turns: Mutex<HashMap<Box<str>, Weak<Semaphore>>>,
     failure_limiter: Mutex<FailureLimiter>,
-    clock: Arc<dyn Clock>,
 }
 
 /// The slow checks of one look-up: a key against the bcrypt hashes under its lookup id.
@@ -34,16 +33,17 @@ pub(crate) struct SlowCheck {
     pub(crate) hashes: Vec<BcryptHash>,
     pub(crate) key: Arc<PresentedKey>,
     pub(crate) address: Option<IpAddr>,
+    /// Clock of the node. It is read when the check is admitted and when it ends.
+    pub(crate) clock: Arc<dyn Clock>,
 }
 
 impl BcryptPool {
-    pub(super) fn new(slots: usize, queue: usize, clock: Arc<dyn Clock>) -> Self {
+    pub(super) fn new(slots: usize, queue: usize) -> Self {
         Self {
             slots: Arc::new(Semaphore::new(slots)),
             tickets: Arc::new(Semaphore::new(slots + queue)),
             turns: Mutex::default(),
             failure_limiter: Mutex::new(FailureLimiter::new(slots)),
-            clock,
         }
     }
 
@@ -83,7 +83,7 @@ impl BcryptPool {
             let begun = Instant::now();
             let key = check.key.expose_secret();
             let matched = check.hashes.iter().position(|hash| hash.matches(key));
-            let (now, took) = (pool.clock.monotonic(), begun.elapsed());
+            let (now, took) = (check.clock.read().monotonic(), begun.elapsed());
             pool.failure_limiter().note(check.key.id(), source, now, took, matched.is_none());
             drop(span);
             drop((turn, slot, ticket));
@@ -93,14 +93,19 @@ impl BcryptPool {
     }
 
     fn admit(&self, check: &SlowCheck, source: NetworkSteps) -> Result<Standing, StoreError> {
-        let now = self.clock.monotonic();
+        let now = check.clock.read().monotonic();
         self.failure_limiter().admit(check.key.id(), source, now).map_err(failure_limited)
     }
 
-    /// Returns the error with which a check of a key under `prefix` would be rejected now, as far as that is known
-    /// before the look-up.
-    pub(super) fn turns_away(&self, prefix: &str, address: Option<IpAddr>) -> Option<StoreError> {
-        let (source, now) = (NetworkSteps::of(address), self.clock.monotonic());
+    /// Returns the error with which a check of a key under `prefix` would be rejected at the monotonic time `now`, as
+    /// far as that is known before the look-up.
+    pub(super) fn turns_away(
+        &self,
+        prefix: &str,
+        address: Option<IpAddr>,
+        now: Duration,
+    ) -> Option<StoreError> {
+        let source = NetworkSteps::of(address);
         self.failure_limiter().turns_away(prefix, source, now).map(failure_limited)
     }
 

@@ -1,6 +1,8 @@
-//! Formats, hashing, pool, failure limiter and clock in one value: [`KeyScheme`].
+//! Formats, hashing, pool and failure limiter in one value: [`KeyScheme`].
 
-use std::{fmt, net::IpAddr, num::NonZero, sync::Arc, thread::available_parallelism};
+use std::{
+    fmt, net::IpAddr, num::NonZero, sync::Arc, thread::available_parallelism, time::Duration,
+};
 
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
@@ -12,11 +14,7 @@ use super::{
     pool::{BcryptPool, SlowCheck},
     presented::{PresentedKey, check_length},
 };
-use crate::{
-    denial::UnrecognizedKey,
-    error::StoreError,
-    runtime::{Clock, SystemClock},
-};
+use crate::{denial::UnrecognizedKey, error::StoreError};
 
 /// Formats and hashes of keys, to be shared by a layer and a [`KeyManager`](crate::KeyManager).
 ///
@@ -36,7 +34,8 @@ use crate::{
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// A clone shares the pool and the failure limiter. Use one scheme for all layers in a process.
+/// A clone shares the pool and the failure limiter. Use one scheme for all layers in a process. Their authenticators need
+/// the same clock, because the failure limiter compares the times at which their checks fail.
 #[derive(Clone)]
 pub struct KeyScheme(Arc<Inner>);
 
@@ -46,7 +45,6 @@ struct Inner {
     peppers: Vec<Pepper>,
     upgrades_hashes: bool,
     pool: Arc<BcryptPool>,
-    clock: Arc<dyn Clock>,
 }
 
 /// Result of checking a stored key without bcrypt.
@@ -69,12 +67,7 @@ impl KeyScheme {
             upgrades_hashes: false,
             slots: None,
             queue: None,
-            clock: Arc::new(SystemClock),
         }
-    }
-
-    pub(crate) fn clock(&self) -> &dyn Clock {
-        &*self.0.clock
     }
 
     /// Parses visible ASCII. A key with the brand of a structured format is parsed only by the formats of that brand,
@@ -160,14 +153,15 @@ impl KeyScheme {
         self.0.pool.run(check).await
     }
 
-    /// Returns the error with which a slow check of `key` would be rejected now, as far as that is known before the
-    /// look-up.
+    /// Returns the error with which a slow check of `key` would be rejected at the monotonic time `now`, as far as that
+    /// is known before the look-up.
     pub(crate) fn turns_away(
         &self,
         key: &PresentedKey,
         address: Option<IpAddr>,
+        now: Duration,
     ) -> Option<StoreError> {
-        self.0.pool.turns_away(key.id(), address)
+        self.0.pool.turns_away(key.id(), address, now)
     }
 }
 
@@ -199,7 +193,6 @@ pub struct KeySchemeBuilder {
     upgrades_hashes: bool,
     slots: Option<usize>,
     queue: Option<usize>,
-    clock: Arc<dyn Clock>,
 }
 
 impl KeySchemeBuilder {
@@ -248,13 +241,6 @@ impl KeySchemeBuilder {
         self
     }
 
-    /// Sets the clock for expiry and the failure limiter.
-    #[must_use]
-    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
-        self.clock = clock;
-        self
-    }
-
     /// Builds the scheme.
     ///
     /// # Errors
@@ -290,8 +276,7 @@ impl KeySchemeBuilder {
         Ok(KeyScheme(Arc::new(Inner {
             peppers: peppers.into_iter().map(|pepper| Pepper::new(pepper)).collect(),
             upgrades_hashes: self.upgrades_hashes,
-            pool: Arc::new(BcryptPool::new(slots, queue, Arc::clone(&self.clock))),
-            clock: self.clock,
+            pool: Arc::new(BcryptPool::new(slots, queue)),
             formats: self.formats,
         })))
     }

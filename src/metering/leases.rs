@@ -20,9 +20,8 @@ use super::{
 use crate::{
     denial::Denial,
     error::StoreError,
-    key::KeyScheme,
     record::KeyId,
-    runtime::{Moment, within},
+    runtime::{Clock, Moment, within},
     store::{DynKeyStore, KeyStore, LeaseRequest},
 };
 
@@ -31,7 +30,7 @@ pub(crate) struct BudgetLeases {
     shards: [Mutex<HashMap<KeyId, Arc<KeyLease>>>; SHARDS],
     hasher: RandomState,
     store: DynKeyStore,
-    scheme: KeyScheme,
+    clock: Arc<dyn Clock>,
     /// Name of this node, the same as in usage batches.
     holder: String,
     /// Sequence number of the last lease request, so that the store can ignore requests that arrive late.
@@ -56,7 +55,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(20);
 impl BudgetLeases {
     pub(crate) fn new(
         store: DynKeyStore,
-        scheme: KeyScheme,
+        clock: Arc<dyn Clock>,
         holder: String,
         lifetime: Duration,
     ) -> Self {
@@ -65,7 +64,7 @@ impl BudgetLeases {
             shards,
             hasher: RandomState::new(),
             store,
-            scheme,
+            clock,
             holder,
             sequence: AtomicU64::new(0),
             lifetime,
@@ -259,7 +258,7 @@ impl BudgetLeases {
     }
 
     fn now(&self) -> Moment {
-        Moment::now(self.scheme.clock())
+        self.clock.read()
     }
 }
 

@@ -18,9 +18,8 @@ use super::{
 use crate::{
     denial::Denial,
     error::{StoreError, StoreErrorKind},
-    key::KeyScheme,
     record::KeyId,
-    runtime::{Background, hex, within},
+    runtime::{Background, Clock, hex, within},
     store::{DynKeyStore, KeyStore, KeyUsage},
     telemetry::{self, FirstTime},
 };
@@ -38,7 +37,7 @@ pub(crate) struct Recorder {
     warned: FirstTime,
     interval: Duration,
     store: DynKeyStore,
-    scheme: KeyScheme,
+    clock: Arc<dyn Clock>,
     queue: tokio::sync::Mutex<UsageQueue>,
     /// Budget leases to which settled costs are charged.
     pub(crate) leases: Arc<BudgetLeases>,
@@ -66,7 +65,7 @@ impl Recorder {
     /// Creates a recorder. `None` for `interval` disables usage recording.
     pub(crate) fn new(
         store: DynKeyStore,
-        scheme: KeyScheme,
+        clock: Arc<dyn Clock>,
         interval: Option<Duration>,
         lease_lifetime: Duration,
     ) -> Arc<Self> {
@@ -86,7 +85,8 @@ impl Recorder {
         };
         let is_on = off.is_none();
         let name = hex(&name);
-        let leases = BudgetLeases::new(store.clone(), scheme.clone(), name.clone(), lease_lifetime);
+        let leases =
+            BudgetLeases::new(store.clone(), Arc::clone(&clock), name.clone(), lease_lifetime);
         let leases = Arc::new(leases);
         Arc::new(Self {
             dirty: std::array::from_fn(|_| Mutex::default()),
@@ -97,7 +97,7 @@ impl Recorder {
             // Without a pause, the task would keep a core busy.
             interval: interval.unwrap_or(Duration::from_secs(1)).max(Duration::from_millis(1)),
             store,
-            scheme,
+            clock,
             queue: tokio::sync::Mutex::new(UsageQueue::new(name)),
             leases,
             flushing: Background::default(),
@@ -171,8 +171,7 @@ impl Recorder {
     /// Writes the collected usage. Usage that the store does not accept is kept for the next flush.
     async fn flush(&self) -> Result<(), StoreError> {
         let mut queue = self.queue.lock().await;
-        let clock = self.scheme.clock();
-        let now = clock.now();
+        let now = self.clock.now();
         for shard in &self.dirty {
             let dirty = mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
             for counter in dirty {
@@ -181,7 +180,7 @@ impl Recorder {
                 }
             }
         }
-        while let Some(batch) = queue.next_batch(clock.now()) {
+        while let Some(batch) = queue.next_batch(self.clock.now()) {
             let outcome = within(DEADLINE, self.store.record_usage(batch)).await;
             match outcome.unwrap_or_else(|| Err(StoreError::timeout(DEADLINE))) {
                 Ok(()) => {

@@ -109,8 +109,8 @@ impl UsageQueue {
                 usage.last_used_at = self.is_due(&usage.key, gathered_at).then_some(gathered_at);
             }
             self.sequence += 1;
-            let batch = UsageBatch::new(&*self.writer, self.sequence);
-            self.sent = Some(UsageBatch { gathered_at, entries, ..batch });
+            let batch = UsageBatch::new(&*self.writer, self.sequence, gathered_at);
+            self.sent = Some(UsageBatch { entries, ..batch });
         }
         let batch = self.sent.as_mut()?;
         batch.sent_at = now;

@@ -62,12 +62,12 @@ impl LocalRateLimiter {
 
     /// Creates a limiter with a custom clock.
     pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
-        let (wall, monotonic) = clock.nanos();
+        let now = clock.read();
         Self(Arc::new(LocalCounters {
             shards: std::array::from_fn(|_| Mutex::default()),
             hasher: RandomState::default(),
             clock,
-            epoch: wall.saturating_sub(monotonic),
+            epoch: now.wall.saturating_sub(now.monotonic),
         }))
     }
 
@@ -116,7 +116,7 @@ impl LocalRateLimiter {
 
     /// Returns the time since the Unix epoch, in nanoseconds.
     fn now(&self) -> u64 {
-        self.0.epoch.saturating_add(self.0.clock.nanos().1)
+        self.0.epoch.saturating_add(self.0.clock.read().monotonic)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
     error::StoreError,
     record::{KeyId, Quota, RateLimits, RatePeriod, RateWindow},
     redis::{Connector, Fault, Link, RedisServers, RedisState, RedisUrlError, Script, slot},
-    runtime::{Background, hex},
+    runtime::{Background, Clock, SystemClock, hex},
     telemetry,
 };
 
@@ -98,6 +98,7 @@ pub struct RedisRateLimiterBuilder {
     on_redis_failure: OnRedisFailure,
     nodes: Option<u64>,
     namespace: String,
+    clock: Arc<dyn Clock>,
 }
 
 const TAKE: &str = include_str!("take.lua");
@@ -131,6 +132,7 @@ impl RedisRateLimiter {
             on_redis_failure: OnRedisFailure::default(),
             nodes: None,
             namespace: String::new(),
+            clock: Arc::new(SystemClock),
         }
     }
 
@@ -280,6 +282,13 @@ impl RedisRateLimiterBuilder {
         Self { namespace: namespace.into(), ..self }
     }
 
+    /// Sets the clock, to which the windows of shares are aligned while Redis is unavailable:
+    /// [`SystemClock`] by default. Otherwise windows are those of Redis.
+    #[must_use]
+    pub fn clock(self, clock: Arc<dyn Clock>) -> Self {
+        Self { clock, ..self }
+    }
+
     /// Builds the limiter. No runtime is required; it connects at first use.
     ///
     /// # Errors
@@ -292,7 +301,7 @@ impl RedisRateLimiterBuilder {
         Ok(RedisRateLimiter(Arc::new(RedisLimiterParts {
             link: Link::new(Connector::new(self.servers)?, self.timeout),
             on_redis_failure: self.on_redis_failure,
-            local: LocalRateLimiter::new(),
+            local: LocalRateLimiter::with_clock(self.clock),
             nodes: Arc::new(Nodes {
                 name: hex(&name),
                 count: AtomicU64::new(self.nodes.unwrap_or(1)),

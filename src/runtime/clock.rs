@@ -9,40 +9,34 @@ use std::{
 #[cfg(target_os = "linux")]
 use rustix::time::ClockId;
 
+use super::moment::Moment;
+
 /// The source of time of the crate. Use a [`ManualClock`] in tests.
 ///
-/// There are two readings, because they fail differently: the wall clock can be set back, and the monotonic clock stops
-/// while a machine is suspended.
+/// One reading has the time of two clocks, because they fail differently: the wall clock can be set back, and the
+/// monotonic clock stops while a machine is suspended. The wall clock decides expiry. The monotonic clock measures ages
+/// and the waiting times of the failure limiter.
+///
+/// An authenticator, its store and its limiters each have a clock. Set the same one for all of them.
 ///
 /// ```
 /// use std::{sync::Arc, time::{Duration, SystemTime}};
-/// use tower_api_key::{KeyScheme, ManualClock};
+/// use tower_api_key::{Authenticator, ManualClock, MemoryStore};
 ///
 /// let clock = Arc::new(ManualClock::at(SystemTime::UNIX_EPOCH));
-/// let scheme = KeyScheme::builder().clock(clock.clone()).build()?;
+/// let store = MemoryStore::with_clock(clock.clone());
+/// let authenticator = Authenticator::builder(store).clock(clock.clone()).build();
 /// clock.advance(Duration::from_secs(60));
-/// # Ok::<(), tower_api_key::SchemeError>(())
 /// ```
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
-    /// Returns the time of the wall clock, which decides expiry.
-    fn now(&self) -> SystemTime;
+    /// Returns the time of both clocks. The monotonic time never goes back. Each cache hit calls it once, so it must be
+    /// fast.
+    fn read(&self) -> Moment;
 
-    /// Returns the time since a fixed moment in this process. It never goes back. It measures ages and the waiting
-    /// times of the failure limiter.
-    fn monotonic(&self) -> Duration;
-
-    /// Returns both readings in nanoseconds: the wall clock since the Unix epoch (0 for a time before it), and the
-    /// monotonic clock. Override it if your clock can read both faster than one by one, because each cache hit calls
-    /// it.
-    fn nanos(&self) -> (u64, u64) {
-        let wall = self.now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        (nanos(wall), nanos(self.monotonic()))
+    /// Returns the time of the wall clock.
+    fn now(&self) -> SystemTime {
+        self.read().wall()
     }
-}
-
-/// Returns the duration in nanoseconds, at most 584 years.
-pub(crate) fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// The clocks of the machine.
@@ -54,17 +48,10 @@ pub struct SystemClock;
 
 #[cfg(target_os = "linux")]
 impl Clock for SystemClock {
-    fn now(&self) -> SystemTime {
-        SystemTime::UNIX_EPOCH + Duration::from_nanos(coarse(ClockId::RealtimeCoarse))
-    }
-
-    fn monotonic(&self) -> Duration {
-        Duration::from_nanos(coarse(ClockId::MonotonicCoarse))
-    }
-
     #[inline]
-    fn nanos(&self) -> (u64, u64) {
-        (coarse(ClockId::RealtimeCoarse), coarse(ClockId::MonotonicCoarse))
+    fn read(&self) -> Moment {
+        let (wall, monotonic) = (coarse(ClockId::RealtimeCoarse), coarse(ClockId::MonotonicCoarse));
+        Moment { monotonic, wall }
     }
 }
 
@@ -79,60 +66,41 @@ fn coarse(clock: ClockId) -> u64 {
 
 #[cfg(not(target_os = "linux"))]
 impl Clock for SystemClock {
-    fn now(&self) -> SystemTime {
-        SystemTime::now()
-    }
-
-    fn monotonic(&self) -> Duration {
+    fn read(&self) -> Moment {
         static START: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
-        START.get_or_init(std::time::Instant::now).elapsed()
+        let monotonic = START.get_or_init(std::time::Instant::now).elapsed();
+        Moment::new(SystemTime::now(), monotonic)
     }
 }
 
 /// A clock that changes only when its methods are called.
 #[derive(Debug)]
-pub struct ManualClock(Mutex<Reading>);
-
-#[derive(Debug, Clone, Copy)]
-struct Reading {
-    wall: SystemTime,
-    monotonic: Duration,
-}
+pub struct ManualClock(Mutex<Moment>);
 
 impl ManualClock {
-    /// Creates a clock whose wall clock reads `wall`.
+    /// Creates a clock whose wall clock reads `wall`. The monotonic time is 0.
     pub fn at(wall: SystemTime) -> Self {
-        Self(Mutex::new(Reading { wall, monotonic: Duration::ZERO }))
+        Self(Mutex::new(Moment::new(wall, Duration::ZERO)))
     }
 
     /// Advances both readings.
     pub fn advance(&self, by: Duration) {
-        self.change(|reading| {
-            reading.wall += by;
-            reading.monotonic += by;
-        });
+        self.change(|moment| moment.plus(by));
     }
 
     /// Sets the wall clock forward or back, as an operator or NTP would. The monotonic reading does not change.
     pub fn set_wall(&self, wall: SystemTime) {
-        self.change(|reading| reading.wall = wall);
+        self.change(|moment| Moment::new(wall, moment.monotonic()));
     }
 
-    fn change(&self, change: impl FnOnce(&mut Reading)) {
-        change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner));
-    }
-
-    fn read(&self) -> Reading {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn change(&self, change: impl FnOnce(Moment) -> Moment) {
+        let mut moment = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *moment = change(*moment);
     }
 }
 
 impl Clock for ManualClock {
-    fn now(&self) -> SystemTime {
-        self.read().wall
-    }
-
-    fn monotonic(&self) -> Duration {
-        self.read().monotonic
+    fn read(&self) -> Moment {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -7,13 +7,15 @@ mod hex;
 mod moment;
 mod recent;
 
-pub use self::clock::{Clock, ManualClock, SystemClock};
 #[cfg(feature = "_sql")]
 pub(crate) use self::deadline::later;
 pub(crate) use self::{
     background::Background,
     deadline::{timer, within},
     hex::{hex, unhex},
-    moment::Moment,
     recent::RecentMap,
+};
+pub use self::{
+    clock::{Clock, ManualClock, SystemClock},
+    moment::Moment,
 };

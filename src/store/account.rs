@@ -35,9 +35,8 @@ pub struct UsageBatch {
 }
 
 impl UsageBatch {
-    /// Creates an empty batch.
-    pub fn new(writer: impl Into<String>, sequence: u64) -> Self {
-        let now = SystemTime::now();
+    /// Creates an empty batch that is gathered and sent at `now`, by the clock of the writer.
+    pub fn new(writer: impl Into<String>, sequence: u64, now: SystemTime) -> Self {
         let writer = writer.into();
         Self { writer, sequence, gathered_at: now, sent_at: now, entries: Vec::new() }
     }

@@ -1,6 +1,6 @@
 //! A look-up, and the only way to answer it: [`Lookup`].
 
-use std::{future::Future, net::IpAddr, sync::Arc, time::SystemTime};
+use std::{future::Future, net::IpAddr, sync::Arc};
 
 use super::{
     answer::{Answer, Candidate, HashUpgrade, Outcome, Read},
@@ -14,7 +14,7 @@ use crate::{
     error::StoreError,
     key::{FastCheck, KeyDigest, KeyScheme, PresentedKey, SlowCheck},
     record::{KeyRecord, Revision},
-    runtime::Clock,
+    runtime::{Clock, Moment},
 };
 
 /// Maximum number of candidates per lookup id.
@@ -28,7 +28,8 @@ pub struct Lookup {
     key: LookupKey,
     scheme: KeyScheme,
     address: Option<IpAddr>,
-    asked_at: SystemTime,
+    clock: Arc<dyn Clock>,
+    asked_at: Moment,
     view: Arc<View>,
     proofs: Vec<Proof>,
     skips_copies: bool,
@@ -39,17 +40,20 @@ pub struct Lookup {
 }
 
 impl Lookup {
+    /// Creates a look-up by a node with this clock, which is read now.
     pub(crate) fn new(
         key: LookupKey,
         scheme: KeyScheme,
+        clock: Arc<dyn Clock>,
         address: Option<IpAddr>,
         view: Arc<View>,
     ) -> Self {
-        let asked_at = scheme.clock().now();
+        let asked_at = clock.read();
         Self {
             key,
             scheme,
             address,
+            clock,
             asked_at,
             view,
             proofs: Vec::new(),
@@ -79,7 +83,7 @@ impl Lookup {
 
     /// Logs a row under the lookup id that can't be used.
     pub(crate) fn log_bad_row(&self, error: &StoreError) {
-        self.view.bad_rows.log(self.id(), error, self.clock().monotonic());
+        self.view.bad_rows.log(self.id(), error, self.clock.read().monotonic());
     }
 
     /// Adds a proof of an earlier match.
@@ -107,7 +111,12 @@ impl Lookup {
 
     /// Returns the clock of this node.
     pub(crate) fn clock(&self) -> &dyn Clock {
-        self.scheme.clock()
+        &*self.clock
+    }
+
+    /// Returns the time at which the look-up was created, by the clock of this node.
+    pub(crate) fn asked_at(&self) -> Moment {
+        self.asked_at
     }
 
     /// Returns the public lookup id, which is stored as `key_prefix`.
@@ -205,7 +214,12 @@ impl Lookup {
             && !slow.is_empty()
             && let Some(key) = self.key.presented()
         {
-            let check = SlowCheck { hashes, key: Arc::clone(key), address: self.address };
+            let check = SlowCheck {
+                hashes,
+                key: Arc::clone(key),
+                address: self.address,
+                clock: Arc::clone(&self.clock),
+            };
             matched = self.scheme.check_slowly(check).await?.map(|at| slow[at]);
             upgrade = matched.and_then(|at| self.upgrade(key, &candidates[at]));
         }
@@ -228,7 +242,7 @@ impl Lookup {
 
     /// Returns the answer that `read` contains for this key.
     pub(crate) fn answer(&self, outcome: Outcome, read: Read) -> Answer {
-        Answer::new(outcome, read, self.asked_at, self.digest())
+        Answer::new(outcome, read, self.asked_at.wall(), self.digest())
     }
 
     /// Returns the digest of the look-up, so that the answer to another look-up is not accepted for this one.

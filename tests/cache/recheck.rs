@@ -312,8 +312,7 @@ async fn a_recheck_is_bounded_like_every_look_up() {
 async fn a_store_that_verifies_keys_elsewhere_is_rechecked_while_the_answer_is_fresh() {
     let record = KeyRecord::new(1, "elsewhere", User::new(7, "a@b.c"));
     let clock = Arc::new(ManualClock::at(std::time::SystemTime::now()));
-    let scheme = KeyScheme::builder().clock(clock.clone()).build().unwrap();
-    let node = Authenticator::builder(Vouching(record)).scheme(scheme).build();
+    let node = Authenticator::builder(Vouching(record)).clock(clock.clone()).build();
     let key = fixture().await.key;
     let caller = node.authenticate(&key).await.unwrap();
     assert!(caller.recheck().await.is_ok());

@@ -1,6 +1,7 @@
 //! Formats, hashes and policies of keys, and the bcrypt pool.
 
 mod bcrypt_pool;
+mod clock;
 mod format;
 mod hash;
 mod policy;

@@ -30,9 +30,10 @@ struct Siege {
 impl Siege {
     async fn of(prefixes: impl IntoIterator<Item = String>, cost: u32) -> Self {
         let clock = Arc::new(ManualClock::at(SystemTime::now()));
-        let scheme = old_and_new_keys().clock(clock.clone()).build().unwrap();
+        let scheme = old_and_new_keys().build().unwrap();
         let store = store_of(prefixes, cost).await;
-        let authenticator = Authenticator::builder(store.clone()).scheme(scheme).build();
+        let authenticator =
+            Authenticator::builder(store.clone()).scheme(scheme).clock(clock.clone()).build();
         Self { clock, store, authenticator, guesses: AtomicUsize::new(0) }
     }
 
@@ -87,6 +88,37 @@ async fn four_clients_that_guess_at_one_key_get_five_checks_and_then_one_a_secon
     }
     siege.clock.advance(Duration::from_secs(61));
     assert!(siege.guess("key-0001", address(0)).await, "after a quiet minute all is forgotten");
+}
+
+#[tokio::test]
+async fn authenticators_that_share_a_scheme_and_a_clock_share_the_limit_of_failed_checks() {
+    let store = store_of(["key-0001".to_owned()], 4).await;
+    let clock = Arc::new(ManualClock::at(SystemTime::now()));
+    let scheme = old_and_new_keys().build().unwrap();
+    let nodes = [(); 2].map(|()| {
+        let builder = Authenticator::builder(store.clone()).scheme(scheme.clone());
+        builder.clock(clock.clone()).build()
+    });
+    let mut number = 0;
+    let mut is_checked = async |node: usize| {
+        number += 1;
+        let wrong = format!("key-0001-of-yours-{number}");
+        match nodes[node].authenticate_from(&wrong, address(1)).await {
+            Err(Denial::InvalidKey(InvalidKey::WrongSecret)) => true,
+            Err(denial) if is_overloaded(&denial) => false,
+            other => panic!("{other:?}"),
+        }
+    };
+    for node in [0, 1, 0, 1, 0] {
+        assert!(is_checked(node).await);
+    }
+    for node in [0, 1] {
+        assert!(!is_checked(node).await);
+    }
+    clock.advance(Duration::from_secs(61));
+    for node in [0, 1] {
+        assert!(is_checked(node).await);
+    }
 }
 
 #[tokio::test]
@@ -191,9 +223,10 @@ async fn the_owner_of_a_key_gets_in_while_one_network_guesses_from_fresh_address
     // 27 ms a check: a quarter of a slot is 9 a second.
     let store = store_of(["key-0001".to_owned()], 9).await;
     let clock = Arc::new(ManualClock::at(SystemTime::now()));
-    let scheme = old_and_new_keys().clock(clock.clone()).bcrypt_slots(1).build().unwrap();
+    let scheme = old_and_new_keys().bcrypt_slots(1).build().unwrap();
     // Without a memory, so that each try of the owner needs a check.
-    let authenticator = Authenticator::builder(store).scheme(scheme).cache_capacity(0).build();
+    let authenticator =
+        Authenticator::builder(store).scheme(scheme).clock(clock.clone()).cache_capacity(0).build();
     let owner = IpAddr::from([198, 51, 100, 1]);
     let (mut refused, mut checks) = (Vec::new(), 0);
     for second in 0..40_u16 {

@@ -52,7 +52,7 @@ async fn lease_for(
 fn charge(writer: &str, sequence: u64, key: &KeyId, cost: i64, settled: i64) -> UsageBatch {
     let mut usage = KeyUsage::new(key.clone());
     (usage.cost_micro_cents, usage.settled_micro_cents) = (cost, settled);
-    let mut batch = UsageBatch::new(writer, sequence);
+    let mut batch = UsageBatch::new(writer, sequence, SystemTime::now());
     batch.entries = vec![usage];
     batch
 }
@@ -111,6 +111,48 @@ async fn a_period_is_charged_by_its_days<R: KeyRepository + Clone>(store: R) {
     assert_eq!((granted.amount_micro_cents, granted.resets_at), (0, None));
 }
 
+/// A file of SQLite with a clock that stands at noon, 1970-01-01.
+async fn sqlite_at_noon(folder: &tempfile::TempDir) -> (SqliteStore, Arc<ManualClock>) {
+    let clock = Arc::new(ManualClock::at(SystemTime::UNIX_EPOCH + Duration::from_secs(43_200)));
+    let file = folder.path().join("keys.db");
+    let store = SqliteStore::builder(file).clock(clock.clone()).open().unwrap();
+    store.migrate().await.unwrap();
+    (store, clock)
+}
+
+#[tokio::test]
+async fn a_budget_period_on_sqlite_ends_by_the_clock_of_the_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, clock) = sqlite_at_noon(&folder).await;
+    let issued = new_key(&store, cents(1, BudgetPeriod::Daily)).await;
+    let node = Authenticator::builder(store.clone()).clock(clock.clone()).build();
+    let caller = node.authenticate(issued.expose_secret()).await.unwrap();
+    caller.reserve(1_000_000).await.unwrap().settle(1_000_000);
+    node.shutdown().await;
+
+    let id = &issued.record().id;
+    let granted = lease_for(&store, id, "other", CENT, 1, Duration::from_secs(30)).await;
+    let midnight = SystemTime::UNIX_EPOCH + Duration::from_secs(86_400);
+    assert_eq!((granted.amount_micro_cents, granted.resets_at), (0, Some(midnight)));
+    clock.advance(Duration::from_secs(43_200) - Duration::from_nanos(1));
+    assert_eq!(lease(&store, id, "other", CENT, 1).await, 0);
+    clock.advance(Duration::from_nanos(1));
+    assert_eq!(lease(&store, id, "other", CENT, CENT).await, CENT);
+}
+
+#[tokio::test]
+async fn a_lease_on_sqlite_expires_by_the_clock_of_the_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let (store, clock) = sqlite_at_noon(&folder).await;
+    let key = new_key(&store, cents(1, BudgetPeriod::Total)).await.record().id.clone();
+    let granted = lease_for(&store, &key, "a", CENT, CENT, Duration::from_secs(30)).await;
+    assert_eq!(granted.expires_at, clock.now() + Duration::from_secs(30));
+    clock.advance(Duration::from_millis(29_999));
+    assert_eq!(lease(&store, &key, "b", CENT, CENT).await, 0);
+    clock.advance(Duration::from_millis(1));
+    assert_eq!(lease(&store, &key, "b", CENT, CENT).await, CENT);
+}
+
 async fn no_limit_a_limit_of_nothing_and_no_key<R: KeyRepository + Clone>(store: R) {
     let free = new_key(&store, None).await.record().id.clone();
     assert_eq!(lease(&store, &free, "a", 5 * CENT, 5 * CENT).await, 5 * CENT);
@@ -163,8 +205,7 @@ where
     let day = Duration::from_secs(86_400);
     for wrong in [SystemTime::now() - 3 * day, SystemTime::now() + 3 * day] {
         let clock = Arc::new(ManualClock::at(wrong));
-        let scheme = KeyScheme::builder().clock(clock).build().unwrap();
-        let node = Authenticator::builder(store.clone()).scheme(scheme).build();
+        let node = Authenticator::builder(store.clone()).clock(clock).build();
         let caller = node.authenticate(issued.expose_secret()).await.unwrap();
         caller.reserve(400_000).await.unwrap().settle(400_000);
         node.shutdown().await;

@@ -1,5 +1,7 @@
 //! Costs of less than a cent in adopted columns that have whole cents.
 
+use std::time::SystemTime;
+
 use tower_api_key::*;
 
 use crate::support::servers::Postgres;
@@ -27,7 +29,7 @@ async fn key_in(server: &Postgres, column: &str) -> (PostgresStore, KeyId) {
 async fn charge(store: &PostgresStore, key: &KeyId, sequence: u64, cost: i64) {
     let mut usage = KeyUsage::new(key.clone());
     (usage.cost_micro_cents, usage.settled_micro_cents) = (cost, cost);
-    let mut batch = UsageBatch::new("node", sequence);
+    let mut batch = UsageBatch::new("node", sequence, SystemTime::now());
     batch.entries.push(usage);
     store.record_usage(&batch).await.unwrap();
 }

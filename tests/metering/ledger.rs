@@ -4,6 +4,7 @@
 use std::{
     collections::HashMap,
     sync::atomic::{AtomicU64, Ordering::SeqCst},
+    time::SystemTime,
 };
 
 use proptest::{
@@ -62,7 +63,11 @@ async fn carry_out<R: KeyRepository + Clone>(
                 let mut usage = KeyUsage::new(id.clone());
                 (usage.cost_micro_cents, usage.settled_micro_cents) = (cost, settled);
                 // Writers are remembered: those of another key are others.
-                let mut batch = UsageBatch::new(holder.to_string(), number * 1000 + sequence);
+                let mut batch = UsageBatch::new(
+                    holder.to_string(),
+                    number * 1000 + sequence,
+                    SystemTime::now(),
+                );
                 batch.entries.push(usage);
                 store.record_usage(&batch).await.unwrap();
                 granted.push(None);

@@ -90,7 +90,7 @@ impl Node {
         let (asked, recorded, is_away) = Default::default();
         let ledger = Ledger { store, asked, recorded, is_away };
         let authenticator = Authenticator::builder(ledger.clone())
-            .scheme(KeyScheme::builder().clock(clock.clone()).build().unwrap())
+            .clock(clock.clone())
             .usage_interval(SOON)
             .lease_lifetime(LEASE)
             .build();

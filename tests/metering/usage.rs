@@ -25,7 +25,7 @@ fn used(key: &KeyId, requests: u64, tokens: u64, cost: i64) -> KeyUsage {
 }
 
 fn batch(writer: &str, sequence: u64, entries: impl IntoIterator<Item = KeyUsage>) -> UsageBatch {
-    let mut batch = UsageBatch::new(writer, sequence);
+    let mut batch = UsageBatch::new(writer, sequence, SystemTime::now());
     batch.entries = entries.into_iter().collect();
     batch
 }
@@ -314,8 +314,8 @@ async fn what_waits_over_midnight_is_of_the_day_on_which_it_was_used() {
     };
     let midnight = SystemTime::UNIX_EPOCH + Duration::from_secs(20_000 * 86_400);
     let clock = Arc::new(ManualClock::at(midnight - Duration::from_secs(60)));
-    let scheme = KeyScheme::builder().clock(clock.clone()).build().unwrap();
-    let node = Authenticator::builder(store.clone()).scheme(scheme).usage_interval(SOON).build();
+    let node =
+        Authenticator::builder(store.clone()).clock(clock.clone()).usage_interval(SOON).build();
     let caller = node.authenticate(&fixture.key).await.unwrap();
     let told = || store.told.lock().unwrap().clone();
     let is_taken = async || {

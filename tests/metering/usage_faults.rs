@@ -1,7 +1,7 @@
 //! What the database refuses while usage is written: a fault of a row is that row's alone, and everything else delays
 //! the batch, in whatever language the server speaks.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tower_api_key::*;
 
@@ -45,7 +45,7 @@ async fn keys_in(server: &Postgres, count: usize) -> (PostgresStore, Vec<KeyId>)
 }
 
 fn batch(sequence: u64, keys: &[KeyId]) -> UsageBatch {
-    let mut batch = UsageBatch::new("w", sequence);
+    let mut batch = UsageBatch::new("w", sequence, SystemTime::now());
     batch.entries = keys
         .iter()
         .map(|key| {

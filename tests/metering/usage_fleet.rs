@@ -7,7 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::SeqCst},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::task::JoinSet;
@@ -209,7 +209,8 @@ async fn writers_of_the_same_keys_never_wait_for_each_other_in_a_ring() {
             };
             let mut told = 0;
             for sequence in 1..=FLUSHES {
-                let mut batch = UsageBatch::new(format!("writer {writer}"), sequence);
+                let mut batch =
+                    UsageBatch::new(format!("writer {writer}"), sequence, SystemTime::now());
                 let mut at = next(100);
                 for _ in 0..=next(30) {
                     // Every key at most once, in any order.

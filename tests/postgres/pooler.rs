@@ -1,6 +1,6 @@
 //! PostgreSQL behind PgBouncer, which gives one server connection to one client after the other.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 use tower_api_key::*;
@@ -59,7 +59,7 @@ async fn other_clients_of_the_pooler_keep_their_settings(settings: &str) {
     assert_eq!(lease.amount_micro_cents, 1000);
     let mut usage = KeyUsage::new(id.clone());
     (usage.requests, usage.cost_micro_cents) = (1, 10);
-    let mut batch = UsageBatch::new("node", 1);
+    let mut batch = UsageBatch::new("node", 1, SystemTime::now());
     batch.entries.push(usage);
     store.record_usage(&batch).await.unwrap();
     let spent = store.find_key(&id).await.unwrap().unwrap().usage.cost_micro_cents;
@@ -105,7 +105,7 @@ async fn without_a_pooler_a_connection_has_the_settings_and_the_options_of_the_u
     let manager = KeyManager::new(store.clone());
     let user = manager.create_user("ada@example.com", "user").await.unwrap();
     let issued = manager.issue(NewKey::new(user.id, "k")).await.unwrap();
-    let mut batch = UsageBatch::new("node", 1);
+    let mut batch = UsageBatch::new("node", 1, SystemTime::now());
     let mut usage = KeyUsage::new(issued.record().id.clone());
     usage.requests = 1;
     batch.entries.push(usage);

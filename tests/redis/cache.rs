@@ -786,9 +786,9 @@ fn secret_node(keys: &Keys<MemoryStore>, redis: &Redis) -> Node<MemoryStore> {
 
 /// The same, with a clock that is moved by hand, the store's time included.
 fn manual(keys: &Keys<MemoryStore>, redis: &Redis, clock: &Arc<ManualClock>) -> Node<MemoryStore> {
-    let scheme = KeyScheme::builder().clock(clock.clone()).build().unwrap();
     let store = Counting::over(keys.store.clone()).by_clock(clock);
-    Node::with(store, redis.servers(), |it| it.secret(secret()), |door| door.scheme(scheme))
+    let cache = |it: RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
+    Node::with(store, redis.servers(), cache, |door| door.clock(clock.clone()))
 }
 
 /// A node whose store says nothing of its own accord.

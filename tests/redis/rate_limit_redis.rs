@@ -6,7 +6,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use tokio::{sync::Barrier, task::JoinSet};
@@ -312,6 +312,22 @@ async fn what_happens_without_redis_is_a_choice() {
     }
     redis.start_again();
     is_up(&refuses).await;
+}
+
+#[tokio::test]
+async fn the_windows_of_shares_end_by_the_clock_of_the_limiter() {
+    let clock = Arc::new(ManualClock::at(SystemTime::UNIX_EPOCH + Duration::from_secs(45)));
+    let mut redis = Redis::start();
+    let limiter = RedisRateLimiter::builder(redis.url()).nodes(1).clock(clock.clone()).build();
+    let limiter = limiter.unwrap();
+    redis.stop();
+    let key = KeyId::from(1);
+    let passes = async || limiter.count(&key, per_minute(1)).await.unwrap().is_allowed();
+    assert!(passes().await);
+    clock.advance(Duration::from_millis(14_999));
+    assert!(!passes().await);
+    clock.advance(Duration::from_millis(1));
+    assert!(passes().await);
 }
 
 #[tokio::test]

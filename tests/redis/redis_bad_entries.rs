@@ -608,9 +608,9 @@ fn secret() -> CacheSecret {
 
 /// A node whose clock is moved by hand, and the store's with it.
 fn by_hand(keys: &Keys<MemoryStore>, redis: &Redis, clock: &Arc<ManualClock>) -> Node<MemoryStore> {
-    let scheme = KeyScheme::builder().clock(clock.clone()).build().unwrap();
     let store = Counting::over(keys.store.clone()).by_clock(clock);
-    Node::with(store, redis.servers(), |it| it.secret(secret()), |door| door.scheme(scheme))
+    let cache = |it: RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
+    Node::with(store, redis.servers(), cache, |door| door.clock(clock.clone()))
 }
 
 /// The same with a store that says nothing, and a subscription that is in place.
@@ -619,10 +619,9 @@ async fn feedless_by_hand(
     redis: &Redis,
     clock: &Arc<ManualClock>,
 ) -> Node<MemoryStore> {
-    let scheme = KeyScheme::builder().clock(clock.clone()).build().unwrap();
     let store = Counting::over(keys.store.clone()).without_feed();
-    let node =
-        Node::with(store, redis.servers(), |it| it.secret(secret()), |door| door.scheme(scheme));
+    let cache = |it: RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
+    let node = Node::with(store, redis.servers(), cache, |door| door.clock(clock.clone()));
     eventually("it listens", async || {
         assert_eq!(node.try_key(&keys.key).await.0, Told::Passes);
         redis.command(&["PUBSUB", "NUMSUB", "api_key:changes"]).ends_with("\n1")

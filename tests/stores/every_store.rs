@@ -297,7 +297,7 @@ async fn an_edit_that_requires_a_revision_is_a_conflict_after_another_change(
     let error = store.update_key(&found, Some(found.revision)).await.unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Conflict);
     // A revocation counts as a change, and usage does not.
-    let mut batch = UsageBatch::new("w", 1);
+    let mut batch = UsageBatch::new("w", 1, SystemTime::now());
     batch.entries.push(KeyUsage::new(found.id.clone()));
     store.record_usage(&batch).await.unwrap();
     assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().revision, revision);
@@ -345,10 +345,10 @@ async fn a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again(store: impl KeyRe
     let clock = Arc::new(ManualClock::at(SystemTime::now()));
     // A scheme of its own each time, so that the ration of failed checks is fresh.
     let authenticator = |upgrade| {
-        let scheme = first_chars().clock(clock.clone());
+        let scheme = first_chars();
         let scheme = if upgrade { scheme.upgrade_hashes() } else { scheme };
         let scheme = scheme.build().unwrap();
-        asking(store.clone()).scheme(scheme).build()
+        asking(store.clone()).scheme(scheme).clock(clock.clone()).build()
     };
     /// How many wrong keys are called wrong before slow checks are rationed.
     async fn wrong(authenticator: Authenticator) -> usize {
@@ -501,7 +501,7 @@ async fn an_arc_and_a_dyn_store_answer_like_the_store(
     let secret = store.cache_secret().await.unwrap();
     assert_eq!(secret.is_some(), !format!("{store:?}").contains("MemoryStore"));
     assert_eq!(format!("{:?}", by_name.cache_secret().await.unwrap()), format!("{secret:?}"));
-    let batch = UsageBatch::new("writer", 1);
+    let batch = UsageBatch::new("writer", 1, SystemTime::now());
     by_name.record_usage(&batch).await.unwrap();
     let ask = LeaseRequest::new(issued.record().id.clone(), "node", 1, 1);
     assert_eq!(by_name.lease(&ask).await.unwrap().amount_micro_cents, 1);

@@ -2,10 +2,12 @@
 
 use std::{
     path::Path,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
+use futures_util::StreamExt;
 use tower_api_key::*;
 
 use crate::support::feed::{Heard, in_sync, within};
@@ -295,6 +297,37 @@ async fn changes_in_adopted_tables_that_lacked_columns_are_heard() {
     shell.batch_execute("DELETE FROM api_keys").unwrap();
     within(HEARD, "the end", async || refusal(&node, &key).await == Some(InvalidKey::Unknown))
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_feed_is_in_sync_as_of_the_clock_of_the_store() {
+    let hour = Duration::from_secs(3600);
+    let clock = Arc::new(ManualClock::at(SystemTime::UNIX_EPOCH + 1000 * hour));
+    let folder = tempfile::tempdir().unwrap();
+    let builder = SqliteStore::builder(folder.path().join("keys.db")).clock(clock.clone());
+    let store = builder.open().unwrap();
+    store.migrate().await.unwrap();
+    let manager = KeyManager::new(store.clone());
+    let user = manager.create_user("ada@example.com", "user").await.unwrap().id;
+    let issued = manager.issue(NewKey::new(user, "k")).await.unwrap();
+
+    // A node that starts reads the changes of the last two hours.
+    let mut changes = store.changes(clock.now() - 2 * hour);
+    let mut heard = Vec::new();
+    let mut until_synced = async || loop {
+        match changes.next().await.unwrap() {
+            Change::Synced(as_of) => return (as_of, std::mem::take(&mut heard)),
+            Change::Prefix(prefix, _) => heard.push(prefix),
+            _ => {}
+        }
+    };
+    let prefix = &issued.record().prefix;
+    let (as_of, heard) = until_synced().await;
+    assert_eq!((as_of, heard.last()), (clock.now(), Some(prefix)));
+    clock.advance(hour);
+    manager.revoke(&issued.record().id).await.unwrap();
+    let (as_of, heard) = until_synced().await;
+    assert_eq!((as_of, heard), (clock.now(), vec![prefix.clone()]));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,6 +1,6 @@
 //! What is SQLite's own: files, other processes, tables that are already there.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use diesel::{
     Connection, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
@@ -280,7 +280,7 @@ async fn a_row_whose_totals_cannot_be_written_is_charged_all_the_same() {
     assert_eq!(lease(1, 600_000).await, 600_000);
     let mut usage = KeyUsage::new(id.clone());
     (usage.cost_micro_cents, usage.settled_micro_cents) = (600_000, 600_000);
-    let mut batch = UsageBatch::new("node", 1);
+    let mut batch = UsageBatch::new("node", 1, SystemTime::now());
     batch.entries.push(usage);
     store.record_usage(&batch).await.unwrap();
     assert_eq!(lease(2, 400_001).await, 0);

@@ -1,6 +1,9 @@
 //! The text of a `StoreError`: the cause, what to do where the schema lacks something, and no secret.
 
-use std::{error::Error, time::Duration};
+use std::{
+    error::Error,
+    time::{Duration, SystemTime},
+};
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
 use tower_api_key::*;
@@ -80,7 +83,7 @@ async fn usage_that_a_missing_table_keeps_from_being_written_names_it_in_the_log
     let user = some_user(store.clone()).await;
     let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
     server.client().await.batch_execute("DROP TABLE api_key_usage CASCADE").await.unwrap();
-    let mut batch = UsageBatch::new("a writer", 1);
+    let mut batch = UsageBatch::new("a writer", 1, SystemTime::now());
     let mut usage = KeyUsage::new(issued.record().id.clone());
     usage.requests = 1;
     batch.entries = vec![usage];

@@ -261,8 +261,8 @@ impl Node {
     ) -> Self {
         let clock = Arc::new(ManualClock::at(SystemTime::now()));
         let format = KeyFormat::structured("tak", "live").unwrap();
-        let scheme = KeyScheme::builder().format(format).clock(clock.clone()).build().unwrap();
-        let builder = Authenticator::builder(store.clone()).scheme(scheme);
+        let scheme = KeyScheme::builder().format(format).build().unwrap();
+        let builder = Authenticator::builder(store.clone()).scheme(scheme).clock(clock.clone());
         Self { clock, store, authenticator: settings(builder).build() }
     }
 

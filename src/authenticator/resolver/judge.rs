@@ -12,7 +12,6 @@ use crate::{
     denial::InvalidKey,
     policy,
     record::KeyRecord,
-    runtime::Moment,
     store::{self, Answer, Lookup, LookupKey, Proof, Source, VerifiedKey},
 };
 
@@ -23,7 +22,6 @@ impl Resolver {
         answer: Answer,
         lookup: &Lookup,
         prefix: &Subject,
-        began_at: Moment,
         seen: Seen,
     ) -> Option<Outcome> {
         let now = self.now();
@@ -33,7 +31,7 @@ impl Resolver {
         // The generations are read first: a later change then invalidates the cached entry.
         let mut tag = CoherenceTag {
             as_of: match answer.source() {
-                Source::Store => began_at,
+                Source::Store => lookup.asked_at(),
                 Source::Copy => self.view.freshness.moment_of(answer.as_of(), now),
             },
             prefix: minimums.generation(prefix),

@@ -19,7 +19,10 @@ use super::{
     session::Sessions,
     tls::{self, TlsFault, Verification},
 };
-use crate::backend::sql::gate::LookupGate;
+use crate::{
+    backend::sql::gate::LookupGate,
+    runtime::{Clock, SystemClock},
+};
 
 /// Number of connections for usage, leases and upgraded hashes.
 const ACCOUNTING_CONNECTIONS: usize = 4;
@@ -35,6 +38,7 @@ pub struct PostgresStoreBuilder {
     connect_timeout: Duration,
     statement_timeout: Duration,
     poll_interval: Duration,
+    clock: Arc<dyn Clock>,
 }
 
 impl PostgresStoreBuilder {
@@ -46,6 +50,7 @@ impl PostgresStoreBuilder {
             connect_timeout: Duration::from_secs(3),
             statement_timeout: Duration::from_secs(2),
             poll_interval: Duration::from_secs(5),
+            clock: Arc::new(SystemClock),
         }
     }
 
@@ -87,6 +92,14 @@ impl PostgresStoreBuilder {
         Self { poll_interval: interval.max(Duration::from_millis(1)), ..self }
     }
 
+    /// Sets the clock, which decides how old the changes are that a new node reads first:
+    /// [`SystemClock`] by default. Use the same clock for the
+    /// [`Authenticator`](crate::Authenticator). Leases and budget periods end by the clock of the database.
+    #[must_use]
+    pub fn clock(self, clock: Arc<dyn Clock>) -> Self {
+        Self { clock, ..self }
+    }
+
     /// Builds the store. It needs no runtime, and connects at first use.
     ///
     /// # Errors
@@ -98,7 +111,7 @@ impl PostgresStoreBuilder {
         let (lookups, gate) = (pool(self.max_connections)?, LookupGate::new(self.max_connections));
         let (accounting, management) =
             (pool(ACCOUNTING_CONNECTIONS)?, pool(MANAGEMENT_CONNECTIONS)?);
-        let Self { deadline, poll_interval, .. } = self;
+        let Self { deadline, poll_interval, clock, .. } = self;
         Ok(PostgresStore(Arc::new(Inner {
             lookups,
             gate,
@@ -107,6 +120,7 @@ impl PostgresStoreBuilder {
             target,
             deadline,
             poll_interval,
+            clock,
         })))
     }
 

@@ -103,7 +103,11 @@ impl Feed {
         };
         let position = match self.position.take() {
             Some(position) => position,
-            None => listener.start(self.since).await?,
+            None => {
+                // The age is sent, not the time: the clocks of this machine and of the database may differ.
+                let age = self.store.clock.now().duration_since(self.since).unwrap_or_default();
+                listener.start(age).await?
+            }
         };
         // The position is kept if the read fails.
         let position = self.position.insert(position);

@@ -7,6 +7,7 @@ use tokio::sync::Semaphore;
 use super::{RedisCache, Tier, secret::Secrets, tombstones::TombstoneQueue};
 use crate::{
     redis::{Connector, Link, RedisServers, RedisUrlError},
+    runtime::{Clock, SystemClock},
     store::{CacheSecret, KeyStore},
 };
 
@@ -20,6 +21,7 @@ pub struct RedisCacheBuilder<S> {
     timeout: Duration,
     secret: Option<CacheSecret>,
     namespace: String,
+    clock: Arc<dyn Clock>,
 }
 
 impl<S: KeyStore> RedisCacheBuilder<S> {
@@ -30,6 +32,7 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
             timeout: Duration::from_millis(100),
             secret: None,
             namespace: String::new(),
+            clock: Arc::new(SystemClock),
         }
     }
 
@@ -54,23 +57,32 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
         Self { secret: Some(secret), ..self }
     }
 
+    /// Sets the clock, which decides when tombstones expire and when the secret may be queried again:
+    /// [`SystemClock`] by default. Use the same clock for the
+    /// [`Authenticator`](crate::Authenticator), whose clock decides for entries.
+    #[must_use]
+    pub fn clock(self, clock: Arc<dyn Clock>) -> Self {
+        Self { clock, ..self }
+    }
+
     /// Builds the cache. It needs no runtime, and connects at first use.
     ///
     /// # Errors
     ///
     /// If a URL can't be parsed, or the store has no secret and none was given.
     pub fn build(self) -> Result<RedisCache<S>, RedisCacheError> {
-        let Self { store, servers, timeout, secret, namespace } = self;
+        let Self { store, servers, timeout, secret, namespace, clock } = self;
         if secret.is_none() && !store.has_cache_secret() {
             return Err(RedisCacheError::NoSecret);
         }
         let link = Link::new(Connector::new(servers).map_err(RedisCacheError::Url)?, timeout);
         Ok(RedisCache(Arc::new(Tier {
             store,
-            tombstones: TombstoneQueue::new(Arc::clone(&link)),
+            tombstones: TombstoneQueue::new(Arc::clone(&link), Arc::clone(&clock)),
             link,
             secrets: Secrets::new(secret, namespace),
             fills: Arc::new(Semaphore::new(MAX_FILLS)),
+            clock,
         })))
     }
 }

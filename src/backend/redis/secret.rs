@@ -5,12 +5,12 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use super::RedisCache;
 use crate::{
-    runtime::Background,
+    runtime::{Background, Moment},
     store::{CacheSecret, KeyStore},
     telemetry,
 };
@@ -28,7 +28,7 @@ pub(super) struct Secrets {
 #[derive(Default)]
 struct CachedSecret {
     secret: Option<CacheSecret>,
-    queried_at: Option<Instant>,
+    queried_at: Option<Moment>,
 }
 
 /// Pause before a failed query is retried.
@@ -69,7 +69,8 @@ impl Secrets {
                             if secret.is_none() {
                                 telemetry::no_cache_secret();
                             }
-                            let cached = CachedSecret { secret, queried_at: Some(Instant::now()) };
+                            let queried_at = Some(tier.clock.read());
+                            let cached = CachedSecret { secret, queried_at };
                             *tier.secrets.cached.lock().unwrap_or_else(PoisonError::into_inner) =
                                 cached;
                             tier.secrets.is_outdated.store(false, Ordering::Relaxed);
@@ -88,7 +89,7 @@ impl Secrets {
     /// Queries the secret again, because an entry was written under another secret.
     pub(super) fn refresh<S: KeyStore>(&self, cache: &RedisCache<S>) {
         let queried_at = self.cached.lock().unwrap_or_else(PoisonError::into_inner).queried_at;
-        if queried_at.is_some_and(|queried| queried.elapsed() > QUERY_INTERVAL) {
+        if queried_at.is_some_and(|queried| cache.0.clock.read().since(queried) > QUERY_INTERVAL) {
             self.is_outdated.store(true, Ordering::Relaxed);
             // This starts the query; the next look-up gets the secret.
             let _ = self.current(cache);

@@ -3,7 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use super::{
@@ -15,7 +15,7 @@ use super::{
 use crate::{
     record::Revision,
     redis::{Fault, Link},
-    runtime::Background,
+    runtime::{Background, Clock, Moment},
     store::CacheSecret,
     telemetry,
 };
@@ -24,17 +24,16 @@ use crate::{
 /// them, and only a node that is cut off from the store depends on them.
 pub(super) struct TombstoneQueue {
     link: Arc<Link>,
-    pending: Mutex<VecDeque<PendingTombstone>>,
+    pending: Mutex<VecDeque<Arc<PendingTombstone>>>,
     work: Background,
+    clock: Arc<dyn Clock>,
 }
 
-#[derive(Clone)]
 struct PendingTombstone {
     prefix: String,
     revision: Revision,
     secret: CacheSecret,
-    since: Instant,
-    made_at: SystemTime,
+    made_at: Moment,
 }
 
 /// Maximum number of pending tombstones. Beyond it, the oldest are dropped: entries expire anyway.
@@ -42,8 +41,8 @@ const MAX_PENDING: usize = 10_000;
 const PAUSE: Duration = Duration::from_millis(200);
 
 impl TombstoneQueue {
-    pub(super) fn new(link: Arc<Link>) -> Arc<Self> {
-        Arc::new(Self { link, pending: Mutex::default(), work: Background::default() })
+    pub(super) fn new(link: Arc<Link>, clock: Arc<dyn Clock>) -> Arc<Self> {
+        Arc::new(Self { link, pending: Mutex::default(), work: Background::default(), clock })
     }
 
     /// Queues a tombstone that replaces the entry of the keys under `prefix`.
@@ -52,19 +51,18 @@ impl TombstoneQueue {
             prefix: prefix.to_owned(),
             revision,
             secret,
-            since: Instant::now(),
-            made_at: SystemTime::now(),
+            made_at: self.clock.read(),
         };
         let mut pending = self.pending();
         if pending.len() == MAX_PENDING {
             pending.pop_front();
         }
-        pending.push_back(tombstone);
+        pending.push_back(Arc::new(tombstone));
         drop(pending);
         self.work.ensure(|| work(Arc::downgrade(self)));
     }
 
-    fn pending(&self) -> MutexGuard<'_, VecDeque<PendingTombstone>> {
+    fn pending(&self) -> MutexGuard<'_, VecDeque<Arc<PendingTombstone>>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -73,10 +71,11 @@ impl TombstoneQueue {
         let tombstone = self.pending().front().cloned()?;
         let outcome = tombstone.run(&self.link).await;
         // After this time, the entry itself has expired.
-        if outcome.is_ok() || tombstone.since.elapsed() > KEYS_LIFETIME {
+        let is_expired = self.clock.read().since(tombstone.made_at) > KEYS_LIFETIME;
+        if outcome.is_ok() || is_expired {
             let mut pending = self.pending();
             // The front may be another one, if this was dropped meanwhile.
-            if pending.front().is_some_and(|it| it.since == tombstone.since) {
+            if pending.front().is_some_and(|it| Arc::ptr_eq(it, &tombstone)) {
                 pending.pop_front();
             }
         }
@@ -109,14 +108,15 @@ async fn work(queue: Weak<TombstoneQueue>) {
 impl PendingTombstone {
     async fn run(&self, link: &Arc<Link>) -> Result<(), Fault> {
         let name = keys_name(&self.prefix, &self.secret);
+        let made_at = self.made_at.wall();
         let tombstone = Entry {
             kind: Kind::Tombstone,
             key_revision: self.revision,
             owner_revision: Revision(0),
             // An entry of the same revision that was read after the change replaces the tombstone. Without revisions,
             // the later of the two wins.
-            as_of: if self.revision == Revision(0) { self.made_at } else { SystemTime::UNIX_EPOCH },
-            expires_at: self.made_at + KEYS_LIFETIME,
+            as_of: if self.revision == Revision(0) { made_at } else { SystemTime::UNIX_EPOCH },
+            expires_at: made_at + KEYS_LIFETIME,
             body: Vec::new(),
         };
         let value = tombstone.encode(&name, &self.secret);

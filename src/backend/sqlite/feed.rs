@@ -105,7 +105,7 @@ impl Feed {
             self.next_pruning = Instant::now() + PRUNED_EVERY;
             self.prune(&mut status).await;
         }
-        let as_of = SystemTime::now();
+        let as_of = self.store.0.clock.now();
         self.written.mark_unchanged();
         let (position, age) = (self.position, as_of.duration_since(self.since).unwrap_or_default());
         let known = self.missing_triggers.clone();

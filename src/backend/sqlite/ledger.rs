@@ -46,7 +46,7 @@ const WRITE: &str = "
 
 impl SqliteStore {
     pub(super) async fn grant_lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
-        let now = SystemTime::now();
+        let now = self.0.clock.now();
         let Some(key) = request.key.as_i64() else { return Ok(Lease::none(now)) };
         let request = request.clone();
         self.in_silent_transaction(move |connection| lease(connection, key, &request, now)).await

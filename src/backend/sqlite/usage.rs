@@ -70,7 +70,7 @@ const DELETE_LEASES: &str =
 
 impl SqliteStore {
     pub(super) async fn count_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
-        let (batch, now) = (batch.clone(), SystemTime::now());
+        let (batch, now) = (batch.clone(), self.0.clock.now());
         self.in_silent_transaction(move |connection| count(connection, &batch, now)).await
     }
 }

@@ -53,15 +53,13 @@ const ROW: &str =
     "c.id, c.revision, c.xid::text::bigint AS xid, c.key_prefix, c.api_key_id, c.user_id";
 
 impl Listener {
-    /// Returns the start position of a node: what became visible since `since`.
-    pub(super) async fn start(&self, since: SystemTime) -> Result<Position, StoreError> {
+    /// Returns the start position of a node: what became visible in the last `age`.
+    pub(super) async fn start(&self, age: Duration) -> Result<Position, StoreError> {
         #[derive(Deserialize)]
         struct Horizon {
             next_xid: u64,
             in_progress: Vec<u64>,
         }
-        // The age is sent, not the time: the clocks of this machine and of the database may differ.
-        let age = SystemTime::now().duration_since(since).unwrap_or_default();
         let sql = format!(
             "SELECT json_build_object('next_xid', next_xid::text::bigint, 'in_progress', ARRAY(
                 SELECT x::text::bigint FROM unnest(in_progress) AS x)) FROM api_key_horizon({})",
