@@ -61,6 +61,7 @@ pub use middleware::{
     GuardFuture, InvalidRealm, RateLimitLayer, RequestHead, RequireLayer, ResponseBody,
     ResponseFuture, TrustedProxies, openai_error,
 };
+pub use policy::CeilingField;
 pub use rate_limit::{LocalRateLimiter, RateLimiter};
 #[cfg(feature = "redis")]
 pub use rate_limit::{OnRedisFailure, RedisRateLimiter, RedisRateLimiterBuilder};

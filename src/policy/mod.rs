@@ -1,9 +1,11 @@
 //! Pure rules: what a key allows, decided without I/O. Each file holds one rule.
 
+mod ceiling;
 mod network_steps;
 mod scope;
 mod validity;
 
+pub use self::ceiling::CeilingField;
 #[cfg(feature = "_sql")]
 pub(crate) use self::scope::wildcard;
 pub(crate) use self::{

@@ -62,6 +62,30 @@ impl EndpointRule {
         };
         method_allowed && path_allowed
     }
+
+    /// Returns whether the rule allows every request that `other` allows. Ambiguous paths need no care: neither rule
+    /// matches them.
+    pub(crate) fn covers(&self, other: &Self) -> bool {
+        let method_covered = match (&self.method, &other.method) {
+            (None, _) => true,
+            (Some(_), None) => false,
+            (Some(held), Some(other)) => {
+                held == other || (*held == Method::GET && *other == Method::HEAD)
+            }
+        };
+        let path_covered = match (&self.path, &other.path) {
+            (Path::Any, _) => true,
+            (Path::Exact(held), Path::Exact(other)) => held == other,
+            (Path::Below(held), Path::Exact(other) | Path::Below(other)) => {
+                other.starts_with(&**held)
+            }
+            // `*` also matches targets that do not start with a slash: `OPTIONS *` and those of `CONNECT`.
+            (Path::Exact(_) | Path::Below(_), Path::Any) | (Path::Exact(_), Path::Below(_)) => {
+                false
+            }
+        };
+        method_covered && path_covered
+    }
 }
 
 /// Returns whether servers may interpret `path` in different ways.

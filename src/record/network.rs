@@ -26,6 +26,12 @@ impl AllowedNetwork {
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&canonical(address))
     }
+
+    /// Returns whether the network contains every address of `other`. `::/0` does not contain `0.0.0.0/0`: a v4-mapped
+    /// address is matched as v4.
+    pub(crate) fn covers(&self, other: &Self) -> bool {
+        self.0.contains(&other.0)
+    }
 }
 
 /// Returns the address, with a v4-mapped v6 address converted to v4.
