@@ -3,7 +3,7 @@
 use std::{borrow::Cow, error::Error, fmt, sync::Arc, time::Duration};
 
 /// A fault of a store or of a system that it depends on. It is never an authentication failure: "no such key" is an
-/// [`Answer`](crate::Answer).
+/// [`Answer`](crate::store::Answer).
 ///
 /// It is cheap to clone, because all waiters of one look-up get the same error. It keeps its cause as
 /// [`source`](Error::source). `Display` contains the cause, for logs; callers never see it. The stores of this crate

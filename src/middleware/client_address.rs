@@ -31,11 +31,11 @@ impl From<SocketAddr> for ClientAddr {
 /// keys with address rules are denied.
 ///
 /// ```
-/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, TrustedProxies};
+/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, middleware::TrustedProxies};
 ///
 /// let layer = ApiKeyAuthLayer::new(MemoryStore::new())
 ///     .trusted_proxies(TrustedProxies::x_forwarded_for(["10.0.0.0/8", "fd00::/8"])?);
-/// # Ok::<(), tower_api_key::NetworkError>(())
+/// # Ok::<(), tower_api_key::record::NetworkError>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct TrustedProxies {

@@ -48,11 +48,11 @@ use crate::{
 /// Services that share a Redis each need a [`namespace`](RedisRateLimiterBuilder::namespace).
 ///
 /// ```
-/// use tower_api_key::{RateLimitLayer, RedisRateLimiter};
+/// use tower_api_key::{RateLimitLayer, rate_limit::RedisRateLimiter};
 ///
 /// let limiter = RedisRateLimiter::new("redis://redis.internal")?;
 /// let layer = RateLimitLayer::new(limiter);
-/// # Ok::<(), tower_api_key::RedisUrlError>(())
+/// # Ok::<(), tower_api_key::redis::RedisUrlError>(())
 /// ```
 #[derive(Clone)]
 pub struct RedisRateLimiter(Arc<RedisLimiterParts>);

@@ -16,12 +16,12 @@ use rustix::time::ClockId;
 ///
 /// ```
 /// use std::{sync::Arc, time::{Duration, SystemTime}};
-/// use tower_api_key::{KeyScheme, ManualClock};
+/// use tower_api_key::{KeyScheme, clock::ManualClock};
 ///
 /// let clock = Arc::new(ManualClock::at(SystemTime::UNIX_EPOCH));
 /// let scheme = KeyScheme::builder().clock(clock.clone()).build()?;
 /// clock.advance(Duration::from_secs(60));
-/// # Ok::<(), tower_api_key::SchemeError>(())
+/// # Ok::<(), tower_api_key::key::SchemeError>(())
 /// ```
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
     /// Returns the time of the wall clock, which decides expiry.

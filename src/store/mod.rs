@@ -49,7 +49,11 @@ pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
 ///
 /// ```
 /// use std::collections::HashMap;
-/// use tower_api_key::{Answer, KeyRecord, KeyStore, Lookup, StoreError, StoredKey, User};
+/// use tower_api_key::{
+///     StoreError,
+///     record::{KeyRecord, User},
+///     store::{Answer, KeyStore, Lookup, StoredKey},
+/// };
 ///
 /// /// Key ids and hashes by lookup id.
 /// struct Users(HashMap<String, (i64, String)>);
@@ -71,8 +75,8 @@ pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
 ///
 /// # Dyn compatibility
 ///
-/// This trait is not dyn compatible: there is no `Box<dyn KeyStore>` and no `Arc<dyn KeyStore>`. [`DynKeyStore`] holds any
-/// store as one type, for a field, or for a store that is chosen at run time. An `Arc` of a store is a store.
+/// This trait is not dyn compatible: there is no `Box<dyn KeyStore>` and no `Arc<dyn KeyStore>`. [`DynKeyStore`] holds
+/// any store as one type, for a field, or for a store that is chosen at run time. An `Arc` of a store is a store.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a key store",
     label = "this is not a `KeyStore`",

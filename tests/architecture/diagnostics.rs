@@ -6,11 +6,14 @@ use std::{
     process::Command,
 };
 
+/// What the snippets use.
+const IMPORTS: &str = "use tower_api_key::{backend::*, rate_limit::*, record::*, store::*, *};";
+
 /// The messages of the compiler to `code`, which does not compile.
 fn errors(code: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("mistake.rs");
-    fs::write(&file, format!("use tower_api_key::*;\n{code}")).unwrap();
+    fs::write(&file, format!("{IMPORTS}\n{code}")).unwrap();
     // Beside this test lie the crates that it was built with.
     let test = std::env::current_exe().unwrap();
     let deps = test.parent().unwrap();

@@ -9,7 +9,13 @@ use tokio::{
     task::JoinHandle,
 };
 use tower::Layer;
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, Denial, StoreError,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    record::{Revision, UserId},
+    store::Change,
+};
 
 use crate::support::{
     self, bearer,

@@ -10,7 +10,13 @@ use std::{
 };
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, NewKey, PostgresStore, SqliteStore,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    record::{Budget, BudgetPeriod},
+    store::KeyRepository,
+};
 
 use crate::support::{
     eventually::eventually, fixture, probe::poll, servers::Postgres, stores::Held,

@@ -4,7 +4,15 @@ use std::time::{Duration, SystemTime};
 
 use chrono::DateTime;
 use http::Request;
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, Denial, KeyScheme, MemoryStore, NewKey, StoreError,
+    authenticator::AuthenticatorBuilder,
+    denial::{Forbidden, InvalidKey},
+    key::KeyHash,
+    middleware::ClientAddr,
+    record::{KeyRecord, Revision, User},
+    store::{Answer, Change, ChangeStream, KeyRepository, KeyStore, Lookup, StoredKey},
+};
 
 use crate::support::{
     self, bearer,

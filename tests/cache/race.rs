@@ -9,7 +9,13 @@ use std::{
 };
 
 use tokio::{sync::watch, task::JoinSet};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, MemoryStore, NewKey, RedisCache, StoreError,
+    management::IssuedKey,
+    record::User,
+    redis::RedisState,
+    store::{Answer, CacheSecret, ChangeStream, KeyRepository, KeyStore, Lookup},
+};
 
 use crate::support::{
     self,

@@ -8,7 +8,17 @@ use std::{
     time::Duration,
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey, PostgresStore,
+    StoreError,
+    authenticator::AuthenticatorBuilder,
+    clock::ManualClock,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    key::KeyHash,
+    record::{AllowedNetwork, KeyRecord, Revision, User},
+    store::{Answer, Change, KeyRepository, KeyStore, Lookup, StoredKey},
+};
 
 use crate::support::{
     fixture,

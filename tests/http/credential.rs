@@ -4,8 +4,12 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use http::{HeaderName, header::AUTHORIZATION};
 use proptest::prelude::*;
 use tower_api_key::{
-    ApiKeyAuthLayer, Credential, Denial, KeyHash, KeyRecord, KeyRepository, MalformedCredential,
-    StoredKey, User,
+    ApiKeyAuthLayer, Denial,
+    denial::MalformedCredential,
+    key::KeyHash,
+    middleware::Credential,
+    record::{KeyRecord, User},
+    store::{KeyRepository, StoredKey},
 };
 
 use crate::support::{

@@ -8,8 +8,11 @@ use http_body_util::Full;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 use tower_api_key::{
-    ApiKeyAuthLayer, Credential, Denial, Forbidden, InvalidKey, InvalidRealm, KeyRecord,
-    KeyRepository, MemoryStore, StoreError, UnrecognizedKey, User, openai_error,
+    ApiKeyAuthLayer, Denial, MemoryStore, StoreError,
+    denial::{Forbidden, InvalidKey, UnrecognizedKey},
+    middleware::{Credential, InvalidRealm, openai_error},
+    record::{KeyRecord, User},
+    store::KeyRepository,
 };
 
 use crate::support::{

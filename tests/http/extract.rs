@@ -12,8 +12,10 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use tower::ServiceExt;
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, Forbidden, KeyRecord, MemoryStore, User,
-    openai_error,
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, MemoryStore,
+    denial::Forbidden,
+    middleware::openai_error,
+    record::{KeyRecord, User},
 };
 
 use crate::support::{self, Answer, fixture, log, read, rule, unknown_key};

@@ -14,8 +14,9 @@ use tonic_health::pb::{
 };
 use tower::ServiceExt;
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, Forbidden, InvalidKey, MemoryStore,
-    StoreError, openai_error,
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, MemoryStore, StoreError,
+    denial::{Forbidden, InvalidKey},
+    middleware::openai_error,
 };
 
 use crate::support::{
@@ -285,7 +286,7 @@ async fn address_rules_see_the_peer_of_a_tonic_connection() {
     let fixture = fixture().await;
     let loopback = "127.0.0.0/8".parse().unwrap();
     let key = fixture.issue(|new| new.allowed_ips([loopback])).await;
-    let peer = |head: &tower_api_key::RequestHead<'_>| {
+    let peer = |head: &tower_api_key::middleware::RequestHead<'_>| {
         Some(head.extensions().get::<TcpConnectInfo>()?.remote_addr()?.ip())
     };
     let mut client = health(fixture.layer().client_ip(peer)).await;

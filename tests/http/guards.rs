@@ -7,7 +7,13 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, limit::ConcurrencyLimitLayer, service_fn};
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Denial, RateLimitLayer, RequireLayer,
+    denial::Forbidden,
+    middleware::{BudgetLayer, openai_error},
+    rate_limit::LocalRateLimiter,
+    record::{Budget, BudgetPeriod, RateLimits},
+};
 
 use crate::support::{self, Answer, Fixture, bearer, fixture, get, probe::probe, read};
 

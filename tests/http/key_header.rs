@@ -5,7 +5,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
 use tower::{ServiceExt, service_fn};
-use tower_api_key::{ApiKeyAuthLayer, Credential};
+use tower_api_key::{ApiKeyAuthLayer, middleware::Credential};
 
 use crate::support::{
     self,

@@ -13,8 +13,10 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Empty, Full};
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, KeyRecord, ResponseBody, StoreError,
-    StoreErrorKind, User,
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, StoreError,
+    error::StoreErrorKind,
+    middleware::ResponseBody,
+    record::{KeyRecord, User},
 };
 
 use crate::support::{

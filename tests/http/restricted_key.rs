@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
-use tower_api_key::{AllowedNetwork, ClientAddr, Denial, Forbidden};
+use tower_api_key::{Denial, denial::Forbidden, middleware::ClientAddr, record::AllowedNetwork};
 
 use crate::support::{self, fixture, rule, send};
 

@@ -14,7 +14,9 @@ use http::{Request, Response};
 use http_body::{Body, Frame};
 use http_body_util::Empty;
 use tower::{Layer, Service, ServiceExt, limit::ConcurrencyLimit};
-use tower_api_key::{ApiKeyAuth, ApiKeyAuthLayer, Authenticator, Denial, StoreErrorKind};
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, Denial, error::StoreErrorKind, middleware::ApiKeyAuth,
+};
 
 use crate::support::{
     Fixture,
@@ -497,6 +499,6 @@ fn the_service_and_its_future_are_as_send_and_sync_as_what_they_hold() {
     send_sync::<ApiKeyAuth<Is<u8>>>();
     send_sync::<ApiKeyAuthLayer>();
     // The body is `Send` and not `Sync`.
-    send::<tower_api_key::ResponseFuture<Probe, Opaque>>();
-    send::<tower_api_key::ResponseBody<Opaque>>();
+    send::<tower_api_key::middleware::ResponseFuture<Probe, Opaque>>();
+    send::<tower_api_key::middleware::ResponseBody<Opaque>>();
 }

@@ -6,7 +6,12 @@ use std::sync::{
 };
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, KeyManager, NewKey,
+    key::{KeyHash, KeySchemeBuilder},
+    record::KeyRecord,
+    store::{KeyRepository, StoredKey},
+};
 
 use crate::support::{self, alone::is_alone, checks::Checks, old_and_new_keys, send, store_of};
 

@@ -1,7 +1,11 @@
 //! How keys look: what parses, what is refused, and what never reaches the store.
 
 use proptest::prelude::*;
-use tower_api_key::{InvalidKey, KeyFormat, KeyScheme, MalformedCredential, UnrecognizedKey};
+use tower_api_key::{
+    KeyScheme,
+    denial::{InvalidKey, MalformedCredential, UnrecognizedKey},
+    key::KeyFormat,
+};
 
 use crate::support::{
     counted::block_on,

@@ -1,7 +1,7 @@
 //! Hashes at rest: every kind that other services may have written, and what they are good for.
 
 use proptest::prelude::*;
-use tower_api_key::{InvalidKey, KeyHash};
+use tower_api_key::{denial::InvalidKey, key::KeyHash};
 
 use crate::support::door::{Door, Told, first_chars, scheme, structured};
 
@@ -30,7 +30,7 @@ const OPENWALL: &str = "$2a$05$abcdefghijklmnopqrstuu5s2v8.iXieOjg/.AySBTTZIIVFJ
 const OPENWALL_KEY: &str =
     "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789";
 
-fn peppered() -> tower_api_key::KeySchemeBuilder {
+fn peppered() -> tower_api_key::key::KeySchemeBuilder {
     scheme(first_chars(3)).pepper(TODAY).retired_pepper(YESTERDAY)
 }
 

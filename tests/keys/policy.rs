@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use http::Method;
 use proptest::prelude::*;
-use tower_api_key::{AllowedNetwork, EndpointRule};
+use tower_api_key::record::{AllowedNetwork, EndpointRule};
 
 use crate::support::rule;
 

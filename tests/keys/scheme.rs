@@ -1,6 +1,12 @@
 //! Formats and schemes that can't be built, and what they show of themselves.
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, MemoryStore, NewKey, StoreError,
+    key::{FormatError, KeyFormat, KeyHash, MintError, SchemeError},
+    management::ManageError,
+    record::{KeyRecord, User},
+    store::{Answer, KeyStore, Lookup, StoredKey},
+};
 
 use crate::support::door::{Door, first_chars, scheme, structured};
 

@@ -8,9 +8,12 @@ use std::{
 
 use tower::{Layer, service_fn};
 use tower_api_key::{
-    Answer, ApiKeyAuthLayer, Authenticator, CacheSecret, Credential, Denial, DynKeyStore,
-    KeyFormat, KeyHash, KeyManager, KeyRecord, KeyRepository, KeyScheme, KeyStore, Lookup,
-    MemoryStore, NewKey, PostgresStore, RequestHead, SqliteStore, StoreError, StoredKey, User,
+    ApiKeyAuthLayer, Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey,
+    PostgresStore, SqliteStore, StoreError,
+    key::{KeyFormat, KeyHash},
+    middleware::{Credential, RequestHead},
+    record::{KeyRecord, User},
+    store::{Answer, CacheSecret, DynKeyStore, KeyRepository, KeyStore, Lookup, StoredKey},
 };
 
 use crate::support::{

@@ -9,7 +9,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, Denial, MemoryStore,
+    clock::ManualClock,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    store::{KeyRepository, ListKeys},
+};
 
 use crate::support::{
     self, counted::Counted, eventually::eventually, fixture, old_and_new_keys, send, store_of,

@@ -8,7 +8,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore,
+    clock::ManualClock,
+    management::IssuedKey,
+    record::{Budget, BudgetPeriod, KeyId},
+    store::{KeyRepository, KeyStore, KeyUsage, Lease, LeaseRequest, ListKeys, UsageBatch},
+};
 
 use crate::support::{eventually::eventually, every_store::on_every_store, servers::Postgres};
 

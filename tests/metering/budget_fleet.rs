@@ -11,7 +11,11 @@ use std::{
 };
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, NewKey, PostgresStore,
+    record::{Budget, BudgetPeriod},
+    store::KeyRepository,
+};
 
 use crate::support::{eventually::eventually, servers::Postgres};
 

@@ -8,7 +8,13 @@ use std::{
     time::Duration,
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, KeyManager, MemoryStore, NewKey,
+    StoreError,
+    middleware::BudgetLayer,
+    record::{Budget, BudgetPeriod},
+    store::{Answer, KeyStore, Lease, LeaseRequest, Lookup, UsageBatch},
+};
 
 use crate::support::{
     self,

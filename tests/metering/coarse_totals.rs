@@ -1,6 +1,10 @@
 //! Costs of less than a cent in adopted columns that have whole cents.
 
-use tower_api_key::*;
+use tower_api_key::{
+    KeyManager, NewKey, PostgresStore,
+    record::{Budget, BudgetPeriod, KeyId},
+    store::{KeyRepository, KeyStore, KeyUsage, LeaseRequest, UsageBatch},
+};
 
 use crate::support::servers::Postgres;
 

@@ -11,7 +11,11 @@ use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
 };
-use tower_api_key::*;
+use tower_api_key::{
+    KeyManager, MemoryStore, NewKey, PostgresStore, SqliteStore,
+    record::{Budget, BudgetPeriod},
+    store::{KeyRepository, KeyUsage, LeaseRequest, UsageBatch},
+};
 
 use crate::support::servers::Postgres;
 

@@ -6,7 +6,12 @@ use std::{
 };
 
 use tower::{ServiceBuilder, ServiceExt};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Denial, KeyManager, MemoryStore, NewKey, RateLimitLayer, StoreError,
+    clock::ManualClock,
+    rate_limit::{LocalRateLimiter, RateLimiter},
+    record::{KeyId, Quota, RateLimits, RatePeriod, RateWindow},
+};
 
 use crate::support::{self, Answer, Fixture, bearer, fixture, probe::probe, read, some_user};
 

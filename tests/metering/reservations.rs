@@ -13,7 +13,15 @@ use http::Request;
 use http_body_util::Full;
 use tokio::task::JoinSet;
 use tower::{Service, ServiceBuilder, ServiceExt, limit::ConcurrencyLimit};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, KeyManager, KeyScheme, MemoryStore,
+    NewKey, StoreError,
+    clock::ManualClock,
+    denial::BudgetExceeded,
+    middleware::BudgetLayer,
+    record::{Budget, BudgetPeriod},
+    store::{Answer, KeyRepository, KeyStore, Lease, LeaseRequest, Lookup, UsageBatch},
+};
 
 use crate::support::{
     self, Answer as Told, bearer,

@@ -9,7 +9,14 @@ use std::{
 };
 
 use tower::{ServiceBuilder, ServiceExt};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, Authenticator, KeyManager, KeyScheme, MemoryStore, NewKey,
+    PostgresStore, StoreError,
+    clock::ManualClock,
+    metering::Usage,
+    record::{KeyId, Revision},
+    store::{Answer, Change, KeyRepository, KeyStore, KeyUsage, ListKeys, Lookup, UsageBatch},
+};
 
 use crate::support::{
     self, bearer, eventually::eventually, every_store::on_every_store, feed::Heard, fixture,

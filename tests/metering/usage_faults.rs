@@ -3,7 +3,12 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, PostgresStore,
+    metering::Usage,
+    record::{Budget, BudgetPeriod, KeyId},
+    store::{KeyRepository, KeyStore, KeyUsage, LeaseRequest, UsageBatch},
+};
 
 use crate::support::{eventually::eventually, servers::Postgres};
 

@@ -11,7 +11,13 @@ use std::{
 };
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, PostgresStore,
+    management::IssuedKey,
+    metering::Usage,
+    record::KeyId,
+    store::{KeyRepository, KeyStore, KeyUsage, UsageBatch},
+};
 
 use crate::support::{eventually::eventually, proxy::Proxy, servers::Postgres};
 

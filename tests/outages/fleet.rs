@@ -4,7 +4,10 @@
 use std::{sync::Arc, time::Duration};
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, KeyManager, NewKey, PostgresStore, RedisCache,
+    redis::RedisState,
+};
 
 use crate::support::{
     self,

@@ -1,7 +1,14 @@
 //! Tables that another service's ORM made are adopted, and that service goes on working.
 
 use serde_json::json;
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore,
+    backend::MigrateError,
+    denial::InvalidKey,
+    key::{KeyFormat, KeyHash},
+    record::{Budget, BudgetPeriod},
+    store::{KeyRepository, KeyStore},
+};
 
 use crate::support::{eventually::eventually, servers::Postgres, stores::question};
 

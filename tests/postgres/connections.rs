@@ -7,7 +7,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, NewKey, PostgresStore, StoreError,
+    backend::MigrateError,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    management::ManageError,
+    store::{KeyRepository, KeyStore},
+};
 
 use crate::support::{self, eventually::eventually, servers::Postgres, stores::question};
 

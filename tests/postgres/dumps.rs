@@ -2,7 +2,10 @@
 
 use std::time::{Duration, SystemTime};
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, RedisCache,
+    store::{Change, KeyStore},
+};
 
 use crate::support::{
     database::{

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tower_api_key::*;
+use tower_api_key::Authenticator;
 
 use crate::support::{
     database::{Database, NEVER, caches, database_with, number, refusal, store_at},

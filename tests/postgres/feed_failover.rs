@@ -3,7 +3,10 @@
 use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator,
+    store::{Change, KeyStore},
+};
 
 use crate::support::{
     self,

@@ -3,7 +3,15 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio_postgres::{Client, NoTls};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore, RedisCache,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    key::{KeyFormat, KeyHash},
+    record::KeyRecord,
+    redis::RedisState,
+    store::{Change, KeyRepository, KeyStore, StoredKey},
+};
 
 use crate::support::{
     self,

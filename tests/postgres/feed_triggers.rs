@@ -3,7 +3,11 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator,
+    denial::InvalidKey,
+    store::{Change, KeyStore},
+};
 
 use crate::support::{
     self,

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use tokio_postgres::Client;
-use tower_api_key::*;
+use tower_api_key::{Authenticator, Denial, backend::MigrateError, denial::InvalidKey};
 
 use crate::support::{
     self,

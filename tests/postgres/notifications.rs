@@ -10,7 +10,7 @@ use std::{
 };
 
 use tokio_postgres::{AsyncMessage, NoTls};
-use tower_api_key::*;
+use tower_api_key::{Authenticator, denial::InvalidKey, store::KeyStore};
 
 use crate::support::{
     database::{

@@ -2,7 +2,11 @@
 
 use std::time::{Duration, SystemTime};
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial,
+    denial::InvalidKey,
+    store::{Change, KeyStore},
+};
 
 use crate::support::{
     database::{

@@ -3,7 +3,9 @@
 use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, RedisCache, denial::InvalidKey, store::KeyStore,
+};
 
 use crate::support::{
     database::{

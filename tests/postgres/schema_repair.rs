@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use tokio_postgres::Client;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, backend::MigrateError, denial::InvalidKey, store::Change,
+};
 
 use crate::support::{
     self,

@@ -10,7 +10,19 @@ use std::{
 };
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Denial, KeyManager, KeyScheme, MemoryStore, NewKey, RedisCache, SqliteStore,
+    StoreError,
+    backend::RedisCacheError,
+    clock::{Clock, ManualClock},
+    denial::{Forbidden, InvalidKey},
+    key::KeyHash,
+    record::{Budget, BudgetPeriod, KeyRecord},
+    redis::{RedisServers, RedisState},
+    store::{
+        Answer, CacheSecret, DynKeyStore, KeyRepository, KeyStore, ListKeys, Lookup, StoredKey,
+    },
+};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::support::{

@@ -10,7 +10,11 @@ use std::{
 };
 
 use tokio::{sync::Barrier, task::JoinSet};
-use tower_api_key::*;
+use tower_api_key::{
+    rate_limit::{OnRedisFailure, RateLimiter, RedisRateLimiter},
+    record::{KeyId, RateLimits},
+    redis::RedisState,
+};
 
 use crate::support::{eventually::eventually, servers::Redis};
 

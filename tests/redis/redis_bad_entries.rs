@@ -12,7 +12,16 @@ use tokio::{
     net::TcpListener,
     task::JoinHandle,
 };
-use tower_api_key::*;
+use tower_api_key::{
+    KeyScheme, MemoryStore, NewKey, SqliteStore,
+    authenticator::AuthenticatorBuilder,
+    clock::{Clock, ManualClock},
+    denial::InvalidKey,
+    key::KeyHash,
+    record::KeyRecord,
+    redis::RedisState,
+    store::{CacheSecret, KeyRepository, KeyStore, StoredKey},
+};
 
 use crate::support::{
     checks::Checks,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{SqliteStore, denial::InvalidKey, management::IssuedKey, redis::RedisState};
 
 use crate::support::{
     fleet::*,

@@ -2,7 +2,13 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{
+    KeyManager, MemoryStore, PostgresStore, SqliteStore,
+    backend::RedisCacheBuilder,
+    denial::InvalidKey,
+    record::KeyId,
+    store::{CacheSecret, KeyRepository, KeyStore},
+};
 
 use crate::support::{
     door::Told,

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use tower_api_key::*;
+use tower_api_key::{PostgresStore, SqliteStore, store::KeyRepository};
 
 use crate::support::{
     door::Told,

@@ -3,7 +3,12 @@
 
 use std::time::{Duration, Instant};
 
-use tower_api_key::*;
+use tower_api_key::{
+    SqliteStore,
+    denial::InvalidKey,
+    management::IssuedKey,
+    redis::{RedisServers, RedisState},
+};
 
 use crate::support::{
     door::Told,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{denial::InvalidKey, redis::RedisState};
 
 use crate::support::{fleet::*, servers::RedisSentinel};
 

@@ -11,7 +11,21 @@ use std::{
 use chrono::{TimeZone, Utc};
 use futures_util::StreamExt;
 use serde_json::json;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey, StoreError,
+    authenticator::AuthenticatorBuilder,
+    clock::ManualClock,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    key::{KeyFormat, KeyHash, KeySchemeBuilder},
+    record::{
+        Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions, UsageTotals, User,
+    },
+    store::{
+        Answer, Change, ChangeStream, DynKeyStore, KeyRepository, KeyStore, KeyUsage, LeaseRequest,
+        ListKeys, Lookup, StoredKey, UsageBatch,
+    },
+};
 
 use crate::support::{
     self, eventually::eventually, every_store::on_every_store, some_user, stores::question,

@@ -6,7 +6,12 @@ use std::{
 };
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, SqliteStore,
+    denial::InvalidKey,
+    key::{KeyFormat, KeyHash},
+    store::{KeyRepository, KeyStore},
+};
 
 use crate::support::feed::{Heard, in_sync, within};
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use tower_api_key::*;
+use tower_api_key::{Authenticator, PostgresStore, SqliteStore, key::KeyHash, store::KeyStore};
 
 use crate::support::{
     eventually::eventually, feed::in_sync, scripted::status, servers::Postgres,

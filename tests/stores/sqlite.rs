@@ -6,7 +6,15 @@ use diesel::{
     Connection, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
     sql_query, sql_types::Text,
 };
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, SqliteStore,
+    backend::MigrateError,
+    denial::InvalidKey,
+    key::{KeyFormat, KeyHash},
+    management::ManageError,
+    record::{Budget, BudgetPeriod},
+    store::{KeyStore, KeyUsage, LeaseRequest, UsageBatch},
+};
 
 use crate::support::some_user;
 

@@ -3,7 +3,13 @@
 use std::{error::Error, time::Duration};
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore, SqliteStore, StoreError,
+    error::StoreErrorKind,
+    key::KeyHash,
+    record::{KeyId, KeyRecord, User},
+    store::{KeyRepository, KeyStore, KeyUsage, StoredKey, UsageBatch},
+};
 
 use crate::support::{log::capture, servers::Postgres, some_user};
 

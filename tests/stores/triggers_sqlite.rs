@@ -6,7 +6,12 @@ use diesel::{
     Connection, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
     sql_query, sql_types::Text,
 };
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, NewKey, SqliteStore,
+    denial::InvalidKey,
+    management::IssuedKey,
+    store::{Change, FeedFault, KeyStore},
+};
 
 use crate::support::{
     self,

@@ -5,7 +5,10 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use tower_api_key::{Answer, KeyStore, Lookup, MemoryStore, StoreError};
+use tower_api_key::{
+    MemoryStore, StoreError,
+    store::{Answer, KeyStore, Lookup},
+};
 
 /// The keys of a [`MemoryStore`], and the number of look-ups so far.
 #[derive(Clone, Default)]

@@ -3,7 +3,11 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio_postgres::{Client, NoTls};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, NewKey, PostgresStore,
+    denial::InvalidKey,
+    store::{FeedFault, KeyStore},
+};
 
 use super::{
     feed::{Heard, eventually, within},

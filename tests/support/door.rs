@@ -1,8 +1,11 @@
 //! A scheme with a store that counts its look-ups, and what a key is told there.
 
 use tower_api_key::{
-    Authenticator, Denial, InvalidKey, KeyFormat, KeyManager, KeyRecord, KeyRepository, KeyScheme,
-    KeySchemeBuilder, MalformedCredential, MemoryStore, NewKey, StoredKey, User, UserId,
+    Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey,
+    denial::{InvalidKey, MalformedCredential},
+    key::{KeyFormat, KeySchemeBuilder},
+    record::{KeyRecord, User, UserId},
+    store::{KeyRepository, StoredKey},
 };
 
 use super::{counted::Counted, some_user};

@@ -8,7 +8,10 @@ use std::{
 
 use futures_util::Stream;
 use tokio::task::JoinHandle;
-use tower_api_key::{Authenticator, Change, ChangeStream, FeedStatus};
+use tower_api_key::{
+    Authenticator,
+    store::{Change, ChangeStream, FeedStatus},
+};
 
 /// What a feed has said since somebody last looked.
 pub struct Heard {

@@ -9,7 +9,20 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, MemoryStore, NewKey, RedisCache, SqliteStore, StoreError,
+    authenticator::AuthenticatorBuilder,
+    backend::RedisCacheBuilder,
+    clock::{Clock, ManualClock},
+    denial::InvalidKey,
+    management::IssuedKey,
+    record::{KeyId, KeyRecord, Revision, User, UserId},
+    redis::{RedisServers, RedisState},
+    store::{
+        Answer, CacheSecret, Change, ChangeStream, KeyPage, KeyRepository, KeyStore, ListKeys,
+        Lookup, StoredKey,
+    },
+};
 
 use super::{
     door::Told,

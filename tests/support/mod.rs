@@ -27,8 +27,11 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use tower::{Service, ServiceExt, service_fn};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, IssuedKey, KeyFormat, KeyHash, KeyManager, KeyRecord,
-    KeyRepository, KeyScheme, KeySchemeBuilder, MemoryStore, NewKey, StoredKey, UserId,
+    ApiKeyAuthLayer, AuthContext, KeyManager, KeyScheme, MemoryStore, NewKey,
+    key::{KeyFormat, KeyHash, KeySchemeBuilder},
+    management::IssuedKey,
+    record::{KeyRecord, UserId},
+    store::{KeyRepository, StoredKey},
 };
 
 /// A store with a user and one key of theirs that may do everything.
@@ -148,7 +151,7 @@ pub fn grpc<B>(mut request: Request<B>, content_type: &str) -> Request<B> {
 }
 
 /// The path, or method and path, of an endpoint rule.
-pub fn rule(text: &str) -> tower_api_key::EndpointRule {
+pub fn rule(text: &str) -> tower_api_key::record::EndpointRule {
     text.parse().unwrap()
 }
 

@@ -13,9 +13,12 @@ use futures_util::StreamExt;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tower_api_key::{
-    Answer, Authenticator, AuthenticatorBuilder, Change, ChangeStream, KeyFormat, KeyHash,
-    KeyManager, KeyRecord, KeyScheme, KeyStore, Lookup, ManualClock, MemoryStore, NewKey, Revision,
-    Revisions, StoreError, StoredKey, User, UserId,
+    Authenticator, KeyManager, KeyScheme, MemoryStore, NewKey, StoreError,
+    authenticator::AuthenticatorBuilder,
+    clock::ManualClock,
+    key::{KeyFormat, KeyHash},
+    record::{KeyRecord, Revision, Revisions, User, UserId},
+    store::{Answer, Change, ChangeStream, KeyStore, Lookup, StoredKey},
 };
 
 use super::{eventually::others_make, some_user};
@@ -281,7 +284,7 @@ impl Node {
     }
 
     pub fn now(&self) -> SystemTime {
-        tower_api_key::Clock::now(&*self.clock)
+        tower_api_key::clock::Clock::now(&*self.clock)
     }
 
     pub fn seconds(&self, seconds: u64) {

@@ -4,7 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::Semaphore;
 use tower_api_key::{
-    Answer, Authenticator, Denial, KeyRecord, KeyScheme, KeyStore, Lookup, MemoryStore, StoreError,
+    Authenticator, Denial, KeyScheme, MemoryStore, StoreError,
+    record::KeyRecord,
+    store::{Answer, KeyStore, Lookup},
 };
 
 use super::eventually::others_make;

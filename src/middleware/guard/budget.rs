@@ -14,7 +14,7 @@ use crate::{context::AuthContext, middleware::credential::RequestHead};
 ///
 /// ```
 /// use tower::ServiceBuilder;
-/// use tower_api_key::{ApiKeyAuthLayer, BudgetLayer, MemoryStore};
+/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, middleware::BudgetLayer};
 ///
 /// // 200,000 micro-cents are a fifth of a cent.
 /// let service = ServiceBuilder::new()

@@ -22,7 +22,7 @@ use crate::{
 ///
 /// ```
 /// use tower::ServiceBuilder;
-/// use tower_api_key::{ApiKeyAuthLayer, LocalRateLimiter, MemoryStore, RateLimitLayer};
+/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, RateLimitLayer, rate_limit::LocalRateLimiter};
 ///
 /// let service = ServiceBuilder::new()
 ///     .layer(ApiKeyAuthLayer::new(MemoryStore::new()))

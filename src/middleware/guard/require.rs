@@ -61,7 +61,7 @@ impl RequireLayer {
     /// Requires a custom rule.
     ///
     /// ```
-    /// use tower_api_key::{Forbidden, RequireLayer};
+    /// use tower_api_key::{RequireLayer, denial::Forbidden};
     ///
     /// let own_tenant = RequireLayer::new(|caller, head| {
     ///     let tenant = caller.metadata()["tenant"].as_str().unwrap_or_default();
