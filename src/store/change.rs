@@ -99,6 +99,7 @@ impl ChangeStream {
     }
 
     /// Converts the stream into a best-effort stream.
+    #[cfg(feature = "redis")]
     pub(crate) fn into_hints(self) -> Self {
         Self { is_complete: false, ..self }
     }
