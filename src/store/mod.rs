@@ -1,4 +1,34 @@
-//! The store contract: [`KeyStore`], the look-up side, and [`KeyRepository`], the write side.
+//! The contract of a store: what to implement to keep keys elsewhere.
+//!
+//! Implement [`KeyStore::resolve`]: read the keys under [`Lookup::id`], and pass them to [`Lookup::verify`], which compares the
+//! hashes and makes the [`Answer`]. The example at [`KeyStore`] is the smallest useful store. The other methods are optional:
+//!
+//! | method | without it |
+//! |---|---|
+//! | [`changes`](KeyStore::changes), a [`ChangeStream`] | a revoked key works for at most `max_staleness`, 30 s |
+//! | [`record_usage`](KeyStore::record_usage) of a [`UsageBatch`] | no usage is counted |
+//! | [`lease`](KeyStore::lease), for a [`LeaseRequest`] | reservations for keys with a budget are answered 500 |
+//! | [`cache_secret`](KeyStore::cache_secret), a [`CacheSecret`] | `RedisCache` needs a secret in its builder |
+//!
+//! [`KeyRepository`] is the write side, which [`KeyManager`](crate::KeyManager) uses. The stores of this crate implement it. It
+//! also lists and edits keys:
+//!
+//! ```
+//! use tower_api_key::{
+//!     MemoryStore, StoreError,
+//!     store::{KeyRepository, ListKeys},
+//! };
+//!
+//! # async fn run(store: MemoryStore) -> Result<(), StoreError> {
+//! for key in store.list_keys(&ListKeys::default().owner(7)).await?.keys {
+//!     println!("{} {}", key.prefix, key.name);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A store that can't write keys mints them with [`KeyScheme::mint`](crate::KeyScheme::mint) (`custom_store` in the examples).
+//! [`DynKeyStore`] is any store as one type.
 
 mod account;
 mod answer;

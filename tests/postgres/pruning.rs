@@ -77,7 +77,7 @@ async fn a_change_of_a_transaction_that_was_open_for_hours_is_kept_for_two_more(
     assert!(db.number(all).await < before);
 }
 
-/// The rights that the README asks for.
+/// The rights that the documentation of `backend` lists.
 const RIGHTS: &str = "CREATE ROLE service LOGIN;
     GRANT SELECT ON users, api_keys, api_key_changes, api_key_cache_secrets TO service;
     GRANT UPDATE ON api_keys TO service;
