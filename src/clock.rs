@@ -1,7 +1,7 @@
 //! The source of time of the crate, and a clock for tests.
 //!
-//! Services use [`SystemClock`], the default. A test injects a [`ManualClock`] and advances it, so that it checks expiry or the
-//! end of a rate-limit window without sleeping:
+//! Services use [`SystemClock`], the default. A test injects a [`ManualClock`] and advances it, so that it checks
+//! expiry or the end of a rate-limit window without sleeping:
 //!
 //! ```
 //! use std::{sync::Arc, time::{Duration, SystemTime}};

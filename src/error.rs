@@ -1,9 +1,9 @@
 //! Failures of stores and of what they depend on: [`StoreError`].
 //!
 //! An unknown or wrong key is not an error but an [`Answer`](crate::store::Answer), and a denied request is a
-//! [`Denial`](crate::Denial). A store of your own returns an error when it could not complete a look-up; the kind decides the
-//! response: 500 for [`BadRow`](StoreErrorKind::BadRow) and [`Unsupported`](StoreErrorKind::Unsupported), 503 with
-//! `Retry-After` for the others.
+//! [`Denial`](crate::Denial). A store of your own returns an error when it could not complete a look-up; the kind
+//! decides the response: 500 for [`BadRow`](StoreErrorKind::BadRow) and [`Unsupported`](StoreErrorKind::Unsupported),
+//! 503 with `Retry-After` for the others.
 //!
 //! ```
 //! use tower_api_key::StoreError;

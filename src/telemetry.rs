@@ -1,7 +1,8 @@
 //! Log messages and metrics. This module has no public items.
 //!
-//! Log messages are events of the `tracing` crate. A fault of the service is logged at WARN or ERROR, a denial that is the
-//! caller's fault at DEBUG. Neither logs nor metrics contain a key or a hash. Lookup ids, which are public, are logged.
+//! Log messages are events of the `tracing` crate. A fault of the service is logged at WARN or ERROR, a denial that is
+//! the caller's fault at DEBUG. Neither logs nor metrics contain a key or a hash. Lookup ids, which are public, are
+//! logged.
 //!
 //! With the feature `metrics`, the crate counts through the recorder of the `metrics` crate:
 //!

@@ -1,8 +1,8 @@
 //! The engine without HTTP: a key in, an [`AuthContext`](crate::AuthContext) or a [`Denial`](crate::Denial) out.
 //!
-//! [`ApiKeyAuthLayer::new`](crate::ApiKeyAuthLayer::new) creates an [`Authenticator`] with the default settings. Create one
-//! yourself to change the settings ([`Authenticator::builder`]), to share its caches between layers, to check keys that
-//! don't arrive in HTTP requests, or to shut down without losing usage.
+//! [`ApiKeyAuthLayer::new`](crate::ApiKeyAuthLayer::new) creates an [`Authenticator`] with the default settings. Create
+//! one yourself to change the settings ([`Authenticator::builder`]), to share its caches between layers, to check keys
+//! that don't arrive in HTTP requests, or to shut down without losing usage.
 //!
 //! ```
 //! use std::time::Duration;
@@ -22,15 +22,18 @@
 //!
 //! # The local cache
 //!
-//! Each node caches up to 100,000 keys ([`cache_capacity`](AuthenticatorBuilder::cache_capacity)), and concurrent requests
-//! with one key share one look-up. The store reports changes of keys and owners
-//! ([`KeyStore::changes`](crate::store::KeyStore::changes)). A node that has received a change serves nothing older, from any
-//! tier.
+//! Each node caches up to 100,000 keys ([`cache_capacity`](AuthenticatorBuilder::cache_capacity)), and concurrent
+//! requests with one key share one look-up. The store reports changes of keys and owners
+//! ([`KeyStore::changes`](crate::store::KeyStore::changes)). A node that has received a change serves nothing older,
+//! from any tier.
 //!
 //! [`Authenticator::health`] reports whether the store fails, when the node was last in sync with the changes, and why
-//! changes may not arrive. [`Authenticator::invalidate`] drops what is cached under a lookup id, for changes made outside of
-//! the store's knowledge.
+//! changes may not arrive. [`Authenticator::invalidate`] drops what is cached under a lookup id, for changes made
+//! outside of the store's knowledge.
 
+// `resolver` contains the path of a look-up; read it first. `local_cache` is the first tier, `single_flight` shares
+// concurrent look-ups of one key, `lookup_limiter` decides on the priority of look-ups, and `change_feed` follows the
+// changes of the store.
 mod admission;
 mod authenticate;
 mod change_feed;

@@ -1,7 +1,7 @@
 //! Creating users, and issuing and revoking keys: [`KeyManager`].
 //!
-//! A [`KeyManager`] writes to a [`KeyRepository`](crate::store::KeyRepository), which all stores of this crate are. Describe a
-//! key with [`NewKey`]. The key itself is in [`IssuedKey`] and nowhere else: show it to its owner once.
+//! A [`KeyManager`] writes to a [`KeyRepository`](crate::store::KeyRepository), which all stores of this crate are.
+//! Describe a key with [`NewKey`]. The key itself is in [`IssuedKey`] and nowhere else: show it to its owner once.
 //!
 //! ```
 //! use tower_api_key::{KeyManager, MemoryStore, NewKey, management::ManageError};
@@ -16,8 +16,8 @@
 //! # }
 //! ```
 //!
-//! To list and edit keys, call the methods of [`KeyRepository`](crate::store::KeyRepository) on the store. Changes may also be
-//! made with SQL: triggers report them to every node.
+//! To list and edit keys, call the methods of [`KeyRepository`](crate::store::KeyRepository) on the store. Changes may
+//! also be made with SQL: triggers report them to every node.
 
 mod key_manager;
 

@@ -1,8 +1,8 @@
 //! What is stored of a key and its owner, and the values of its rules.
 //!
 //! [`KeyRecord`] is the data of a key without its hash, and [`User`] its owner. Handlers read both from the
-//! [`AuthContext`](crate::AuthContext); a store of your own creates them. [`EndpointRule`], [`AllowedNetwork`], [`RateLimits`]
-//! and [`Budget`] are the values of the rules, for [`NewKey`](crate::NewKey) as well.
+//! [`AuthContext`](crate::AuthContext); a store of your own creates them. [`EndpointRule`], [`AllowedNetwork`],
+//! [`RateLimits`] and [`Budget`] are the values of the rules, for [`NewKey`](crate::NewKey) as well.
 //!
 //! ```
 //! use tower_api_key::record::{Budget, BudgetPeriod, KeyRecord, RateLimits, User};

@@ -13,8 +13,8 @@
 //! # }
 //! ```
 //!
-//! By default, a request waits for Redis at most 100 ms. After five failures in a row the circuit breaker opens: Redis is not used, and
-//! is probed in the background. [`RedisState`] is its state, for a health check.
+//! By default, a request waits for Redis at most 100 ms. After five failures in a row the circuit breaker opens: Redis
+//! is not used, and is probed in the background. [`RedisState`] is its state, for a health check.
 
 mod link;
 mod script;

@@ -1,7 +1,8 @@
 //! The contract of a store: what to implement to keep keys elsewhere.
 //!
-//! Implement [`KeyStore::resolve`]: read the keys under [`Lookup::id`], and pass them to [`Lookup::verify`], which compares the
-//! hashes and makes the [`Answer`]. The example at [`KeyStore`] is the smallest useful store. The other methods are optional:
+//! Implement [`KeyStore::resolve`]: read the keys under [`Lookup::id`], and pass them to [`Lookup::verify`], which
+//! compares the hashes and makes the [`Answer`]. The example at [`KeyStore`] is the smallest useful store. The other
+//! methods are optional:
 //!
 //! | method | without it |
 //! |---|---|
@@ -10,8 +11,8 @@
 //! | [`lease`](KeyStore::lease), for a [`LeaseRequest`] | reservations for keys with a budget are answered 500 |
 //! | [`cache_secret`](KeyStore::cache_secret), a [`CacheSecret`] | `RedisCache` needs a secret in its builder |
 //!
-//! [`KeyRepository`] is the write side, which [`KeyManager`](crate::KeyManager) uses. The stores of this crate implement it. It
-//! also lists and edits keys:
+//! [`KeyRepository`] is the write side, which [`KeyManager`](crate::KeyManager) uses. The stores of this crate
+//! implement it. It also lists and edits keys:
 //!
 //! ```
 //! use tower_api_key::{
@@ -27,8 +28,8 @@
 //! # }
 //! ```
 //!
-//! A store that can't write keys mints them with [`KeyScheme::mint`](crate::KeyScheme::mint) (`custom_store` in the examples).
-//! [`DynKeyStore`] is any store as one type.
+//! A store that can't write keys mints them with [`KeyScheme::mint`](crate::KeyScheme::mint) (`custom_store` in the
+//! examples). [`DynKeyStore`] is any store as one type.
 
 mod account;
 mod answer;
