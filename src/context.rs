@@ -17,8 +17,9 @@ use crate::{
     record::{AllowedNetwork, EndpointRule, KeyRecord, RateLimits, User},
 };
 
-/// The authenticated caller and what the key allows. The layer inserts it into the extensions of each request that it
-/// lets in. Cheap to clone.
+/// The authenticated caller and what the key allows.
+///
+/// The layer inserts it into the extensions of each request that it lets in. Cheap to clone.
 ///
 /// In axum it is an extractor. Elsewhere, read it from the extensions:
 ///

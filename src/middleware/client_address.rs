@@ -23,12 +23,12 @@ impl From<SocketAddr> for ClientAddr {
     }
 }
 
-/// Trusted proxies in front of the service, and the header field in which they write the client's address. There is
-/// only one such field, because a proxy passes on the other one as the client sent it.
+/// Trusted proxies in front of the service, and the header field in which they write the client's address.
 ///
-/// The client's address is the right-most address that is not a trusted proxy's. If the peer is not a trusted proxy,
-/// the field is ignored. If the field can't be parsed from the right up to that address, the address is unknown, and
-/// keys with address rules are denied.
+/// There is only one such field, because a proxy passes on the other one as the client sent it. The client's address is
+/// the right-most address that is not a trusted proxy's. If the peer is not a trusted proxy, the field is ignored. If
+/// the field can't be parsed from the right up to that address, the address is unknown, and keys with address rules are
+/// denied.
 ///
 /// ```
 /// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, middleware::TrustedProxies};

@@ -15,7 +15,9 @@ use tower_service::Service;
 use super::{body::ResponseBody, gated_call::GatedCall, service::AuthGate};
 
 pin_project! {
-    /// Response future of [`ApiKeyAuth`](crate::middleware::ApiKeyAuth). It can be dropped at any time. A look-up that
+    /// Response future of [`ApiKeyAuth`](crate::middleware::ApiKeyAuth).
+    ///
+    /// It can be dropped at any time. A look-up that
     /// has begun then continues, because other requests may wait for it; nothing else is left behind.
     pub struct ResponseFuture<S, B>
     where
