@@ -151,7 +151,7 @@ async fn going_down_takes_away_what_was_made() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_adopted_is_said_column_by_column_and_nothing_is_changed() {
+async fn what_cannot_be_adopted_is_reported_column_by_column_and_nothing_is_changed() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("app.db");
     let mut orm = Other::at(&file);

@@ -2,22 +2,22 @@
 #![allow(dead_code, unused_imports, unused_macros, unreachable_pub, missing_docs)]
 
 pub mod alone;
+pub mod auth_outcome;
 pub mod checks;
 pub mod counted;
 pub mod database;
-pub mod door;
 pub mod eventually;
 pub mod every_store;
 pub mod feed;
 pub mod fleet;
 pub mod history;
+pub mod key_checker;
 pub mod log;
 pub mod probe;
 pub mod proxy;
 pub mod scripted;
 pub mod servers;
 pub mod stores;
-pub mod verdict;
 pub mod wire;
 
 use std::convert::Infallible;
