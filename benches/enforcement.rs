@@ -28,7 +28,16 @@ use http::HeaderValue;
 use servers::{Postgres, Redis};
 use tokio::runtime;
 use tower::{Service, ServiceBuilder};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, Authenticator, KeyManager, MemoryStore, NewKey, PostgresStore,
+    RateLimitLayer, RequireLayer,
+    management::IssuedKey,
+    metering::Usage,
+    rate_limit::{LocalRateLimiter, RateLimiter, RedisRateLimiter},
+    record::{Budget, BudgetPeriod, KeyId, RateLimits},
+    redis::RedisState,
+    store::{KeyRepository, KeyStore, KeyUsage, UsageBatch},
+};
 
 const ROUNDS: usize = 15;
 const KEYS: usize = 1_000;

@@ -37,7 +37,11 @@ use tokio::{
     task::JoinSet,
     time::{sleep, timeout},
 };
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, KeyManager, NewKey, PostgresStore,
+    management::IssuedKey,
+    record::{Budget, BudgetPeriod},
+};
 
 const ROUNDS: usize = 2;
 const PHASE: Duration = Duration::from_secs(4);

@@ -25,8 +25,10 @@ use http::{HeaderValue, Response, header};
 use sha2::{Digest, Sha256};
 use tower::{Layer, Service};
 use tower_api_key::{
-    Answer, ApiKeyAuthLayer, AuthContext, Authenticator, KeyFormat, KeyRecord, KeyScheme, KeyStore,
-    Lookup, StoreError, User,
+    ApiKeyAuthLayer, AuthContext, Authenticator, KeyScheme, StoreError,
+    key::KeyFormat,
+    record::{KeyRecord, User},
+    store::{Answer, KeyStore, Lookup},
 };
 use tower_http::validate_request::ValidateRequestHeaderLayer;
 

@@ -16,7 +16,9 @@ use std::time::{Duration, Instant};
 use figures::{median, median_ratio, percentile};
 use servers::{Postgres, Redis};
 use tokio::task::JoinSet;
-use tower_api_key::{Authenticator, KeyManager, NewKey, PostgresStore, RedisCache, RedisState};
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, PostgresStore, RedisCache, redis::RedisState,
+};
 
 const ROUNDS: usize = 25;
 const CALLERS: usize = 4;

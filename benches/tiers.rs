@@ -32,7 +32,14 @@ use redis::aio::MultiplexedConnection;
 use servers::{Postgres, Redis};
 use tokio::{runtime, sync::Barrier, task::JoinSet};
 use tower::{Layer, ServiceExt, service_fn};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, KeyManager, KeyScheme, NewKey, PostgresStore, RedisCache,
+    StoreError,
+    key::{KeyFormat, KeyHash},
+    management::IssuedKey,
+    record::{KeyRecord, User},
+    store::{Answer, CacheSecret, ChangeStream, KeyRepository, KeyStore, Lookup, StoredKey},
+};
 use tracing_subscriber::{filter::Targets, layer, prelude::*};
 
 const ROUNDS: usize = 15;

@@ -28,8 +28,10 @@ use http::StatusCode;
 use loopback::{ask, connect};
 use tokio::task::JoinSet;
 use tower_api_key::{
-    ApiKeyAuthLayer, KeyFormat, KeyHash, KeyManager, KeyRecord, KeyRepository, KeyScheme,
-    MemoryStore, NewKey, StoredKey,
+    ApiKeyAuthLayer, KeyManager, KeyScheme, MemoryStore, NewKey,
+    key::{KeyFormat, KeyHash},
+    record::KeyRecord,
+    store::{KeyRepository, StoredKey},
 };
 use tracing_subscriber::{filter::filter_fn, layer, prelude::*, registry::LookupSpan};
 

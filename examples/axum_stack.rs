@@ -13,9 +13,12 @@ use axum::{
 };
 use tower::ServiceBuilder;
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, Budget, BudgetLayer, BudgetPeriod, KeyManager,
-    KeyRepository, ListKeys, LocalRateLimiter, NewKey, RateLimitLayer, RateLimits, RequireLayer,
+    ApiKeyAuthLayer, AuthContext, Authenticator, KeyManager, NewKey, RateLimitLayer, RequireLayer,
     SqliteStore,
+    middleware::BudgetLayer,
+    rate_limit::LocalRateLimiter,
+    record::{Budget, BudgetPeriod, RateLimits},
+    store::{KeyRepository, ListKeys},
 };
 use tower_http::cors::{Any, CorsLayer};
 

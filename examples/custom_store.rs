@@ -7,8 +7,10 @@ use std::{collections::HashMap, env, error::Error, net::SocketAddr};
 
 use axum::{Router, routing::get};
 use tower_api_key::{
-    Answer, ApiKeyAuthLayer, AuthContext, Authenticator, KeyFormat, KeyRecord, KeyScheme, KeyStore,
-    Lookup, MintedKey, StoreError, StoredKey, User,
+    ApiKeyAuthLayer, AuthContext, Authenticator, KeyScheme, StoreError,
+    key::{KeyFormat, MintedKey},
+    record::{KeyRecord, User},
+    store::{Answer, KeyStore, Lookup, StoredKey},
 };
 
 /// Lookup id, e-mail address and hash of each key. Only the hash of a key is stored.

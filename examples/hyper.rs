@@ -16,7 +16,8 @@ use hyper_util::{
 use tokio::net::TcpListener;
 use tower::ServiceBuilder;
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, ClientAddr, Credential, KeyManager, MemoryStore, NewKey,
+    ApiKeyAuthLayer, AuthContext, KeyManager, MemoryStore, NewKey,
+    middleware::{ClientAddr, Credential},
 };
 
 #[tokio::main]

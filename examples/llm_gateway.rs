@@ -18,9 +18,13 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tower::ServiceBuilder;
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, Budget, BudgetPeriod, Denial, KeyManager,
-    KeyRepository, ListKeys, LocalRateLimiter, NewKey, RateLimitLayer, RateLimits, RequireLayer,
-    Reservation, SqliteStore, Usage, openai_error,
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, KeyManager, NewKey, RateLimitLayer,
+    RequireLayer, SqliteStore,
+    metering::{Reservation, Usage},
+    middleware::openai_error,
+    rate_limit::LocalRateLimiter,
+    record::{Budget, BudgetPeriod, RateLimits},
+    store::{KeyRepository, ListKeys},
 };
 
 /// Names of models, and prices in micro-cents per token.

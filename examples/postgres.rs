@@ -7,8 +7,8 @@ use std::{env, error::Error, net::SocketAddr};
 
 use axum::{Router, routing::get};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, KeyFormat, KeyManager, KeyScheme, ManageError, NewKey,
-    PostgresStore, StoreErrorKind,
+    ApiKeyAuthLayer, AuthContext, KeyManager, KeyScheme, NewKey, PostgresStore,
+    error::StoreErrorKind, key::KeyFormat, management::ManageError,
 };
 
 #[tokio::main]

@@ -10,7 +10,8 @@ use std::{env, error::Error, net::SocketAddr};
 use axum::{Json, Router, routing::get};
 use serde_json::{Value, json};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, KeyManager, KeyRepository, ListKeys, NewKey, SqliteStore,
+    ApiKeyAuthLayer, AuthContext, KeyManager, NewKey, SqliteStore,
+    store::{KeyRepository, ListKeys},
 };
 
 #[tokio::main]

@@ -17,8 +17,9 @@ use crate::{
     record::{AllowedNetwork, EndpointRule, KeyRecord, RateLimits, User},
 };
 
-/// The authenticated caller and what the key allows. The layer inserts it into the extensions of each request that it
-/// lets in. Cheap to clone.
+/// The authenticated caller and what the key allows.
+///
+/// The layer inserts it into the extensions of each request that it lets in. Cheap to clone.
 ///
 /// In axum it is an extractor. Elsewhere, read it from the extensions:
 ///
@@ -174,7 +175,7 @@ impl AuthContext {
     /// it does not wait, and can be called many times, also after the response has begun. The usage is written to the
     /// store within a second (see [`AuthenticatorBuilder::usage_interval`]). Sums saturate.
     ///
-    /// [`AuthenticatorBuilder::usage_interval`]: crate::AuthenticatorBuilder::usage_interval
+    /// [`AuthenticatorBuilder::usage_interval`]: crate::authenticator::AuthenticatorBuilder::usage_interval
     #[inline]
     pub fn record_usage(&self, usage: Usage) {
         if let Some(counter) = self.counter() {
@@ -200,12 +201,12 @@ impl AuthContext {
     ///
     /// # Errors
     ///
-    /// 429 if the remaining budget of the period is too small, with the time at which the period ends. 503 if this
-    /// node has no sufficient lease and the store is unavailable, or does not answer because another session has
-    /// locked the key's row (after 2 s with the defaults of `PostgresStore`). `Unsupported` (500) if the store has no
-    /// budget leases ([`KeyStore::lease`](crate::KeyStore::lease)) or does not record usage, or the authenticator was
-    /// built with [`without_usage`](crate::AuthenticatorBuilder::without_usage). The first such error is logged as a
-    /// warning.
+    /// 429 if the remaining budget of the period is too small, with the time at which the period ends. 503 if this node
+    /// has no sufficient lease and the store is unavailable, or does not answer because another session has locked the
+    /// key's row (after 2 s with the defaults of `PostgresStore`). `Unsupported` (500) if the store has no budget
+    /// leases ([`KeyStore::lease`](crate::store::KeyStore::lease)) or does not record usage, or the authenticator was
+    /// built with [`without_usage`](crate::authenticator::AuthenticatorBuilder::without_usage). The first such error is
+    /// logged as a warning.
     pub async fn reserve(&self, estimate: u64) -> Result<Reservation, Denial> {
         if let Some(reservation) = self.reserve_now(estimate) {
             return Ok(reservation);

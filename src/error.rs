@@ -1,9 +1,21 @@
-//! Errors below the layer: [`StoreError`]. A rejected request is not an error but a [`Denial`](crate::Denial).
+//! Failures of stores and of what they depend on: [`StoreError`].
+//!
+//! An unknown or wrong key is not an error but an [`Answer`](crate::store::Answer), and a denied request is a
+//! [`Denial`](crate::Denial). A store of your own returns an error when it could not complete a look-up; the kind
+//! decides the response: 500 for [`BadRow`](StoreErrorKind::BadRow) and [`Unsupported`](StoreErrorKind::Unsupported),
+//! 503 with `Retry-After` for the others.
+//!
+//! ```
+//! use tower_api_key::StoreError;
+//!
+//! let error = StoreError::unavailable(std::io::Error::other("connection reset"));
+//! assert!(error.is_transient());
+//! ```
 
 use std::{borrow::Cow, error::Error, fmt, sync::Arc, time::Duration};
 
 /// A fault of a store or of a system that it depends on. It is never an authentication failure: "no such key" is an
-/// [`Answer`](crate::Answer).
+/// [`Answer`](crate::store::Answer).
 ///
 /// It is cheap to clone, because all waiters of one look-up get the same error. It keeps its cause as
 /// [`source`](Error::source). `Display` contains the cause, for logs; callers never see it. The stores of this crate

@@ -9,72 +9,52 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 // Set here and not in Cargo.toml, because tests may use these.
 #![cfg_attr(not(test), warn(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
-// Some items are used by shared caches only.
-#![cfg_attr(not(feature = "redis"), allow(dead_code))]
 
-mod authenticator;
-mod backend;
+pub mod authenticator;
+pub mod backend;
+pub mod clock;
 mod coherence;
 mod context;
-mod denial;
-mod error;
-mod key;
-mod management;
-mod metering;
-mod middleware;
+pub mod denial;
+pub mod error;
+pub mod key;
+pub mod management;
+pub mod metering;
+pub mod middleware;
 mod policy;
-mod rate_limit;
-mod record;
+pub mod rate_limit;
+pub mod record;
 #[cfg(feature = "redis")]
-mod redis;
+pub mod redis;
 mod runtime;
-mod store;
-mod telemetry;
+pub mod store;
+pub mod telemetry;
 
-/// The crate that defines the time stamp types of this API, such as [`KeyRecord::expires_at`], in the version that
-/// this crate uses.
+/// The crate that defines the time stamp types of this API, such as
+/// [`KeyRecord::expires_at`](record::KeyRecord::expires_at), in the version that this crate uses.
 pub use chrono;
 
-pub use authenticator::{Authenticator, AuthenticatorBuilder, Health};
+#[doc(inline)]
+pub use authenticator::Authenticator;
+#[doc(inline)]
 pub use backend::MemoryStore;
-#[cfg(feature = "_sql")]
-pub use backend::{ColumnFault, FindingKind, KeyFinding, KeyReview, MigrateError, MigrationReport};
 #[cfg(feature = "postgres")]
-pub use backend::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
+#[doc(inline)]
+pub use backend::PostgresStore;
 #[cfg(feature = "redis")]
-pub use backend::{RedisCache, RedisCacheBuilder, RedisCacheError};
+#[doc(inline)]
+pub use backend::RedisCache;
 #[cfg(feature = "sqlite")]
-pub use backend::{SqliteStore, SqliteStoreBuilder};
+#[doc(inline)]
+pub use backend::SqliteStore;
 pub use context::AuthContext;
-pub use denial::{
-    BudgetExceeded, Denial, Forbidden, InvalidKey, MalformedCredential, UnrecognizedKey,
-};
-pub use error::{StoreError, StoreErrorKind};
-pub use key::{
-    FormatError, HashError, KeyFormat, KeyHash, KeyScheme, KeySchemeBuilder, MintError, MintedKey,
-    SchemeError,
-};
-pub use management::{IssuedKey, KeyManager, ManageError, NewKey};
-pub use metering::{Reservation, Usage};
-pub use middleware::{
-    ApiKeyAuth, ApiKeyAuthLayer, BudgetLayer, ClientAddr, Credential, DeniedRequest, Guard,
-    GuardFuture, InvalidRealm, RateLimitLayer, RequestHead, RequireLayer, ResponseBody,
-    ResponseFuture, TrustedProxies, openai_error,
-};
-pub use policy::CeilingField;
-pub use rate_limit::{LocalRateLimiter, RateLimiter};
-#[cfg(feature = "redis")]
-pub use rate_limit::{OnRedisFailure, RedisRateLimiter, RedisRateLimiterBuilder};
-pub use record::{
-    AllowedNetwork, Budget, BudgetPeriod, EndpointRule, EndpointRuleError, KeyId, KeyRecord,
-    NetworkError, Quota, RateLimits, RatePeriod, RateWindow, Revision, Revisions, UsageTotals,
-    User, UserId,
-};
-#[cfg(feature = "redis")]
-pub use redis::{RedisServers, RedisState, RedisUrlError};
-pub use runtime::{Clock, ManualClock, Moment, SystemClock};
-pub use store::{
-    Answer, CacheSecret, Change, ChangeStream, DynKeyStore, FeedFault, FeedStatus, HashUpgrade,
-    KeyPage, KeyRepository, KeyStore, KeyUsage, Lease, LeaseRequest, ListKeys, Lookup, StoredKey,
-    UnreadableKey, UsageBatch,
-};
+#[doc(inline)]
+pub use denial::Denial;
+#[doc(inline)]
+pub use error::StoreError;
+#[doc(inline)]
+pub use key::KeyScheme;
+#[doc(inline)]
+pub use management::{KeyManager, NewKey};
+#[doc(inline)]
+pub use middleware::{ApiKeyAuthLayer, RateLimitLayer, RequireLayer};

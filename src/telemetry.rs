@@ -1,4 +1,26 @@
-//! Log messages and metrics of the crate. No function here receives a key, a hash or a credential.
+//! Log messages and metrics. This module has no public items.
+//!
+//! Log messages are events of the `tracing` crate. A fault of the service is logged at WARN or ERROR, a denial that is
+//! the caller's fault at DEBUG. Neither logs nor metrics contain a key or a hash. Lookup ids, which are public, are
+//! logged.
+//!
+//! With the feature `metrics`, the crate counts through the recorder of the `metrics` crate:
+//!
+//! | metric | type | what it counts |
+//! |---|---|---|
+//! | `api_key_denials_total` | counter | denied requests |
+//! | `api_key_bad_rows_total` | counter | look-ups of a key whose row can't be decoded |
+//! | `api_key_changes_total` | counter | change events of keys and owners, and resets of the feed |
+//! | `api_key_feed_complete` | gauge | 1 while the change feed is complete, 0 while changes may be missed |
+//! | `api_key_feed_rows` | gauge | rows in the table of changes |
+//! | `api_key_redis_hits_total` | counter | look-ups that Redis answered |
+//! | `api_key_redis_misses_total` | counter | look-ups that Redis did not answer |
+//! | `api_key_redis_invalid_entries_total` | counter | entries and messages in Redis that are forged, moved or damaged |
+//! | `api_key_redis_up` | gauge | 1 while Redis is connected, 0 while it is bypassed |
+//! | `api_key_rate_limit_errors_total` | counter | errors of the rate-limit script in Redis |
+//! | `api_key_usage_failures_total` | counter | writes of usage that failed and are retried |
+//! | `api_key_usage_dropped_total` | counter | usage that is lost, by keys or at the end of a process |
+//! | `api_key_usage_of_deleted_keys_total` | counter | usage batches with keys that no longer exist |
 
 use std::{
     sync::{

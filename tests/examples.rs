@@ -281,10 +281,10 @@ fn the_hyper_example_takes_the_key_as_a_user_name_or_in_a_header() {
             );
         }
     }
-    let refused = shell(&format!("curl -i {}", example.url()));
+    let denied = shell(&format!("curl -i {}", example.url()));
     assert!(
-        refused.starts_with("http/1.1 401") && refused.contains("basic realm=\"api\""),
-        "{refused}"
+        denied.starts_with("http/1.1 401") && denied.contains("basic realm=\"api\""),
+        "{denied}"
     );
 }
 
@@ -333,8 +333,8 @@ fn the_postgres_example_starts_twice_on_one_database() {
         assert!(answer.ends_with("hello, ada@example.com!\n"), "{answer}");
     }
     assert!(second.curl_lines().is_empty());
-    let refused = shell(&format!("curl -i {}", first.url()));
-    assert!(refused.contains("www-authenticate: bearer realm=\"acme\""), "{refused}");
+    let denied = shell(&format!("curl -i {}", first.url()));
+    assert!(denied.contains("www-authenticate: bearer realm=\"acme\""), "{denied}");
 }
 
 #[test]
@@ -354,7 +354,7 @@ fn the_stock_openai_client_talks_to_the_gateway() {
     let keys = example.keys();
     assert_eq!(keys.len(), 5);
     let output = Command::new(python).arg(script).arg(example.url()).args(keys).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "all is well");
 }

@@ -28,7 +28,12 @@ use figures::percentile;
 use proxy::Proxy;
 use servers::{Postgres, Redis};
 use tokio::task::{JoinHandle, JoinSet, yield_now};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, NewKey, PostgresStore, RedisCache,
+    backend::PostgresStoreBuilder,
+    denial::InvalidKey,
+    record::{KeyId, UserId},
+};
 
 const HEALTHY: usize = 200;
 const FROZEN: usize = 100;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
-use tower_api_key::UserId;
+use tower_api_key::record::UserId;
 
 use super::{
     Key, Manager, Node, all_in_sync, figures::percentile, issue, remember, until_all_refuse,

@@ -217,7 +217,7 @@ impl AuthenticatorBuilder {
     }
 
     /// Sets the clock, which decides expiry, freshness, when budget leases end, and the waiting times of the failure
-    /// limiter: [`SystemClock`](crate::SystemClock) by default. Set the same clock for the store, as far as it has one.
+    /// limiter: [`SystemClock`](crate::clock::SystemClock) by default. Set the same clock for the store, as far as it has one.
     #[must_use]
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
         self.settings.clock = clock;

@@ -10,7 +10,7 @@ use crate::store::FeedStatus;
 pub struct Health {
     /// Number of valid keys in the local cache.
     pub cached_keys: usize,
-    /// Number of concurrent look-ups: at most [`max_lookups`](crate::AuthenticatorBuilder::max_lookups).
+    /// Number of concurrent look-ups: at most [`max_lookups`](crate::authenticator::AuthenticatorBuilder::max_lookups).
     pub lookups_under_way: usize,
     /// Whether the store failed at the last look-up. Cached keys are then served for at most `max_staleness +
     /// stale_if_error`.

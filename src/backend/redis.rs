@@ -49,13 +49,15 @@ use crate::{
 /// store itself. Neither keys nor their hashes are stored there; names, e-mail addresses and limits of their owners
 /// are.
 ///
-/// Entries are bound to the database: to PostgreSQL's system identifier, the database's name and the schema of the
-/// table `api_keys`, or to the path of an SQLite file. Other databases on the same Redis have entries of their own, also
-/// one that was made with `CREATE DATABASE … TEMPLATE` or from a dump. A copy of a whole server has the same system
-/// identifier: a snapshot of its disk, a cloned volume, a restored base backup, a promoted standby. Nodes on such a copy
-/// that use the Redis of the original need a [`namespace`](RedisCacheBuilder::namespace) of their own, or two new rows in
-/// the copy's `api_key_cache_secrets` before the first of them is started; otherwise a key that was revoked in the one
-/// can be accepted from entries of the other. An SQLite file at the same path on another machine is such a copy, too.
+/// Entries are bound to the database: to PostgreSQL's system identifier, the id of the database, the timeline and the
+/// schema of the table `api_keys`, or to the path of an SQLite file. Other databases on the same Redis have entries of
+/// their own, also one that was made with `CREATE DATABASE … TEMPLATE` or from a dump.
+///
+/// A copy of a whole server can have the same identifiers: a snapshot of its disk, a cloned volume, a restored base
+/// backup, one of two standbys that were both promoted. So can an SQLite file at the same path on another machine. Nodes
+/// on such a copy that use the Redis of the original need a [`namespace`](RedisCacheBuilder::namespace) of their own, or
+/// two new rows in the copy's `api_key_cache_secrets` before the first of them is started. Otherwise a key that was
+/// revoked in the one can be accepted from entries of the other.
 ///
 /// ```no_run
 /// # #[cfg(feature = "postgres")]

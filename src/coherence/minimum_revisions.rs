@@ -139,19 +139,6 @@ impl MinimumRevisions {
         });
     }
 
-    /// Records a change if its revision is higher than the known minimum.
-    pub(super) fn raise_to(
-        &self,
-        subject: Subject,
-        revision: Revision,
-        now: Moment,
-        database_now: SystemTime,
-    ) {
-        if revision > self.revision_of(&subject).unwrap_or_default() {
-            self.raise(subject, revision, now, database_now);
-        }
-    }
-
     /// Records a change that has no revision.
     pub(super) fn invalidate(&self, subject: Subject, now: Moment, database_now: SystemTime) {
         self.raise(subject, Revision(0), now, database_now);
@@ -263,6 +250,41 @@ impl MinimumRevisions {
         standing
     }
 
+    fn revision_of(&self, subject: &Subject) -> Option<Revision> {
+        self.table().by_subject.get(subject).map(|minimum| minimum.revision)
+    }
+
+    /// Returns the number of minimum revisions.
+    pub(crate) fn len(&self) -> usize {
+        self.table().by_subject.len()
+    }
+
+    fn bucket(&self, subject: &Subject) -> usize {
+        // The low bits are as good as any.
+        self.hasher.hash_one(subject) as usize % BUCKETS
+    }
+
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Changes and copies that a shared cache holds.
+#[cfg(feature = "redis")]
+impl MinimumRevisions {
+    /// Records a change if its revision is higher than the known minimum.
+    pub(super) fn raise_to(
+        &self,
+        subject: Subject,
+        revision: Revision,
+        now: Moment,
+        database_now: SystemTime,
+    ) {
+        if revision > self.revision_of(&subject).unwrap_or_default() {
+            self.raise(subject, revision, now, database_now);
+        }
+    }
+
     /// Returns whether a copy that was read at `as_of`, by the database's clock, may be used.
     pub(super) fn accept_copy(&self, subjects: &[(Subject, Revision)], as_of: SystemTime) -> bool {
         if !self.is_caught_up() {
@@ -281,24 +303,6 @@ impl MinimumRevisions {
     /// Returns whether a tombstone from `made_at` is valid.
     pub(super) fn accept_tombstone(&self, made_at: SystemTime) -> bool {
         self.table().everything.is_none_or(|minimum| made_at >= minimum)
-    }
-
-    fn revision_of(&self, subject: &Subject) -> Option<Revision> {
-        self.table().by_subject.get(subject).map(|minimum| minimum.revision)
-    }
-
-    /// Returns the number of minimum revisions.
-    pub(crate) fn len(&self) -> usize {
-        self.table().by_subject.len()
-    }
-
-    fn bucket(&self, subject: &Subject) -> usize {
-        // The low bits are as good as any.
-        self.hasher.hash_one(subject) as usize % BUCKETS
-    }
-
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -5,8 +5,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use crate::coherence::freshness::{Age, Freshness};
-use crate::coherence::minimum_revisions::{self, MinimumRevisions, Subject};
+#[cfg(feature = "redis")]
+use super::{freshness::Age, minimum_revisions::MARGIN};
+use super::{
+    freshness::Freshness,
+    minimum_revisions::{MinimumRevisions, Subject},
+};
 use crate::{
     record::{Revision, UserId},
     runtime::Moment,
@@ -63,7 +67,11 @@ impl View {
         let subject = Subject::Prefix(prefix.into());
         self.minimum_revisions.invalidate(subject, now, self.freshness.database_now(now));
     }
+}
 
+/// Changes and copies that a shared cache holds.
+#[cfg(feature = "redis")]
+impl View {
     /// Records the change of a tombstone that replaces a copy, if the change is new.
     pub(crate) fn record_tombstone(
         &self,
@@ -88,7 +96,7 @@ impl View {
 
     /// Returns whether `as_of` is later than the current time of the database.
     pub(crate) fn is_ahead(&self, as_of: SystemTime, now: Moment) -> bool {
-        as_of > self.freshness.database_now(now) + minimum_revisions::MARGIN
+        as_of > self.freshness.database_now(now) + MARGIN
     }
 
     /// Returns the age of a copy that another node made at `as_of`; `None` if a change that this node knows, or may not

@@ -65,7 +65,7 @@ impl AuthContext {
     /// `InvalidKey` if the key is no longer valid or its hash has changed. `Unavailable` if the store fails for
     /// longer than `stale_if_error` allows, too many look-ups are in progress, or the authenticator was dropped.
     /// `Unsupported` if the entry is no longer fresh and the store verifies keys elsewhere
-    /// ([`Lookup::assume_verified`](crate::Lookup::assume_verified)), which requires the key itself.
+    /// ([`Lookup::assume_verified`](crate::store::Lookup::assume_verified)), which requires the key itself.
     pub async fn recheck(&self) -> Result<AuthContext, Denial> {
         let Some(verified) = &self.0.verified else { return Ok(self.clone()) };
         self.engine()?.recheck(Arc::clone(&verified.key)).await

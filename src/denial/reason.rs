@@ -14,7 +14,9 @@ use crate::{
     record::Quota,
 };
 
-/// Reason for which a request is denied. It is an outcome, not an error, though a handler can return it with `?`.
+/// Reason for which a request is denied.
+///
+/// It is an outcome, not an error, though a handler can return it with `?`. The [module](crate::denial) lists the responses.
 ///
 /// `Display` contains all details, for logs. Callers get fewer details (see
 /// [`ApiKeyAuthLayer::verbose`](crate::ApiKeyAuthLayer::verbose)). Every response to a denied request has its denial
@@ -66,7 +68,7 @@ pub enum InvalidKey {
     OwnerInactive,
 }
 
-/// When a budget that is exceeded resets.
+/// Details of [`Denial::BudgetExceeded`]: when the budget resets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BudgetExceeded {

@@ -25,10 +25,10 @@ use crate::denial::UnrecognizedKey;
 /// [`KeyFormat::with_mint_secret`] it is a MAC, so that a key that was never issued is rejected without a look-up.
 ///
 /// ```
-/// use tower_api_key::KeyFormat;
+/// use tower_api_key::key::KeyFormat;
 ///
 /// let format = KeyFormat::structured("acme", "live")?;
-/// # Ok::<(), tower_api_key::FormatError>(())
+/// # Ok::<(), tower_api_key::key::FormatError>(())
 /// ```
 #[derive(Clone)]
 pub struct KeyFormat(Kind);

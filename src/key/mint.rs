@@ -33,12 +33,15 @@ impl MintedKey {
 impl KeyScheme {
     /// Creates a key in the scheme's first structured format, for a custom store. It stores nothing:
     /// [`KeyManager::issue`](crate::KeyManager::issue) creates and stores a key in a
-    /// [`KeyRepository`](crate::KeyRepository).
+    /// [`KeyRepository`](crate::store::KeyRepository).
     ///
     /// ```
     /// use std::{collections::HashMap, sync::RwLock};
     /// use tower_api_key::{
-    ///     Answer, KeyHash, KeyRecord, KeyScheme, KeyStore, Lookup, MintError, StoreError, StoredKey, User,
+    ///     KeyScheme, StoreError,
+    ///     key::{KeyHash, MintError},
+    ///     record::{KeyRecord, User},
+    ///     store::{Answer, KeyStore, Lookup, StoredKey},
     /// };
     ///
     /// /// Owners and hashes by lookup id.

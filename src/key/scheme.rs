@@ -22,7 +22,7 @@ use crate::{denial::UnrecognizedKey, error::StoreError};
 /// Use a brand of your own for a product:
 ///
 /// ```
-/// use tower_api_key::{KeyFormat, KeyScheme};
+/// use tower_api_key::{KeyScheme, key::KeyFormat};
 ///
 /// let scheme = KeyScheme::builder()
 ///     .format(KeyFormat::structured("acme", "live")?)
@@ -219,8 +219,8 @@ impl KeySchemeBuilder {
         self
     }
 
-    /// Stores a fast hash beside the slow one after a successful bcrypt check, so that the next look-up of that key runs
-    /// no bcrypt. Off by default. Requires a pepper if there are formats of unknown strength.
+    /// Stores a fast hash beside the slow one after a successful bcrypt check, so that the next look-up of that key
+    /// runs no bcrypt. Off by default. Requires a pepper if there are formats of unknown strength.
     #[must_use]
     pub fn upgrade_hashes(mut self) -> Self {
         self.upgrades_hashes = true;

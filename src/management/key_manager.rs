@@ -19,7 +19,7 @@ use crate::{
 /// ```
 /// use tower_api_key::{KeyManager, MemoryStore, NewKey};
 ///
-/// # async fn run() -> Result<(), tower_api_key::ManageError> {
+/// # async fn run() -> Result<(), tower_api_key::management::ManageError> {
 /// let manager = KeyManager::new(MemoryStore::new());
 /// let user = manager.create_user("ada@example.com", "admin").await?;
 /// let issued = manager.issue(NewKey::new(user.id, "laptop").scopes(["chat:write"])).await?;

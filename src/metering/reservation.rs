@@ -5,9 +5,10 @@ use std::{fmt, sync::Arc};
 use super::{key_lease::KeyLease, usage::Usage, usage_counter::UsageCounter};
 
 /// Part of a key's budget that is held for future work, created by
-/// [`AuthContext::reserve`](crate::AuthContext::reserve). [`settle`](Reservation::settle) it with the actual cost. If
-/// it is dropped without being settled, because the work was cancelled or panicked, it charges the estimate. The
-/// amount stays held while the reservation lives.
+/// [`AuthContext::reserve`](crate::AuthContext::reserve).
+///
+/// [`settle`](Reservation::settle) it with the actual cost. If it is dropped without being settled, because the work
+/// was cancelled or panicked, it charges the estimate. The amount stays held while the reservation lives.
 ///
 /// The settled cost is charged in full, even if it exceeds the estimate, and in the period in which it is settled.
 #[must_use = "a reservation that is dropped charges its estimate at once"]

@@ -8,7 +8,7 @@
 /// Usage of a handler on behalf of a key, beside the request itself, which is already counted.
 ///
 /// ```
-/// use tower_api_key::{AuthContext, Usage};
+/// use tower_api_key::{AuthContext, metering::Usage};
 ///
 /// fn answered(caller: &AuthContext, tokens: u64) {
 ///     // 0.25 cents for a thousand tokens: 250 micro-cents each.

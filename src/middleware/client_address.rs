@@ -23,19 +23,19 @@ impl From<SocketAddr> for ClientAddr {
     }
 }
 
-/// Trusted proxies in front of the service, and the header field in which they write the client's address. There is
-/// only one such field, because a proxy passes on the other one as the client sent it.
+/// Trusted proxies in front of the service, and the header field in which they write the client's address.
 ///
-/// The client's address is the right-most address that is not a trusted proxy's. If the peer is not a trusted proxy,
-/// the field is ignored. If the field can't be parsed from the right up to that address, the address is unknown, and
-/// keys with address rules are denied.
+/// There is only one such field, because a proxy passes on the other one as the client sent it. The client's address is
+/// the right-most address that is not a trusted proxy's. If the peer is not a trusted proxy, the field is ignored. If
+/// the field can't be parsed from the right up to that address, the address is unknown, and keys with address rules are
+/// denied.
 ///
 /// ```
-/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, TrustedProxies};
+/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, middleware::TrustedProxies};
 ///
 /// let layer = ApiKeyAuthLayer::new(MemoryStore::new())
 ///     .trusted_proxies(TrustedProxies::x_forwarded_for(["10.0.0.0/8", "fd00::/8"])?);
-/// # Ok::<(), tower_api_key::NetworkError>(())
+/// # Ok::<(), tower_api_key::record::NetworkError>(())
 /// ```
 #[derive(Debug, Clone)]
 pub struct TrustedProxies {

@@ -87,7 +87,7 @@ impl fmt::Debug for RequestHead<'_> {
 /// The default is `Authorization: Bearer KEY`, then `x-api-key: KEY`:
 ///
 /// ```
-/// use tower_api_key::{ApiKeyAuthLayer, Credential, MemoryStore};
+/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, middleware::Credential};
 ///
 /// let layer = ApiKeyAuthLayer::new(MemoryStore::new())
 ///     .credentials([Credential::bearer(), Credential::basic()]);
@@ -129,7 +129,7 @@ impl Credential {
     /// in browser histories and in `Referer` fields. For clients that can't send a header field:
     ///
     /// ```
-    /// use tower_api_key::Credential;
+    /// use tower_api_key::middleware::Credential;
     ///
     /// let from_query = Credential::from_fn(|head| {
     ///     let pairs = head.uri().query()?.split('&');

@@ -15,8 +15,10 @@ use tower_service::Service;
 use super::{body::ResponseBody, gated_call::GatedCall, service::AuthGate};
 
 pin_project! {
-    /// Response future of [`ApiKeyAuth`](crate::ApiKeyAuth). It can be dropped at any time. A look-up that has begun
-    /// then continues, because other requests may wait for it; nothing else is left behind.
+    /// Response future of [`ApiKeyAuth`](crate::middleware::ApiKeyAuth).
+    ///
+    /// It can be dropped at any time. A look-up that
+    /// has begun then continues, because other requests may wait for it; nothing else is left behind.
     pub struct ResponseFuture<S, B>
     where
         S: Service<Request<B>>,

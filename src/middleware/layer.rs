@@ -31,7 +31,7 @@ use crate::{authenticator::Authenticator, key::KeyScheme, store::KeyStore};
 ///     .service_fn(|_request: http::Request<String>| async {
 ///         Ok::<_, std::convert::Infallible>(http::Response::new(String::new()))
 ///     });
-/// # Ok::<(), tower_api_key::InvalidRealm>(())
+/// # Ok::<(), tower_api_key::middleware::InvalidRealm>(())
 /// ```
 ///
 /// The request body must implement [`http_body::Body`]: see [`discard_body`](Self::discard_body).
@@ -128,8 +128,8 @@ impl ApiKeyAuthLayer {
         self.with(|options| options.client.proxies = Some(proxies))
     }
 
-    /// Sets a closure that returns the peer's address, instead of [`ClientAddr`](crate::ClientAddr) and axum's
-    /// `ConnectInfo`. `None` means that the address is unknown: keys with address rules are then denied, and the
+    /// Sets a closure that returns the peer's address, instead of [`ClientAddr`](crate::middleware::ClientAddr) and
+    /// axum's `ConnectInfo`. `None` means that the address is unknown: keys with address rules are then denied, and the
     /// failure limiter of bcrypt checks counts all such callers as one.
     #[must_use]
     pub fn client_ip(

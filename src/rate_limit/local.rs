@@ -72,6 +72,7 @@ impl LocalRateLimiter {
     }
 
     /// Counts a request that was allowed elsewhere, even if the limit is reached.
+    #[cfg(feature = "redis")]
     pub(super) fn count_allowed(&self, key: &KeyId, limits: RateLimits) {
         self.take(key, limits, true);
     }

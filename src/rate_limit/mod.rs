@@ -1,9 +1,25 @@
 //! Rate limits of keys: [`RateLimiter`] and its implementations.
 //!
+//! A key has limits per minute, hour and day ([`RateLimits`]); 0 allows nothing, `None` means unlimited.
+//! [`RateLimitLayer`](crate::RateLimitLayer) enforces them with a limiter: [`LocalRateLimiter`] counts in this process,
+//! [`RedisRateLimiter`] for a fleet, in one round trip. Responses carry `RateLimit` and `RateLimit-Policy`.
+//!
+//! ```
+//! use tower_api_key::{NewKey, RateLimitLayer, rate_limit::LocalRateLimiter, record::RateLimits};
+//!
+//! let key = NewKey::new(1, "trial").rate_limits(RateLimits::default().per_minute(60).per_day(10_000));
+//! let layer = RateLimitLayer::new(LocalRateLimiter::new());
+//! ```
+//!
+//! # Windows
+//!
 //! Windows are aligned: a minute is a minute of the wall clock, not the 60 seconds before a request. For a limit of L
 //! per minute, at most L requests pass in each minute of the wall clock, and at most 2 L in any 60 seconds that span
 //! the end of a minute. In exchange, the response to a denied request contains the exact second at which the caller
 //! may retry, and all counters of a key are six numbers.
+//!
+//! [`RedisRateLimiter`] documents the bounds while Redis fails. Services that share a Redis need a
+//! [`namespace`](RedisRateLimiterBuilder::namespace) each.
 
 mod local;
 #[cfg(feature = "redis")]

@@ -20,8 +20,10 @@ use crate::{
     telemetry,
 };
 
-/// Counts the requests of a fleet in Redis, with one script and one round trip per request. At most as many requests
-/// as the limit pass in a window, by the clock of Redis, for any number of nodes. Clones share their counters.
+/// Counts the requests of a fleet in Redis, with one script and one round trip per request.
+///
+/// For any number of nodes, at most as many requests as the limit pass in a window, by the clock of Redis. Clones share
+/// their counters.
 ///
 /// While Redis does not answer, [`OnRedisFailure`] decides: by default each node enforces its share of the limits by
 /// itself. Each node counts all requests that it lets through. A node that has used up its share of a window
@@ -48,11 +50,11 @@ use crate::{
 /// Services that share a Redis each need a [`namespace`](RedisRateLimiterBuilder::namespace).
 ///
 /// ```
-/// use tower_api_key::{RateLimitLayer, RedisRateLimiter};
+/// use tower_api_key::{RateLimitLayer, rate_limit::RedisRateLimiter};
 ///
 /// let limiter = RedisRateLimiter::new("redis://redis.internal")?;
 /// let layer = RateLimitLayer::new(limiter);
-/// # Ok::<(), tower_api_key::RedisUrlError>(())
+/// # Ok::<(), tower_api_key::redis::RedisUrlError>(())
 /// ```
 #[derive(Clone)]
 pub struct RedisRateLimiter(Arc<RedisLimiterParts>);

@@ -21,13 +21,13 @@ use percent_encoding::percent_decode_str;
 ///
 /// ```
 /// use http::Method;
-/// use tower_api_key::EndpointRule;
+/// use tower_api_key::record::EndpointRule;
 ///
 /// let rule: EndpointRule = "POST /v1/*".parse()?;
 /// assert!(rule.matches(&Method::POST, "/v1/chat"));
 /// assert!(!rule.matches(&Method::GET, "/v1/chat"));
 /// assert!(!rule.matches(&Method::POST, "/v1/../admin"));
-/// # Ok::<(), tower_api_key::EndpointRuleError>(())
+/// # Ok::<(), tower_api_key::record::EndpointRuleError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EndpointRule {

@@ -14,12 +14,12 @@ use super::{endpoint_rule::EndpointRule, network::AllowedNetwork};
 /// that allows everything and never expires.
 ///
 /// ```
-/// use tower_api_key::{KeyRecord, User};
+/// use tower_api_key::record::{KeyRecord, User};
 ///
 /// let mut record = KeyRecord::new(1, "a1b2c3d4e5", User::new(7, "a@b.c"));
 /// record.scopes = vec!["chat:write".into()];
 /// record.allowed_endpoints = vec!["POST /v1/chat".parse()?];
-/// # Ok::<(), tower_api_key::EndpointRuleError>(())
+/// # Ok::<(), tower_api_key::record::EndpointRuleError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -136,7 +136,7 @@ impl RateLimits {
     /// Sets the number of requests per minute.
     ///
     /// ```
-    /// use tower_api_key::{NewKey, RateLimits};
+    /// use tower_api_key::{NewKey, record::RateLimits};
     ///
     /// let limits = RateLimits::default().per_minute(60).per_day(10_000);
     /// let key = NewKey::new(1, "trial").rate_limits(limits);

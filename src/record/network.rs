@@ -10,13 +10,13 @@ use ipnet::{IpNet, Ipv4Net};
 /// v4. Host bits are allowed: `10.1.2.3/8` is `10.0.0.0/8`.
 ///
 /// ```
-/// use tower_api_key::AllowedNetwork;
+/// use tower_api_key::record::AllowedNetwork;
 ///
 /// let office: AllowedNetwork = "192.0.2.0/24".parse()?;
 /// assert!(office.contains("192.0.2.9".parse().unwrap()));
 /// assert!(office.contains("::ffff:192.0.2.9".parse().unwrap()));
 /// assert!(!office.contains("198.51.100.1".parse().unwrap()));
-/// # Ok::<(), tower_api_key::NetworkError>(())
+/// # Ok::<(), tower_api_key::record::NetworkError>(())
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AllowedNetwork(IpNet);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::key_record::RateLimits;
 
-/// The result of a [`RateLimiter`](crate::RateLimiter) for a request.
+/// The result of a [`RateLimiter`](crate::rate_limit::RateLimiter) for a request.
 ///
 /// It is small, because it is stored in the request: one entry per period, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -49,7 +49,7 @@ enum State {
     Down,
 }
 
-/// State of Redis, as a [`RedisCache`](crate::RedisCache) sees it.
+/// Whether a [`RedisCache`](crate::RedisCache) or a limiter uses Redis at present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RedisState {

@@ -1,4 +1,20 @@
-//! Connections to Redis, for cached answers and for the counters of rate limits.
+//! Connections to Redis, for [`RedisCache`](crate::RedisCache) and
+//! [`RedisRateLimiter`](crate::rate_limit::RedisRateLimiter).
+//!
+//! Both take a URL, or [`RedisServers`] for a cluster or servers behind Sentinel:
+//!
+//! ```
+//! use tower_api_key::{rate_limit::RedisRateLimiter, redis::RedisServers};
+//!
+//! # fn run() -> Result<(), Box<dyn std::error::Error>> {
+//! let cluster = RedisServers::cluster(["redis://a.internal", "redis://b.internal"]);
+//! let limiter = RedisRateLimiter::new(cluster)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! By default, a request waits for Redis at most 100 ms. After five failures in a row the circuit breaker opens: Redis
+//! is not used, and is probed in the background. [`RedisState`] is its state, for a health check.
 
 mod link;
 mod script;

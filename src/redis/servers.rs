@@ -13,8 +13,10 @@ use deadpool_redis::{
     sentinel,
 };
 
-/// The servers of a [`RedisCache`](crate::RedisCache): Redis, or another server with its protocol, such as Valkey. URLs
-/// start with `redis://`, `rediss://` (TLS, with the certificates that the system trusts) or `redis+unix://`.
+/// Addresses of Redis, or of another server with its protocol, such as Valkey: one server, a cluster, or Sentinel.
+///
+/// A text is the URL of one server. URLs start with `redis://`, `rediss://` (TLS, with the certificates that the system
+/// trusts) or `redis+unix://`.
 ///
 /// `Debug` shows no URL, because a URL may contain a password.
 #[derive(Clone)]

@@ -21,7 +21,7 @@ use super::moment::Moment;
 ///
 /// ```
 /// use std::{sync::Arc, time::{Duration, SystemTime}};
-/// use tower_api_key::{Authenticator, ManualClock, MemoryStore};
+/// use tower_api_key::{Authenticator, MemoryStore, clock::ManualClock};
 ///
 /// let clock = Arc::new(ManualClock::at(SystemTime::UNIX_EPOCH));
 /// let store = MemoryStore::with_clock(clock.clone());

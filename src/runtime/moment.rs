@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-/// One reading of a [`Clock`](crate::Clock): a point in time by the wall clock and by the monotonic clock.
+/// One reading of a [`Clock`](crate::clock::Clock): a point in time by the wall clock and by the monotonic clock.
 ///
 /// The monotonic clock can't be set back, and the wall clock does not stop while the machine is suspended. Both readings
 /// are kept in nanoseconds: the wall clock from 1970 to 2554, and the monotonic clock up to 584 years. Times outside of

@@ -151,7 +151,7 @@ pub struct Lease {
     pub amount_micro_cents: i64,
     /// Time of the database at which the unsettled part is returned to the budget.
     pub expires_at: SystemTime,
-    /// When the period of the budget ends; `None` for [`BudgetPeriod::Total`](crate::BudgetPeriod::Total).
+    /// When the period of the budget ends; `None` for [`BudgetPeriod::Total`](crate::record::BudgetPeriod::Total).
     pub resets_at: Option<SystemTime>,
 }
 

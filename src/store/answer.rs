@@ -49,6 +49,7 @@ pub(crate) struct Read {
     /// The highest revision under the lookup id.
     pub(crate) key_revision: Revision,
     /// Whether the read returned every key under the lookup id.
+    #[cfg_attr(not(feature = "redis"), expect(dead_code))]
     pub(crate) is_whole: bool,
 }
 
@@ -107,6 +108,7 @@ impl Answer {
     }
 
     /// Marks the answer as made from a copy.
+    #[cfg(feature = "redis")]
     pub(crate) fn into_copy(self) -> Self {
         Self { source: Source::Copy, ..self }
     }
@@ -149,6 +151,7 @@ impl Answer {
         self.outcome
     }
 
+    #[cfg(feature = "redis")]
     pub(crate) fn read(&self) -> &Read {
         &self.read
     }

@@ -31,7 +31,7 @@ pub enum Change {
     Status(FeedStatus),
 }
 
-/// Status of a change feed, as [`Health`](crate::Health) shows it.
+/// Status of a change feed, as [`Health`](crate::authenticator::Health) shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct FeedStatus {
@@ -99,6 +99,7 @@ impl ChangeStream {
     }
 
     /// Converts the stream into a best-effort stream.
+    #[cfg(feature = "redis")]
     pub(crate) fn into_hints(self) -> Self {
         Self { is_complete: false, ..self }
     }

@@ -14,7 +14,7 @@ use crate::error::StoreError;
 /// Any [`KeyStore`], as one type. It is cheap to clone. The layers above the stores use this type.
 ///
 /// ```
-/// use tower_api_key::{ApiKeyAuthLayer, DynKeyStore, MemoryStore};
+/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, store::DynKeyStore};
 ///
 /// let store = match std::env::var("DATABASE_URL") {
 ///     // Ok(url) => DynKeyStore::new(PostgresStore::new(&url)?),

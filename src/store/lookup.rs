@@ -32,6 +32,7 @@ pub struct Lookup {
     asked_at: Moment,
     view: Arc<View>,
     proofs: Vec<Proof>,
+    #[cfg_attr(not(feature = "redis"), expect(dead_code))]
     skips_copies: bool,
     #[cfg_attr(not(feature = "_sql"), expect(dead_code))]
     priority: Priority,
@@ -100,11 +101,13 @@ impl Lookup {
     }
 
     /// Returns whether the look-up must not be answered from a copy.
+    #[cfg(feature = "redis")]
     pub(crate) fn skips_copies(&self) -> bool {
         self.skips_copies
     }
 
     /// Returns the change state of this node.
+    #[cfg(feature = "redis")]
     pub(crate) fn view(&self) -> &Arc<View> {
         &self.view
     }

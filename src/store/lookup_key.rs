@@ -35,6 +35,7 @@ pub(crate) enum Proof {
     /// This node checked the hash.
     Seen(HashFingerprint),
     /// A shared cache holds the match, under the secret that authenticates its entries.
+    #[cfg_attr(not(feature = "redis"), expect(dead_code))]
     Shared(Box<(CacheSecret, [u8; 32])>),
 }
 

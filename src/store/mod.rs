@@ -1,4 +1,35 @@
-//! The store contract: [`KeyStore`], the look-up side, and [`KeyRepository`], the write side.
+//! The contract of a store: what to implement to keep keys elsewhere.
+//!
+//! Implement [`KeyStore::resolve`]: read the keys under [`Lookup::id`], and pass them to [`Lookup::verify`], which
+//! compares the hashes and makes the [`Answer`]. The example at [`KeyStore`] is the smallest useful store. The other
+//! methods are optional:
+//!
+//! | method | without it |
+//! |---|---|
+//! | [`changes`](KeyStore::changes), a [`ChangeStream`] | a revoked key works for at most `max_staleness`, 30 s |
+//! | [`record_usage`](KeyStore::record_usage) of a [`UsageBatch`] | no usage is counted |
+//! | [`lease`](KeyStore::lease), for a [`LeaseRequest`] | reservations for keys with a budget are answered 500 |
+//! | [`cache_secret`](KeyStore::cache_secret), a [`CacheSecret`] | `RedisCache` needs a secret in its builder |
+//!
+//! [`KeyRepository`] is the write side, which [`KeyManager`](crate::KeyManager) uses. The stores of this crate
+//! implement it. It also lists and edits keys:
+//!
+//! ```
+//! use tower_api_key::{
+//!     MemoryStore, StoreError,
+//!     store::{KeyRepository, ListKeys},
+//! };
+//!
+//! # async fn run(store: MemoryStore) -> Result<(), StoreError> {
+//! for key in store.list_keys(&ListKeys::default().owner(7)).await?.keys {
+//!     println!("{} {}", key.prefix, key.name);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A store that can't write keys mints them with [`KeyScheme::mint`](crate::KeyScheme::mint) (`custom_store` in the
+//! examples). [`DynKeyStore`] is any store as one type.
 
 mod account;
 mod answer;
@@ -49,7 +80,11 @@ pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
 ///
 /// ```
 /// use std::collections::HashMap;
-/// use tower_api_key::{Answer, KeyRecord, KeyStore, Lookup, StoreError, StoredKey, User};
+/// use tower_api_key::{
+///     StoreError,
+///     record::{KeyRecord, User},
+///     store::{Answer, KeyStore, Lookup, StoredKey},
+/// };
 ///
 /// /// Key ids and hashes by lookup id.
 /// struct Users(HashMap<String, (i64, String)>);
@@ -71,8 +106,8 @@ pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
 ///
 /// # Dyn compatibility
 ///
-/// This trait is not dyn compatible: there is no `Box<dyn KeyStore>` and no `Arc<dyn KeyStore>`. [`DynKeyStore`] holds any
-/// store as one type, for a field, or for a store that is chosen at run time. An `Arc` of a store is a store.
+/// This trait is not dyn compatible: there is no `Box<dyn KeyStore>` and no `Arc<dyn KeyStore>`. [`DynKeyStore`] holds
+/// any store as one type, for a field, or for a store that is chosen at run time. An `Arc` of a store is a store.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is not a key store",
     label = "this is not a `KeyStore`",

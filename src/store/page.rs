@@ -22,7 +22,7 @@ impl ListKeys {
     ///
     /// ```
     /// # async fn run(store: tower_api_key::MemoryStore) -> Result<(), tower_api_key::StoreError> {
-    /// use tower_api_key::{KeyRepository, ListKeys};
+    /// use tower_api_key::store::{KeyRepository, ListKeys};
     ///
     /// let mut page = ListKeys::default().owner(7).limit(50);
     /// loop {

@@ -6,11 +6,14 @@ use std::{
     process::Command,
 };
 
+/// What the snippets use.
+const IMPORTS: &str = "use tower_api_key::{backend::*, rate_limit::*, record::*, store::*, *};";
+
 /// The messages of the compiler to `code`, which does not compile.
 fn errors(code: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("mistake.rs");
-    fs::write(&file, format!("use tower_api_key::*;\n{code}")).unwrap();
+    fs::write(&file, format!("{IMPORTS}\n{code}")).unwrap();
     // Beside this test lie the crates that it was built with.
     let test = std::env::current_exe().unwrap();
     let deps = test.parent().unwrap();
@@ -26,11 +29,11 @@ fn errors(code: &str) -> String {
         .arg(&file)
         .output()
         .unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
+    let messages = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success(), "{code} compiles");
     // Not that the library could not be loaded.
-    assert!(!said.contains("E0432") && !said.contains("E0463"), "{said}");
-    said
+    assert!(!messages.contains("E0432") && !messages.contains("E0463"), "{messages}");
+    messages
 }
 
 /// The library as it was built last.
@@ -44,10 +47,10 @@ fn library(deps: &Path) -> PathBuf {
     files.filter(is_library).max_by_key(built).expect("the test was built with it")
 }
 
-fn assert_says(code: &str, texts: &[&str]) {
-    let said = errors(code);
+fn assert_messages(code: &str, texts: &[&str]) {
+    let messages = errors(code);
     for text in texts {
-        assert!(said.contains(text), "{text:?} is missing:\n{said}");
+        assert!(messages.contains(text), "{text:?} is missing:\n{messages}");
     }
 }
 
@@ -56,7 +59,7 @@ fn a_boxed_store_is_answered_with_the_type_that_does_it() {
     let code =
         "pub fn f(store: Box<dyn KeyStore>) -> ApiKeyAuthLayer { ApiKeyAuthLayer::new(store) }";
     let note = "a store whose type is chosen at run time is a `DynKeyStore`";
-    assert_says(code, &[note, "`DynKeyStore::new(store)`"]);
+    assert_messages(code, &[note, "`DynKeyStore::new(store)`"]);
 }
 
 #[test]
@@ -67,7 +70,7 @@ fn a_store_behind_a_pointer_is_answered_with_the_line_that_names_the_type_that_d
         format!("pub fn f(store: {arc}) -> Authenticator {{ Authenticator::new(store) }}"),
         "pub fn f(store: &dyn KeyStore) {}".to_owned(),
     ] {
-        assert_says(&code, &["is not dyn compatible", "use `DynKeyStore`"]);
+        assert_messages(&code, &["is not dyn compatible", "use `DynKeyStore`"]);
     }
 }
 
@@ -81,7 +84,7 @@ fn what_is_not_a_store_yet_is_answered_with_how_to_make_it_one() {
     ] {
         let code =
             format!("pub fn f(store: {what}) -> ApiKeyAuthLayer {{ ApiKeyAuthLayer::new(store) }}");
-        assert_says(&code, &["is not a key store", "`SqliteStore::open(path)?`", "`build()`"]);
+        assert_messages(&code, &["is not a key store", "`SqliteStore::open(path)?`", "`build()`"]);
     }
 }
 
@@ -89,11 +92,11 @@ fn what_is_not_a_store_yet_is_answered_with_how_to_make_it_one() {
 fn a_store_that_keys_can_not_be_written_to_is_answered_with_what_can() {
     let code = "pub fn f(store: DynKeyStore) { KeyManager::new(store); }";
     let written = "keys can't be written to";
-    assert_says(code, &[written, "before the type is erased", "`KeyScheme::mint`"]);
+    assert_messages(code, &[written, "before the type is erased", "`KeyScheme::mint`"]);
 }
 
 #[test]
 fn what_is_not_a_rate_limiter_is_answered_with_one_that_is() {
     let code = "pub fn f(limits: RateLimits) -> RateLimitLayer { RateLimitLayer::new(limits) }";
-    assert_says(code, &["is not a rate limiter", "`LocalRateLimiter::new()`"]);
+    assert_messages(code, &["is not a rate limiter", "`LocalRateLimiter::new()`"]);
 }

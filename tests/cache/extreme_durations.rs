@@ -2,7 +2,13 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, PostgresStore, RedisCache, SqliteStore,
+    metering::Usage,
+    rate_limit::{RateLimiter, RedisRateLimiter},
+    record::{Budget, BudgetPeriod, KeyId, RateLimits},
+    store::{KeyRepository, KeyStore, LeaseRequest},
+};
 
 use crate::support::{
     feed::eventually,

@@ -10,7 +10,13 @@ use std::{
 };
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, NewKey, PostgresStore, SqliteStore,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    record::{Budget, BudgetPeriod},
+    store::KeyRepository,
+};
 
 use crate::support::{
     eventually::eventually, fixture, probe::poll, servers::Postgres, stores::Held,
@@ -151,11 +157,11 @@ async fn everybody_else_is_answered(
         let id = &key.record().id;
         assert!(in_time("a read", store.find_key(id)).await.unwrap().is_some());
         assert!(in_time("a revocation", manager.revoke(id)).await.unwrap());
-        let is_refused = eventually("the key is refused", async || {
+        let is_denied = eventually("the key is refused", async || {
             let outcome = node.authenticate_from(key.expose_secret(), elsewhere()).await;
             matches!(outcome, Err(Denial::InvalidKey(InvalidKey::Revoked)))
         });
-        in_time("the change feed", is_refused).await;
+        in_time("the change feed", is_denied).await;
     }
     let under_way = node.health().lookups_under_way;
     assert!(under_way <= 4096, "{under_way} look-ups");

@@ -1,10 +1,18 @@
-//! What a node remembers of keys, and when it asks its store again.
+//! What a node caches of keys, and when it asks its store again.
 
 use std::time::{Duration, SystemTime};
 
 use chrono::DateTime;
 use http::Request;
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, Denial, KeyScheme, MemoryStore, NewKey, StoreError,
+    authenticator::AuthenticatorBuilder,
+    denial::{Forbidden, InvalidKey},
+    key::KeyHash,
+    middleware::ClientAddr,
+    record::{KeyRecord, Revision, User},
+    store::{Answer, Change, ChangeStream, KeyRepository, KeyStore, Lookup, StoredKey},
+};
 
 use crate::support::{
     self, bearer,
@@ -19,8 +27,8 @@ use crate::support::{
 const ASKED: (u16, usize) = (200, 1);
 /// Let in from memory.
 const HIT: (u16, usize) = (200, 0);
-const REFUSED_ASKED: (u16, usize) = (401, 1);
-const REFUSED_HIT: (u16, usize) = (401, 0);
+const DENIED_ASKED: (u16, usize) = (401, 1);
+const DENIED_HIT: (u16, usize) = (401, 0);
 
 const MAX_STALENESS: u64 = 30;
 const STALE_IF_ERROR: u64 = 60;
@@ -37,13 +45,13 @@ fn revoke(record: &mut KeyRecord) {
     record.is_active = false;
 }
 
-/// How many of the keys are hits; the others are asked for once.
+/// How many of the keys are hits; the others need one look-up each.
 async fn hits(node: &Node, keys: &[Issued]) -> usize {
     let mut hits = 0;
     for issued in keys {
         match node.ask(&issued.key).await {
             HIT => hits += 1,
-            told => assert_eq!(told, ASKED),
+            outcome => assert_eq!(outcome, ASKED),
         }
     }
     hits
@@ -60,7 +68,7 @@ async fn a_key_is_looked_up_once_and_then_let_in_from_memory() {
         }
         assert_eq!(node.ask(&other.key).await, ASKED, "each key for itself");
         let wrong = with_wrong_secret(&issued.key);
-        assert_eq!(node.ask(&wrong).await, REFUSED_ASKED, "the prefix alone opens nothing");
+        assert_eq!(node.ask(&wrong).await, DENIED_ASKED, "the prefix alone opens nothing");
         assert_eq!(node.ask(&issued.key).await, HIT);
         let caller = node.authenticator.authenticate(&issued.key).await.unwrap();
         assert_eq!(caller.user().email, "1@example.com");
@@ -80,7 +88,7 @@ async fn a_hit_needs_no_runtime_and_no_second_poll() {
 }
 
 #[tokio::test]
-async fn what_a_key_may_do_is_judged_for_each_request_of_a_key_that_is_remembered() {
+async fn what_a_key_may_do_is_judged_for_each_request_of_a_key_that_is_cached() {
     let fixture = fixture().await;
     let store = Counted::over(fixture.store.clone());
     let network = "192.0.2.0/24".parse().unwrap();
@@ -95,7 +103,7 @@ async fn what_a_key_may_do_is_judged_for_each_request_of_a_key_that_is_remembere
         request.extension(peer).body(http_body_util::Full::default()).unwrap()
     };
     for (asked, (path, peer, status)) in [1].into_iter().chain([0].into_iter().cycle()).zip([
-        // The first one is not let in, and the key is remembered all the same.
+        // The first one is not let in, and the key is cached all the same.
         ("/v2/a", "192.0.2.1", 403),
         ("/v1/a", "192.0.2.1", 200),
         ("/v1/a", "198.51.100.1", 403),
@@ -113,7 +121,7 @@ async fn what_a_key_may_do_is_judged_for_each_request_of_a_key_that_is_remembere
 }
 
 #[tokio::test]
-async fn a_refusal_that_is_remembered_looks_like_the_first() {
+async fn a_denial_that_is_cached_looks_like_the_first() {
     let fixture = fixture().await;
     let revoked = fixture.issue(|new| new).await;
     fixture.manager.revoke(&revoked.record().id).await.unwrap();
@@ -139,7 +147,7 @@ async fn a_refusal_that_is_remembered_looks_like_the_first() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_remembered_expires_on_time() {
+async fn a_key_that_is_cached_expires_on_time() {
     for store in [Scripted::new(), Scripted::without_feed()] {
         let node = Node::over(store);
         let issued = node.store.issue(1).await;
@@ -155,7 +163,7 @@ async fn a_key_that_is_remembered_expires_on_time() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_remembered_expires_by_the_wall_clock_alone() {
+async fn a_key_that_is_cached_expires_by_the_wall_clock_alone() {
     let node = Node::over(Scripted::new());
     let issued = node.store.issue(1).await;
     let start = node.now();
@@ -174,13 +182,13 @@ async fn a_key_that_is_not_valid_yet_is_denied_from_memory_until_it_becomes_vali
         let issued = node.store.issue(1).await;
         let start = DateTime::from(node.now() + Duration::from_secs(10));
         node.store.edit(&issued, 1, 1, |record| record.not_before = Some(start));
-        assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
+        assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
         let denial = node.authenticator.authenticate(&issued.key).await.unwrap_err();
         assert!(matches!(denial, Denial::InvalidKey(InvalidKey::NotYetValid)), "{denial:?}");
         node.seconds(9);
-        assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+        assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
         node.clock.advance(Duration::from_secs(1) - Duration::from_nanos(1));
-        assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+        assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
         // No change is notified.
         node.moment();
         assert_eq!(node.ask(&issued.key).await, ASKED);
@@ -197,8 +205,8 @@ async fn a_key_that_is_remembered_is_denied_while_the_clock_is_set_back_before_i
     assert_eq!(node.ask(&issued.key).await, ASKED);
     assert_eq!(node.ask(&issued.key).await, HIT);
     node.clock.set_wall(start - Duration::from_secs(1));
-    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
+    assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
     node.clock.set_wall(start);
     assert_eq!(node.ask(&issued.key).await, ASKED);
 }
@@ -242,7 +250,7 @@ async fn a_key_that_a_clock_ahead_of_time_found_expired_works_when_the_clock_is_
     let expiry = DateTime::from(start + Duration::from_secs(3600));
     node.store.edit(&issued, 1, 1, |record| record.expires_at = Some(expiry));
     node.clock.set_wall(start + Duration::from_secs(7200));
-    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
     node.clock.set_wall(start);
     node.sync().await;
     assert_eq!(node.ask(&issued.key).await.0, 200);
@@ -258,17 +266,17 @@ async fn a_store_without_a_feed_is_asked_again_after_max_staleness_to_the_nanose
         });
         let (issued, unknown) = (node.store.issue(1).await, unknown_key());
         assert_eq!(node.ask(&issued.key).await, ASKED);
-        assert_eq!(node.ask(&unknown).await, REFUSED_ASKED);
+        assert_eq!(node.ask(&unknown).await, DENIED_ASKED);
         node.store.edit(&issued, 2, 1, revoke);
         node.clock.advance(limit);
         assert_eq!(node.ask(&issued.key).await, HIT, "{seconds} s");
-        assert_eq!(node.ask(&unknown).await, REFUSED_HIT, "{seconds} s");
+        assert_eq!(node.ask(&unknown).await, DENIED_HIT, "{seconds} s");
         // A hit makes nothing younger.
         node.moment();
-        assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED, "{seconds} s");
-        assert_eq!(node.ask(&unknown).await, REFUSED_ASKED, "{seconds} s");
+        assert_eq!(node.ask(&issued.key).await, DENIED_ASKED, "{seconds} s");
+        assert_eq!(node.ask(&unknown).await, DENIED_ASKED, "{seconds} s");
         node.clock.advance(limit);
-        assert_eq!(node.ask(&issued.key).await, REFUSED_HIT, "{seconds} s");
+        assert_eq!(node.ask(&issued.key).await, DENIED_HIT, "{seconds} s");
         node.store.edit(&issued, 3, 1, |record| record.is_active = true);
         node.moment();
         assert_eq!(node.ask(&issued.key).await, ASKED, "{seconds} s");
@@ -325,18 +333,18 @@ async fn a_node_in_sync_asks_never_again_and_one_that_is_cut_off_asks_after_max_
     let node = Node::over(Scripted::new());
     let (issued, unknown) = (node.store.issue(1).await, unknown_key());
     assert_eq!(node.ask(&issued.key).await, ASKED);
-    assert_eq!(node.ask(&unknown).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&unknown).await, DENIED_ASKED);
     for _ in 0..1000 {
         node.sync().await;
         node.seconds(MAX_STALENESS);
         assert_eq!(node.ask(&issued.key).await, HIT);
-        assert_eq!(node.ask(&unknown).await, REFUSED_HIT);
+        assert_eq!(node.ask(&unknown).await, DENIED_HIT);
     }
     node.moment();
     assert_eq!(node.ask(&issued.key).await, ASKED);
-    assert_eq!(node.ask(&unknown).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&unknown).await, DENIED_ASKED);
 
-    // A suspended machine was cut off, whatever the monotonic clock says.
+    // A suspended machine was cut off, whatever the monotonic clock reads.
     node.sync().await;
     node.clock.set_wall(node.now() + Duration::from_secs(MAX_STALENESS));
     assert_eq!(node.ask(&issued.key).await, HIT);
@@ -350,18 +358,18 @@ async fn a_change_alone_keeps_nothing_fresh() {
     let (issued, other) = (node.store.issue(1).await, node.store.issue(2).await);
     assert_eq!(node.ask(&issued.key).await, ASKED);
     node.seconds(MAX_STALENESS);
-    node.store.say(prefix(&other, 0)).await;
+    node.store.emit(prefix(&other, 0)).await;
     node.moment();
     assert_eq!(node.ask(&issued.key).await, ASKED);
 }
 
 #[tokio::test]
-async fn hints_are_heard_but_an_answer_gets_old_all_the_same() {
+async fn hints_are_received_but_an_answer_gets_old_all_the_same() {
     let node = Node::over(Scripted::with_hints());
     let issued = node.store.issue(1).await;
     assert_eq!(node.ask(&issued.key).await, ASKED);
     node.store.edit(&issued, 2, 1, |record| record.name = "new".into());
-    node.store.say(prefix(&issued, 2)).await;
+    node.store.emit(prefix(&issued, 2)).await;
     assert_eq!(node.ask(&issued.key).await, ASKED);
     node.seconds(MAX_STALENESS);
     // Whoever passes on hints may pass on this.
@@ -383,7 +391,7 @@ async fn while_the_store_fails_a_key_is_served_up_to_the_bound_and_then_it_is_a_
         assert_eq!(node.ask(&issued.key).await, HIT);
         assert!(!node.authenticator.health().is_store_failing, "nobody has asked it");
         node.moment();
-        // Each time the store is asked, because it may be back.
+        // Each time the store is queried, because it may be back.
         for _ in 0..3 {
             assert_eq!(node.ask(&issued.key).await, ASKED);
             assert!(node.authenticator.health().is_store_failing);
@@ -402,7 +410,7 @@ async fn while_the_store_fails_a_key_is_served_up_to_the_bound_and_then_it_is_a_
 }
 
 #[tokio::test]
-async fn a_store_that_was_failing_is_heard_again_at_the_next_request() {
+async fn a_store_that_was_failing_is_queried_again_at_the_next_request() {
     let node = Node::over(Scripted::without_feed());
     let issued = node.store.issue(1).await;
     assert_eq!(node.ask(&issued.key).await, ASKED);
@@ -411,9 +419,9 @@ async fn a_store_that_was_failing_is_heard_again_at_the_next_request() {
     assert_eq!(node.ask(&issued.key).await, ASKED);
     node.store.recover();
     node.store.edit(&issued, 2, 1, revoke);
-    // This one is not kept waiting for a store that may hang; what it hears is for those after it.
+    // This one is not kept waiting for a store that may hang; what it receives is for those after it.
     assert_eq!(node.ask(&issued.key).await, ASKED);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+    assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
 }
 
 #[tokio::test]
@@ -430,13 +438,13 @@ async fn whoever_wants_nothing_stale_gets_a_503_as_soon_as_the_store_fails() {
 }
 
 #[tokio::test]
-async fn an_outage_never_looks_like_a_refusal() {
+async fn an_outage_never_looks_like_a_denial() {
     let node = Node::over(Scripted::without_feed());
     let unknown = unknown_key();
-    assert_eq!(node.ask(&unknown).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&unknown).await, DENIED_ASKED);
     node.store.fail();
     node.seconds(MAX_STALENESS);
-    assert_eq!(node.ask(&unknown).await, REFUSED_HIT);
+    assert_eq!(node.ask(&unknown).await, DENIED_HIT);
     node.moment();
     assert_eq!(node.ask(&unknown).await, (503, 1), "it may be a key by now");
     assert_eq!(node.ask(&unknown_key_with_id("0000000001")).await, (503, 1));
@@ -474,7 +482,7 @@ async fn a_key_that_the_feed_says_has_changed_is_not_served_while_the_store_fail
         let issued = node.store.issue(1).await;
         assert_eq!(node.ask(&issued.key).await, ASKED);
         node.store.fail();
-        node.store.say(if of_owner { owner(&issued, 2) } else { prefix(&issued, 2) }).await;
+        node.store.emit(if of_owner { owner(&issued, 2) } else { prefix(&issued, 2) }).await;
         assert_eq!(node.ask(&issued.key).await, (503, 1));
         node.sync().await;
         assert_eq!(node.ask(&issued.key).await, (503, 1));
@@ -488,10 +496,10 @@ async fn a_key_that_the_store_has_called_revoked_is_never_served_again_while_the
     assert_eq!(node.ask(&issued.key).await, ASKED);
     node.store.edit(&issued, 2, 1, revoke);
     node.seconds(MAX_STALENESS + 1);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
     node.store.fail();
     node.seconds(MAX_STALENESS);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+    assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
     // 61 s after it was last valid, within the 90 s of a key of which nothing else is known.
     node.moment();
     assert_eq!(node.ask(&issued.key).await, (503, 1));
@@ -509,44 +517,44 @@ async fn a_flood_of_unknown_keys_drives_out_no_valid_one_and_fills_no_memory() {
         assert_eq!(node.ask(&issued.key).await, ASKED);
         let unknown = |n: usize| unknown_key_with_id(&format!("{n:010}"));
         for n in 0..flood {
-            assert_eq!(node.ask(&unknown(n)).await, REFUSED_ASKED);
-            // The very last one is remembered, even in a flood.
+            assert_eq!(node.ask(&unknown(n)).await, DENIED_ASKED);
+            // The very last one is cached, even in a flood.
             if n % 1000 == 0 {
-                assert_eq!(node.ask(&unknown(n)).await, REFUSED_HIT);
+                assert_eq!(node.ask(&unknown(n)).await, DENIED_HIT);
             }
         }
         assert_eq!(node.ask(&issued.key).await, HIT);
         assert_eq!(node.authenticator.health().cached_keys, 1);
-        // Every tenth is asked for again. Those that are no longer remembered drive out others, so that
+        // Every tenth needs a look-up again. Those that are no longer cached drive out others, so that
         // there are no more of the others than there were.
-        let mut remembered = 0;
+        let mut cached = 0;
         for n in (0..flood).step_by(10) {
-            let (told, asked) = node.ask(&unknown(n)).await;
-            assert_eq!(told, 401);
-            remembered += 1 - asked;
+            let (outcome, asked) = node.ask(&unknown(n)).await;
+            assert_eq!(outcome, 401);
+            cached += 1 - asked;
         }
-        assert!(10 * remembered <= 2 * bound, "about {} are remembered", 10 * remembered);
+        assert!(10 * cached <= 2 * bound, "about {} are remembered", 10 * cached);
         assert_eq!(node.ask(&issued.key).await, HIT);
     }
 }
 
 #[tokio::test]
-async fn so_many_keys_are_remembered_and_no_more() {
+async fn at_most_the_capacity_of_keys_is_cached() {
     let node = Node::with(Scripted::new(), |builder| builder.cache_capacity(100));
     for _ in 0..1000 {
         assert_eq!(node.ask(&node.store.issue(1).await.key).await, ASKED);
     }
-    let remembered = node.authenticator.health().cached_keys;
-    assert!((50..=100).contains(&remembered), "{remembered}");
+    let cached = node.authenticator.health().cached_keys;
+    assert!((50..=100).contains(&cached), "{cached}");
 }
 
 #[tokio::test]
-async fn with_a_capacity_of_0_nothing_is_remembered() {
+async fn with_a_capacity_of_0_nothing_is_cached() {
     let node = Node::with(Scripted::new(), |builder| builder.cache_capacity(0));
     let issued = node.store.issue(1).await;
     for _ in 0..3 {
         assert_eq!(node.ask(&issued.key).await, ASKED);
-        assert_eq!(node.ask(&unknown_key()).await, REFUSED_ASKED);
+        assert_eq!(node.ask(&unknown_key()).await, DENIED_ASKED);
         assert_eq!(node.authenticator.health().cached_keys, 0);
     }
     node.store.fail();
@@ -571,9 +579,9 @@ async fn what_is_invalidated_is_asked_for_at_the_next_request() {
         node.authenticator.invalidate(&issued.prefix);
         for _ in 0..3 {
             assert_eq!(node.ask(&issued.key).await, ASKED);
-            assert_eq!(node.ask(&wrong).await, REFUSED_ASKED);
+            assert_eq!(node.ask(&wrong).await, DENIED_ASKED);
             assert_eq!(node.ask(&issued.key).await, HIT);
-            assert_eq!(node.ask(&wrong).await, REFUSED_HIT);
+            assert_eq!(node.ask(&wrong).await, DENIED_HIT);
             node.authenticator.invalidate(&issued.prefix);
         }
         node.authenticator.invalidate("no such prefix");
@@ -597,23 +605,23 @@ async fn a_change_of_a_prefix_drops_its_keys_and_no_others() {
     }
     assert_eq!(node.ask(&issued.key).await, ASKED);
     let wrong = with_wrong_secret(&issued.key);
-    assert_eq!(node.ask(&wrong).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&wrong).await, DENIED_ASKED);
     assert_eq!(hits(&node, &others).await, 0);
     for revision in 2..5 {
         node.store.edit(&issued, revision, 1, |record| record.name = revision.to_string());
         assert_eq!(node.ask(&issued.key).await, HIT, "nobody has said so");
-        node.store.say(prefix(&issued, revision)).await;
-        assert_eq!(node.ask(&wrong).await, REFUSED_ASKED);
+        node.store.emit(prefix(&issued, revision)).await;
+        assert_eq!(node.ask(&wrong).await, DENIED_ASKED);
         assert_eq!(node.ask(&issued.key).await, ASKED);
         assert_eq!(node.ask(&issued.key).await, HIT);
         let caller = node.authenticator.authenticate(&issued.key).await.unwrap();
         assert_eq!(caller.key().name, revision.to_string());
     }
     node.store.edit(&issued, 5, 1, revoke);
-    node.store.say(prefix(&issued, 5)).await;
-    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
-    // Two prefixes may share a bucket, once in 8,192 times; then they are asked for once.
+    node.store.emit(prefix(&issued, 5)).await;
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
+    assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
+    // Two prefixes may share a bucket, once in 8,192 times; then each needs one more look-up.
     assert!(hits(&node, &others).await >= 4);
 }
 
@@ -629,19 +637,19 @@ async fn a_change_of_an_owner_drops_all_keys_of_that_owner_and_no_others() {
     for issued in &keys {
         node.store.edit(issued, 1, 2, |record| record.user.is_active = false);
     }
-    node.store.say(owner(&keys[0], 2)).await;
+    node.store.emit(owner(&keys[0], 2)).await;
     for issued in &keys {
-        assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
+        assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
         let denial = node.authenticator.authenticate(&issued.key).await.unwrap_err();
         assert!(matches!(denial, Denial::InvalidKey(InvalidKey::OwnerInactive)), "{denial:?}");
     }
     assert!(hits(&node, &others).await >= 4);
-    // A refusal for the owner's sake is the owner's, too.
+    // A denial for the owner's sake is the owner's, too.
     for issued in &keys {
-        assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+        assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
         node.store.edit(issued, 1, 3, |record| record.user.is_active = true);
     }
-    node.store.say(owner(&keys[0], 3)).await;
+    node.store.emit(owner(&keys[0], 3)).await;
     assert_eq!(hits(&node, &keys).await, 0);
 }
 
@@ -653,7 +661,7 @@ async fn a_store_without_revisions_says_0_and_the_change_counts_all_the_same() {
     assert_eq!(node.ask(&issued.key).await, ASKED);
     for n in 0..3 {
         node.store.edit(&issued, 0, 0, |record| record.name = n.to_string());
-        node.store.say(if n == 1 { owner(&issued, 0) } else { prefix(&issued, 0) }).await;
+        node.store.emit(if n == 1 { owner(&issued, 0) } else { prefix(&issued, 0) }).await;
         assert_eq!(node.ask(&issued.key).await, ASKED);
         assert_eq!(node.ask(&issued.key).await, HIT);
     }
@@ -666,11 +674,11 @@ async fn changes_that_come_in_another_order_than_they_were_numbered_count_each()
     assert_eq!(node.ask(&issued.key).await, ASKED);
     // Two rows under one prefix: the later number was committed first.
     node.store.edit(&issued, 9, 1, |_| {});
-    node.store.say(prefix(&issued, 9)).await;
+    node.store.emit(prefix(&issued, 9)).await;
     assert_eq!(node.ask(&issued.key).await, ASKED);
     node.store.edit(&issued, 9, 1, revoke);
-    node.store.say(prefix(&issued, 8)).await;
-    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
+    node.store.emit(prefix(&issued, 8)).await;
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
 }
 
 #[tokio::test]
@@ -682,15 +690,15 @@ async fn a_reset_forgets_everything() {
     }
     let unknown = unknown_key();
     assert_eq!(hits(&node, &keys).await, 0);
-    assert_eq!(node.ask(&unknown).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&unknown).await, DENIED_ASKED);
     for _ in 0..3 {
         assert_eq!(hits(&node, &keys).await, 10);
-        assert_eq!(node.ask(&unknown).await, REFUSED_HIT);
-        node.store.say(Change::Reset).await;
+        assert_eq!(node.ask(&unknown).await, DENIED_HIT);
+        node.store.emit(Change::Reset).await;
         assert_eq!(hits(&node, &keys).await, 0);
-        assert_eq!(node.ask(&unknown).await, REFUSED_ASKED);
+        assert_eq!(node.ask(&unknown).await, DENIED_ASKED);
     }
-    node.store.say(Change::Reset).await;
+    node.store.emit(Change::Reset).await;
     node.store.fail();
     assert_eq!(node.ask(&keys[0].key).await, (503, 1), "not even while the store fails");
 }
@@ -702,7 +710,7 @@ async fn an_answer_from_before_a_change_that_is_known_is_never_served() {
         let node = Node::over(Scripted::new());
         let issued = node.store.issue(1).await;
         assert_eq!(node.ask(&issued.key).await, ASKED);
-        node.store.say(if of_owner { owner(&issued, 7) } else { prefix(&issued, 7) }).await;
+        node.store.emit(if of_owner { owner(&issued, 7) } else { prefix(&issued, 7) }).await;
         // A replica that lags: revision 1, again and again.
         let denial = node.authenticator.authenticate(&issued.key).await.unwrap_err();
         let Denial::Unavailable(error) = &denial else { panic!("{denial:?}") };
@@ -728,7 +736,7 @@ async fn a_replica_that_catches_up_meanwhile_is_asked_until_it_has() {
     let node = Node::over(Scripted::new());
     let issued = node.store.issue(1).await;
     assert_eq!(node.ask(&issued.key).await, ASKED);
-    node.store.say(prefix(&issued, 7)).await;
+    node.store.emit(prefix(&issued, 7)).await;
     node.store.hold();
     let (asking, key) = (node.authenticator.clone(), issued.key.clone());
     let answer = tokio::spawn(async move { asking.authenticate(&key).await });
@@ -743,7 +751,7 @@ async fn a_replica_that_catches_up_meanwhile_is_asked_until_it_has() {
     let denial = answer.await.unwrap().unwrap_err();
     assert!(matches!(denial, Denial::InvalidKey(InvalidKey::Revoked)), "{denial:?}");
     assert_eq!(node.store.take_asked(), 4);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+    assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
 }
 
 #[tokio::test(start_paused = true)]
@@ -751,13 +759,13 @@ async fn unknown_from_before_a_change_that_is_known_is_not_believed_either() {
     let node = Node::over(Scripted::new());
     let issued = node.store.issue(1).await;
     node.store.delete(&issued, 3);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
-    // It was stored again, says the feed, but the replica has not heard of it.
-    node.store.say(prefix(&issued, 4)).await;
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
+    // By the feed it was stored again, but the replica lags behind.
+    node.store.emit(prefix(&issued, 4)).await;
     assert_eq!(node.ask(&issued.key).await, (503, 4));
     node.store.delete(&issued, 4);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_HIT);
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
+    assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
 }
 
 #[tokio::test(start_paused = true)]
@@ -770,7 +778,7 @@ async fn a_feed_that_ends_is_listened_to_again() {
         node.store.end_feed();
         eventually("it is listened to again", async || node.store.times_listened() == times).await;
         node.store.edit(&issued, times as u64, 1, |_| {});
-        node.store.say(prefix(&issued, times as u64)).await;
+        node.store.emit(prefix(&issued, times as u64)).await;
         assert_eq!(node.ask(&issued.key).await, ASKED);
         assert_eq!(node.ask(&issued.key).await, HIT);
     }
@@ -786,14 +794,14 @@ async fn a_feed_that_was_away_for_longer_than_it_looks_back_makes_nothing_fresh_
     node.store.is_listened_to(1).await;
     node.sync().await;
     node.store.end_feed();
-    // Nobody hears of this.
+    // Nobody receives this.
     node.store.edit(&issued, 2, 1, revoke);
     node.seconds(2 * 3600);
     eventually("it is listened to again", async || node.store.times_listened() == 2).await;
     // Nothing has happened within the last 65 minutes.
     node.sync().await;
     assert_eq!(node.ask(&other.key).await, ASKED);
-    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
 }
 
 #[tokio::test]
@@ -839,7 +847,7 @@ async fn an_owner_who_is_made_inactive_takes_all_their_keys_along() {
 }
 
 #[tokio::test]
-async fn layers_and_clones_of_one_authenticator_share_what_is_remembered_and_others_do_not() {
+async fn layers_and_clones_of_one_authenticator_share_what_is_cached_and_others_do_not() {
     let fixture = fixture().await;
     let store = Counted::over(fixture.store.clone());
     let authenticator = Authenticator::new(store.clone());
@@ -928,7 +936,7 @@ async fn after_a_shutdown_a_node_is_like_one_that_is_cut_off() {
     assert_eq!(node.ask(&issued.key).await, HIT);
     node.store.edit(&issued, 2, 1, revoke);
     node.moment();
-    assert_eq!(node.ask(&issued.key).await, REFUSED_ASKED);
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
     assert_eq!(node.ask(&node.store.issue(1).await.key).await, ASKED);
     assert_eq!(node.store.times_listened(), 1, "nobody began to listen again");
 }
@@ -959,7 +967,7 @@ async fn nobody_listens_before_the_first_request_or_after_the_last_clone() {
 }
 
 #[tokio::test]
-async fn what_is_remembered_is_not_in_the_debug_output() {
+async fn what_is_cached_is_not_in_the_debug_output() {
     let fixture = fixture().await;
     let authenticator = Authenticator::new(fixture.store.clone());
     assert_eq!(status(&authenticator, &fixture.key).await, 200);
@@ -978,9 +986,9 @@ impl KeyStore for Provider {
     }
 
     fn changes(&self, _: SystemTime) -> ChangeStream {
-        let mut heard = self.0.subscribe();
+        let mut wakes = self.0.subscribe();
         ChangeStream::new(futures_util::stream::poll_fn(move |cx| {
-            let mut next = std::pin::pin!(heard.recv());
+            let mut next = std::pin::pin!(wakes.recv());
             next.as_mut().poll(cx).map(Result::ok)
         }))
     }

@@ -1,10 +1,10 @@
-//! The local cache: flights, staleness, rechecks, races with a revoke and floods of unknown keys.
+//! The local cache: look-ups, staleness, rechecks, races with a revoke and floods of unknown keys.
 
 mod extreme_durations;
-mod flight;
 mod flood;
 mod local_cache;
 mod race;
 mod recheck;
+mod single_flight;
 #[path = "../support/mod.rs"]
 mod support;

@@ -9,7 +9,13 @@ use std::{
 };
 
 use tokio::{sync::watch, task::JoinSet};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, MemoryStore, NewKey, RedisCache, StoreError,
+    management::IssuedKey,
+    record::User,
+    redis::RedisState,
+    store::{Answer, CacheSecret, ChangeStream, KeyRepository, KeyStore, Lookup},
+};
 
 use crate::support::{
     self,
@@ -26,7 +32,7 @@ struct Inner {
     is_closed: watch::Sender<bool>,
     /// Resolver that were read and are held.
     held: AtomicUsize,
-    /// Whether changes are said.
+    /// Whether changes are reported.
     has_feed: AtomicBool,
 }
 
@@ -115,8 +121,8 @@ async fn accepted(node: &Authenticator, keys: &[IssuedKey]) -> usize {
     count
 }
 
-async fn heard(node: &Authenticator) {
-    // A write is heard at once; the pulse is a second.
+async fn received(node: &Authenticator) {
+    // A write is received at once; the pulse is a second.
     in_sync(node).await;
 }
 
@@ -135,7 +141,7 @@ async fn accepted_after_a_race(count: usize, how: Revoke, has_feed: bool) -> usi
     let node = Authenticator::builder(store.clone()).max_lookups(4 * count).build();
     let _ = node.authenticate(&support::unknown_key()).await;
     if has_feed {
-        heard(&node).await;
+        received(&node).await;
     }
     store.close();
     let before = ask_all(&node, &it.keys, 1);
@@ -155,13 +161,13 @@ async fn accepted_after_a_race(count: usize, how: Revoke, has_feed: bool) -> usi
         }
     }
     if has_feed {
-        heard(&node).await;
+        received(&node).await;
     }
     // These arrive after the revoke; they must not join those that are held.
     let after = ask_all(&node, &it.keys, 2);
     tokio::task::yield_now().await;
     store.open();
-    // Who asked before may be told either.
+    // A request from before may get either answer.
     before.join_all().await;
     let joined = after.join_all().await.into_iter().filter(|is_ok| *is_ok).count();
     let once_more = accepted(&node, &it.keys).await;
@@ -185,7 +191,7 @@ async fn without_word_of_the_revoke_the_same_race_does_serve_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_that_the_store_does_not_say_but_an_operator_does_is_the_same() {
+async fn a_change_that_the_store_does_not_report_but_an_operator_does_is_the_same() {
     let it = keys(500).await;
     let store = Barrier::new(it.store.clone(), false);
     let node = Authenticator::builder(store.clone()).build();
@@ -209,7 +215,7 @@ fn entry_of(key: &IssuedKey) -> String {
     format!("api_key:data:{{{hex}}}")
 }
 
-/// Node A, which hears of nothing, reads, and holds what it read; node B hears of the revoke, and leaves
+/// Node A, which receives nothing, reads, and holds what it read; node B receives the revoke, and leaves
 /// tombstones in Redis, every other one of which is lost; then A goes on, and fills Redis with what it had
 /// read. Returns how often B, and a node that starts then, let somebody in.
 async fn accepted_after_late_fills(redis: &Redis) -> [usize; 2] {
@@ -237,14 +243,14 @@ async fn accepted_after_late_fills(redis: &Redis) -> [usize; 2] {
     let (a, b) = (node(at_a.clone()), node(Barrier::new(it.store.clone(), true)));
     is_connected(&a).await;
     is_connected(&b).await;
-    heard(&b.0).await;
+    received(&b.0).await;
     at_a.close();
     let before = ask_all(&a.0, &it.keys, 1);
     eventually("all to be held", async || at_a.held() == it.keys.len()).await;
     for key in &it.keys {
         assert!(it.manager.revoke(&key.record().id).await.unwrap());
     }
-    heard(&b.0).await;
+    received(&b.0).await;
     let there = |key: &IssuedKey| redis.command(&["GET", &entry_of(key)]);
     eventually("the tombstones", async || {
         it.keys.iter().all(|key| there(key).starts_with("tak1t"))
@@ -265,7 +271,7 @@ async fn accepted_after_late_fills(redis: &Redis) -> [usize; 2] {
     assert_eq!(stale(), it.keys.len() / 2, "a tombstone is not overwritten");
     let starting = node(Barrier::new(it.store.clone(), true));
     is_connected(&starting).await;
-    heard(&starting.0).await;
+    received(&starting.0).await;
     // Whoever asks first puts the truth in its place: each is the first to ask for a half of them.
     let mut served = [0; 2];
     for (n, (node, _)) in [&b, &starting].into_iter().enumerate() {

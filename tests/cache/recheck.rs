@@ -8,7 +8,17 @@ use std::{
     time::Duration,
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey, PostgresStore,
+    StoreError,
+    authenticator::AuthenticatorBuilder,
+    clock::ManualClock,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    key::KeyHash,
+    record::{AllowedNetwork, KeyRecord, Revision, User},
+    store::{Answer, Change, KeyRepository, KeyStore, Lookup, StoredKey},
+};
 
 use crate::support::{
     fixture,
@@ -56,7 +66,7 @@ async fn a_recheck_is_a_hit_while_nothing_has_changed_and_shows_what_has() {
     assert_eq!(node.store.take_asked(), 0);
 
     node.store.edit(&issued, 2, 1, |record| record.name = "renamed".into());
-    node.store.say(Change::Prefix(issued.prefix.clone(), Revision(2))).await;
+    node.store.emit(Change::Prefix(issued.prefix.clone(), Revision(2))).await;
     assert_eq!(caller.recheck().await.unwrap().key().name, "renamed");
     assert_eq!(node.store.take_asked(), 1);
     // The old context finds what the new one has found, and so does a request with the key.
@@ -69,28 +79,28 @@ async fn a_revoked_key_a_deactivated_owner_and_a_deleted_key_end_at_the_next_rec
     let node = Node::over(Scripted::new());
     let (revoked, caller) = let_in(&node, 1).await;
     node.store.edit(&revoked, 2, 1, |record| record.is_active = false);
-    node.store.say(Change::Prefix(revoked.prefix.clone(), Revision(2))).await;
+    node.store.emit(Change::Prefix(revoked.prefix.clone(), Revision(2))).await;
     assert_eq!(invalid(caller.recheck().await), InvalidKey::Revoked);
 
     let orphan = node.store.issue(2).await;
     let caller = node.authenticator.authenticate(&orphan.key).await.unwrap();
     node.store.edit(&orphan, 1, 2, |record| record.user.is_active = false);
-    node.store.say(Change::Owner(orphan.owner.clone(), Revision(2))).await;
+    node.store.emit(Change::Owner(orphan.owner.clone(), Revision(2))).await;
     assert_eq!(invalid(caller.recheck().await), InvalidKey::OwnerInactive);
 
     let deleted = node.store.issue(3).await;
     let caller = node.authenticator.authenticate(&deleted.key).await.unwrap();
     node.store.delete(&deleted, 2);
-    node.store.say(Change::Prefix(deleted.prefix.clone(), Revision(2))).await;
+    node.store.emit(Change::Prefix(deleted.prefix.clone(), Revision(2))).await;
     assert_eq!(invalid(caller.recheck().await), InvalidKey::Unknown);
 }
 
 #[tokio::test]
-async fn a_key_that_was_found_revoked_by_a_request_is_refused_without_a_look_up() {
+async fn a_key_that_was_found_revoked_by_a_request_is_denied_without_a_look_up() {
     let node = Node::over(Scripted::new());
     let (issued, caller) = let_in(&node, 1).await;
     node.store.edit(&issued, 2, 1, |record| record.is_active = false);
-    node.store.say(Change::Prefix(issued.prefix.clone(), Revision(2))).await;
+    node.store.emit(Change::Prefix(issued.prefix.clone(), Revision(2))).await;
     assert_eq!(node.ask(&issued.key).await, (401, 1));
     assert_eq!(invalid(caller.recheck().await), InvalidKey::Revoked);
     assert_eq!(node.store.take_asked(), 0);
@@ -125,7 +135,7 @@ async fn an_outage_is_endured_as_long_as_for_a_request() {
 }
 
 #[tokio::test]
-async fn an_outage_after_a_recheck_that_was_refused_brings_no_key_back() {
+async fn an_outage_after_a_recheck_that_was_denied_brings_no_key_back() {
     let node = Node::over(Scripted::without_feed());
     let issued = node.store.issue(1).await;
     let caller = node.authenticator.authenticate(&issued.key).await.unwrap();
@@ -177,7 +187,7 @@ async fn a_changed_hash_ends_the_recheck_and_not_the_key() {
     let node = Node::over(Scripted::new());
     let (issued, caller) = let_in(&node, 1).await;
     node.store.rehash(&issued, 2, KeyHash::bcrypt(&issued.key, 4).unwrap());
-    node.store.say(Change::Prefix(issued.prefix.clone(), Revision(2))).await;
+    node.store.emit(Change::Prefix(issued.prefix.clone(), Revision(2))).await;
     for _ in 0..2 {
         assert_eq!(invalid(caller.recheck().await), InvalidKey::WrongSecret);
     }
@@ -186,7 +196,7 @@ async fn a_changed_hash_ends_the_recheck_and_not_the_key() {
     // The key has matched the new hash by now, so that the old context is good again, also after another change.
     assert!(caller.recheck().await.is_ok());
     node.store.edit(&issued, 3, 1, |record| record.name = "renamed".into());
-    node.store.say(Change::Prefix(issued.prefix.clone(), Revision(3))).await;
+    node.store.emit(Change::Prefix(issued.prefix.clone(), Revision(3))).await;
     assert_eq!(caller.recheck().await.unwrap().key().name, "renamed");
 }
 
@@ -282,7 +292,7 @@ async fn a_context_from_a_shared_cache_is_rechecked_in_the_store() {
     }
     node.store.take_asked();
     // Nodes of this fleet cache nothing themselves.
-    let caller = node.door.authenticate(&keys.key).await.unwrap();
+    let caller = node.authenticator.authenticate(&keys.key).await.unwrap();
     assert_eq!(node.store.take_asked(), 0, "the context is from Redis");
     let again = caller.recheck().await.unwrap();
     assert_eq!(node.store.take_asked(), 1);
@@ -324,7 +334,7 @@ async fn a_store_that_verifies_keys_elsewhere_is_rechecked_while_the_answer_is_f
 }
 
 #[tokio::test]
-async fn a_store_that_vouches_for_a_key_that_was_not_presented_is_refused() {
+async fn a_store_that_vouches_for_a_key_that_was_not_presented_is_rejected() {
     /// Verifies the first look-up, and vouches in every later one.
     struct Turncoat(MemoryStore, AtomicBool);
 

@@ -6,7 +6,11 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use axum::extract::ConnectInfo;
 use http::HeaderName;
 use proptest::prelude::*;
-use tower_api_key::{AllowedNetwork, ApiKeyAuthLayer, Authenticator, ClientAddr, TrustedProxies};
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator,
+    middleware::{ClientAddr, TrustedProxies},
+    record::AllowedNetwork,
+};
 
 use crate::support::{self, Fixture, counted::block_on, fixture, get, send};
 

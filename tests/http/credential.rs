@@ -4,24 +4,27 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use http::{HeaderName, header::AUTHORIZATION};
 use proptest::prelude::*;
 use tower_api_key::{
-    ApiKeyAuthLayer, Credential, Denial, KeyHash, KeyRecord, KeyRepository, MalformedCredential,
-    StoredKey, User,
+    ApiKeyAuthLayer, Denial,
+    denial::MalformedCredential,
+    key::KeyHash,
+    middleware::Credential,
+    record::{KeyRecord, User},
+    store::{KeyRepository, StoredKey},
 };
 
 use crate::support::{
-    counted::{Counted, block_on},
-    fixture, get, old_and_new_keys, send, unknown_key,
-    verdict::{
-        A, Anonymous, Fields, InvalidRequest, InvalidToken, NoCredential, Passes, Verdict, X,
-        check, verdict,
+    auth_outcome::{
+        A, Anonymous, AuthOutcome, Fields, InvalidRequest, InvalidToken, NoCredential, Passes, X,
+        auth_outcome, check,
     },
-    with_wrong_secret,
+    counted::{Counted, block_on},
+    fixture, get, old_and_new_keys, send, unknown_key, with_wrong_secret,
 };
 
 #[tokio::test]
 async fn a_bearer_key_passes_in_every_spelling_that_the_grammar_has() {
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[(A, "Bearer KEY")], Passes),
         (&[(A, "bearer KEY")], Passes),
         (&[(A, "BEARER KEY")], Passes),
@@ -38,7 +41,7 @@ async fn a_bearer_key_passes_in_every_spelling_that_the_grammar_has() {
 #[tokio::test]
 async fn an_authorization_field_that_breaks_the_grammar_is_an_invalid_request() {
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[(A, "")], InvalidRequest),
         (&[(A, " \t ")], InvalidRequest),
         (&[(A, "Bearer")], InvalidRequest),
@@ -68,7 +71,7 @@ async fn an_authorization_field_that_breaks_the_grammar_is_an_invalid_request() 
 async fn a_tab_between_the_scheme_and_the_key_is_an_invalid_request() {
     // RFC 9110 §11.4: `auth-scheme 1*SP token68`. White space of other kinds is around the field alone.
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] =
+    let table: &[(Fields, AuthOutcome)] =
         &[(&[(A, "Bearer \tKEY")], InvalidRequest), (&[(A, "Bearer  \t KEY")], InvalidRequest)];
     check(&setting.layer(), &setting, table).await;
 }
@@ -76,7 +79,7 @@ async fn a_tab_between_the_scheme_and_the_key_is_an_invalid_request() {
 #[tokio::test]
 async fn another_scheme_alone_counts_as_no_credential() {
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[], NoCredential),
         (&[("accept", "*/*")], NoCredential),
         (&[(A, "Basic dTpw")], NoCredential),
@@ -95,7 +98,7 @@ async fn another_scheme_alone_counts_as_no_credential() {
 #[tokio::test]
 async fn a_key_that_is_not_behind_bearer_is_an_invalid_request_that_names_what_to_write() {
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[(A, "KEY")], InvalidRequest),
         (&[(A, " KEY ")], InvalidRequest),
         (&[(A, "BearerKEY")], InvalidRequest),
@@ -130,7 +133,7 @@ async fn the_credentials_of_other_schemes_are_not_taken_for_keys_of_a_format_wit
         ("BearereyJhbGciOiJub25lIn0", InvalidRequest),
     ] {
         assert_eq!(
-            verdict(&send(&layer, get(&[(A, value.as_bytes())])).await),
+            auth_outcome(&send(&layer, get(&[(A, value.as_bytes())])).await),
             expected,
             "{value}"
         );
@@ -141,7 +144,7 @@ async fn the_credentials_of_other_schemes_are_not_taken_for_keys_of_a_format_wit
 async fn what_is_no_b64token_behind_bearer_is_an_invalid_request() {
     // RFC 6750 §2.1 and §3.1.
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[(A, "Bearer KEY,")], InvalidRequest),
         (&[(A, "Bearer KEY;")], InvalidRequest),
         (&[(A, "Bearer \"KEY\"")], InvalidRequest),
@@ -169,14 +172,14 @@ async fn what_is_no_b64token_behind_bearer_is_an_invalid_request() {
     let layer = setting.layer().scheme(scheme);
     for (key, expected) in [(key, Passes), ("another-key!{}", InvalidToken)] {
         let value = format!("Bearer {key}");
-        assert_eq!(verdict(&send(&layer, get(&[(A, value.as_bytes())])).await), expected);
+        assert_eq!(auth_outcome(&send(&layer, get(&[(A, value.as_bytes())])).await), expected);
     }
 }
 
 #[tokio::test]
 async fn what_follows_the_grammar_but_is_no_key_is_an_invalid_token() {
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[(A, "Bearer x")], InvalidToken),
         (&[(A, "Bearer acme_live_0123456789_ABCDEFGHIJKLMNOPQRSTUV0m3Okk")], InvalidToken),
         (&[(A, "Bearer KEYx")], InvalidToken),
@@ -187,15 +190,15 @@ async fn what_follows_the_grammar_but_is_no_key_is_an_invalid_token() {
     for key in [with_wrong_secret(&setting.key), unknown_key()].iter().chain(&sizes) {
         for (name, value) in [(A, format!("Bearer {key}")), (X, key.clone())] {
             let answer = send(&setting.layer(), get(&[(name, value.as_bytes())])).await;
-            assert_eq!(verdict(&answer), InvalidToken, "{} bytes in {name}", key.len());
+            assert_eq!(auth_outcome(&answer), InvalidToken, "{} bytes in {name}", key.len());
         }
     }
 }
 
 #[tokio::test]
-async fn two_different_keys_are_refused_and_the_same_key_twice_is_fine() {
+async fn two_different_keys_are_rejected_and_the_same_key_twice_is_fine() {
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[(A, "Bearer KEY"), (X, "KEY")], Passes),
         (&[(X, "KEY"), (X, " KEY")], Passes),
         (&[(A, "Bearer KEY"), (X, "KEY"), (X, "KEY")], Passes),
@@ -212,9 +215,9 @@ async fn two_different_keys_are_refused_and_the_same_key_twice_is_fine() {
 }
 
 #[tokio::test]
-async fn two_authorization_fields_are_refused_even_if_they_are_the_same() {
+async fn two_authorization_fields_are_rejected_even_if_they_are_the_same() {
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[(A, "Bearer KEY"), (A, "Bearer KEY")], InvalidRequest),
         (&[(A, "Bearer KEY"), (A, "Bearer OTHER")], InvalidRequest),
         (&[(A, "Bearer KEY"), (A, "Basic dTpw")], InvalidRequest),
@@ -230,7 +233,7 @@ async fn two_authorization_fields_are_refused_even_if_they_are_the_same() {
 }
 
 #[tokio::test]
-async fn a_request_that_is_refused_for_its_grammar_never_reaches_the_store() {
+async fn a_request_that_is_denied_for_its_grammar_never_reaches_the_store() {
     let setting = fixture().await;
     let store = Counted::over(setting.store.clone());
     let layer = ApiKeyAuthLayer::new(store.clone());
@@ -243,10 +246,10 @@ async fn a_request_that_is_refused_for_its_grammar_never_reaches_the_store() {
         &[(X, key), (X, b"x")],
         &[(X, b"\xff")],
     ] {
-        assert_eq!(verdict(&send(&layer, get(fields)).await), InvalidRequest);
+        assert_eq!(auth_outcome(&send(&layer, get(fields)).await), InvalidRequest);
         assert_eq!(store.take_asked(), 0);
     }
-    assert_eq!(verdict(&send(&layer, get(&[(A, &bearer), (X, key)])).await), Passes);
+    assert_eq!(auth_outcome(&send(&layer, get(&[(A, &bearer), (X, key)])).await), Passes);
     assert_eq!(store.take_asked(), 1);
 }
 
@@ -254,7 +257,7 @@ async fn a_request_that_is_refused_for_its_grammar_never_reaches_the_store() {
 async fn a_key_in_the_header_field_of_a_teams_choice_passes_and_the_default_places_no_longer_do() {
     let setting = fixture().await;
     let place = Credential::header(HeaderName::from_static("x-team-key"));
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[("x-team-key", "KEY")], Passes),
         (&[("X-Team-Key", " KEY ")], Passes),
         (&[("x-team-key", "Bearer KEY")], InvalidRequest),
@@ -290,7 +293,7 @@ async fn a_key_is_the_user_name_of_basic_and_the_password_is_not_looked_at() {
         let encoded = STANDARD.encode(user_pass.replace("KEY", &setting.key));
         let value = format!("{scheme}{encoded}");
         let answer = send(&layer, get(&[(A, value.as_bytes())])).await;
-        assert_eq!(verdict(&answer), expected, "{scheme:?} {user_pass:?}");
+        assert_eq!(auth_outcome(&answer), expected, "{scheme:?} {user_pass:?}");
     }
     for (value, expected) in [
         ("Basic ???".to_owned(), InvalidRequest),
@@ -301,7 +304,7 @@ async fn a_key_is_the_user_name_of_basic_and_the_password_is_not_looked_at() {
         (format!("Bearer {}", setting.key), Passes),
     ] {
         let answer = send(&layer, get(&[(A, value.as_bytes())])).await;
-        assert_eq!(verdict(&answer), expected, "{:.60}", value);
+        assert_eq!(auth_outcome(&answer), expected, "{:.60}", value);
     }
     let challenges = send(&layer, get(&[])).await;
     let challenges = challenges.response.headers().get_all("www-authenticate").iter();
@@ -331,11 +334,11 @@ async fn a_closure_finds_a_key_in_the_query_and_what_it_finds_is_judged_like_any
             let value = bearer.replace("KEY", &setting.key).parse().unwrap();
             request.headers_mut().insert(AUTHORIZATION, value);
         }
-        assert_eq!(verdict(&send(&layer, request).await), expected, "{query} {bearer}");
+        assert_eq!(auth_outcome(&send(&layer, request).await), expected, "{query} {bearer}");
     }
     let owned =
         setting.layer().credentials([Credential::from_fn(|_| Some("ключ".to_owned().into()))]);
-    assert_eq!(verdict(&send(&owned, get(&[])).await), InvalidRequest);
+    assert_eq!(auth_outcome(&send(&owned, get(&[])).await), InvalidRequest);
 }
 
 /// Bytes that a header value may hold.
@@ -353,7 +356,7 @@ fn header_bytes() -> impl Strategy<Value = Vec<u8>> {
 
 proptest! {
     #[test]
-    fn random_header_bytes_are_refused_without_a_panic_or_a_look_up(
+    fn random_header_bytes_are_rejected_without_a_panic_or_a_look_up(
         fields in prop::collection::vec((prop::sample::select(vec![A, X]), header_bytes()), 0..4),
     ) {
         block_on(async {
@@ -366,12 +369,12 @@ proptest! {
             let fields: Vec<_> = fields.iter().map(|(name, v)| (*name, &v[..])).collect();
             let default = ApiKeyAuthLayer::new(store.clone());
             for layer in [default.clone(), default.clone().credentials(every), default.optional()] {
-                let told = verdict(&send(&layer, get(&fields)).await);
+                let outcome = auth_outcome(&send(&layer, get(&fields)).await);
                 let authorizations = fields.iter().filter(|(name, _)| *name == A).count();
                 if authorizations > 1 {
-                    assert_eq!(told, InvalidRequest);
+                    assert_eq!(outcome, InvalidRequest);
                 }
-                assert_ne!(told, Passes);
+                assert_ne!(outcome, Passes);
             }
             assert_eq!(store.take_asked(), 0);
         });
@@ -388,7 +391,7 @@ proptest! {
             let key = [before.as_bytes(), &[byte], after.as_bytes()].concat();
             let bearer = [b"Bearer ", &key[..]].concat();
             for fields in [&[(A, &bearer[..])][..], &[(X, &key)]] {
-                assert_eq!(verdict(&send(&layer, get(fields)).await), InvalidRequest);
+                assert_eq!(auth_outcome(&send(&layer, get(fields)).await), InvalidRequest);
             }
         });
     }
@@ -409,7 +412,7 @@ proptest! {
             if twice {
                 fields.push((X, plain.as_bytes()));
             }
-            assert_eq!(verdict(&send(&setting.layer(), get(&fields)).await), Passes);
+            assert_eq!(auth_outcome(&send(&setting.layer(), get(&fields)).await), Passes);
         });
     }
 }

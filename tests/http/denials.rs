@@ -1,4 +1,4 @@
-//! What a caller over HTTP sees of a refusal.
+//! What a caller over HTTP sees of a denial.
 
 use std::time::Duration;
 
@@ -8,8 +8,11 @@ use http_body_util::Full;
 use serde_json::{Value, json};
 use tower::ServiceExt;
 use tower_api_key::{
-    ApiKeyAuthLayer, Credential, Denial, Forbidden, InvalidKey, InvalidRealm, KeyRecord,
-    KeyRepository, MemoryStore, StoreError, UnrecognizedKey, User, openai_error,
+    ApiKeyAuthLayer, Denial, MemoryStore, StoreError,
+    denial::{Forbidden, InvalidKey, UnrecognizedKey},
+    middleware::{Credential, InvalidRealm, openai_error},
+    record::{KeyRecord, User},
+    store::KeyRepository,
 };
 
 use crate::support::{
@@ -36,16 +39,16 @@ fn store_fails(error: StoreError) -> ApiKeyAuthLayer {
     ApiKeyAuthLayer::new(Failing(error))
 }
 
-/// The answer to a handler behind the layer that refuses the request itself.
-async fn refused_by_handler(layer: ApiKeyAuthLayer, refusal: impl Into<Denial>) -> Answer {
-    let refusal = refusal.into();
-    let handler = || async move { Err::<(), Denial>(refusal) };
+/// The answer to a handler behind the layer that denies the request itself.
+async fn denied_by_handler(layer: ApiKeyAuthLayer, denial: impl Into<Denial>) -> Answer {
+    let denial = denial.into();
+    let handler = || async move { Err::<(), Denial>(denial) };
     let router = axum::Router::new().route("/", axum::routing::any(handler)).layer(layer);
     let request = Request::new(axum::body::Body::empty());
     read(router.oneshot(request).await.unwrap()).await
 }
 
-/// Keys that are not valid now, each with the reason and with what tells it in a verbose answer.
+/// Keys that are not valid now, each with the reason and its text in a verbose answer.
 async fn invalid_keys(fixture: &Fixture) -> Vec<(String, InvalidKey, &'static str)> {
     let revoked = fixture.issue(|new| new).await;
     fixture.manager.revoke(&revoked.record().id).await.unwrap();
@@ -180,7 +183,7 @@ async fn a_valid_key_that_may_not_do_this_is_answered_403_without_a_challenge() 
 #[tokio::test]
 async fn a_missing_scope_is_named_in_the_challenge() {
     let layer = ApiKeyAuthLayer::new(MemoryStore::new()).optional().realm("acme").unwrap();
-    let answer = refused_by_handler(layer, Forbidden::Scope("chat:write".into())).await;
+    let answer = denied_by_handler(layer, Forbidden::Scope("chat:write".into())).await;
     assert_eq!(answer.status(), 403);
     let challenge = r#"Bearer realm="acme", error="insufficient_scope", scope="chat:write""#;
     assert_eq!(challenges(&answer), [challenge]);
@@ -190,7 +193,7 @@ async fn a_missing_scope_is_named_in_the_challenge() {
 #[tokio::test]
 async fn a_scope_can_not_break_out_of_the_challenge() {
     let layer = ApiKeyAuthLayer::new(MemoryStore::new()).optional();
-    let answer = refused_by_handler(layer, Forbidden::Scope("a\", b=\"\r\nx: \\é".into())).await;
+    let answer = denied_by_handler(layer, Forbidden::Scope("a\", b=\"\r\nx: \\é".into())).await;
     let challenge = r#"Bearer realm="api", error="insufficient_scope", scope="a\", b=\"x: \\""#;
     assert_eq!(challenges(&answer), [challenge]);
 }
@@ -203,7 +206,7 @@ async fn a_missing_permission_role_or_model_is_answered_403_without_a_challenge(
         (Forbidden::Model("gpt-9".into()), "gpt-9"),
     ] {
         let layer = ApiKeyAuthLayer::new(MemoryStore::new()).optional();
-        let answer = refused_by_handler(layer, reason).await;
+        let answer = denied_by_handler(layer, reason).await;
         assert_eq!(answer.status(), 403);
         assert!(challenges(&answer).is_empty());
         assert!(problem(&answer)["detail"].as_str().unwrap().contains(word));
@@ -262,7 +265,7 @@ async fn a_realm_is_quoted_in_the_challenge() {
 }
 
 #[test]
-fn a_realm_that_no_header_can_hold_is_refused_when_the_layer_is_built() {
+fn a_realm_that_no_header_can_hold_is_rejected_when_the_layer_is_built() {
     let layer = ApiKeyAuthLayer::new(MemoryStore::new());
     for bad in ["a\r\nset-cookie: x", "caf\u{e9}", "\0", "\t", "\u{7f}", &"x".repeat(257)] {
         assert_eq!(layer.clone().realm(bad).unwrap_err(), InvalidRealm, "{bad:?}");
@@ -318,7 +321,7 @@ async fn the_openai_shape_is_the_one_that_its_clients_read() {
         assert_eq!(challenges(&answer).len(), usize::from(matches!(status, 400 | 401)));
         assert_eq!(answer.header("retry-after").is_some(), status == 503);
     }
-    let model = refused_by_handler(layer.optional(), Forbidden::Model("gpt-9".into())).await;
+    let model = denied_by_handler(layer.optional(), Forbidden::Model("gpt-9".into())).await;
     assert_eq!(model.status(), 403);
     assert!(model.body.contains(r#""code":"model_not_allowed""#), "{}", model.body);
 }
@@ -326,9 +329,9 @@ async fn the_openai_shape_is_the_one_that_its_clients_read() {
 #[tokio::test]
 async fn a_responder_of_one_s_own_sees_the_request_and_has_the_last_word() {
     let fixture = fixture().await;
-    let layer = fixture.layer().on_denial(|refusal| {
-        let (method, uri, status) = (refusal.method(), refusal.uri(), refusal.status());
-        let text = format!("{method} {uri} {status} {} {}", refusal.denial(), refusal.detail());
+    let layer = fixture.layer().on_denial(|denial| {
+        let (method, uri, status) = (denial.method(), denial.uri(), denial.status());
+        let text = format!("{method} {uri} {status} {} {}", denial.denial(), denial.detail());
         let mut response = Response::new(Bytes::from(text));
         *response.status_mut() = StatusCode::NOT_FOUND;
         response
@@ -347,8 +350,8 @@ async fn a_responder_of_one_s_own_sees_the_request_and_has_the_last_word() {
 #[tokio::test]
 async fn a_responder_may_start_from_the_default_response() {
     let fixture = fixture().await;
-    let layer = fixture.layer().on_denial(|refusal| {
-        let mut response = refusal.default_response();
+    let layer = fixture.layer().on_denial(|denial| {
+        let mut response = denial.default_response();
         response.headers_mut().insert("x-request-id", "7".parse().unwrap());
         response
     });
@@ -359,9 +362,9 @@ async fn a_responder_may_start_from_the_default_response() {
 }
 
 #[tokio::test]
-async fn a_head_request_is_refused_without_a_body() {
+async fn a_head_request_is_denied_without_a_body() {
     let fixture = fixture().await;
-    let own = fixture.layer().on_denial(|refusal| refusal.respond_with("text/plain", "no"));
+    let own = fixture.layer().on_denial(|denial| denial.respond_with("text/plain", "no"));
     for (layer, content_type) in
         [(fixture.layer(), "application/problem+json"), (own, "text/plain")]
     {

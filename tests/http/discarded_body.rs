@@ -23,7 +23,10 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tower::{ServiceBuilder, ServiceExt};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, MemoryStore, RateLimitLayer, RequireLayer, rate_limit::LocalRateLimiter,
+    record::RateLimits,
+};
 
 use crate::support::{self, Fixture, bearer, fixture, probe::probe};
 

@@ -1,4 +1,4 @@
-//! The axum extractors, and handlers that refuse a request themselves.
+//! The axum extractors, and handlers that deny a request themselves.
 
 use std::net::SocketAddr;
 
@@ -12,8 +12,10 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use tower::ServiceExt;
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, Forbidden, KeyRecord, MemoryStore, User,
-    openai_error,
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, MemoryStore,
+    denial::Forbidden,
+    middleware::openai_error,
+    record::{KeyRecord, User},
 };
 
 use crate::support::{self, Answer, fixture, log, read, rule, unknown_key};
@@ -89,15 +91,15 @@ async fn behind_a_layer_that_lets_requests_through_nobody_calls() {
     for layer in [fixture.layer().optional(), fixture.layer().skip(|_| true)] {
         let router = router().layer(layer.realm("acme").unwrap());
         assert_eq!(ask(&router, "/who-if-any", None).await, (200, "nobody".into()));
-        let refused = send(&router, request("/who", None)).await;
-        assert_eq!(refused.status(), 401);
-        assert_eq!(refused.header("www-authenticate"), Some(r#"Bearer realm="acme""#));
+        let denied = send(&router, request("/who", None)).await;
+        assert_eq!(denied.status(), 401);
+        assert_eq!(denied.header("www-authenticate"), Some(r#"Bearer realm="acme""#));
     }
     assert!(!log.text().contains("ERROR"), "{}", log.text());
 }
 
 #[tokio::test]
-async fn behind_an_optional_layer_a_key_counts_and_a_bad_one_is_refused() {
+async fn behind_an_optional_layer_a_key_counts_and_a_bad_one_is_denied() {
     let fixture = fixture().await;
     let router = router().layer(fixture.layer().optional());
     let answer = ask(&router, "/who-if-any", Some(&fixture.key)).await;
@@ -114,7 +116,7 @@ async fn a_handler_under_test_gets_the_context_that_its_test_made() {
 }
 
 #[tokio::test]
-async fn a_handler_s_refusal_without_a_layer_has_the_default_shape() {
+async fn a_handler_s_denial_without_a_layer_has_the_default_shape() {
     let refuse = || async { Err::<(), Denial>(Forbidden::Scope("chat".into()).into()) };
     let answer = send(&Router::new().route("/", get(refuse)), request("/", None)).await;
     assert_eq!(answer.status(), 403);
@@ -125,7 +127,7 @@ async fn a_handler_s_refusal_without_a_layer_has_the_default_shape() {
 }
 
 #[tokio::test]
-async fn a_handler_s_refusal_gets_the_realm_of_the_layer_around_it() {
+async fn a_handler_s_denial_gets_the_realm_of_the_layer_around_it() {
     let fixture = fixture().await;
     let router = router().layer(fixture.layer().realm("acme").unwrap());
     let answer = send(&router, request("/scope", Some(&fixture.key))).await;
@@ -137,7 +139,7 @@ async fn a_handler_s_refusal_gets_the_realm_of_the_layer_around_it() {
 }
 
 #[tokio::test]
-async fn a_handler_s_refusal_gets_the_shape_of_the_layer_around_it() {
+async fn a_handler_s_denial_gets_the_shape_of_the_layer_around_it() {
     let fixture = fixture().await;
     let openai = router().layer(fixture.layer().on_denial(openai_error));
     let answer = send(&openai, request("/scope", Some(&fixture.key))).await;
@@ -145,15 +147,15 @@ async fn a_handler_s_refusal_gets_the_shape_of_the_layer_around_it() {
     let body: Value = serde_json::from_str(&answer.body).unwrap();
     assert_eq!(body["error"]["code"], "insufficient_permissions");
 
-    let own = fixture.layer().on_denial(|refusal| {
-        refusal.respond_with("text/plain", format!("{} {}", refusal.method(), refusal.uri()))
+    let own = fixture.layer().on_denial(|denial_of| {
+        denial_of.respond_with("text/plain", format!("{} {}", denial_of.method(), denial_of.uri()))
     });
     let answer = send(&router().layer(own), request("/scope?a=b", Some(&fixture.key))).await;
     assert_eq!((answer.status(), &*answer.body), (403, "GET /scope?a=b"));
 }
 
 #[tokio::test]
-async fn a_handler_s_refusal_of_a_grpc_request_is_a_grpc_answer() {
+async fn a_handler_s_denial_of_a_grpc_request_is_a_grpc_answer() {
     let fixture = fixture().await;
     let router = router().layer(fixture.layer());
     let request = support::grpc(request("/scope", Some(&fixture.key)), "application/grpc+proto");
@@ -165,7 +167,7 @@ async fn a_handler_s_refusal_of_a_grpc_request_is_a_grpc_answer() {
 }
 
 #[tokio::test]
-async fn of_two_layers_the_inner_one_shapes_a_handler_s_refusal() {
+async fn of_two_layers_the_inner_one_shapes_a_handler_s_denial() {
     let fixture = fixture().await;
     let authenticator = Authenticator::new(fixture.store.clone());
     let layer = ApiKeyAuthLayer::from(authenticator);
@@ -178,9 +180,9 @@ async fn of_two_layers_the_inner_one_shapes_a_handler_s_refusal() {
 }
 
 #[tokio::test]
-async fn a_head_request_that_a_handler_refuses_gets_no_body() {
+async fn a_head_request_that_a_handler_denies_gets_no_body() {
     let fixture = fixture().await;
-    let own = fixture.layer().on_denial(|refusal| refusal.respond_with("text/plain", "no"));
+    let own = fixture.layer().on_denial(|denial_of| denial_of.respond_with("text/plain", "no"));
     for layer in [fixture.layer(), own] {
         let mut request = request("/scope", Some(&fixture.key));
         *request.method_mut() = Method::HEAD;
@@ -192,7 +194,7 @@ async fn a_head_request_that_a_handler_refuses_gets_no_body() {
 
 /// RFC 9110 §8.6: the length in an answer to HEAD is the one that GET would have, or there is none.
 #[tokio::test]
-async fn a_head_request_is_told_no_other_length_than_a_get() {
+async fn a_head_request_gets_no_other_length_than_a_get() {
     let fixture = fixture().await;
     let router = router().layer(fixture.layer());
     for (path, key) in [("/who", None), ("/scope", Some(&*fixture.key))] {

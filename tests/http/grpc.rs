@@ -1,4 +1,4 @@
-//! What a gRPC caller sees of a refusal: the fields, and what a stock client reads from them.
+//! What a gRPC caller sees of a denial: the fields, and what a stock client reads from them.
 
 use http::{Response, Version};
 use tonic::{
@@ -14,8 +14,9 @@ use tonic_health::pb::{
 };
 use tower::ServiceExt;
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, Forbidden, InvalidKey, MemoryStore,
-    StoreError, openai_error,
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, MemoryStore, StoreError,
+    denial::{Forbidden, InvalidKey},
+    middleware::openai_error,
 };
 
 use crate::support::{
@@ -146,8 +147,8 @@ async fn the_message_says_no_more_than_the_layer_may() {
 #[tokio::test]
 async fn the_message_is_percent_encoded() {
     let layer = ApiKeyAuthLayer::new(MemoryStore::new()).optional();
-    let refusal = Denial::from(Forbidden::Model("50%\u{e9}".into()));
-    let handler = || async move { Err::<(), Denial>(refusal) };
+    let denial = Denial::from(Forbidden::Model("50%\u{e9}".into()));
+    let handler = || async move { Err::<(), Denial>(denial) };
     let router = axum::Router::new().fallback(handler).layer(layer);
     let request = grpc(get(&[]), "application/grpc").map(axum::body::Body::new);
     let answer = read(router.oneshot(request).await.unwrap()).await;
@@ -228,21 +229,21 @@ async fn check(client: &mut HealthClient<Channel>, key: Option<&str>) -> Result<
 }
 
 #[tokio::test]
-async fn a_stock_client_reads_why_it_is_refused() {
+async fn a_stock_client_reads_why_it_is_denied() {
     let fixture = fixture().await;
     let mut client = health(fixture.layer()).await;
     check(&mut client, Some(&fixture.key)).await.unwrap();
 
-    let refused = check(&mut client, None).await.unwrap_err();
-    assert_eq!(refused.code(), Code::Unauthenticated);
-    assert_eq!(refused.message(), "an API key is required");
+    let denied = check(&mut client, None).await.unwrap_err();
+    assert_eq!(denied.code(), Code::Unauthenticated);
+    assert_eq!(denied.message(), "an API key is required");
     for key in ["nonsense", &unknown_key(), &with_wrong_secret(&fixture.key)] {
-        let refused = check(&mut client, Some(key)).await.unwrap_err();
-        assert_eq!(refused.code(), Code::Unauthenticated);
-        assert_eq!(refused.message(), "the API key is not valid");
+        let denied = check(&mut client, Some(key)).await.unwrap_err();
+        assert_eq!(denied.code(), Code::Unauthenticated);
+        assert_eq!(denied.message(), "the API key is not valid");
     }
-    let refused = check(&mut client, Some("")).await.unwrap_err();
-    assert_eq!(refused.code(), Code::InvalidArgument);
+    let denied = check(&mut client, Some("")).await.unwrap_err();
+    assert_eq!(denied.code(), Code::InvalidArgument);
     // The connection is none the worse for it.
     check(&mut client, Some(&fixture.key)).await.unwrap();
 }
@@ -256,16 +257,16 @@ async fn a_stock_client_reads_that_its_key_may_not_call_the_method() {
         fixture.issue(|new| new.allowed_endpoints([rule("/grpc.health.v1.Health/Watch")])).await;
     let mut client = health(fixture.layer()).await;
     check(&mut client, Some(may.expose_secret())).await.unwrap();
-    let refused = check(&mut client, Some(may_not.expose_secret())).await.unwrap_err();
-    assert_eq!(refused.code(), Code::PermissionDenied);
+    let denied = check(&mut client, Some(may_not.expose_secret())).await.unwrap_err();
+    assert_eq!(denied.code(), Code::PermissionDenied);
 }
 
 #[tokio::test]
-async fn a_stock_client_reads_that_a_stream_is_refused() {
+async fn a_stock_client_reads_that_a_stream_is_denied() {
     let fixture = fixture().await;
     let mut client = health(fixture.layer()).await;
-    let refused = client.watch(HealthCheckRequest::default()).await.unwrap_err();
-    assert_eq!(refused.code(), Code::Unauthenticated);
+    let denied = client.watch(HealthCheckRequest::default()).await.unwrap_err();
+    assert_eq!(denied.code(), Code::Unauthenticated);
 }
 
 #[tokio::test]
@@ -275,9 +276,9 @@ async fn a_stock_client_reads_that_the_store_is_down() {
         (StoreError::bad_row("key 17"), Code::Internal),
     ] {
         let mut client = health(ApiKeyAuthLayer::new(Failing(error))).await;
-        let refused = check(&mut client, Some(&unknown_key())).await.unwrap_err();
-        assert_eq!(refused.code(), code);
-        assert!(!refused.message().contains("17"), "{}", refused.message());
+        let denied = check(&mut client, Some(&unknown_key())).await.unwrap_err();
+        assert_eq!(denied.code(), code);
+        assert!(!denied.message().contains("17"), "{}", denied.message());
     }
 }
 
@@ -286,15 +287,15 @@ async fn address_rules_see_the_peer_of_a_tonic_connection() {
     let fixture = fixture().await;
     let loopback = "127.0.0.0/8".parse().unwrap();
     let key = fixture.issue(|new| new.allowed_ips([loopback])).await;
-    let peer = |head: &tower_api_key::RequestHead<'_>| {
+    let peer = |head: &tower_api_key::middleware::RequestHead<'_>| {
         Some(head.extensions().get::<TcpConnectInfo>()?.remote_addr()?.ip())
     };
     let mut client = health(fixture.layer().client_ip(peer)).await;
     check(&mut client, Some(key.expose_secret())).await.unwrap();
     // Nobody has said where the address is.
     let mut client = health(fixture.layer()).await;
-    let refused = check(&mut client, Some(key.expose_secret())).await.unwrap_err();
-    assert_eq!(refused.code(), Code::PermissionDenied);
+    let denied = check(&mut client, Some(key.expose_secret())).await.unwrap_err();
+    assert_eq!(denied.code(), Code::PermissionDenied);
 }
 
 #[tokio::test]

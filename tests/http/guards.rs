@@ -7,7 +7,13 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
 use tower::{Layer, Service, ServiceBuilder, ServiceExt, limit::ConcurrencyLimitLayer, service_fn};
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Denial, RateLimitLayer, RequireLayer,
+    denial::Forbidden,
+    middleware::{BudgetLayer, openai_error},
+    rate_limit::LocalRateLimiter,
+    record::{Budget, BudgetPeriod, RateLimits},
+};
 
 use crate::support::{self, Answer, Fixture, bearer, fixture, get, probe::probe, read};
 
@@ -195,7 +201,7 @@ async fn nobody_is_401_and_no_layer_is_500() {
 }
 
 #[tokio::test]
-async fn a_grpc_caller_is_told_in_its_own_protocol() {
+async fn a_grpc_caller_is_answered_in_its_own_protocol() {
     let fixture = fixture().await;
     let request = support::grpc(bearer(&fixture.key), "application/grpc");
     let service = ServiceBuilder::new()
@@ -207,7 +213,7 @@ async fn a_grpc_caller_is_told_in_its_own_protocol() {
 }
 
 #[tokio::test]
-async fn a_refusal_gives_back_the_permit_of_the_ready_service() {
+async fn a_denial_gives_back_the_permit_of_the_ready_service() {
     let fixture = fixture().await;
     let mut service = ServiceBuilder::new()
         .layer(fixture.layer())

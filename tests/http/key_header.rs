@@ -5,16 +5,16 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
 use tower::{ServiceExt, service_fn};
-use tower_api_key::{ApiKeyAuthLayer, Credential};
+use tower_api_key::{ApiKeyAuthLayer, middleware::Credential};
 
 use crate::support::{
     self,
+    auth_outcome::{
+        A, Anonymous, AuthOutcome, Fields, InvalidRequest, InvalidToken, NoCredential, Passes, X,
+        auth_outcome, check,
+    },
     counted::Counted,
     fixture, get, send,
-    verdict::{
-        A, Anonymous, Fields, InvalidRequest, InvalidToken, NoCredential, Passes, Verdict, X,
-        check, verdict,
-    },
 };
 
 #[tokio::test]
@@ -32,7 +32,7 @@ async fn the_inner_service_does_not_see_the_key_but_every_other_field() {
         (with_basic, &[(A, basic.as_bytes()), (X, b"x")], "x-api-key"),
     ] {
         let answer = send(&layer, get(fields)).await;
-        assert_eq!(verdict(&answer), Passes);
+        assert_eq!(auth_outcome(&answer), Passes);
         assert_eq!(answer.header("x-headers"), Some(seen));
     }
 }
@@ -61,7 +61,7 @@ async fn a_key_header_that_is_kept_is_marked_as_sensitive_and_no_other_field_is(
 #[tokio::test]
 async fn an_optional_key_may_be_missing_but_not_bad() {
     let setting = fixture().await;
-    let table: &[(Fields, Verdict)] = &[
+    let table: &[(Fields, AuthOutcome)] = &[
         (&[], Anonymous),
         (&[(A, "Basic dTpw")], Anonymous),
         (&[(A, "Bearer KEY")], Passes),
@@ -95,7 +95,7 @@ async fn a_skipped_request_goes_through_untouched_and_the_others_do_not() {
             *request.method_mut() = method.parse().unwrap();
             *request.uri_mut() = path.parse().unwrap();
             let answer = send(&layer, request).await;
-            assert_eq!(verdict(&answer), if skipped { Anonymous } else { otherwise });
+            assert_eq!(auth_outcome(&answer), if skipped { Anonymous } else { otherwise });
             if skipped && !fields.is_empty() {
                 assert_eq!(answer.header("x-headers"), Some("authorization"));
             }

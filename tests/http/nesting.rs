@@ -13,8 +13,10 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::{BodyExt, Empty, Full};
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, KeyRecord, ResponseBody, StoreError,
-    StoreErrorKind, User,
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, StoreError,
+    error::StoreErrorKind,
+    middleware::ResponseBody,
+    record::{KeyRecord, User},
 };
 
 use crate::support::{
@@ -85,8 +87,8 @@ async fn an_unverified_context_in_the_extensions_opens_nothing() {
     let fixture = fixture().await;
     let mut request = get(&[]);
     request.extensions_mut().insert(AuthContext::unverified(mallory()));
-    let refused = send(&fixture.layer(), request).await;
-    assert_eq!(refused.status(), 401);
+    let denied = send(&fixture.layer(), request).await;
+    assert_eq!(denied.status(), 401);
 
     let mut request = bearer(&fixture.key);
     request.extensions_mut().insert(AuthContext::unverified(mallory()));
@@ -110,7 +112,7 @@ async fn a_context_that_was_planted_does_not_survive_a_layer_that_lets_the_reque
 }
 
 #[tokio::test]
-async fn behind_an_optional_layer_a_required_one_still_refuses() {
+async fn behind_an_optional_layer_a_required_one_still_denies() {
     let fixture = fixture().await;
     let authenticator = Authenticator::new(fixture.store.clone());
     let layer = ApiKeyAuthLayer::from(authenticator);
@@ -225,7 +227,7 @@ async fn the_inner_body_comes_through_frame_by_frame_with_its_trailers_and_its_e
 }
 
 #[tokio::test]
-async fn the_body_of_a_refusal_knows_its_length_and_ends() {
+async fn the_body_of_a_denial_knows_its_length_and_ends() {
     let fixture = fixture().await;
     let service = fixture.layer().layer(probe().0);
     let mut body = service.oneshot(get(&[])).await.unwrap().into_body();

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
-use tower_api_key::{AllowedNetwork, ClientAddr, Denial, Forbidden};
+use tower_api_key::{Denial, denial::Forbidden, middleware::ClientAddr, record::AllowedNetwork};
 
 use crate::support::{self, fixture, rule, send};
 
@@ -20,7 +20,7 @@ fn request(method: &str, path: &str, key: &str, peer: Option<&str>) -> Request<F
 }
 
 #[tokio::test]
-async fn a_key_with_endpoint_rules_is_refused_everywhere_else() {
+async fn a_key_with_endpoint_rules_is_denied_everywhere_else() {
     let setting = fixture().await;
     let rules = [rule("POST /v1/chat"), rule("GET /files/*")];
     let key = setting.issue(|new| new.allowed_endpoints(rules)).await;
@@ -68,7 +68,7 @@ async fn a_key_for_one_grpc_method_is_denied_the_others_in_the_protocols_own_way
 }
 
 #[tokio::test]
-async fn a_key_with_address_rules_is_refused_from_anywhere_else_and_from_nowhere() {
+async fn a_key_with_address_rules_is_denied_from_anywhere_else_and_from_nowhere() {
     let setting = fixture().await;
     let rules = ["192.0.2.0/24", "2001:db8::/48", "198.51.100.7"].map(network);
     let key = setting.issue(|new| new.allowed_ips(rules)).await;

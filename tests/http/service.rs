@@ -14,7 +14,9 @@ use http::{Request, Response};
 use http_body::{Body, Frame};
 use http_body_util::Empty;
 use tower::{Layer, Service, ServiceExt, limit::ConcurrencyLimit};
-use tower_api_key::{ApiKeyAuth, ApiKeyAuthLayer, Authenticator, Denial, StoreErrorKind};
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, Denial, error::StoreErrorKind, middleware::ApiKeyAuth,
+};
 
 use crate::support::{
     Fixture,
@@ -179,16 +181,16 @@ async fn a_request_that_needs_no_look_up_goes_to_the_instance_that_was_polled_re
 }
 
 #[tokio::test]
-async fn after_a_refusal_the_service_wants_to_be_polled_ready_anew() {
+async fn after_a_denial_the_service_wants_to_be_polled_ready_anew() {
     let fixture = fixture().await;
     let (probe, inner) = probe();
     let mut service = fixture.layer().layer(probe);
     assert!(poll_ready::<_, Request<NoBody>>(&mut service).is_ready());
-    let refused = service.call(Request::new(NoBody::new())).await.unwrap();
-    assert_eq!(refused.status(), 401);
+    let denied = service.call(Request::new(NoBody::new())).await.unwrap();
+    assert_eq!(denied.status(), 401);
     let ready = ServiceExt::<Request<NoBody>>::ready(&mut service).await.unwrap();
     assert_eq!(ready.call(request(&fixture.key, NoBody::new())).await.unwrap().status(), 200);
-    // The one that was ready for the refused request is gone, and was not called.
+    // The one that was ready for the denied request is gone, and was not called.
     assert_eq!(inner.polled_ready(), [0, 1, 2]);
     assert_eq!(inner.called(), [2]);
 }
@@ -309,10 +311,10 @@ async fn dropping_the_future_during_the_inner_call_leaves_nothing_behind() {
 }
 
 #[tokio::test]
-async fn a_refused_request_is_dropped_before_its_answer_is_sent() {
+async fn a_denied_request_is_dropped_before_its_answer_is_sent() {
     let (mut slow, body) = (slow().await, Arc::new(()));
     slow.store.let_one_go();
-    // The last one is remembered to be unknown.
+    // The last one is a negative cache entry.
     for key in ["nonsense", &unknown_key(), &unknown_key()] {
         assert!(poll_ready::<_, Request<Opaque>>(&mut slow.service).is_ready());
         let mut answer = slow.service.call(request(key, opaque(&body)));
@@ -332,17 +334,17 @@ async fn limited() -> (Fixture, Held, ApiKeyAuth<ConcurrencyLimit<Probe>>) {
 }
 
 #[tokio::test]
-async fn a_refusal_that_needs_no_look_up_gives_the_permit_back_at_once() {
+async fn a_denial_that_needs_no_look_up_gives_the_permit_back_at_once() {
     let (_, _, service) = limited().await;
     let no_scheme = Request::builder().header("authorization", "\"").body(NoBody::new()).unwrap();
-    for refused in [Request::new(NoBody::new()), request("nonsense", NoBody::new()), no_scheme] {
+    for denied in [Request::new(NoBody::new()), request("nonsense", NoBody::new()), no_scheme] {
         let (mut service, mut other) = (service.clone(), service.clone());
         assert!(poll_ready::<_, Request<NoBody>>(&mut service).is_ready());
         assert!(
             poll_ready::<_, Request<NoBody>>(&mut other).is_pending(),
             "the permit is not taken"
         );
-        let mut answer = service.call(refused);
+        let mut answer = service.call(denied);
         // Not even the answer has been polled for.
         assert!(poll_ready::<_, Request<NoBody>>(&mut other).is_ready(), "the permit is lost");
         let Poll::Ready(Ok(response)) = poll(&mut answer) else { panic!("no answer") };
@@ -497,6 +499,6 @@ fn the_service_and_its_future_are_as_send_and_sync_as_what_they_hold() {
     send_sync::<ApiKeyAuth<Is<u8>>>();
     send_sync::<ApiKeyAuthLayer>();
     // The body is `Send` and not `Sync`.
-    send::<tower_api_key::ResponseFuture<Probe, Opaque>>();
-    send::<tower_api_key::ResponseBody<Opaque>>();
+    send::<tower_api_key::middleware::ResponseFuture<Probe, Opaque>>();
+    send::<tower_api_key::middleware::ResponseBody<Opaque>>();
 }

@@ -32,7 +32,7 @@ async fn a_preflight_passes_where_cors_is_inside_and_options_are_skipped() {
 }
 
 #[tokio::test]
-async fn a_trace_layer_outside_sees_why_a_request_was_refused() {
+async fn a_trace_layer_outside_sees_why_a_request_was_denied() {
     let fixture = fixture().await;
     let seen = Arc::new(Mutex::new(Vec::new()));
     let log = Arc::clone(&seen);

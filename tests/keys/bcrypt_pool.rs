@@ -6,7 +6,12 @@ use std::sync::{
 };
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, KeyManager, NewKey,
+    key::{KeyHash, KeySchemeBuilder},
+    record::KeyRecord,
+    store::{KeyRepository, StoredKey},
+};
 
 use crate::support::{self, alone::is_alone, checks::Checks, old_and_new_keys, send, store_of};
 
@@ -45,7 +50,7 @@ async fn checks_are_few_at_once_and_one_for_each_record() {
     assert_eq!(most, 1, "checks at once for one record, where 16 were allowed to others");
 }
 
-/// Few of them are checked, the rest is told to come again, and fast keys are answered meanwhile.
+/// Few of them are checked, the rest is answered with `Retry-After`, and fast keys are answered meanwhile.
 async fn a_thousand_cold_keys_at_once(scheme: KeySchemeBuilder) {
     let prefix = |n: usize| format!("key-{n:04}");
     let store = store_of((SLOWEST..1000).map(prefix), 4).await;

@@ -8,7 +8,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey,
+    clock::{Clock, ManualClock, Moment},
+    denial::InvalidKey,
+};
 
 const HOUR: Duration = Duration::from_secs(3600);
 

@@ -1,11 +1,11 @@
 //! Hashes at rest: every kind that other services may have written, and what they are good for.
 
 use proptest::prelude::*;
-use tower_api_key::{InvalidKey, KeyHash};
+use tower_api_key::{denial::InvalidKey, key::KeyHash};
 
-use crate::support::door::{Door, Told, first_chars, scheme, structured};
+use crate::support::key_checker::{KeyChecker, Outcome, first_chars, scheme, structured};
 
-const WRONG_SECRET: Told = Told::Invalid(InvalidKey::WrongSecret);
+const WRONG_SECRET: Outcome = Outcome::Invalid(InvalidKey::WrongSecret);
 
 // All made with Python's `bcrypt`, `hashlib` and `hmac`, but those that say where they are from.
 const KEY: &str = "sk-0123456789abcdef";
@@ -30,7 +30,7 @@ const OPENWALL: &str = "$2a$05$abcdefghijklmnopqrstuu5s2v8.iXieOjg/.AySBTTZIIVFJ
 const OPENWALL_KEY: &str =
     "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789";
 
-fn peppered() -> tower_api_key::KeySchemeBuilder {
+fn peppered() -> tower_api_key::key::KeySchemeBuilder {
     scheme(first_chars(3)).pepper(TODAY).retired_pepper(YESTERDAY)
 }
 
@@ -48,11 +48,11 @@ async fn a_key_passes_by_every_kind_of_hash_and_a_wrong_one_by_none() {
         (BY_TODAY.to_uppercase().replace("HMAC-SHA256", "hmac-sha256"), KEY),
         (BY_YESTERDAY.into(), KEY),
     ] {
-        let door = Door::new(peppered()).await;
-        door.store(&key[..3], &hash).await;
-        assert_eq!(door.try_key(key).await, (Told::Passes, 1), "{hash}");
+        let checker = KeyChecker::new(peppered()).await;
+        checker.store(&key[..3], &hash).await;
+        assert_eq!(checker.try_key(key).await, (Outcome::Passes, 1), "{hash}");
         let wrong = format!("{}x", &key[..key.len() - 1]);
-        assert_eq!(door.try_key(&wrong).await, (WRONG_SECRET, 1), "{hash}");
+        assert_eq!(checker.try_key(&wrong).await, (WRONG_SECRET, 1), "{hash}");
     }
 }
 
@@ -60,10 +60,10 @@ async fn a_key_passes_by_every_kind_of_hash_and_a_wrong_one_by_none() {
 async fn plain_bcrypt_takes_a_key_of_72_bytes_as_it_is_and_never_a_longer_one() {
     let (k71, k72, k73) = ("k".repeat(71), "k".repeat(72), "k".repeat(73));
     let table = [
-        (BCRYPT_71, &k71[..], Told::Passes),
+        (BCRYPT_71, &k71[..], Outcome::Passes),
         (BCRYPT_71, &k72, WRONG_SECRET),
         (BCRYPT_72, &k71, WRONG_SECRET),
-        (BCRYPT_72, &k72, Told::Passes),
+        (BCRYPT_72, &k72, Outcome::Passes),
         // What a check that cuts off would let through.
         (BCRYPT_72, &k73, WRONG_SECRET),
         (BCRYPT_72, &"k".repeat(512), WRONG_SECRET),
@@ -73,11 +73,11 @@ async fn plain_bcrypt_takes_a_key_of_72_bytes_as_it_is_and_never_a_longer_one() 
             WRONG_SECRET,
         ),
     ]
-    .map(|(hash, key, told)| (hash, key.to_owned(), told));
-    for (hash, key, told) in table {
-        let door = Door::new(scheme(first_chars(3))).await;
-        door.store(&key[..3], hash).await;
-        assert_eq!(door.try_key(&key).await, (told, 1), "{} bytes", key.len());
+    .map(|(hash, key, outcome)| (hash, key.to_owned(), outcome));
+    for (hash, key, outcome) in table {
+        let checker = KeyChecker::new(scheme(first_chars(3))).await;
+        checker.store(&key[..3], hash).await;
+        assert_eq!(checker.try_key(&key).await, (outcome, 1), "{} bytes", key.len());
     }
 }
 
@@ -88,13 +88,13 @@ async fn a_hash_that_is_made_here_takes_keys_of_any_length() {
         let hash = KeyHash::bcrypt(&key, 4).unwrap().expose_hash();
         let start = if size > 72 { "bcrypt-sha256$$2b$04$" } else { "$2b$04$" };
         assert!(hash.starts_with(start), "{hash}");
-        let door = Door::new(scheme(first_chars(3))).await;
-        door.store("kkk", &hash).await;
-        assert_eq!(door.try_key(&key).await, (Told::Passes, 1), "{size}");
+        let checker = KeyChecker::new(scheme(first_chars(3))).await;
+        checker.store("kkk", &hash).await;
+        assert_eq!(checker.try_key(&key).await, (Outcome::Passes, 1), "{size}");
         if size < 512 {
-            assert_eq!(door.try_key(&format!("{key}k")).await, (WRONG_SECRET, 1), "{size}");
+            assert_eq!(checker.try_key(&format!("{key}k")).await, (WRONG_SECRET, 1), "{size}");
         }
-        assert_eq!(door.try_key(&format!("{}x", &key[1..])).await, (WRONG_SECRET, 1), "{size}");
+        assert_eq!(checker.try_key(&format!("{}x", &key[1..])).await, (WRONG_SECRET, 1), "{size}");
     }
     for cost in [0, 3, 15, 31, 32, u32::MAX] {
         assert!(KeyHash::bcrypt("k", cost).unwrap_err().to_string().contains("4 to 14"), "{cost}");
@@ -106,71 +106,71 @@ async fn a_prehashed_and_a_plain_hash_are_not_taken_for_each_other() {
     let key = format!("sk-{}", "0123456789".repeat(9));
     let digest = "UqKf5tTbyNAYxQTs1qf0IUXE0GmZW/+ZzNId7GHVQ1c";
     let plain = PREHASHED.strip_prefix("bcrypt-sha256$").unwrap();
-    for (prefix, hash, presented, told) in [
+    for (prefix, hash, presented, outcome) in [
         ("sk-", plain, &key[..], WRONG_SECRET),
-        ("UqK", plain, digest, Told::Passes),
+        ("UqK", plain, digest, Outcome::Passes),
         ("UqK", PREHASHED, digest, WRONG_SECRET),
     ] {
-        let door = Door::new(scheme(first_chars(3))).await;
-        door.store(prefix, hash).await;
-        assert_eq!(door.try_key(presented).await, (told, 1));
+        let checker = KeyChecker::new(scheme(first_chars(3))).await;
+        checker.store(prefix, hash).await;
+        assert_eq!(checker.try_key(presented).await, (outcome, 1));
     }
 }
 
 #[tokio::test]
-async fn a_plain_sha_256_is_refused_for_a_key_of_unknown_strength() {
-    let lax = Door::new(peppered()).await;
+async fn a_plain_sha_256_is_rejected_for_a_key_of_unknown_strength() {
+    let lax = KeyChecker::new(peppered()).await;
     lax.store("sk-", SHA_256).await;
-    assert_eq!(lax.try_key(KEY).await, (Told::Status(500), 1), "the row can't be used");
-    assert_eq!(lax.try_key("sk-another").await, (Told::Status(500), 1));
+    assert_eq!(lax.try_key(KEY).await, (Outcome::Status(500), 1), "the row can't be used");
+    assert_eq!(lax.try_key("sk-another").await, (Outcome::Status(500), 1));
 
-    let door = Door::new(scheme(structured("tak")).format(first_chars(3))).await;
-    let key = door.issue().await;
-    assert_eq!(door.try_key(&key).await, (Told::Passes, 1));
+    let checker = KeyChecker::new(scheme(structured("tak")).format(first_chars(3))).await;
+    let key = checker.issue().await;
+    assert_eq!(checker.try_key(&key).await, (Outcome::Passes, 1));
     // The same row under a format that does not know the key's strength.
-    let lax = door.beside(scheme(first_chars(19)).pepper(TODAY));
+    let lax = checker.beside(scheme(first_chars(19)).pepper(TODAY));
     lax.store(&key[..19], &KeyHash::sha256(&key).expose_hash()).await;
-    assert_eq!(lax.try_key(&key).await, (Told::Status(500), 1));
+    assert_eq!(lax.try_key(&key).await, (Outcome::Status(500), 1));
 }
 
 #[tokio::test]
 async fn a_hash_under_a_pepper_that_nobody_has_is_a_bad_row_and_not_a_wrong_key() {
-    for (scheme, hash, told) in [
-        (peppered(), BY_SOMEBODY, Told::Status(500)),
-        (scheme(first_chars(3)).pepper(TODAY), BY_YESTERDAY, Told::Status(500)),
-        (scheme(first_chars(3)), BY_TODAY, Told::Status(500)),
-        (scheme(first_chars(3)).pepper(YESTERDAY).retired_pepper(TODAY), BY_TODAY, Told::Passes),
+    for (scheme, hash, outcome) in [
+        (peppered(), BY_SOMEBODY, Outcome::Status(500)),
+        (scheme(first_chars(3)).pepper(TODAY), BY_YESTERDAY, Outcome::Status(500)),
+        (scheme(first_chars(3)), BY_TODAY, Outcome::Status(500)),
+        (scheme(first_chars(3)).pepper(YESTERDAY).retired_pepper(TODAY), BY_TODAY, Outcome::Passes),
     ] {
-        let door = Door::new(scheme).await;
-        door.store("sk-", hash).await;
-        assert_eq!(door.try_key(KEY).await, (told, 1), "{hash}");
+        let checker = KeyChecker::new(scheme).await;
+        checker.store("sk-", hash).await;
+        assert_eq!(checker.try_key(KEY).await, (outcome, 1), "{hash}");
     }
 }
 
 #[tokio::test]
 async fn a_row_that_cannot_be_checked_does_not_shadow_one_that_matches() {
-    let door = Door::new(peppered()).await;
+    let checker = KeyChecker::new(peppered()).await;
     for hash in [BY_SOMEBODY, SHA_256, &format!("$2b${BCRYPT}")] {
-        door.store("sk-", hash).await;
+        checker.store("sk-", hash).await;
     }
-    assert_eq!(door.try_key(KEY).await, (Told::Passes, 1));
-    assert_eq!(door.try_key("sk-wrong").await, (Told::Status(500), 1));
+    assert_eq!(checker.try_key(KEY).await, (Outcome::Passes, 1));
+    assert_eq!(checker.try_key("sk-wrong").await, (Outcome::Status(500), 1));
 }
 
 #[tokio::test]
 async fn up_to_8_keys_may_share_their_first_characters() {
-    let door = Door::new(scheme(first_chars(3))).await;
+    let checker = KeyChecker::new(scheme(first_chars(3))).await;
     let keys: Vec<_> = (0..8).map(|n| format!("sk-key-number-{n}")).collect();
     for key in &keys {
-        door.store("sk-", &KeyHash::bcrypt(key, 4).unwrap().expose_hash()).await;
+        checker.store("sk-", &KeyHash::bcrypt(key, 4).unwrap().expose_hash()).await;
     }
     for key in &keys {
-        assert_eq!(door.try_key(key).await, (Told::Passes, 1), "{key}");
+        assert_eq!(checker.try_key(key).await, (Outcome::Passes, 1), "{key}");
     }
-    assert_eq!(door.try_key("sk-key-number-8").await, (WRONG_SECRET, 1));
-    door.store("sk-", &KeyHash::bcrypt("sk-key-number-8", 4).unwrap().expose_hash()).await;
-    assert_eq!(door.try_key(&keys[7]).await, (Told::Passes, 1));
-    assert_eq!(door.try_key("sk-key-number-8").await, (Told::Status(500), 1), "the ninth");
+    assert_eq!(checker.try_key("sk-key-number-8").await, (WRONG_SECRET, 1));
+    checker.store("sk-", &KeyHash::bcrypt("sk-key-number-8", 4).unwrap().expose_hash()).await;
+    assert_eq!(checker.try_key(&keys[7]).await, (Outcome::Passes, 1));
+    assert_eq!(checker.try_key("sk-key-number-8").await, (Outcome::Status(500), 1), "the ninth");
 }
 
 #[tokio::test]
@@ -179,18 +179,18 @@ async fn new_keys_get_a_fast_hash_under_the_pepper_where_there_is_one() {
         (scheme(structured("tak")), None),
         (scheme(structured("tak")).pepper(TODAY), Some(scheme(structured("tak")))),
     ] {
-        let door = Door::new(scheme).await;
-        let key = door.issue().await;
-        assert_eq!(door.try_key(&key).await, (Told::Passes, 1));
+        let checker = KeyChecker::new(scheme).await;
+        let key = checker.issue().await;
+        assert_eq!(checker.try_key(&key).await, (Outcome::Passes, 1));
         if let Some(without_pepper) = retired {
-            let told = door.beside(without_pepper).try_key(&key).await;
-            assert_eq!(told, (Told::Status(500), 1), "it is no plain SHA-256");
+            let outcome = checker.beside(without_pepper).try_key(&key).await;
+            assert_eq!(outcome, (Outcome::Status(500), 1), "it is no plain SHA-256");
         }
     }
 }
 
 #[test]
-fn a_text_that_is_no_hash_is_refused_and_not_shown() {
+fn a_text_that_is_no_hash_is_rejected_and_not_shown() {
     let bcrypt = format!("$2b${BCRYPT}");
     let digest = &SHA_256["sha256$".len()..];
     for text in [
@@ -253,7 +253,7 @@ fn a_text_that_is_no_hash_is_refused_and_not_shown() {
 }
 
 #[test]
-fn a_bcrypt_cost_with_a_sign_is_refused() {
+fn a_bcrypt_cost_with_a_sign_is_rejected() {
     assert!(format!("$2b${BCRYPT}").replace("$04$", "$+4$").parse::<KeyHash>().is_err());
 }
 

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use http::Method;
 use proptest::prelude::*;
-use tower_api_key::{AllowedNetwork, EndpointRule};
+use tower_api_key::record::{AllowedNetwork, EndpointRule};
 
 use crate::support::rule;
 
@@ -38,7 +38,7 @@ fn a_rule_allows_what_it_names_and_nothing_else() {
         ("DELETE *", &["DELETE /a"], &["GET /a"]),
         ("/a%20b", &["GET /a%20b"], &["GET /a b", "GET /a+b"]),
     ];
-    for (text, allowed, refused) in table {
+    for (text, allowed, denied) in table {
         let matches = |request: &str| {
             let (method, path) = request.split_once(' ').unwrap();
             rule(text).matches(&method.parse().unwrap(), path)
@@ -46,7 +46,7 @@ fn a_rule_allows_what_it_names_and_nothing_else() {
         for request in *allowed {
             assert!(matches(request), "{text:?} allows {request:?}");
         }
-        for request in *refused {
+        for request in *denied {
             assert!(!matches(request), "{text:?} does not allow {request:?}");
         }
     }
@@ -102,7 +102,7 @@ fn a_path_that_servers_read_in_different_ways_matches_no_rule() {
 }
 
 #[test]
-fn a_text_that_is_no_rule_is_refused_with_a_plain_sentence() {
+fn a_text_that_is_no_rule_is_rejected_with_a_plain_sentence() {
     for text in [
         "",
         " ",
@@ -173,7 +173,7 @@ fn a_network_holds_its_addresses_and_no_other() {
 }
 
 #[test]
-fn a_text_that_is_no_network_is_refused_with_a_plain_sentence() {
+fn a_text_that_is_no_network_is_rejected_with_a_plain_sentence() {
     for text in [
         "",
         " ",
@@ -210,7 +210,7 @@ fn a_text_that_is_no_network_is_refused_with_a_plain_sentence() {
 }
 
 #[test]
-fn a_number_with_a_leading_zero_is_refused_because_it_may_be_octal() {
+fn a_number_with_a_leading_zero_is_rejected_because_it_may_be_octal() {
     for text in ["010.0.0.1", "010.0.0.0/8", "10.0.0.01/32"] {
         assert!(text.parse::<AllowedNetwork>().is_err(), "{text}");
     }

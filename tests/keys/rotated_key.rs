@@ -1,6 +1,12 @@
 //! A key whose secret is replaced stays the same key: what it has spent and asked goes on counting.
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, PostgresStore,
+    management::IssuedKey,
+    rate_limit::{LocalRateLimiter, RateLimiter},
+    record::{Budget, BudgetPeriod, RateLimits},
+    store::KeyRepository,
+};
 
 use crate::support::servers::Postgres;
 

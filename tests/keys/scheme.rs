@@ -1,8 +1,14 @@
 //! Formats and schemes that can't be built, and what they show of themselves.
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, MemoryStore, NewKey, StoreError,
+    key::{FormatError, KeyFormat, KeyHash, MintError, SchemeError},
+    management::ManageError,
+    record::{KeyRecord, User},
+    store::{Answer, KeyStore, Lookup, StoredKey},
+};
 
-use crate::support::door::{Door, first_chars, scheme, structured};
+use crate::support::key_checker::{KeyChecker, first_chars, scheme, structured};
 
 const MINT_NOW: &str = "the mint secret now";
 
@@ -83,9 +89,9 @@ async fn no_debug_output_shows_a_secret() {
     let byte_list = format!("{:?}", MINT_NOW.as_bytes());
     assert!(!shown.contains(byte_list.trim_matches(['[', ']'])), "{shown}");
 
-    let door = Door::new(builder).await;
-    let manager = KeyManager::new(door.keys.clone());
-    let issued = manager.issue(NewKey::new(door.user.clone(), "key")).await.unwrap();
+    let checker = KeyChecker::new(builder).await;
+    let manager = KeyManager::new(checker.keys.clone());
+    let issued = manager.issue(NewKey::new(checker.user.clone(), "key")).await.unwrap();
     let (shown, key) = (format!("{issued:?} {manager:?}"), issued.expose_secret());
     assert!(shown.contains(&issued.record().prefix) && !shown.contains(&key[20..]), "{shown}");
 }

@@ -8,9 +8,12 @@ use std::{
 
 use tower::{Layer, service_fn};
 use tower_api_key::{
-    Answer, ApiKeyAuthLayer, Authenticator, CacheSecret, Credential, Denial, DynKeyStore,
-    KeyFormat, KeyHash, KeyManager, KeyRecord, KeyRepository, KeyScheme, KeyStore, Lookup,
-    MemoryStore, NewKey, PostgresStore, RequestHead, SqliteStore, StoreError, StoredKey, User,
+    ApiKeyAuthLayer, Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey,
+    PostgresStore, SqliteStore, StoreError,
+    key::{KeyFormat, KeyHash},
+    middleware::{Credential, RequestHead},
+    record::{KeyRecord, User},
+    store::{Answer, CacheSecret, DynKeyStore, KeyRepository, KeyStore, Lookup, StoredKey},
 };
 
 use crate::support::{
@@ -255,12 +258,12 @@ async fn the_head_of_a_request_hides_the_header_fields_that_may_hold_a_key() {
 }
 
 #[tokio::test]
-async fn a_refusal_hides_the_query_that_a_key_may_stand_in() {
+async fn a_denial_hides_the_query_that_a_key_may_stand_in() {
     let fixture = fixture().await;
     let print = |layer: ApiKeyAuthLayer, printed: Arc<Mutex<String>>| {
-        layer.on_denial(move |refusal| {
-            *printed.lock().unwrap() = format!("{refusal:?}");
-            refusal.default_response()
+        layer.on_denial(move |denial_of| {
+            *printed.lock().unwrap() = format!("{denial_of:?}");
+            denial_of.default_response()
         })
     };
     printed(&fixture, print).await;
@@ -328,10 +331,8 @@ fn a_postgres_url_that_can_not_be_used_is_not_in_the_error() {
             cause = error.source();
         }
     }
-    let is_refused = |url| PostgresStore::new(url).is_err();
-    assert!(
-        is_refused("postgres://app:hunter2@db:port/app") && is_refused("mysql://app:hunter2@db")
-    );
+    let is_denied = |url| PostgresStore::new(url).is_err();
+    assert!(is_denied("postgres://app:hunter2@db:port/app") && is_denied("mysql://app:hunter2@db"));
 }
 
 /// Everything that can happen to a key, over any store.

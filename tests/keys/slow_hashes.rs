@@ -1,4 +1,4 @@
-//! bcrypt under attack: failed checks are rationed.
+//! bcrypt under attack: failed checks are limited.
 
 use std::{
     net::IpAddr,
@@ -9,7 +9,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, Denial, MemoryStore,
+    clock::ManualClock,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    store::{KeyRepository, ListKeys},
+};
 
 use crate::support::{
     self, counted::Counted, eventually::eventually, fixture, old_and_new_keys, send, store_of,
@@ -19,7 +25,7 @@ fn is_overloaded(denial: &Denial) -> bool {
     matches!(denial, Denial::Unavailable(error) if error.kind() == StoreErrorKind::Overloaded)
 }
 
-/// Attackers with a clock that stands still unless told otherwise.
+/// Attackers with a manual clock.
 struct Siege {
     clock: Arc<ManualClock>,
     store: MemoryStore,
@@ -38,7 +44,7 @@ impl Siege {
     }
 
     /// Whether a wrong secret was checked: 401, or 503 without a check. Another one each time: what was
-    /// found to be wrong is remembered.
+    /// found to be wrong is cached.
     async fn guess(&self, prefix: &str, from: IpAddr) -> bool {
         let number = self.guesses.fetch_add(1, Ordering::Relaxed);
         let wrong = format!("{prefix}-of-yours-{number}");
@@ -52,7 +58,7 @@ impl Siege {
         }
     }
 
-    /// What the owner of `key-0001` is told.
+    /// The outcome for the owner of `key-0001`.
     async fn owner(&self, from: IpAddr) -> u16 {
         match self.authenticator.authenticate_from("key-0001-of-mine", from).await {
             Ok(_) => 200,
@@ -146,7 +152,7 @@ async fn the_owner_of_a_key_under_attack_is_answered_200_or_503_and_never_401() 
 }
 
 #[tokio::test]
-async fn a_key_that_was_proven_before_the_attack_is_not_rationed_even_when_it_is_looked_up_again() {
+async fn a_key_that_was_proven_before_the_attack_is_not_limited_even_when_it_is_looked_up_again() {
     let siege = Siege::of(["key-0001".to_owned()], 4).await;
     assert_eq!(siege.owner(address(1)).await, 200);
     for _ in 0..20 {
@@ -169,7 +175,7 @@ async fn a_key_that_was_proven_before_the_attack_is_not_rationed_even_when_it_is
 }
 
 #[tokio::test]
-async fn an_attack_on_many_keys_from_one_address_is_rationed_as_a_whole() {
+async fn an_attack_on_many_keys_from_one_address_is_limited_as_a_whole() {
     let prefix = |n: usize| format!("key-{n:04}");
     // 15 ms a check.
     let siege = Siege::of((0..100).map(prefix), 8).await;
@@ -228,7 +234,7 @@ async fn the_owner_of_a_key_gets_in_while_one_network_guesses_from_fresh_address
     let authenticator =
         Authenticator::builder(store).scheme(scheme).clock(clock.clone()).cache_capacity(0).build();
     let owner = IpAddr::from([198, 51, 100, 1]);
-    let (mut refused, mut checks) = (Vec::new(), 0);
+    let (mut denied, mut checks) = (Vec::new(), 0);
     for second in 0..40_u16 {
         for n in 0..25 {
             let guess = format!("key-0001-of-yours-{second}-{n}");
@@ -238,19 +244,19 @@ async fn the_owner_of_a_key_gets_in_while_one_network_guesses_from_fresh_address
             clock.advance(Duration::from_millis(40));
         }
         if authenticator.authenticate_from("key-0001-of-mine", owner).await.is_err() {
-            refused.push(second);
+            denied.push(second);
         }
     }
     assert!(checks > 20, "{checks} guesses were checked");
-    assert!(refused.iter().all(|second| *second < 16), "{refused:?}");
+    assert!(denied.iter().all(|second| *second < 16), "{denied:?}");
 }
 
 #[tokio::test]
-async fn a_fast_hash_is_never_rationed() {
+async fn a_fast_hash_is_never_limited() {
     let fixture = fixture().await;
     // Its check is right, so that the hash has to say it.
     let wrong = support::with_wrong_secret(&fixture.key);
-    // One ration for all of them, and no memory of what was wrong.
+    // One limit for all of them, and no memory of what was wrong.
     let authenticator = Authenticator::builder(fixture.store.clone()).cache_capacity(0).build();
     let layer = ApiKeyAuthLayer::from(authenticator);
     for _ in 0..50 {

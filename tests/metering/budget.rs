@@ -8,7 +8,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore,
+    clock::ManualClock,
+    management::IssuedKey,
+    record::{Budget, BudgetPeriod, KeyId},
+    store::{KeyRepository, KeyStore, KeyUsage, Lease, LeaseRequest, ListKeys, UsageBatch},
+};
 
 use crate::support::{eventually::eventually, every_store::on_every_store, servers::Postgres};
 
@@ -31,22 +37,22 @@ async fn new_key<R: KeyRepository + Clone>(store: &R, budget: Option<Budget>) ->
     manager.issue(new).await.unwrap()
 }
 
-async fn lease(store: &impl KeyStore, key: &KeyId, by: &str, asked: i64, needed: i64) -> i64 {
-    lease_for(store, key, by, asked, needed, Duration::from_secs(30)).await.amount_micro_cents
+async fn lease(store: &impl KeyStore, key: &KeyId, by: &str, amount: i64, needed: i64) -> i64 {
+    lease_for(store, key, by, amount, needed, Duration::from_secs(30)).await.amount_micro_cents
 }
 
 async fn lease_for(
     store: &impl KeyStore,
     key: &KeyId,
     by: &str,
-    asked: i64,
+    amount: i64,
     needed: i64,
     lifetime: Duration,
 ) -> Lease {
-    static ASKS: AtomicU64 = AtomicU64::new(1);
-    let mut ask = LeaseRequest::new(key.clone(), by, ASKS.fetch_add(1, SeqCst), asked);
-    (ask.needed_micro_cents, ask.lifetime) = (needed, lifetime);
-    store.lease(&ask).await.unwrap()
+    static SEQUENCES: AtomicU64 = AtomicU64::new(1);
+    let mut request = LeaseRequest::new(key.clone(), by, SEQUENCES.fetch_add(1, SeqCst), amount);
+    (request.needed_micro_cents, request.lifetime) = (needed, lifetime);
+    store.lease(&request).await.unwrap()
 }
 
 fn charge(writer: &str, sequence: u64, key: &KeyId, cost: i64, settled: i64) -> UsageBatch {
@@ -165,28 +171,28 @@ async fn no_limit_a_limit_of_nothing_and_no_key<R: KeyRepository + Clone>(store:
     assert!(granted >= i64::MAX / 4, "{granted}");
 }
 
-async fn an_ask_that_comes_late_changes_nothing<R: KeyRepository + Clone>(store: R) {
+async fn a_lease_request_that_comes_late_changes_nothing<R: KeyRepository + Clone>(store: R) {
     let key = new_key(&store, cents(10, BudgetPeriod::Daily)).await.record().id.clone();
-    let ask = async |by: &str, sequence, amount| {
-        let mut ask = LeaseRequest::new(key.clone(), by, sequence, amount);
-        ask.needed_micro_cents = amount;
-        store.lease(&ask).await.unwrap()
+    let request = async |by: &str, sequence, amount| {
+        let mut request = LeaseRequest::new(key.clone(), by, sequence, amount);
+        request.needed_micro_cents = amount;
+        store.lease(&request).await.unwrap()
     };
-    let granted = ask("a", 2, 6 * CENT).await;
+    let granted = request("a", 2, 6 * CENT).await;
     // The one before it, which was on its way for long, and the same again.
     for (sequence, amount) in [(1, 0), (1, 9 * CENT), (2, CENT)] {
-        let told = ask("a", sequence, amount).await;
-        assert_eq!(told.amount_micro_cents, 6 * CENT);
-        let differs = told.expires_at.duration_since(granted.expires_at).unwrap_or_default();
+        let lease = request("a", sequence, amount).await;
+        assert_eq!(lease.amount_micro_cents, 6 * CENT);
+        let differs = lease.expires_at.duration_since(granted.expires_at).unwrap_or_default();
         assert!(differs <= Duration::from_millis(1), "it has been renewed by {differs:?}");
     }
-    assert_eq!(ask("b", 1, 5 * CENT).await.amount_micro_cents, 0);
-    assert_eq!(ask("b", 1, 4 * CENT).await.amount_micro_cents, 0);
-    assert_eq!(ask("b", 2, 4 * CENT).await.amount_micro_cents, 4 * CENT);
+    assert_eq!(request("b", 1, 5 * CENT).await.amount_micro_cents, 0);
+    assert_eq!(request("b", 1, 4 * CENT).await.amount_micro_cents, 0);
+    assert_eq!(request("b", 2, 4 * CENT).await.amount_micro_cents, 4 * CENT);
     // What was handed back stays handed back.
-    assert_eq!(ask("a", 4, 0).await.amount_micro_cents, 0);
-    assert_eq!(ask("a", 3, 6 * CENT).await.amount_micro_cents, 0);
-    assert_eq!(ask("c", 1, 6 * CENT).await.amount_micro_cents, 6 * CENT);
+    assert_eq!(request("a", 4, 0).await.amount_micro_cents, 0);
+    assert_eq!(request("a", 3, 6 * CENT).await.amount_micro_cents, 0);
+    assert_eq!(request("c", 1, 6 * CENT).await.amount_micro_cents, 6 * CENT);
 }
 
 async fn nothing_is_reserved_for_nothing_where_nothing_is_left<R: KeyRepository + Clone>(store: R) {
@@ -220,7 +226,7 @@ on_every_store! {
     a_lease_expires_by_the_time_of_the_store
     a_period_is_charged_by_its_days
     no_limit_a_limit_of_nothing_and_no_key
-    an_ask_that_comes_late_changes_nothing
+    a_lease_request_that_comes_late_changes_nothing
     nothing_is_reserved_for_nothing_where_nothing_is_left
     what_a_node_with_a_wrong_clock_spends_is_charged_to_the_stores_day
 }
@@ -237,7 +243,7 @@ async fn two_who_wait_for_one_lock_are_not_granted_the_same() {
     let key = new_key(&store, cents(1, BudgetPeriod::Total)).await.record().id.clone();
     let transaction = admin.transaction().await.unwrap();
     transaction.batch_execute("SELECT FROM api_keys FOR UPDATE").await.unwrap();
-    let asks = ["a", "b"].map(|by| {
+    let requests = ["a", "b"].map(|by| {
         let (store, key) = (store.clone(), key.clone());
         tokio::spawn(async move { lease(&store, &key, by, CENT, CENT).await })
     });
@@ -249,8 +255,8 @@ async fn two_who_wait_for_one_lock_are_not_granted_the_same() {
     .await;
     transaction.rollback().await.unwrap();
     let mut granted = 0;
-    for ask in asks {
-        granted += ask.await.unwrap();
+    for request in requests {
+        granted += request.await.unwrap();
     }
     assert_eq!(granted, CENT);
 }

@@ -11,7 +11,11 @@ use std::{
 };
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, NewKey, PostgresStore,
+    record::{Budget, BudgetPeriod},
+    store::KeyRepository,
+};
 
 use crate::support::{eventually::eventually, servers::Postgres};
 
@@ -33,7 +37,7 @@ fn node(url: &str) -> Authenticator {
         .build()
 }
 
-/// So many reserve again and again until nothing is left for a while. `granted` hears of each hold.
+/// So many reserve again and again until nothing is left for a while. `granted` receives each hold.
 fn spend(
     caller: &AuthContext,
     callers: usize,
@@ -43,17 +47,17 @@ fn spend(
     for _ in 0..callers {
         let (caller, granted) = (caller.clone(), granted.clone());
         spenders.spawn(async move {
-            let mut refused = 0;
-            while refused < 4 {
+            let mut denied = 0;
+            while denied < 4 {
                 match caller.reserve(ESTIMATE).await {
                     Ok(reservation) => {
                         granted();
                         tokio::time::sleep(Duration::from_millis(150)).await;
                         reservation.settle(ESTIMATE);
-                        refused = 0;
+                        denied = 0;
                     }
                     Err(Denial::BudgetExceeded(_)) => {
-                        refused += 1;
+                        denied += 1;
                         tokio::time::sleep(Duration::from_millis(260)).await;
                     }
                     Err(Denial::Unavailable(_)) => {

@@ -8,7 +8,13 @@ use std::{
     time::Duration,
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, KeyManager, MemoryStore, NewKey,
+    StoreError,
+    middleware::BudgetLayer,
+    record::{Budget, BudgetPeriod},
+    store::{Answer, KeyStore, Lease, LeaseRequest, Lookup, UsageBatch},
+};
 
 use crate::support::{
     self,
@@ -24,7 +30,7 @@ struct Plain {
     keys: MemoryStore,
     has_leases: bool,
     /// Whether it is out of reach for usage. It records none in any case.
-    is_away: Arc<AtomicBool>,
+    is_down: Arc<AtomicBool>,
 }
 
 impl KeyStore for Plain {
@@ -33,15 +39,15 @@ impl KeyStore for Plain {
     }
 
     async fn record_usage(&self, _: &UsageBatch) -> Result<(), StoreError> {
-        match self.is_away.load(SeqCst) {
+        match self.is_down.load(SeqCst) {
             true => Err(StoreError::unavailable("away")),
             false => Err(StoreError::unsupported("usage")),
         }
     }
 
-    async fn lease(&self, ask: &LeaseRequest) -> Result<Lease, StoreError> {
+    async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
         match self.has_leases {
-            true => self.keys.lease(ask).await,
+            true => self.keys.lease(request).await,
             false => Err(StoreError::unsupported("budget leases")),
         }
     }
@@ -53,7 +59,7 @@ async fn budgeted(has_leases: bool) -> (Plain, String) {
     let user = some_user(keys.clone()).await;
     let new = NewKey::new(user, "k").budget(Budget { limit_cents: 1, period: BudgetPeriod::Daily });
     let issued = KeyManager::new(keys.clone()).issue(new).await.unwrap();
-    (Plain { keys, has_leases, is_away: Arc::default() }, issued.expose_secret().to_owned())
+    (Plain { keys, has_leases, is_down: Arc::default() }, issued.expose_secret().to_owned())
 }
 
 async fn reserve(caller: &AuthContext) -> Denial {
@@ -132,12 +138,12 @@ async fn an_authenticator_without_usage_reserves_nothing_and_the_warning_names_t
 async fn a_store_that_records_no_usage_is_one_warning_and_lends_nothing_from_then_on() {
     let (log, _guard) = capture();
     let (store, key) = budgeted(true).await;
-    let is_away = Arc::clone(&store.is_away);
-    is_away.store(true, SeqCst);
+    let is_down = Arc::clone(&store.is_down);
+    is_down.store(true, SeqCst);
     let node = Authenticator::builder(store).usage_interval(Duration::from_millis(1)).build();
     let before = node.authenticate(&key).await.unwrap();
     before.reserve(1).await.unwrap().settle(1);
-    is_away.store(false, SeqCst);
+    is_down.store(false, SeqCst);
     eventually("the flush", async || !warnings(&log, "record_usage").is_empty()).await;
     let after = node.authenticate(&key).await.unwrap();
     // Also from a context and a lease of the time before.

@@ -2,7 +2,11 @@
 
 use std::time::SystemTime;
 
-use tower_api_key::*;
+use tower_api_key::{
+    KeyManager, NewKey, PostgresStore,
+    record::{Budget, BudgetPeriod, KeyId},
+    store::{KeyRepository, KeyStore, KeyUsage, LeaseRequest, UsageBatch},
+};
 
 use crate::support::servers::Postgres;
 
@@ -37,9 +41,9 @@ async fn charge(store: &PostgresStore, key: &KeyId, sequence: u64, cost: i64) {
 /// How many half cents a budget of 15 cents lets through.
 async fn half_cents_in_fifteen_cents(store: &PostgresStore, key: &KeyId) -> u64 {
     for sequence in 1.. {
-        let mut ask = LeaseRequest::new(key.clone(), "node", sequence, HALF_A_CENT);
-        ask.needed_micro_cents = HALF_A_CENT;
-        if store.lease(&ask).await.unwrap().amount_micro_cents < HALF_A_CENT {
+        let mut request = LeaseRequest::new(key.clone(), "node", sequence, HALF_A_CENT);
+        request.needed_micro_cents = HALF_A_CENT;
+        if store.lease(&request).await.unwrap().amount_micro_cents < HALF_A_CENT {
             return sequence - 1;
         }
         charge(store, key, sequence, HALF_A_CENT).await;

@@ -1,5 +1,5 @@
 //! The rule of the ledger is written three times, in Rust, for SQLite and in PostgreSQL's own language: all must
-//! say the same, whatever is asked in whatever order, and never grant what is not there.
+//! say the same, whatever is requested in whatever order, and never grant what is not there.
 
 use std::{
     collections::HashMap,
@@ -12,7 +12,11 @@ use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
 };
-use tower_api_key::*;
+use tower_api_key::{
+    KeyManager, MemoryStore, NewKey, PostgresStore, SqliteStore,
+    record::{Budget, BudgetPeriod},
+    store::{KeyRepository, KeyUsage, LeaseRequest, UsageBatch},
+};
 
 use crate::support::servers::Postgres;
 
@@ -22,7 +26,7 @@ const LIMIT: i64 = LIMIT_CENTS as i64 * 1_000_000;
 #[derive(Debug, Clone)]
 enum Step {
     /// Holder, amount, what of it is needed; `is_late` is for one that a newer one has overtaken.
-    Ask { holder: usize, asked: i64, needed: i64, is_late: bool },
+    Request { holder: usize, amount: i64, needed: i64, is_late: bool },
     /// Holder, cost, what of it was settled from the lease.
     Charge { holder: usize, cost: i64, settled: i64 },
 }
@@ -30,11 +34,12 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     // Most of them near the limit, or nothing.
     let amount = || prop_oneof![Just(0), 1..LIMIT / 4, 1..LIMIT * 2, Just(i64::MAX)];
-    let ask = (0..3_usize, amount(), amount(), prop::bool::weighted(0.2))
-        .prop_map(|(holder, asked, needed, is_late)| Step::Ask { holder, asked, needed, is_late });
+    let request = (0..3_usize, amount(), amount(), prop::bool::weighted(0.2)).prop_map(
+        |(holder, amount, needed, is_late)| Step::Request { holder, amount, needed, is_late },
+    );
     let charge = (0..3_usize, 0..LIMIT / 4, 0..LIMIT / 4)
         .prop_map(|(holder, cost, settled)| Step::Charge { holder, cost, settled });
-    prop_oneof![3 => ask, 1 => charge]
+    prop_oneof![3 => request, 1 => charge]
 }
 
 /// What is granted at each step, and what stands in the totals at the end.
@@ -53,16 +58,17 @@ async fn carry_out<R: KeyRepository + Clone>(
     let mut granted = Vec::new();
     for (sequence, step) in (10..).zip(steps) {
         match *step {
-            Step::Ask { holder, asked, needed, is_late } => {
+            Step::Request { holder, amount, needed, is_late } => {
                 let sequence = if is_late { sequence - 9 } else { sequence };
-                let mut ask = LeaseRequest::new(id.clone(), holder.to_string(), sequence, asked);
-                ask.needed_micro_cents = needed;
-                granted.push(Some(store.lease(&ask).await.unwrap().amount_micro_cents));
+                let mut request =
+                    LeaseRequest::new(id.clone(), holder.to_string(), sequence, amount);
+                request.needed_micro_cents = needed;
+                granted.push(Some(store.lease(&request).await.unwrap().amount_micro_cents));
             }
             Step::Charge { holder, cost, settled } => {
                 let mut usage = KeyUsage::new(id.clone());
                 (usage.cost_micro_cents, usage.settled_micro_cents) = (cost, settled);
-                // Writers are remembered: those of another key are others.
+                // Writers are cached: those of another key are others.
                 let mut batch = UsageBatch::new(
                     holder.to_string(),
                     number * 1000 + sequence,
@@ -83,7 +89,7 @@ fn nothing_is_granted_twice(steps: &[Step], granted: &[Option<i64>]) {
     let (mut leases, mut spent) = (HashMap::new(), 0);
     for (step, granted) in steps.iter().zip(granted) {
         match *step {
-            Step::Ask { holder, .. } => {
+            Step::Request { holder, .. } => {
                 let granted = granted.unwrap();
                 let before = leases.insert(holder, granted).unwrap_or(0);
                 let all = leases.values().fold(spent, |sum: i64, lease| sum + lease);
@@ -112,7 +118,7 @@ fn all_ledgers_say_the_same_and_grant_nothing_twice() {
     });
     let period = prop_oneof![Just(BudgetPeriod::Total), Just(BudgetPeriod::Monthly)];
     let config = Config { cases: 100, failure_persistence: None, ..Config::default() };
-    let told = TestRunner::new(config).run(&(period, vec(step(), 1..20)), |(period, steps)| {
+    let outcome = TestRunner::new(config).run(&(period, vec(step(), 1..20)), |(period, steps)| {
         runtime.block_on(async {
             let by_memory = carry_out(&memory, period, &steps).await;
             nothing_is_granted_twice(&steps, &by_memory.0);
@@ -121,7 +127,7 @@ fn all_ledgers_say_the_same_and_grant_nothing_twice() {
             Ok(())
         })
     });
-    if let Err(failure) = told {
+    if let Err(failure) = outcome {
         panic!("{failure}");
     }
 }

@@ -6,7 +6,12 @@ use std::{
 };
 
 use tower::{ServiceBuilder, ServiceExt};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Denial, KeyManager, MemoryStore, NewKey, RateLimitLayer, StoreError,
+    clock::ManualClock,
+    rate_limit::{LocalRateLimiter, RateLimiter},
+    record::{KeyId, Quota, RateLimits, RatePeriod, RateWindow},
+};
 
 use crate::support::{self, Answer, Fixture, bearer, fixture, probe::probe, read, some_user};
 
@@ -51,7 +56,7 @@ impl Limited {
 }
 
 #[tokio::test]
-async fn answers_say_what_is_left_and_a_refusal_when_to_come_again() {
+async fn answers_say_what_is_left_and_a_denial_when_to_come_again() {
     let limited = Limited::new().await;
     let key = limited.key(limits(Some(2), None, Some(1000))).await;
     let first = limited.ask(&key).await;
@@ -63,27 +68,27 @@ async fn answers_say_what_is_left_and_a_refusal_when_to_come_again() {
     assert_eq!(limited.ask(&key).await.status(), 200);
 
     limited.clock.advance(Duration::from_millis(500));
-    let refused = limited.ask(&key).await;
-    assert_eq!(refused.status(), 429);
-    assert_eq!(refused.header("retry-after"), Some("48"));
+    let denied = limited.ask(&key).await;
+    assert_eq!(denied.status(), 429);
+    assert_eq!(denied.header("retry-after"), Some("48"));
     let left = r#""minute";r=0;t=48, "day";r=998;t=86388"#;
-    assert_eq!(refused.header("ratelimit"), Some(left));
-    assert_eq!(refused.header("ratelimit-policy"), Some(policy));
-    assert_eq!(refused.header("content-type"), Some("application/problem+json"));
-    assert!(matches!(refused.response.extensions().get(), Some(Denial::RateLimited(_))));
+    assert_eq!(denied.header("ratelimit"), Some(left));
+    assert_eq!(denied.header("ratelimit-policy"), Some(policy));
+    assert_eq!(denied.header("content-type"), Some("application/problem+json"));
+    assert!(matches!(denied.response.extensions().get(), Some(Denial::RateLimited(_))));
 
     limited.clock.advance(Duration::from_millis(47_500));
     assert_eq!(limited.ask(&key).await.status(), 200);
 }
 
 #[tokio::test]
-async fn what_one_window_refuses_is_counted_in_none() {
+async fn what_one_window_denies_is_counted_in_none() {
     let limited = Limited::new().await;
     let key = limited.key(limits(Some(1), Some(3), None)).await;
     for _ in 0..5 {
         limited.ask(&key).await;
     }
-    // One was let in, four were refused by the minute.
+    // One was let in, four were denied by the minute.
     limited.clock.advance(Duration::from_secs(60));
     let answer = limited.ask(&key).await;
     assert_eq!(answer.status(), 200);
@@ -91,11 +96,11 @@ async fn what_one_window_refuses_is_counted_in_none() {
     limited.clock.advance(Duration::from_secs(60));
     assert_eq!(limited.ask(&key).await.status(), 200);
     limited.clock.advance(Duration::from_secs(60));
-    let refused = limited.ask(&key).await;
-    assert_eq!(refused.status(), 429);
+    let denied = limited.ask(&key).await;
+    assert_eq!(denied.status(), 429);
     // By the hour, not by the minute.
-    assert_eq!(refused.header("retry-after"), Some("3408"));
-    assert!(refused.header("ratelimit").unwrap().contains(r#""minute";r=1"#));
+    assert_eq!(denied.header("retry-after"), Some("3408"));
+    assert!(denied.header("ratelimit").unwrap().contains(r#""minute";r=1"#));
 }
 
 #[tokio::test]
@@ -109,9 +114,9 @@ async fn no_limit_and_unlimited_keys_pass_and_0_allows_nothing() {
     let unlimited = unlimited.await;
     assert_eq!(limited.ask(unlimited.expose_secret()).await.status(), 200);
     let nothing = limited.key(limits(Some(100), None, Some(0))).await;
-    let refused = limited.ask(&nothing).await;
-    assert_eq!(refused.status(), 429);
-    assert!(refused.header("ratelimit").unwrap().starts_with(r#""minute";r=100"#));
+    let denied = limited.ask(&nothing).await;
+    assert_eq!(denied.status(), 429);
+    assert!(denied.header("ratelimit").unwrap().starts_with(r#""minute";r=100"#));
 }
 
 #[tokio::test]
@@ -184,7 +189,7 @@ impl RateLimiter for Slow {
 }
 
 #[tokio::test]
-async fn each_key_is_told_its_own_policy() {
+async fn each_key_gets_its_own_policy() {
     let limited = Limited::new().await;
     let mut keys = Vec::new();
     for limit in 10..110 {

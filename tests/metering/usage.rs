@@ -9,10 +9,17 @@ use std::{
 };
 
 use tower::{ServiceBuilder, ServiceExt};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, AuthContext, Authenticator, KeyManager, KeyScheme, MemoryStore, NewKey,
+    PostgresStore, StoreError,
+    clock::ManualClock,
+    metering::Usage,
+    record::{KeyId, Revision},
+    store::{Answer, Change, KeyRepository, KeyStore, KeyUsage, ListKeys, Lookup, UsageBatch},
+};
 
 use crate::support::{
-    self, bearer, eventually::eventually, every_store::on_every_store, feed::Heard, fixture,
+    self, bearer, eventually::eventually, every_store::on_every_store, feed::FeedRecorder, fixture,
     probe::probe, rule, servers::Postgres,
 };
 
@@ -105,17 +112,17 @@ async fn usage_is_no_change<R: KeyRepository + Clone>(store: R) {
         change => panic!("{change:?}"),
     };
     let before = revoke(&other).await;
-    let heard = Heard::listen(store.changes(SystemTime::now() + Duration::from_secs(60)));
-    heard.all().await;
+    let recorder = FeedRecorder::listen(store.changes(SystemTime::now() + Duration::from_secs(60)));
+    recorder.all().await;
     let record = store.find_key(&key).await.unwrap().unwrap();
     let mut usage = used(&key, 1, 1, 1);
     usage.last_used_at = Some(SystemTime::now());
     store.record_usage(&batch("w", 1, [usage])).await.unwrap();
     assert_eq!(store.find_key(&key).await.unwrap().unwrap().updated_at, record.updated_at);
-    assert!(heard.all().await.is_empty());
+    assert!(recorder.all().await.is_empty());
     // Nothing has taken a number in between.
     assert_eq!(revoke(&key).await, before + 1);
-    assert_eq!(heard.take().await.len(), 1);
+    assert_eq!(recorder.take().await.len(), 1);
 }
 
 on_every_store! {
@@ -260,7 +267,7 @@ async fn requests_that_are_let_in_count_and_handlers_add() {
     let id = caller.key().id.clone();
     eventually("it is written", async || totals(&fixture.store, &id).await == (11, 70, 5_000))
         .await;
-    // What was refused counts for nothing.
+    // What was denied counts for nothing.
     assert_eq!(totals(&fixture.store, &limited.record().id).await, (0, 0, 0));
     let last_used = fixture.store.find_key(&id).await.unwrap().unwrap().last_used_at;
     assert!(last_used.is_some());
@@ -273,11 +280,11 @@ async fn requests_that_are_let_in_count_and_handlers_add() {
     AuthContext::unverified(caller.key().clone()).record_usage(Usage::cost(1));
 }
 
-/// Fails so many times, and remembers every batch that it was told.
+/// Fails the first `failures` times, and keeps every batch that it receives.
 #[derive(Clone)]
 struct Flaky {
     store: MemoryStore,
-    told: Arc<Mutex<Vec<UsageBatch>>>,
+    batches: Arc<Mutex<Vec<UsageBatch>>>,
     failures: usize,
     /// It fails no more.
     works: Arc<AtomicBool>,
@@ -289,12 +296,12 @@ impl KeyStore for Flaky {
     }
 
     async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
-        let told = {
-            let mut told = self.told.lock().unwrap();
-            told.push(batch.clone());
-            told.len()
+        let batches = {
+            let mut batches = self.batches.lock().unwrap();
+            batches.push(batch.clone());
+            batches.len()
         };
-        if told <= self.failures && !self.works.load(SeqCst) {
+        if batches <= self.failures && !self.works.load(SeqCst) {
             // It has arrived all the same.
             self.store.record_usage(batch).await?;
             return Err(StoreError::unavailable("the answer was lost"));
@@ -308,7 +315,7 @@ async fn what_waits_over_midnight_is_of_the_day_on_which_it_was_used() {
     let fixture = fixture().await;
     let store = Flaky {
         store: fixture.store.clone(),
-        told: Arc::default(),
+        batches: Arc::default(),
         failures: usize::MAX,
         works: Arc::default(),
     };
@@ -317,10 +324,10 @@ async fn what_waits_over_midnight_is_of_the_day_on_which_it_was_used() {
     let node =
         Authenticator::builder(store.clone()).clock(clock.clone()).usage_interval(SOON).build();
     let caller = node.authenticate(&fixture.key).await.unwrap();
-    let told = || store.told.lock().unwrap().clone();
+    let batches = || store.batches.lock().unwrap().clone();
     let is_taken = async || {
-        let before = told().len();
-        eventually("what was used is taken", async || told().len() > before + 1).await;
+        let before = batches().len();
+        eventually("what was used is taken", async || batches().len() > before + 1).await;
     };
     // The first batch is sent again and again; what comes after it waits.
     is_taken().await;
@@ -329,16 +336,16 @@ async fn what_waits_over_midnight_is_of_the_day_on_which_it_was_used() {
     clock.advance(Duration::from_secs(120));
     caller.record_usage(Usage::tokens(2));
     is_taken().await;
-    store.told.lock().unwrap().clear();
+    store.batches.lock().unwrap().clear();
     store.works.store(true, SeqCst);
-    eventually("all is written", async || told().len() >= 3).await;
-    let told = told();
-    let days: Vec<_> = told[..3]
+    eventually("all is written", async || batches().len() >= 3).await;
+    let batches = batches();
+    let days: Vec<_> = batches[..3]
         .iter()
         .map(|batch| (batch.entries[0].tokens, batch.gathered_at < midnight))
         .collect();
     assert_eq!(days, [(0, true), (1, true), (2, false)]);
-    assert!(told[1].sent_at > midnight);
+    assert!(batches[1].sent_at > midnight);
 }
 
 #[tokio::test]
@@ -346,32 +353,32 @@ async fn a_batch_that_was_sent_is_sent_again_as_it_is() {
     let fixture = fixture().await;
     let store = Flaky {
         store: fixture.store.clone(),
-        told: Arc::default(),
+        batches: Arc::default(),
         failures: 3,
         works: Arc::default(),
     };
     let authenticator = Authenticator::builder(store.clone()).usage_interval(SOON).build();
     let caller = authenticator.authenticate(&fixture.key).await.unwrap();
     let id = caller.key().id.clone();
-    let told = || store.told.lock().unwrap().clone();
-    eventually("it was tried twice", async || told().len() >= 2).await;
+    let batches = || store.batches.lock().unwrap().clone();
+    eventually("it was tried twice", async || batches().len() >= 2).await;
     caller.record_usage(Usage::tokens(5));
     eventually("all of it is written", async || totals(&store.store, &id).await == (1, 5, 0)).await;
-    let told = told();
-    let (first, last) = (&told[0], told.last().unwrap());
+    let batches = batches();
+    let (first, last) = (&batches[0], batches.last().unwrap());
     // But for the time at which it is.
     let same = |batch: &UsageBatch| {
         let mut batch = batch.clone();
         batch.sent_at = first.sent_at;
         batch == *first
     };
-    assert!(told[..=3].iter().all(same), "{told:#?}");
-    assert!(told.windows(2).all(|pair| pair[0].sent_at <= pair[1].sent_at));
+    assert!(batches[..=3].iter().all(same), "{batches:#?}");
+    assert!(batches.windows(2).all(|pair| pair[0].sent_at <= pair[1].sent_at));
     assert_eq!((first.sequence, last.sequence), (1, 2));
     assert_eq!(first.writer, last.writer);
-    // The last use of a key is said once a minute.
-    let said = |batch: &UsageBatch| batch.entries[0].last_used_at.is_some();
-    assert!(said(first) && !said(last));
+    // The last use of a key is written once a minute.
+    let has_last_use = |batch: &UsageBatch| batch.entries[0].last_used_at.is_some();
+    assert!(has_last_use(first) && !has_last_use(last));
 }
 
 #[tokio::test]

@@ -1,9 +1,14 @@
-//! What the database refuses while usage is written: a fault of a row is that row's alone, and everything else delays
+//! What the database rejects while usage is written: a fault of a row is that row's alone, and everything else delays
 //! the batch, in whatever language the server speaks.
 
 use std::time::{Duration, SystemTime};
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, PostgresStore,
+    metering::Usage,
+    record::{Budget, BudgetPeriod, KeyId},
+    store::{KeyRepository, KeyStore, KeyUsage, LeaseRequest, UsageBatch},
+};
 
 use crate::support::{eventually::eventually, servers::Postgres};
 
@@ -92,8 +97,8 @@ async fn usage_of_a_key_whose_row_is_locked_arrives_later_in_any_language() {
             assert_eq!((totals(&owner, key).await.0, charged(&server, key).await.0), (0, 0));
         }
         // So is a lease, and an edit.
-        let ask = LeaseRequest::new(keys[1].clone(), "w", 1, 100);
-        let error = store.lease(&ask).await.unwrap_err();
+        let request = LeaseRequest::new(keys[1].clone(), "w", 1, 100);
+        let error = store.lease(&request).await.unwrap_err();
         assert!(error.is_transient(), "{error:?}");
         let error = store.revoke_key(&keys[1]).await.unwrap_err();
         assert!(error.is_transient(), "{error:?}");
@@ -183,7 +188,7 @@ async fn a_missing_table_delays_usage_and_loses_none() {
 }
 
 #[tokio::test]
-async fn a_row_that_refuses_its_totals_is_charged_and_the_others_are_counted_in_any_language() {
+async fn a_row_that_rejects_its_totals_is_charged_and_the_others_are_counted_in_any_language() {
     for server in servers().await {
         let (store, keys) = keys_in(&server, 3).await;
         let other = server.client().await;

@@ -11,7 +11,13 @@ use std::{
 };
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, PostgresStore,
+    management::IssuedKey,
+    metering::Usage,
+    record::KeyId,
+    store::{KeyRepository, KeyStore, KeyUsage, UsageBatch},
+};
 
 use crate::support::{eventually::eventually, proxy::Proxy, servers::Postgres};
 
@@ -157,7 +163,7 @@ async fn a_node_that_is_killed_loses_its_last_interval_at_most() {
         .spawn()
         .unwrap();
     let out = BufReader::new(node.stdout.take().unwrap());
-    // The time at which each event was recorded, as far as it was said.
+    // The time at which each event was recorded, as far as it was reported.
     let reader = std::thread::spawn(move || {
         let lines = out.lines().map_while(Result::ok);
         let events = lines.filter_map(|line| line.strip_prefix("recorded ")?.parse::<u64>().ok());
@@ -207,7 +213,7 @@ async fn writers_of_the_same_keys_never_wait_for_each_other_in_a_ring() {
                 random ^= random << 17;
                 random % below
             };
-            let mut told = 0;
+            let mut added = 0;
             for sequence in 1..=FLUSHES {
                 let mut batch =
                     UsageBatch::new(format!("writer {writer}"), sequence, SystemTime::now());
@@ -217,21 +223,21 @@ async fn writers_of_the_same_keys_never_wait_for_each_other_in_a_ring() {
                     at = (at + 37) % 100;
                     let mut usage = KeyUsage::new(ids[at as usize].clone());
                     usage.tokens = 1;
-                    told += 1;
+                    added += 1;
                     batch.entries.push(usage);
                 }
                 store.record_usage(&batch).await.unwrap();
             }
-            told
+            added
         });
     }
-    let told: i64 = writers.join_all().await.into_iter().sum();
+    let added: i64 = writers.join_all().await.into_iter().sum();
     let row = client.query_one(
         "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()",
         &[],
     );
     assert_eq!(row.await.unwrap().get::<_, i64>(0), 0);
-    assert_eq!(sums(&server).await, [(0, told, 0); 2]);
+    assert_eq!(sums(&server).await, [(0, added, 0); 2]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -37,12 +37,12 @@ pub(crate) struct Change {
     pub(crate) identity: Identity,
     /// When it committed.
     pub(crate) at: Tick,
-    /// The time that its row bears, from which the life of its floor counts.
+    /// The time that its row bears, from which the life of its minimum revision counts.
     pub(crate) dated: Tick,
 }
 
 /// How far something has come: a number for each key and one for the owner. What a node has
-/// processed is one, and so are its floors (revisions), and the rows that its feed checks
+/// processed is one, and so are its minimum revisions (revisions), and the rows that its feed checks
 /// (identities).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Progress {
@@ -103,7 +103,7 @@ impl Progress {
     }
 }
 
-/// The revisions that an answer, a tombstone or a floor for one key has: the key's and its
+/// The revisions that an answer, a tombstone or a minimum revision for one key has: the key's and its
 /// owner's. They come from one sequence, but they can commit in another order than they were
 /// drawn, so one never stands for the other. Also a pair of identities.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -126,7 +126,7 @@ impl Revisions {
     }
 }
 
-/// What a read of the database says of one key, and when it was read.
+/// What a read of the database returns for one key, and when it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Answer {
     pub(crate) revisions: Revisions,

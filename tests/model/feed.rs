@@ -42,10 +42,10 @@ impl Node {
         }
     }
 
-    /// Forgets the floors and all answers. What was read up to now is not taken from Redis any more.
-    /// The rows that are there need no floor: this stands for all of them.
+    /// Forgets the minimum revisions and all answers. What was read up to now is not taken from Redis any more.
+    /// The rows that are there need no minimum revision: this stands for all of them.
     fn reset(&mut self, database: &Database, moment: Moment<'_>) {
-        self.floor = Progress::default();
+        self.minimum = Progress::default();
         self.processed = database.progress();
         self.rows_read = database.identities();
         self.saw_mark = database.is_marked;

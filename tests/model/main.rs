@@ -1,13 +1,13 @@
 //! The cache protocol as a model, and a checker that goes through every order of its steps.
 //!
 //! **The protocol.** The database is the truth: each change draws a *revision* from one sequence
-//! and leaves a row in a change table. A node that processes a change first raises its *floor* for
+//! and leaves a row in a change table. A node that processes a change first raises its *minimum revision* for
 //! that key or owner, then moves the *generation* of the key's bucket, and has a *tombstone* put
-//! into Redis. A local hit compares generations. A miss is looked up by one *flight* a key: Redis
+//! into Redis. A local hit compares generations. A miss is looked up by one *look-up* a key: Redis
 //! first, if the node has caught up with the change table since its start, then the database;
-//! nothing below the floor counts, and a flight that began before the last processed change is not
+//! nothing below the minimum revision counts, and a look-up that began before the last processed change is not
 //! joined. What was read is kept under the generation from before the read, and goes to Redis,
-//! where a script refuses a lower revision than the one it finds. Nothing is served past
+//! where a script rejects a lower revision than the one it finds. Nothing is served past
 //! `max_staleness` since it was read or the node was last in sync, nor past `stale_if_error` more
 //! while the database fails.
 //!
@@ -20,24 +20,24 @@
 //! neither a revision nor a row. A failover loses the last commits, and their revisions are given
 //! again. A clone of the database is used on the same Redis. The feed reports no sync while
 //! triggers are missing and a reset when they are back; it resets if a row of any transaction that
-//! it has read is gone; names and MACs in Redis are bound to the database. A reset clears floors and
+//! it has read is gone; names and MACs in Redis are bound to the database. A reset clears minimum revisions and
 //! generations, and no entry from before it is taken from Redis. These rules require that the feed
 //! of each node reads the table during the break: has seen the triggers missing, or has read the
 //! rows that are lost. The tests `without_a_mark_…` show the limit: a break between two reads, and a
 //! node that starts after the break. A mark that a feed finds later (a row that resets, the timeline
 //! of the server) removes it.
 //!
-//! **How it is told.** [`setup`] is what a run explores, [`database`], [`redis`] and [`node`] are
-//! the parts, [`fork`] is what breaks the history, [`feed`] is a read of the change table, [`flight`]
+//! **Where to read.** [`setup`] is what a run explores, [`database`], [`redis`] and [`node`] are
+//! the parts, [`fork`] is what breaks the history, [`feed`] is a read of the change table, [`look_up`]
 //! is a look-up, [`protocol`] puts them together for the checker, and
-//! [`properties`] says what must hold. Each mechanism can be taken out; the tests then show what
+//! [`properties`] defines what must hold. Each mechanism can be taken out; the tests then show what
 //! goes wrong without it. Not modelled: the time between a poll and its answer, a negative answer
 //! as other than an answer, several rows under one prefix, a failover during a read of the feed.
 
 mod database;
 mod feed;
-mod flight;
 mod fork;
+mod look_up;
 mod node;
 mod properties;
 mod protocol;
@@ -49,71 +49,71 @@ use std::time::Instant;
 use stateright::{Checker, Expectation, Model};
 
 use crate::properties::{
-    AGES_WITHOUT_TRIGGERS, ANSWERED_AGAIN, BURIED, CATCHES_UP, COMPARE_REFUSES, FLOOR_DISCARDS,
-    FLOOR_REFUSES, GIVEN_AGAIN, NEVER_STUCK, NOT_JOINED, NOTHING_FROM_BEFORE, NOTHING_OF_CLONES,
-    NOTHING_TOO_OLD, RESET_REFUSES, SERVED_OLDER,
+    AGES_WITHOUT_TRIGGERS, ANSWERED_AGAIN, BURIED, CATCHES_UP, COMPARE_REJECTS, GIVEN_AGAIN,
+    MINIMUM_DISCARDS, MINIMUM_REJECTS, NEVER_STUCK, NOT_JOINED, NOTHING_FROM_BEFORE,
+    NOTHING_OF_CLONES, NOTHING_TOO_OLD, RESET_REJECTS, SERVED_OLDER,
 };
 use crate::protocol::World;
 use crate::setup::{Break, Detail, Mechanism, Setup};
 
-const REFUSALS: [&str; 4] = [FLOOR_REFUSES, FLOOR_DISCARDS, COMPARE_REFUSES, NOT_JOINED];
+const REJECTIONS: [&str; 4] = [MINIMUM_REJECTS, MINIMUM_DISCARDS, COMPARE_REJECTS, NOT_JOINED];
 
 #[test]
 fn three_changes_and_two_faults_break_no_promise_in_a_fleet() {
     let setup = Setup { changes: 3, ..Setup::one_key() };
-    keeps_every_promise(setup, 300_000, &[&REFUSALS[..], &[CATCHES_UP]].concat());
+    keeps_every_promise(setup, 300_000, &[&REJECTIONS[..], &[CATCHES_UP]].concat());
 }
 
 #[test]
 fn two_nodes_that_share_a_redis_break_no_promise() {
-    keeps_every_promise(Setup::two_nodes(), 300_000, &[&REFUSALS[..], &[CATCHES_UP]].concat());
+    keeps_every_promise(Setup::two_nodes(), 300_000, &[&REJECTIONS[..], &[CATCHES_UP]].concat());
 }
 
 #[test]
 fn two_keys_of_one_bucket_and_owner_break_no_promise() {
-    keeps_every_promise(Setup::two_keys(), 600_000, &REFUSALS);
+    keeps_every_promise(Setup::two_keys(), 600_000, &REJECTIONS);
 }
 
 #[test]
 fn changes_that_commit_out_of_order_break_no_promise() {
-    let reached = [&REFUSALS[..], &[CATCHES_UP]].concat();
+    let reached = [&REJECTIONS[..], &[CATCHES_UP]].concat();
     keeps_every_promise(Setup::key_and_owner(), 200_000, &reached);
 }
 
 #[test]
 fn no_answer_outlives_the_bounds_of_age() {
-    let reached = [&REFUSALS[..], &[CATCHES_UP, SERVED_OLDER]].concat();
+    let reached = [&REJECTIONS[..], &[CATCHES_UP, SERVED_OLDER]].concat();
     keeps_every_promise(Setup::with_time(), 400_000, &reached);
 }
 
 #[test]
 fn missing_triggers_break_no_promise() {
-    let reached = [AGES_WITHOUT_TRIGGERS, RESET_REFUSES];
+    let reached = [AGES_WITHOUT_TRIGGERS, RESET_REJECTS];
     keeps_every_promise(Setup::triggers_missing(), 30_000, &reached);
 }
 
 #[test]
 fn a_failover_that_loses_commits_breaks_no_promise() {
-    let reached = [RESET_REFUSES, GIVEN_AGAIN];
+    let reached = [RESET_REJECTS, GIVEN_AGAIN];
     keeps_every_promise(Setup::commits_lost(), 20_000, &reached);
 }
 
 #[test]
 fn no_lost_commit_outlives_the_bounds_of_age() {
     let setup = Setup { late_commits: false, ..Setup::commits_lost_in_time() };
-    keeps_every_promise(setup, 200_000, &[RESET_REFUSES, GIVEN_AGAIN]);
+    keeps_every_promise(setup, 200_000, &[RESET_REJECTS, GIVEN_AGAIN]);
 }
 
 #[test]
 fn a_clone_on_the_same_redis_breaks_no_promise() {
-    keeps_every_promise(Setup::cloned(), 30_000, &[FLOOR_REFUSES, FLOOR_DISCARDS]);
+    keeps_every_promise(Setup::cloned(), 30_000, &[MINIMUM_REJECTS, MINIMUM_DISCARDS]);
 }
 
 /// With a mark that stays, a feed can read it at any later time, also that of a node which starts.
 #[test]
 fn a_mark_of_the_break_replaces_a_read_during_it() {
     for breaks in [Break::TriggersMissing, Break::CommitsLost] {
-        keeps_every_promise(Setup::unseen(breaks, 1).with_marks(), 20_000, &[RESET_REFUSES]);
+        keeps_every_promise(Setup::unseen(breaks, 1).with_marks(), 20_000, &[RESET_REJECTS]);
     }
 }
 
@@ -121,21 +121,21 @@ fn a_mark_of_the_break_replaces_a_read_during_it() {
 #[ignore = "minutes without optimisation: cargo test --release --test model -- --ignored"]
 fn two_nodes_and_three_changes_break_no_promise() {
     let setup = Setup { changes: 3, ..Setup::two_nodes() };
-    keeps_every_promise(setup, 1_000_000, &[&REFUSALS[..], &[CATCHES_UP]].concat());
+    keeps_every_promise(setup, 1_000_000, &[&REJECTIONS[..], &[CATCHES_UP]].concat());
 }
 
 #[test]
 #[ignore = "minutes without optimisation: cargo test --release --test model -- --ignored"]
 fn two_keys_and_a_fault_break_no_promise() {
     let setup = Setup { faults: 1, ..Setup::two_keys() };
-    keeps_every_promise(setup, 1_000_000, &[&REFUSALS[..], &[CATCHES_UP]].concat());
+    keeps_every_promise(setup, 1_000_000, &[&REJECTIONS[..], &[CATCHES_UP]].concat());
 }
 
 #[test]
 #[ignore = "minutes without optimisation: cargo test --release --test model -- --ignored"]
 fn two_changes_over_time_break_no_promise() {
     let setup = Setup { changes: 2, detail: Detail::Coarse, ..Setup::with_time() };
-    keeps_every_promise(setup, 1_000_000, &[&REFUSALS[..], &[CATCHES_UP, SERVED_OLDER]].concat());
+    keeps_every_promise(setup, 1_000_000, &[&REJECTIONS[..], &[CATCHES_UP, SERVED_OLDER]].concat());
 }
 
 #[test]
@@ -143,35 +143,35 @@ fn two_changes_over_time_break_no_promise() {
 fn missing_triggers_and_an_outage_break_no_promise() {
     let ages = Setup::one_key().ages;
     let setup = Setup { ages, ticks: 3, ..Setup::triggers_missing() };
-    keeps_every_promise(setup, 100_000, &[AGES_WITHOUT_TRIGGERS, RESET_REFUSES, SERVED_OLDER]);
+    keeps_every_promise(setup, 100_000, &[AGES_WITHOUT_TRIGGERS, RESET_REJECTS, SERVED_OLDER]);
 }
 
 #[test]
 #[ignore = "minutes without optimisation: cargo test --release --test model -- --ignored"]
 fn a_mark_of_missing_triggers_keeps_the_bounds_of_age_after_a_fault() {
     let setup = Setup { faults: 1, breaks_unseen: true, ..Setup::triggers_missing() };
-    keeps_every_promise(setup.with_marks(), 100_000, &[AGES_WITHOUT_TRIGGERS, RESET_REFUSES]);
+    keeps_every_promise(setup.with_marks(), 100_000, &[AGES_WITHOUT_TRIGGERS, RESET_REJECTS]);
 }
 
 #[test]
 #[ignore = "minutes without optimisation: cargo test --release --test model -- --ignored"]
 fn no_commit_that_is_lost_late_outlives_the_bounds_of_age() {
-    keeps_every_promise(Setup::commits_lost_in_time(), 350_000, &[RESET_REFUSES, GIVEN_AGAIN]);
+    keeps_every_promise(Setup::commits_lost_in_time(), 350_000, &[RESET_REJECTS, GIVEN_AGAIN]);
 }
 
 #[test]
-fn without_the_floor_an_old_redis_entry_is_served() {
-    breaks(Setup::one_change().without(Mechanism::Floor), NOTHING_FROM_BEFORE);
+fn without_the_minimum_revision_an_old_redis_entry_is_served() {
+    breaks(Setup::one_change().without(Mechanism::MinimumRevision), NOTHING_FROM_BEFORE);
 }
 
 #[test]
-fn without_the_floor_an_old_redis_entry_is_served_for_good() {
-    breaks(Setup::one_change().without(Mechanism::Floor), ANSWERED_AGAIN);
+fn without_the_minimum_revision_an_old_redis_entry_is_served_for_good() {
+    breaks(Setup::one_change().without(Mechanism::MinimumRevision), ANSWERED_AGAIN);
 }
 
 #[test]
-fn with_the_generation_moved_before_the_floor_an_old_answer_is_kept_as_new() {
-    breaks(Setup::one_change().without(Mechanism::FloorFirst), NOTHING_FROM_BEFORE);
+fn with_the_generation_moved_before_the_minimum_revision_an_old_answer_is_kept_as_new() {
+    breaks(Setup::one_change().without(Mechanism::MinimumFirst), NOTHING_FROM_BEFORE);
 }
 
 #[test]
@@ -185,8 +185,8 @@ fn with_the_generation_taken_after_the_read_an_old_answer_is_kept_as_new() {
 }
 
 #[test]
-fn without_the_flight_check_a_request_joins_an_answer_from_before_the_change() {
-    breaks(Setup::one_change().without(Mechanism::FlightCheck), NOTHING_FROM_BEFORE);
+fn without_the_look_up_check_a_request_joins_an_answer_from_before_the_change() {
+    breaks(Setup::one_change().without(Mechanism::LookUpCheck), NOTHING_FROM_BEFORE);
 }
 
 #[test]
@@ -214,28 +214,29 @@ fn with_one_revision_for_key_and_owner_a_late_commit_is_missed() {
     breaks(Setup::key_and_owner().without(Mechanism::RevisionPerSubject), NOTHING_FROM_BEFORE);
 }
 
-/// The owner's revision, taken for a floor of the key, is above all that the key's row will say.
+/// The owner's revision, taken for a minimum revision of the key, is above all that the key's row will say.
 #[test]
 fn with_a_tombstone_that_names_no_subject_a_key_is_never_answered_again() {
     breaks(Setup::key_and_owner().without(Mechanism::TombstoneOfSubject), ANSWERED_AGAIN);
 }
 
 #[test]
-fn without_the_rule_of_age_a_node_that_hears_nothing_serves_for_ever() {
+fn without_the_rule_of_age_a_node_that_receives_no_change_serves_for_ever() {
     breaks(Setup::with_time().without(Mechanism::AgeRule), NOTHING_TOO_OLD);
 }
 
 /// A look-up takes an entry that is about to expire out of Redis and has to ask the database. The
-/// change is processed, the node is in sync, the floor is forgotten, and then the database fails.
+/// change is processed, the node is in sync, the minimum revision is forgotten, and then the database fails.
 #[test]
-fn with_a_floor_kept_no_longer_than_a_redis_entry_a_look_up_outlives_it() {
-    breaks(Setup::with_time().without(Mechanism::FloorOutlivesLookUp), NOTHING_TOO_OLD);
+fn with_a_minimum_revision_kept_no_longer_than_a_redis_entry_a_look_up_outlives_it() {
+    breaks(Setup::with_time().without(Mechanism::MinimumOutlivesLookUp), NOTHING_TOO_OLD);
 }
 
-/// A change begins and commits only when its floor's life is nearly over by the time in its row. An
-/// entry read just before the commit outlives the floor that should refuse it.
+/// A change begins and commits only when its minimum revision's life is nearly over by the time in its row. An
+/// entry read just before the commit outlives the minimum revision that should reject it.
 #[test]
-fn with_a_floor_that_counts_from_the_begin_of_a_transaction_a_late_commit_is_forgotten() {
+fn with_a_minimum_revision_that_counts_from_the_begin_of_a_transaction_a_late_commit_is_forgotten()
+{
     let setup = Setup { late_commits: true, faults: 0, ..Setup::with_time() };
     breaks(setup.without(Mechanism::RowTimeOfCommit), NOTHING_FROM_BEFORE);
 }
@@ -263,7 +264,7 @@ fn with_only_the_latest_row_checked_a_lost_change_is_served_for_ever() {
 }
 
 /// A look-up takes an entry out of Redis and has to ask the database. The feed resets and is in
-/// sync, no floor is left, and then the database fails.
+/// sync, no minimum revision is left, and then the database fails.
 #[test]
 fn with_a_reset_that_leaves_out_look_ups_a_lost_change_outlives_it() {
     let (changes, owner_changes, late_commits) = (1, false, false);
@@ -271,7 +272,7 @@ fn with_a_reset_that_leaves_out_look_ups_a_lost_change_outlives_it() {
     breaks(setup.without(Mechanism::ResetCoversLookUps), NOTHING_TOO_OLD);
 }
 
-/// The floor of the lost change stays above all that the key's row holds.
+/// The minimum revision of the lost change stays above all that the key's row holds.
 #[test]
 fn with_only_the_latest_row_checked_a_key_is_never_answered_again() {
     breaks(Setup::commits_lost().without(Mechanism::EveryRowChecked), NEVER_STUCK);

@@ -1,7 +1,7 @@
 //! A node: what it has learned of changes, and what it serves without asking anybody.
 
 use crate::database::{Answer, Change, Database, KEYS, Progress, Revisions, Tick};
-use crate::flight::Flight;
+use crate::look_up::LookUp;
 use crate::setup::{Mechanism, Setup};
 
 /// The time, and the rules of the run: what a step looks at besides the node itself.
@@ -21,12 +21,12 @@ impl Moment<'_> {
         self.now - as_of <= self.setup.ages.entry_lifetime
     }
 
-    /// Whether the floor of a change dated so is still needed: a look-up may hold an entry that was
+    /// Whether the minimum revision of a change dated so is still needed: a look-up may hold an entry that was
     /// read when it had just not expired.
-    fn floor_lives(&self, dated: Tick) -> bool {
+    fn minimum_lives(&self, dated: Tick) -> bool {
         let ages = self.setup.ages;
         let look_up =
-            if self.has(Mechanism::FloorOutlivesLookUp) { ages.look_up_timeout } else { 0 };
+            if self.has(Mechanism::MinimumOutlivesLookUp) { ages.look_up_timeout } else { 0 };
         self.now - dated <= ages.entry_lifetime + look_up
     }
 }
@@ -43,7 +43,7 @@ pub(crate) struct LocalEntry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Node {
     /// Nothing below is served.
-    pub(crate) floor: Progress,
+    pub(crate) minimum: Progress,
     /// The changes of the feed that this life of the node is done with.
     pub(crate) processed: Progress,
     /// The same as identities of rows: the last one of each subject. The feed checks that they are
@@ -57,13 +57,13 @@ pub(crate) struct Node {
     pub(crate) resets: u8,
     /// When the last one was: nothing that was read up to then is taken from Redis.
     pub(crate) reset_at: Option<Tick>,
-    /// A change that is half processed: the floor is up, the generation has not moved yet.
+    /// A change that is half processed: the minimum revision is up, the generation has not moved yet.
     half: Option<Change>,
     pub(crate) local: [Option<LocalEntry>; KEYS],
-    /// The flight that a request for the key may join.
-    pub(crate) flights: [Option<Flight>; KEYS],
-    /// A flight that was not joined, and goes on for those who wait for it.
-    pub(crate) left: [Option<Flight>; KEYS],
+    /// The look-up that a request for the key may join.
+    pub(crate) look_ups: [Option<LookUp>; KEYS],
+    /// A look-up that was not joined, and goes on for those who wait for it.
+    pub(crate) left: [Option<LookUp>; KEYS],
     pub(crate) last_sync: Tick,
     /// Whether this life has read the changes of one entry lifetime. Until then Redis is a miss.
     pub(crate) caught_up: bool,
@@ -85,7 +85,7 @@ impl Node {
     /// A node that has been in sync from the start.
     pub(crate) fn new() -> Self {
         Self {
-            floor: Progress::default(),
+            minimum: Progress::default(),
             processed: Progress::default(),
             rows_read: Progress::default(),
             saw_triggers_missing: false,
@@ -94,7 +94,7 @@ impl Node {
             reset_at: None,
             half: None,
             local: [None; KEYS],
-            flights: [None; KEYS],
+            look_ups: [None; KEYS],
             left: [None; KEYS],
             last_sync: 0,
             caught_up: true,
@@ -121,12 +121,12 @@ impl Node {
         self.half
     }
 
-    /// The first half of a change: the floor. A request between the halves finds the old entry
+    /// The first half of a change: the minimum revision. A request between the halves finds the old entry
     /// still served, but fills nothing old into the new generation.
     pub(crate) fn begin_change(&mut self, change: Change, moment: Moment<'_>) {
         self.half = Some(change);
-        if moment.has(Mechanism::FloorFirst) {
-            self.raise_floor(change, moment);
+        if moment.has(Mechanism::MinimumFirst) {
+            self.raise_minimum(change, moment);
         } else {
             self.move_generation(change, moment);
         }
@@ -135,10 +135,10 @@ impl Node {
     /// The second half: the generation. From here on the change counts as processed.
     pub(crate) fn finish_change(&mut self, moment: Moment<'_>) {
         let Some(change) = self.half.take() else { return };
-        if moment.has(Mechanism::FloorFirst) {
+        if moment.has(Mechanism::MinimumFirst) {
             self.move_generation(change, moment);
         } else {
-            self.raise_floor(change, moment);
+            self.raise_minimum(change, moment);
         }
         self.ever_processed.raise_identity(change);
     }
@@ -155,13 +155,13 @@ impl Node {
         }
     }
 
-    /// Drops floors that no living entry of Redis can be below.
-    pub(crate) fn forget_old_floors(&mut self, database: &Database, moment: Moment<'_>) {
-        let lives = |change: &Change| moment.floor_lives(change.dated);
+    /// Drops minimum revisions that no living entry of Redis can be below.
+    pub(crate) fn evict_old_minimums(&mut self, database: &Database, moment: Moment<'_>) {
+        let lives = |change: &Change| moment.minimum_lives(change.dated);
         for dead in database.rows_ever().filter(|change| !lives(change)) {
             let again = |it: Change| (it.subject, it.revision) == (dead.subject, dead.revision);
             if !database.rows_ever().any(|change| again(change) && lives(&change)) {
-                self.floor.forget(dead);
+                self.minimum.forget(dead);
             }
         }
     }
@@ -186,9 +186,9 @@ impl Node {
         }
     }
 
-    pub(crate) fn is_above_floor(&self, key: usize, answer: Answer, moment: Moment<'_>) -> bool {
-        let floor = self.floor.of(key);
-        !moment.has(Mechanism::Floor) || covers(answer.revisions, floor, moment)
+    pub(crate) fn is_above_minimum(&self, key: usize, answer: Answer, moment: Moment<'_>) -> bool {
+        let minimum = self.minimum.of(key);
+        !moment.has(Mechanism::MinimumRevision) || covers(answer.revisions, minimum, moment)
     }
 
     /// The rule of age, while the database answers.
@@ -207,9 +207,9 @@ impl Node {
         !moment.has(Mechanism::AgeRule) || moment.now - known_good <= bound
     }
 
-    fn raise_floor(&mut self, change: Change, moment: Moment<'_>) {
-        if moment.floor_lives(change.dated) {
-            self.floor.raise(change);
+    fn raise_minimum(&mut self, change: Change, moment: Moment<'_>) {
+        if moment.minimum_lives(change.dated) {
+            self.minimum.raise(change);
         }
     }
 
@@ -220,10 +220,10 @@ impl Node {
     }
 }
 
-fn covers(revisions: Revisions, floor: Revisions, moment: Moment<'_>) -> bool {
+fn covers(revisions: Revisions, minimum: Revisions, moment: Moment<'_>) -> bool {
     if moment.has(Mechanism::RevisionPerSubject) {
-        revisions.covers(floor)
+        revisions.covers(minimum)
     } else {
-        revisions.highest() >= floor.highest()
+        revisions.highest() >= minimum.highest()
     }
 }

@@ -1,12 +1,12 @@
 //! What must hold, and what must be reached for that to mean something.
 //!
 //! The model keeps no record of answers given. An answer is a matter of the state: what a request
-//! would be served if it arrived now, and what a flight is about to deliver.
+//! would be served if it arrived now, and what a look-up is about to deliver.
 
 use stateright::Property;
 
 use crate::database::{Answer, Database};
-use crate::flight::{FlightStep, Lane, Origin, Stage};
+use crate::look_up::{Lane, LookUpStep, Origin, Stage};
 use crate::node::{Known, Moment, Node};
 use crate::protocol::World;
 use crate::redis::{Entry, Redis};
@@ -15,18 +15,18 @@ use crate::setup::{Break, Setup};
 pub(crate) const NOTHING_FROM_BEFORE: &str = "no answer from before a change that was processed";
 pub(crate) const NOTHING_TOO_OLD: &str = "no answer is out of date for longer than the bounds";
 pub(crate) const ANSWERED_AGAIN: &str = "a key is answered again once faults end";
-pub(crate) const NEVER_STUCK: &str = "no floor is above the database once faults end";
+pub(crate) const NEVER_STUCK: &str = "no minimum revision is above the database once faults end";
 pub(crate) const NOTHING_OF_CLONES: &str = "no answer is another database's";
 pub(crate) const BURIED: &str = "a tombstone is not undone";
 
-pub(crate) const FLOOR_REFUSES: &str = "a floor refuses an entry of Redis";
-pub(crate) const FLOOR_DISCARDS: &str = "a floor discards an answer of the database";
-pub(crate) const COMPARE_REFUSES: &str = "the compare refuses a late fill";
-pub(crate) const NOT_JOINED: &str = "a flight is not joined";
+pub(crate) const MINIMUM_REJECTS: &str = "a minimum revision rejects an entry of Redis";
+pub(crate) const MINIMUM_DISCARDS: &str = "a minimum revision discards an answer of the database";
+pub(crate) const COMPARE_REJECTS: &str = "the compare rejects a late fill";
+pub(crate) const NOT_JOINED: &str = "a look-up is not joined";
 pub(crate) const CATCHES_UP: &str = "a node restarts and catches up on a stale entry";
 pub(crate) const SERVED_OLDER: &str = "an older answer is served in an outage";
 pub(crate) const AGES_WITHOUT_TRIGGERS: &str = "an answer ages out although the feed is read";
-pub(crate) const RESET_REFUSES: &str = "a reset refuses an entry of Redis";
+pub(crate) const RESET_REJECTS: &str = "a reset rejects an entry of Redis";
 pub(crate) const GIVEN_AGAIN: &str = "a revision is given again";
 
 pub(crate) fn all(setup: &Setup) -> Vec<Property<Setup>> {
@@ -35,10 +35,10 @@ pub(crate) fn all(setup: &Setup) -> Vec<Property<Setup>> {
         Property::always(NOTHING_TOO_OLD, serves_nothing_too_old),
         Property::always(ANSWERED_AGAIN, answers_again),
         Property::always(BURIED, keeps_tombstones),
-        Property::sometimes(FLOOR_REFUSES, floor_refuses),
-        Property::sometimes(FLOOR_DISCARDS, floor_discards),
-        Property::sometimes(COMPARE_REFUSES, compare_refuses),
-        Property::sometimes(NOT_JOINED, leaves_a_flight),
+        Property::sometimes(MINIMUM_REJECTS, minimum_rejects),
+        Property::sometimes(MINIMUM_DISCARDS, minimum_discards),
+        Property::sometimes(COMPARE_REJECTS, compare_rejects),
+        Property::sometimes(NOT_JOINED, leaves_a_look_up),
         Property::sometimes(CATCHES_UP, catches_up),
         Property::sometimes(SERVED_OLDER, serves_older),
     ];
@@ -46,11 +46,11 @@ pub(crate) fn all(setup: &Setup) -> Vec<Property<Setup>> {
         None => vec![],
         Some(Break::TriggersMissing) => vec![
             Property::sometimes(AGES_WITHOUT_TRIGGERS, ages_without_triggers),
-            Property::sometimes(RESET_REFUSES, reset_refuses),
+            Property::sometimes(RESET_REJECTS, reset_rejects),
         ],
         Some(Break::CommitsLost) => vec![
             Property::always(NEVER_STUCK, gets_answers_again),
-            Property::sometimes(RESET_REFUSES, reset_refuses),
+            Property::sometimes(RESET_REJECTS, reset_rejects),
             Property::sometimes(GIVEN_AGAIN, gives_a_revision_again),
         ],
         Some(Break::Clone) => vec![
@@ -65,9 +65,9 @@ pub(crate) fn all(setup: &Setup) -> Vec<Property<Setup>> {
 /// in it is from before.
 fn serves_nothing_from_before(setup: &Setup, world: &World) -> bool {
     let database = &world.database;
-    answers(setup, world).all(|Given { key, answer, asker_knows }| {
-        let known = database.shared(key, asker_knows.identities);
-        let is_lost = asker_knows.of_loss && database.is_strange(answer);
+    answers(setup, world).all(|Given { key, answer, known_at_request }| {
+        let known = database.shared(key, known_at_request.identities);
+        let is_lost = known_at_request.of_loss && database.is_strange(answer);
         !is_lost && database.shared(key, answer.content).covers(known)
     })
 }
@@ -110,7 +110,7 @@ fn after_healing<'a>(
         }
         database.restore_triggers();
         node.poll(&database, moment);
-        (key, database, ask_to_the_end(node, key, (&database, &world.redis), moment))
+        (key, database, run_to_the_end(node, key, (&database, &world.redis), moment))
     })
 }
 
@@ -121,45 +121,45 @@ fn keeps_tombstones(setup: &Setup, world: &World) -> bool {
     })
 }
 
-fn floor_refuses(setup: &Setup, world: &World) -> bool {
-    flights(setup, world).any(|(node, key, stage)| match (stage, world.redis.entries[key]) {
-        (Stage::AskRedis, Entry::Data(answer)) => is_below_floor(node, key, answer),
+fn minimum_rejects(setup: &Setup, world: &World) -> bool {
+    look_ups(setup, world).any(|(node, key, stage)| match (stage, world.redis.entries[key]) {
+        (Stage::QueryRedis, Entry::Data(answer)) => is_below_minimum(node, key, answer),
         _ => false,
     })
 }
 
-fn floor_discards(setup: &Setup, world: &World) -> bool {
-    flights(setup, world).any(|(node, key, stage)| match stage {
-        Stage::Heard(answer) => is_below_floor(node, key, answer),
+fn minimum_discards(setup: &Setup, world: &World) -> bool {
+    look_ups(setup, world).any(|(node, key, stage)| match stage {
+        Stage::Read(answer) => is_below_minimum(node, key, answer),
         _ => false,
     })
 }
 
-fn compare_refuses(setup: &Setup, world: &World) -> bool {
-    (0..setup.keys).any(|key| setup.refuses_a_fill(world, key))
+fn compare_rejects(setup: &Setup, world: &World) -> bool {
+    (0..setup.keys).any(|key| setup.rejects_a_fill(world, key))
 }
 
-fn leaves_a_flight(setup: &Setup, world: &World) -> bool {
+fn leaves_a_look_up(setup: &Setup, world: &World) -> bool {
     nodes_and_keys(setup).any(|(node, key)| {
         let node = &world.nodes[node];
-        node.flights[key].is_some() && !node.joins(key, setup.moment(world))
+        node.look_ups[key].is_some() && !node.joins(key, setup.moment(world))
     })
 }
 
-/// Before it has caught up the node leaves Redis alone, after it the floor refuses the entry that
+/// Before it has caught up the node leaves Redis alone, after it the minimum revision rejects the entry that
 /// it would have believed.
 fn catches_up(setup: &Setup, world: &World) -> bool {
     nodes_and_keys(setup).any(|(node, key)| {
         let mut node = world.nodes[node];
         let Entry::Data(answer) = world.redis.entries[key] else { return false };
-        let believed = !node.caught_up && !is_below_floor(&node, key, answer);
+        let believed = !node.caught_up && !is_below_minimum(&node, key, answer);
         node.poll(&world.database, setup.moment(world));
-        believed && node.caught_up && is_below_floor(&node, key, answer)
+        believed && node.caught_up && is_below_minimum(&node, key, answer)
     })
 }
 
 fn serves_older(setup: &Setup, world: &World) -> bool {
-    flights(setup, world).any(|(node, _, stage)| match stage {
+    look_ups(setup, world).any(|(node, _, stage)| match stage {
         Stage::Checked { answer, origin: Origin::Older } => {
             !node.is_fresh(answer, setup.moment(world))
         }
@@ -177,11 +177,11 @@ fn ages_without_triggers(setup: &Setup, world: &World) -> bool {
     })
 }
 
-/// An entry that no floor refuses.
-fn reset_refuses(setup: &Setup, world: &World) -> bool {
-    flights(setup, world).any(|(node, key, stage)| match (stage, world.redis.entries[key]) {
-        (Stage::AskRedis, Entry::Data(answer)) => {
-            !is_below_floor(node, key, answer) && !node.is_from_after_reset(answer.as_of)
+/// An entry that no minimum revision rejects.
+fn reset_rejects(setup: &Setup, world: &World) -> bool {
+    look_ups(setup, world).any(|(node, key, stage)| match (stage, world.redis.entries[key]) {
+        (Stage::QueryRedis, Entry::Data(answer)) => {
+            !is_below_minimum(node, key, answer) && !node.is_from_after_reset(answer.as_of)
         }
         _ => false,
     })
@@ -199,7 +199,7 @@ struct Given {
     key: usize,
     answer: Answer,
     /// What the node had processed when the asker arrived.
-    asker_knows: Known,
+    known_at_request: Known,
 }
 
 fn answers<'a>(setup: &'a Setup, world: &'a World) -> impl Iterator<Item = Given> + 'a {
@@ -208,12 +208,12 @@ fn answers<'a>(setup: &'a Setup, world: &'a World) -> impl Iterator<Item = Given
         let hit = node.hit(key, setup.moment(world)).map(|answer| Given {
             key,
             answer,
-            asker_knows: node.knows(key),
+            known_at_request: node.knows(key),
         });
-        let delivered = [node.flights[key], node.left[key]].into_iter().flatten();
-        let delivered = delivered.filter_map(move |flight| match flight.stage {
+        let delivered = [node.look_ups[key], node.left[key]].into_iter().flatten();
+        let delivered = delivered.filter_map(move |look_up| match look_up.stage {
             Stage::Checked { answer, .. } => {
-                Some(Given { key, answer, asker_knows: flight.waiters_know })
+                Some(Given { key, answer, known_at_request: look_up.known_to_waiters })
             }
             _ => None,
         });
@@ -221,15 +221,15 @@ fn answers<'a>(setup: &'a Setup, world: &'a World) -> impl Iterator<Item = Given
     })
 }
 
-fn flights<'a>(
+fn look_ups<'a>(
     setup: &'a Setup,
     world: &'a World,
 ) -> impl Iterator<Item = (&'a Node, usize, Stage)> + 'a {
     nodes_and_keys(setup).flat_map(move |(node, key)| {
         let both = [Lane::Joinable, Lane::Left].into_iter();
         let node = &world.nodes[node];
-        let both = both.filter_map(move |lane| node.flight(key, lane));
-        both.map(move |flight| (node, key, flight.stage))
+        let both = both.filter_map(move |lane| node.look_up(key, lane));
+        both.map(move |look_up| (node, key, look_up.stage))
     })
 }
 
@@ -238,15 +238,15 @@ fn nodes_and_keys(setup: &Setup) -> impl Iterator<Item = (usize, usize)> {
     (0..setup.nodes).flat_map(move |node| (0..keys).map(move |key| (node, key)))
 }
 
-fn is_below_floor(node: &Node, key: usize, answer: Answer) -> bool {
-    !answer.revisions.covers(node.floor.of(key))
+fn is_below_minimum(node: &Node, key: usize, answer: Answer) -> bool {
+    !answer.revisions.covers(node.minimum.of(key))
 }
 
-/// The longest way a flight can take when all servers answer: Redis, a read that turns out to be
-/// below the floor, another read, and the checks.
-const STEPS_OF_A_FLIGHT: usize = 6;
+/// The longest way a look-up can take when all servers answer: Redis, a read that turns out to be
+/// below the minimum revision, another read, and the checks.
+const STEPS_OF_A_LOOK_UP: usize = 6;
 
-fn ask_to_the_end(
+fn run_to_the_end(
     mut node: Node,
     key: usize,
     servers: (&Database, &Redis),
@@ -255,16 +255,16 @@ fn ask_to_the_end(
     if let Some(answer) = node.hit(key, moment) {
         return Some(answer);
     }
-    node.ask(key, moment);
-    for _ in 0..STEPS_OF_A_FLIGHT {
-        let step = match node.flights[key]?.stage {
+    node.request(key, moment);
+    for _ in 0..STEPS_OF_A_LOOK_UP {
+        let step = match node.look_ups[key]?.stage {
             // A node in sync leaves tombstones alone.
-            Stage::AskRedis if matches!(servers.1.entries[key], Entry::Tombstone(..)) => {
-                FlightStep::RedisTimesOut
+            Stage::QueryRedis if matches!(servers.1.entries[key], Entry::Tombstone(..)) => {
+                LookUpStep::RedisTimesOut
             }
-            Stage::AskRedis => FlightStep::ReadRedis,
-            Stage::AskDatabase { .. } => FlightStep::ReadDatabase,
-            Stage::Heard(_) => FlightStep::Check,
+            Stage::QueryRedis => LookUpStep::ReadRedis,
+            Stage::QueryDatabase { .. } => LookUpStep::ReadDatabase,
+            Stage::Read(_) => LookUpStep::Check,
             Stage::Checked { answer, .. } => return Some(answer),
         };
         node.step((key, Lane::Joinable), step, servers, moment);

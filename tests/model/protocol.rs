@@ -3,7 +3,7 @@
 use stateright::{Model, Property};
 
 use crate::database::{Answer, Change, Database, KEYS, Revisions, RowTime, Subject, Tick};
-use crate::flight::{Flight, FlightStep, Lane};
+use crate::look_up::{Lane, LookUp, LookUpStep};
 use crate::node::{Moment, Node};
 use crate::properties;
 use crate::redis::{Entry, Redis, Script};
@@ -47,13 +47,13 @@ pub(crate) enum Action {
         node: usize,
         key: usize,
     },
-    Flight {
+    LookUp {
         node: usize,
         key: usize,
         lane: Lane,
-        step: FlightStep,
+        step: LookUpStep,
     },
-    /// One message of the feed: the floor goes up.
+    /// One message of the feed: the minimum revision goes up.
     Notice {
         node: usize,
         change: Change,
@@ -132,9 +132,9 @@ impl Setup {
         world.clone.as_ref().filter(|_| !self.has(Mechanism::BoundToDatabase))
     }
 
-    pub(crate) fn refuses_a_fill(&self, world: &World, key: usize) -> bool {
-        let refused = |fill| world.redis.refuses(key, fill, self.script());
-        self.fills(world, key).into_iter().any(refused)
+    pub(crate) fn rejects_a_fill(&self, world: &World, key: usize) -> bool {
+        let denied = |fill| world.redis.rejects(key, fill, self.script());
+        self.fills(world, key).into_iter().any(denied)
     }
 
     fn database_actions(&self, world: &World, actions: &mut Vec<Action>) {
@@ -191,7 +191,7 @@ impl Setup {
     fn redis_actions(&self, world: &World, actions: &mut Vec<Action>) {
         for key in 0..self.keys {
             let fills = self.fills(world, key).into_iter();
-            let fills = fills.filter(|fill| !world.redis.refuses(key, *fill, self.script()));
+            let fills = fills.filter(|fill| !world.redis.rejects(key, *fill, self.script()));
             actions.extend(fills.map(|answer| Action::FillRedis { key, answer }));
             let burials = self.burials(world).filter(|change| change.subject.touches(key));
             actions.extend(burials.map(|change| Action::BuryInRedis { key, change }));
@@ -242,9 +242,9 @@ impl Setup {
         } else {
             // A reset comes before the changes that were read with it.
             let is_due = node.has_to_reset(&world.database, self.moment(world));
-            let news =
+            let changes =
                 world.database.rows().filter(|change| !is_due && !node.has_processed(*change));
-            actions.extend(news.map(|change| Action::Notice { node: index, change }));
+            actions.extend(changes.map(|change| Action::Notice { node: index, change }));
             actions.push(Action::Poll { node: index });
         }
         for key in 0..self.keys {
@@ -254,21 +254,22 @@ impl Setup {
                 actions.push(Action::Ask { node: index, key });
             }
             for lane in [Lane::Joinable, Lane::Left] {
-                let steps = node.flight(key, lane).map_or(&[][..], |flight| flight.stage.steps());
-                let act = |&step| Action::Flight { node: index, key, lane, step };
+                let steps =
+                    node.look_up(key, lane).map_or(&[][..], |look_up| look_up.stage.steps());
+                let act = |&step| Action::LookUp { node: index, key, lane, step };
                 actions.extend(steps.iter().map(act));
             }
         }
     }
 
     /// Time stands still between the check of an answer and its delivery, and does not pass the
-    /// time-out of a flight.
+    /// time-out of a look-up.
     fn can_tick(&self, world: &World) -> bool {
-        let flights = world.nodes.iter().flat_map(|node| node.flights.iter().chain(&node.left));
-        let waits = |flight: &Flight| {
-            !flight.is_checked() && world.now - flight.began < self.ages.look_up_timeout
+        let look_ups = world.nodes.iter().flat_map(|node| node.look_ups.iter().chain(&node.left));
+        let waits = |look_up: &LookUp| {
+            !look_up.is_checked() && world.now - look_up.began < self.ages.look_up_timeout
         };
-        world.now < self.ticks && flights.flatten().all(waits)
+        world.now < self.ticks && look_ups.flatten().all(waits)
     }
 
     fn apply(&self, world: &mut World, action: Action) {
@@ -278,7 +279,7 @@ impl Setup {
             Action::Tick => {
                 world.now += 1;
                 let later = Moment { now: world.now, ..moment };
-                nodes.iter_mut().for_each(|node| node.forget_old_floors(database, later));
+                nodes.iter_mut().for_each(|node| node.evict_old_minimums(database, later));
             }
             Action::Commit(subject) => database.commit(subject, moment.now),
             Action::Begin(subject) => database.begin(subject, moment.now),
@@ -301,8 +302,8 @@ impl Setup {
                     clone.commit(subject, moment.now);
                 }
             }
-            Action::Ask { node, key } => nodes[node].ask(key, moment),
-            Action::Flight { node, key, lane, step } => {
+            Action::Ask { node, key } => nodes[node].request(key, moment),
+            Action::LookUp { node, key, lane, step } => {
                 let fill = nodes[node].step((key, lane), step, (database, redis), moment);
                 if let (Some(fill), Writers::Nodes) = (fill, self.writers) {
                     world.sent[key] |= bit(fill.content);

@@ -51,7 +51,7 @@ pub(crate) struct Redis {
 }
 
 impl Redis {
-    pub(crate) fn refuses(&self, key: usize, answer: Answer, script: Script) -> bool {
+    pub(crate) fn rejects(&self, key: usize, answer: Answer, script: Script) -> bool {
         let (new, held) = (answer.revisions, self.entries[key].revisions());
         match script {
             Script::Compares => !new.covers(held),
@@ -61,7 +61,7 @@ impl Redis {
     }
 
     pub(crate) fn fill(&mut self, key: usize, answer: Answer, script: Script) {
-        if !self.refuses(key, answer, script) {
+        if !self.rejects(key, answer, script) {
             self.entries[key] = Entry::Data(answer);
         }
     }

@@ -6,30 +6,30 @@ use crate::database::Tick;
 /// The parts of the protocol that a test can do without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mechanism {
-    /// Nothing below a floor is served, wherever it comes from.
-    Floor,
-    /// The floor goes up before the generation moves. Without it the other way round.
-    FloorFirst,
+    /// Nothing below a minimum revision is served, wherever it comes from.
+    MinimumRevision,
+    /// The minimum revision goes up before the generation moves. Without it the other way round.
+    MinimumFirst,
     /// A hit compares the entry's generation with the bucket's.
     Generation,
     /// The generation of an entry is the one from before its read. Without it the one at its fill.
     GenerationBeforeRead,
-    /// A flight that began before the last processed change is not joined.
-    FlightCheck,
-    /// Redis refuses a write of a lower revision than the one it holds.
+    /// A look-up that began before the last processed change is not joined.
+    LookUpCheck,
+    /// Redis rejects a write of a lower revision than the one it holds.
     RevisionCompare,
     /// Key and owner have a revision each. Without it the higher of the two stands for both.
     RevisionPerSubject,
-    /// A tombstone says whether it was the key or its owner that changed. Without it the key's
-    /// floor is raised, whatever it was.
+    /// A tombstone shows whether the key or its owner changed. Without it the key's
+    /// minimum revision is raised, whatever it was.
     TombstoneOfSubject,
     /// A node that starts reads the changes of one entry lifetime before it trusts Redis.
     CatchUp,
     /// Age is looked at before an answer is served.
     AgeRule,
-    /// A floor is kept for as long as an entry of Redis lives and a look-up that holds one takes.
-    FloorOutlivesLookUp,
-    /// The life of a floor counts from the commit of the change, or later. Without it from the
+    /// A minimum revision is kept for as long as an entry of Redis lives and a look-up that holds one takes.
+    MinimumOutlivesLookUp,
+    /// The life of a minimum revision counts from the commit of the change, or later. Without it from the
     /// begin of its transaction, as a row's `now()` would have it.
     RowTimeOfCommit,
     /// A read of the feed that finds triggers missing is no sync.
@@ -61,7 +61,7 @@ pub(crate) enum Break {
 pub(crate) struct Ages {
     pub(crate) max_staleness: Tick,
     pub(crate) stale_if_error: Tick,
-    /// How long an entry of Redis, and with it a floor, can live.
+    /// How long an entry of Redis, and with it a minimum revision, can live.
     pub(crate) entry_lifetime: Tick,
     /// How long one look-up may take.
     pub(crate) look_up_timeout: Tick,
@@ -86,9 +86,9 @@ pub(crate) enum Writers {
 /// How finely the steps of a node are cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Detail {
-    /// Floor and generation move in two steps, and a flight that is not joined goes on.
+    /// Minimum revision and generation move in two steps, and a look-up that is not joined goes on.
     Fine,
-    /// They move in one, and such a flight is let go: for runs that have more of something else.
+    /// They move in one, and such a look-up is let go: for runs that have more of something else.
     Coarse,
 }
 

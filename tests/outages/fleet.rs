@@ -4,12 +4,15 @@
 use std::{sync::Arc, time::Duration};
 
 use tokio::task::JoinSet;
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, KeyManager, NewKey, PostgresStore, RedisCache,
+    redis::RedisState,
+};
 
 use crate::support::{
     self,
     feed::eventually,
-    history::{History, Rules, Said},
+    history::{History, Reply, Rules},
     proxy::Proxy,
     servers::{Postgres, Redis},
 };
@@ -33,7 +36,7 @@ const DELETED: usize = 5;
 const REVOKED_BEFORE: usize = 6;
 const KEYS: usize = 7;
 
-/// Three nodes with proxies of their own. The last one has no local cache, so that Redis is asked each time.
+/// Three nodes with proxies of their own. The last one has no local cache, so that Redis is queried each time.
 struct Fleet {
     postgres: Postgres,
     redis: Redis,
@@ -209,9 +212,9 @@ async fn when(row: Row, breaks: impl AsyncFnOnce(&mut Fleet), heals: impl AsyncF
         fleet.history.ask(n, &fleet.nodes[n].authenticator, COLD, secret).await
     };
     let cold = tokio::join!(asked(0), asked(1), asked(2));
-    for (n, said) in [cold.0, cold.1, cold.2].into_iter().enumerate() {
-        let expected = if row.without_postgres[n] { Said::Unavailable } else { Said::Accepted };
-        assert_eq!(said, expected, "a cold key, node {n}");
+    for (n, reply) in [cold.0, cold.1, cold.2].into_iter().enumerate() {
+        let expected = if row.without_postgres[n] { Reply::Unavailable } else { Reply::Accepted };
+        assert_eq!(reply, expected, "a cold key, node {n}");
     }
     tokio::time::sleep(row.lasts).await;
     heals(&mut fleet).await;
@@ -235,7 +238,7 @@ async fn when(row: Row, breaks: impl AsyncFnOnce(&mut Fleet), heals: impl AsyncF
     tokio::time::sleep(Duration::from_millis(300)).await;
     load.shutdown().await;
     let history = &fleet.history;
-    let meanwhile = history.count(&Said::Accepted, broken_at, healed);
+    let meanwhile = history.count(&Reply::Accepted, broken_at, healed);
     assert!(meanwhile > 50, "there was no load: {meanwhile}; {}", history.summary());
 
     // With everything as it should be, everybody knows, a node that starts now too.
@@ -245,9 +248,9 @@ async fn when(row: Row, breaks: impl AsyncFnOnce(&mut Fleet), heals: impl AsyncF
         let nodes = fleet.nodes.iter().chain([&starting, &starting_again]);
         for (n, node) in nodes.enumerate() {
             for (key, Key { secret, .. }) in fleet.keys.iter().enumerate() {
-                let expected = if key < REVOKED { Said::Accepted } else { Said::Refused };
-                let said = history.ask(n, &node.authenticator, key, secret).await;
-                assert_eq!(said, expected, "round {round}, node {n}, key {key}");
+                let expected = if key < REVOKED { Reply::Accepted } else { Reply::Denied };
+                let reply = history.ask(n, &node.authenticator, key, secret).await;
+                assert_eq!(reply, expected, "round {round}, node {n}, key {key}");
             }
         }
         // The new nodes trust Redis from here on.
@@ -434,7 +437,7 @@ async fn one_node_is_cut_off_from_both_while_the_others_go_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cold_key_while_postgres_is_down_is_told_to_come_again() {
+async fn a_cold_key_while_postgres_is_down_is_answered_with_retry_after() {
     let mut fleet = Fleet::start().await;
     fleet.postgres.stop();
     let layer = ApiKeyAuthLayer::from(fleet.nodes[0].authenticator.clone());
@@ -450,7 +453,7 @@ async fn a_cold_key_while_postgres_is_down_is_told_to_come_again() {
     let request = support::grpc(support::bearer(secret), "application/grpc");
     let answer = support::send(&layer, request).await;
     assert_eq!((answer.status(), answer.header("grpc-status")), (200, Some("14")));
-    // What is remembered is served.
+    // What is cached is served.
     let answer = support::send(&layer, support::bearer(&fleet.keys[VALID].secret)).await;
     assert_eq!(answer.status(), 200);
 }
@@ -469,28 +472,28 @@ fn the_history_checker_finds_what_it_looks_for() {
         connected: Duration::from_secs(1),
         slowest: Duration::from_secs(3),
     };
-    let judged = |key, began, took, said: Said, healed| {
+    let judged = |key, began, took, reply: Reply, healed| {
         history.forget_answers();
         let (began, took) = (second(began), second(took));
-        history.note(Answered { node: 0, key, began, ended: began + took, said });
+        history.note(Answered { node: 0, key, began, ended: began + took, reply });
         history.violations(&rules(second(healed))).len()
     };
-    let other = || Said::Other("500".to_owned());
-    for (key, began, took, said, healed, expected) in [
-        (0, 9, 0, Said::Accepted, 9, 0),
-        (0, 9, 0, Said::Refused, 9, 1),
+    let other = || Reply::Other("500".to_owned());
+    for (key, began, took, reply, healed, expected) in [
+        (0, 9, 0, Reply::Accepted, 9, 0),
+        (0, 9, 0, Reply::Denied, 9, 1),
         (0, 9, 0, other(), 9, 1),
-        (0, 9, 0, Said::Unavailable, 9, 1),
-        (2, 9, 0, Said::Unavailable, 9, 0),
-        (0, 9, 4, Said::Accepted, 9, 1),
+        (0, 9, 0, Reply::Unavailable, 9, 1),
+        (2, 9, 0, Reply::Unavailable, 9, 0),
+        (0, 9, 4, Reply::Accepted, 9, 1),
         // Revoked at 0.
-        (1, 3, 0, Said::Accepted, 9, 0),
-        (1, 3, 3, Said::Accepted, 9, 0),
-        (1, 5, 0, Said::Accepted, 9, 1),
-        (1, 3, 0, Said::Accepted, 1, 1),
-        (1, 3, 0, Said::Refused, 9, 0),
+        (1, 3, 0, Reply::Accepted, 9, 0),
+        (1, 3, 3, Reply::Accepted, 9, 0),
+        (1, 5, 0, Reply::Accepted, 9, 1),
+        (1, 3, 0, Reply::Accepted, 1, 1),
+        (1, 3, 0, Reply::Denied, 9, 0),
     ] {
-        let label = format!("{key} {began} {took} {said:?} {healed}");
-        assert_eq!(judged(key, began, took, said, healed), expected, "{label}");
+        let label = format!("{key} {began} {took} {reply:?} {healed}");
+        assert_eq!(judged(key, began, took, reply, healed), expected, "{label}");
     }
 }

@@ -1,5 +1,5 @@
 //! The servers that tests start are private, can be frozen, killed and restored, and go away; and the network
-//! in front of them does what it is told.
+//! in front of them does what the test orders.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -15,7 +15,7 @@ use crate::support::{
     servers::{Postgres, Redis, RedisCluster, RedisSentinel, wait_for},
 };
 
-/// A client that says `PING` to Redis.
+/// A client that sends `PING` to Redis.
 struct Pinging(TcpStream);
 
 impl Pinging {
@@ -64,7 +64,7 @@ fn a_redis_server_answers_freezes_thaws_and_leaves_nothing_behind() {
 }
 
 #[test]
-fn a_redis_server_forgets_when_it_ends_and_remembers_what_its_snapshot_holds() {
+fn a_redis_server_loses_what_its_snapshot_does_not_hold_when_it_ends() {
     let mut redis = Redis::start();
     let port = redis.port();
     assert_eq!(redis.command(&["SET", "old", "1"]), "OK");
@@ -192,15 +192,15 @@ fn sentinels_replace_a_killed_master() {
 }
 
 #[test]
-fn sentinels_replace_a_frozen_master_which_forgets_what_it_alone_was_told() {
+fn sentinels_replace_a_frozen_master_which_loses_what_was_written_to_it_alone() {
     let mut redis = RedisSentinel::start();
     let frozen = redis.freeze_master();
     redis.wait_for_new_master();
     assert_ne!(redis.master().port(), frozen);
     assert_eq!(redis.command(&["SET", "key", "new"]), "OK");
     redis.bring_back_lost_master();
-    let told = redis.lost_master().command(&["SET", "key", "old"]);
-    assert!(told == "OK" || told.starts_with("-READONLY"), "{told}");
+    let reply = redis.lost_master().command(&["SET", "key", "old"]);
+    assert!(reply == "OK" || reply.starts_with("-READONLY"), "{reply}");
     redis.wait_for_new_master();
     assert_eq!(redis.lost_master().command(&["GET", "key"]), "new");
 }

@@ -1,7 +1,14 @@
 //! Tables that another service's ORM made are adopted, and that service goes on working.
 
 use serde_json::json;
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore,
+    backend::MigrateError,
+    denial::InvalidKey,
+    key::{KeyFormat, KeyHash},
+    record::{Budget, BudgetPeriod},
+    store::{KeyRepository, KeyStore},
+};
 
 use crate::support::{eventually::eventually, servers::Postgres, stores::question};
 
@@ -255,7 +262,7 @@ async fn a_table_of_users_alone_gets_its_keys() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_adopted_is_said_column_by_column_and_nothing_is_changed() {
+async fn what_cannot_be_adopted_is_reported_column_by_column_and_nothing_is_changed() {
     let server = Postgres::start();
     let orm = server.client().await;
     orm.batch_execute(
@@ -441,7 +448,7 @@ async fn a_look_up_uses_the_index_where_the_planner_has_no_statistics() {
     );
 }
 
-/// Waits until the sessions are gone, whose number the query says.
+/// Waits until the sessions are gone, whose number the query returns.
 async fn others_end(client: &tokio_postgres::Client, sessions: &str) {
     eventually("the sessions end", async || text(client, sessions).await == "0").await;
 }

@@ -1,4 +1,4 @@
-//! What a caller sees when PostgreSQL goes away, hangs, or asks for TLS.
+//! What a caller sees when PostgreSQL fails, hangs, or requires TLS.
 
 use std::{
     future::Future,
@@ -7,7 +7,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyManager, NewKey, PostgresStore, StoreError,
+    backend::MigrateError,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    management::ManageError,
+    store::{KeyRepository, KeyStore},
+};
 
 use crate::support::{self, eventually::eventually, servers::Postgres, stores::question};
 
@@ -59,7 +66,7 @@ async fn a_server_that_is_down_is_a_503_and_not_a_401_until_it_is_back() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_remembered_goes_on_working_while_the_server_is_down_and_is_revoked_after() {
+async fn a_key_that_is_cached_goes_on_working_while_the_server_is_down_and_is_revoked_after() {
     let mut fixture = fixture().await;
     let authenticator = Authenticator::new(fixture.store.clone());
     let prefix = authenticator.authenticate(&fixture.key).await.unwrap().key().prefix.clone();

@@ -2,13 +2,16 @@
 
 use std::time::{Duration, SystemTime};
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, RedisCache,
+    store::{Change, KeyStore},
+};
 
 use crate::support::{
     database::{
-        Database, Key, caches, connect, database, database_with, number, refusal, run, store_at,
+        Database, Key, caches, connect, database, database_with, denial_of, number, run, store_at,
     },
-    feed::{Heard, eventually, in_sync},
+    feed::{FeedRecorder, eventually, in_sync},
     servers::{Postgres, Redis},
 };
 
@@ -53,7 +56,7 @@ async fn a_dump_of_the_data_alone_goes_into_a_migrated_schema_and_revokes_arrive
     let nodes = [caches(node(), &keys[0]).await, caches(node(), &keys[0]).await];
     for node in &nodes {
         for key in &keys {
-            assert_eq!(refusal(node, key).await, None, "{}", key.prefix);
+            assert_eq!(denial_of(node, key).await, None, "{}", key.prefix);
         }
     }
     let of_redis = || redis.command(&["KEYS", "api_key:data:*"]).lines().count();
@@ -72,18 +75,18 @@ async fn a_dump_of_the_data_alone_goes_into_a_migrated_schema_and_revokes_arrive
         in_sync(&nodes[1]).await;
         target.run(&key.revoke()).await;
         for node in &nodes {
-            eventually("the revoke", async || refusal(node, key).await.is_some()).await;
+            eventually("the revoke", async || denial_of(node, key).await.is_some()).await;
         }
     }
     // The owner too, and a key that is deleted and put back.
     let key = &keys[7];
     target.run(&format!("UPDATE users SET is_active = FALSE WHERE id = {}", key.owner)).await;
     for node in &nodes {
-        eventually("the owner", async || refusal(node, key).await.is_some()).await;
+        eventually("the owner", async || denial_of(node, key).await.is_some()).await;
     }
     target.run(&format!("DELETE FROM api_keys WHERE id = {}", keys[8].id)).await;
     for node in &nodes {
-        eventually("the deletion", async || refusal(node, &keys[8]).await.is_some()).await;
+        eventually("the deletion", async || denial_of(node, &keys[8]).await.is_some()).await;
     }
     assert!(nodes.iter().all(|node| node.health().feed.fault.is_none()));
 }
@@ -112,8 +115,8 @@ async fn a_database_that_is_restored_into_a_cluster_with_lower_transaction_ids_i
     let store = store_at(&target.url(), POLL);
     store.migrate().await.unwrap();
     let node = caches(Authenticator::new(store), &keys[0]).await;
-    let heard = Heard::listen(store_at(&target.url(), POLL).changes(SystemTime::now()));
-    heard.all().await;
+    let recorder = FeedRecorder::listen(store_at(&target.url(), POLL).changes(SystemTime::now()));
+    recorder.all().await;
     let other = connect(&target.url()).await;
     let mut resets = 0;
     // Until the ids of the dump are this cluster's too, and behind.
@@ -130,7 +133,7 @@ async fn a_database_that_is_restored_into_a_cluster_with_lower_transaction_ids_i
             .await;
         }
         run(&other, &burn(150)).await;
-        resets += heard.all().await.iter().filter(|change| **change == Change::Reset).count();
+        resets += recorder.all().await.iter().filter(|change| **change == Change::Reset).count();
     }
     assert_eq!(resets, 0);
     assert_eq!(node.health().feed.fault, None);
@@ -148,11 +151,11 @@ async fn a_dump_into_a_schema_that_was_used_meanwhile_keeps_no_key_out() {
     target.server.script("postgres", &dump);
     let node = caches(Authenticator::new(store_at(&target.server.url(), POLL)), &keys[0]).await;
     target.run("DELETE FROM users").await;
-    eventually("the deletion", async || refusal(&node, &keys[0]).await.is_some()).await;
+    eventually("the deletion", async || denial_of(&node, &keys[0]).await.is_some()).await;
     target.server.script("postgres", &dump);
     for key in &keys {
         eventually("the key", async || node.authenticate(&key.secret).await.is_ok()).await;
     }
     target.run(&keys[1].revoke()).await;
-    eventually("the revoke", async || refusal(&node, &keys[1]).await.is_some()).await;
+    eventually("the revoke", async || denial_of(&node, &keys[1]).await.is_some()).await;
 }

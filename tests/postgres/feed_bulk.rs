@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use tower_api_key::*;
+use tower_api_key::Authenticator;
 
 use crate::support::{
-    database::{Database, NEVER, caches, database_with, number, refusal, store_at},
+    database::{Database, NEVER, caches, database_with, denial_of, number, store_at},
     feed::{eventually, in_sync, within},
     servers::Postgres,
 };
@@ -46,9 +46,9 @@ async fn a_transaction_that_stays_open_makes_no_read_larger_and_is_not_missed() 
     println!("{} bytes, {took:?}", statement.len());
     assert!(statement.len() < 20_000, "{} bytes", statement.len());
     assert!(took < Duration::from_millis(200), "{took:?}");
-    assert_eq!(refusal(&node, &key).await, None);
+    assert_eq!(denial_of(&node, &key).await, None);
     open.commit().await.unwrap();
-    within(Duration::from_secs(2), "the revoke", async || refusal(&node, &key).await.is_some())
+    within(Duration::from_secs(2), "the revoke", async || denial_of(&node, &key).await.is_some())
         .await;
 }
 
@@ -87,7 +87,7 @@ async fn a_read_of_a_large_table_uses_the_index_without_statistics() {
     assert!(!scans.iter().any(|line| line.contains("Seq Scan")), "{plan:#?}");
     assert!(took < Duration::from_millis(100), "{took:?}");
     db.run(&key.revoke()).await;
-    within(Duration::from_secs(2), "the revoke", async || refusal(&node, &key).await.is_some())
+    within(Duration::from_secs(2), "the revoke", async || denial_of(&node, &key).await.is_some())
         .await;
 }
 

@@ -3,14 +3,17 @@
 use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator,
+    store::{Change, KeyStore},
+};
 
 use crate::support::{
     self,
     database::{
-        Database, Key, caches, connect, database_with, incomplete, key_in, refusal, run, store_at,
+        Database, Key, caches, connect, database_with, denial_of, incomplete, key_in, run, store_at,
     },
-    feed::{Heard, eventually, in_sync, within},
+    feed::{FeedRecorder, eventually, in_sync, within},
     proxy::Proxy,
     servers::{Postgres, wait_for},
 };
@@ -106,8 +109,8 @@ async fn a_lost_commit(others: usize, is_read_at_once: bool) {
         node.authenticate(&key.secret).await.unwrap();
     }
     in_sync(&node).await;
-    let heard = Heard::listen(store_at(&pair.url(), POLL).changes(SystemTime::now()));
-    heard.all().await;
+    let recorder = FeedRecorder::listen(store_at(&pair.url(), POLL).changes(SystemTime::now()));
+    recorder.all().await;
 
     let mut first = pair.primary.server.client().await;
     let first = first.transaction().await.unwrap();
@@ -125,25 +128,25 @@ async fn a_lost_commit(others: usize, is_read_at_once: bool) {
     pair.front.pass();
     answers(&node, &lost, REVOKED).await;
     in_sync(&node).await;
-    heard.all().await;
+    recorder.all().await;
 
     let admin = pair.fail_over().await;
     // The standby has the key as valid, and so has the node.
     answers(&node, &lost, "accepted").await;
     answers(&node, &kept, "accepted").await;
-    assert!(heard.all().await.contains(&Change::Reset));
+    assert!(recorder.all().await.contains(&Change::Reset));
     assert_eq!(incomplete(&node), None);
     in_sync(&node).await;
     // Revisions are assigned again. None is taken for the one that was lost.
     for key in [&lost, &revoked, &kept] {
-        assert_eq!(refusal(&node, key).await, None);
+        assert_eq!(denial_of(&node, key).await, None);
         run(&admin, &key.revoke()).await;
         answers(&node, key, REVOKED).await;
         run(&admin, &format!("UPDATE api_keys SET is_active = TRUE WHERE id = {}", key.id)).await;
         answers(&node, key, "accepted").await;
     }
     // One reset, not one a poll.
-    assert!(!heard.all().await.contains(&Change::Reset));
+    assert!(!recorder.all().await.contains(&Change::Reset));
 }
 
 #[tokio::test(flavor = "multi_thread")]

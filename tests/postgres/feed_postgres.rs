@@ -1,13 +1,21 @@
-//! What a node hears of changes in PostgreSQL, whoever makes them and whatever happens to the connection.
+//! Which changes in PostgreSQL a node receives, from any writer and through faults of the connection.
 
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio_postgres::{Client, NoTls};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore, RedisCache,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    key::{KeyFormat, KeyHash},
+    record::KeyRecord,
+    redis::RedisState,
+    store::{Change, KeyRepository, KeyStore, StoredKey},
+};
 
 use crate::support::{
     self,
-    feed::{Heard, eventually, in_sync, within},
+    feed::{FeedRecorder, eventually, in_sync, within},
     proxy::Proxy,
     servers::{Postgres, Redis},
 };
@@ -83,12 +91,12 @@ impl Database {
         self.admin.query_one(&format!("SELECT ({sql})::bigint"), &[]).await.unwrap().get(0)
     }
 
-    fn listen(&self, poll_interval: Duration) -> Heard {
-        Heard::listen(store_at(&self.server.url(), poll_interval).changes(SystemTime::now()))
+    fn listen(&self, poll_interval: Duration) -> FeedRecorder {
+        FeedRecorder::listen(store_at(&self.server.url(), poll_interval).changes(SystemTime::now()))
     }
 }
 
-/// A node that has the key in its local cache and hears of changes.
+/// A node that has the key in its local cache and receives changes.
 async fn node_with(store: impl KeyStore, key: &Key) -> Authenticator {
     let node = Authenticator::new(store);
     node.authenticate(&key.secret).await.unwrap();
@@ -98,7 +106,7 @@ async fn node_with(store: impl KeyStore, key: &Key) -> Authenticator {
     node
 }
 
-async fn refusal(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
+async fn denial_of(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
     match node.authenticate(&key.secret).await {
         Ok(_) => None,
         Err(Denial::InvalidKey(reason)) => Some(reason),
@@ -106,9 +114,11 @@ async fn refusal(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
     }
 }
 
-async fn is_refused(node: &Authenticator, key: &Key, expected: InvalidKey) -> Duration {
-    within(NOTIFIED, &format!("{expected:?}"), async || refusal(node, key).await == Some(expected))
-        .await
+async fn is_denied(node: &Authenticator, key: &Key, expected: InvalidKey) -> Duration {
+    within(NOTIFIED, &format!("{expected:?}"), async || {
+        denial_of(node, key).await == Some(expected)
+    })
+    .await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -150,7 +160,7 @@ async fn whatever_is_changed_by_hand_reaches_a_node_that_has_it_in_its_cache() {
             DELETE FROM api_keys WHERE id = $KEY; RESET session_replication_role",
             InvalidKey::Unknown,
         ),
-        // A function that somebody else calls with a search_path of their own.
+        // A function that another role calls with a search_path of their own.
         (
             "SET search_path = pg_catalog; UPDATE public.api_keys SET is_active = FALSE WHERE id = $KEY;
             RESET search_path",
@@ -166,13 +176,13 @@ async fn whatever_is_changed_by_hand_reaches_a_node_that_has_it_in_its_cache() {
         let key = db.key().await;
         node.authenticate(&key.secret).await.unwrap();
         in_sync_by_poke(&db, &node).await;
-        assert_eq!(refusal(&node, &key).await, None);
+        assert_eq!(denial_of(&node, &key).await, None);
         let change = change
             .replace("$KEY", &key.id.to_string())
             .replace("$OWNER", &key.owner.to_string())
             .replace("$HASH", &other_hash);
         db.run(&change).await;
-        let took = is_refused(&node, &key, expected).await;
+        let took = is_denied(&node, &key, expected).await;
         println!("{took:?} {change}");
     }
 
@@ -190,20 +200,20 @@ async fn whatever_is_changed_by_hand_reaches_a_node_that_has_it_in_its_cache() {
     // An unknown key is an answer too.
     let back = db.key().await;
     db.run(&format!("UPDATE api_keys SET key_prefix = 'away' WHERE id = {}", back.id)).await;
-    eventually("the key to be gone", async || refusal(&node, &back).await.is_some()).await;
+    eventually("the key to be gone", async || denial_of(&node, &back).await.is_some()).await;
     let home = format!("UPDATE api_keys SET key_prefix = '{}' WHERE id = {}", back.prefix, back.id);
     db.run(&home).await;
-    within(NOTIFIED, "the key to be back", async || refusal(&node, &back).await.is_none()).await;
+    within(NOTIFIED, "the key to be back", async || denial_of(&node, &back).await.is_none()).await;
 
     let (a, b) = (db.key().await, db.key().await);
     node.authenticate(&a.secret).await.unwrap();
     node.authenticate(&b.secret).await.unwrap();
     db.run("TRUNCATE users CASCADE").await;
-    is_refused(&node, &a, InvalidKey::Unknown).await;
-    is_refused(&node, &b, InvalidKey::Unknown).await;
+    is_denied(&node, &a, InvalidKey::Unknown).await;
+    is_denied(&node, &b, InvalidKey::Unknown).await;
 }
 
-/// Makes a change to nobody's key, and waits until the node has heard of it, and so of all before it.
+/// Makes a change to nobody's key, and waits until the node has received it, and so of all before it.
 async fn in_sync_by_poke(db: &Database, node: &Authenticator) {
     db.run("NOTIFY api_key_changes").await;
     in_sync(node).await;
@@ -217,8 +227,8 @@ async fn the_feed_says_what_a_change_is_about_and_nothing_of_usage_or_other_peop
         "ALTER TABLE api_keys ADD COLUMN department TEXT; ALTER TABLE users ADD COLUMN phone TEXT",
     )
     .await;
-    let heard = db.listen(Duration::from_millis(50));
-    heard.all().await;
+    let recorder = db.listen(Duration::from_millis(50));
+    recorder.all().await;
     let revisions = || async {
         let key = "SELECT max(api_key_revision) FROM api_keys";
         let user = "SELECT max(api_key_revision) FROM users";
@@ -246,7 +256,7 @@ async fn the_feed_says_what_a_change_is_about_and_nothing_of_usage_or_other_peop
     ] {
         db.run(nothing).await;
         assert_eq!(revisions().await, before, "{nothing}");
-        assert_eq!(heard.all().await, [], "{nothing}");
+        assert_eq!(recorder.all().await, [], "{nothing}");
     }
     let prefix = format!("prefix {}", key.prefix);
     let owner = format!("owner {}", key.owner);
@@ -271,15 +281,15 @@ async fn the_feed_says_what_a_change_is_about_and_nothing_of_usage_or_other_peop
         "id = id + 1000000",
     ] {
         let other = db.key().await;
-        heard.all().await;
+        recorder.all().await;
         let column = column.replace("$OTHER", &other.owner.to_string());
         let rule = format!("UPDATE api_keys SET {column} WHERE key_prefix = '{}'", key.prefix);
         db.run(&rule).await;
-        assert_eq!(heard.subjects().await, std::slice::from_ref(&prefix), "{column}");
+        assert_eq!(recorder.subjects().await, std::slice::from_ref(&prefix), "{column}");
     }
     for column in ["email = 'x'", "role = 'x'", "is_active = FALSE"] {
         db.run(&format!("UPDATE users SET {column} WHERE id = {}", key.owner)).await;
-        assert_eq!(heard.subjects().await, std::slice::from_ref(&owner), "{column}");
+        assert_eq!(recorder.subjects().await, std::slice::from_ref(&owner), "{column}");
     }
     db.run(&format!(
         "UPDATE api_keys SET key_prefix = 'moved' WHERE key_prefix = '{}'",
@@ -288,11 +298,11 @@ async fn the_feed_says_what_a_change_is_about_and_nothing_of_usage_or_other_peop
     .await;
     let mut both = ["prefix moved".to_owned(), prefix];
     both.sort();
-    assert_eq!(heard.subjects().await, both);
+    assert_eq!(recorder.subjects().await, both);
     db.run("TRUNCATE api_keys").await;
-    assert_eq!(heard.subjects().await, ["reset"]);
+    assert_eq!(recorder.subjects().await, ["reset"]);
     db.run(&format!("DELETE FROM users WHERE id = {}", key.owner)).await;
-    assert_eq!(heard.subjects().await, [owner]);
+    assert_eq!(recorder.subjects().await, [owner]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -307,9 +317,9 @@ async fn what_a_foreign_trigger_makes_of_an_update_is_seen() {
     .await;
     let node = node_with(db.store.clone(), &key).await;
     db.run("UPDATE api_keys SET total_cost = 99").await;
-    assert_eq!(refusal(&node, &key).await, None);
+    assert_eq!(denial_of(&node, &key).await, None);
     db.run("UPDATE api_keys SET total_cost = 101").await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
+    is_denied(&node, &key, InvalidKey::Revoked).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -339,7 +349,7 @@ async fn a_role_that_may_do_nothing_else_can_revoke_and_others_can_not_make_chan
     }
     let revoke = format!("UPDATE api_keys SET is_active = FALSE WHERE id = {}", key.id);
     revoker.batch_execute(&revoke).await.unwrap();
-    is_refused(&node, &key, InvalidKey::Revoked).await;
+    is_denied(&node, &key, InvalidKey::Revoked).await;
 
     // Through a trigger on a table of one's own, the functions would write what one likes.
     let nobody = as_role(&db.server, "nobody_much").await;
@@ -381,10 +391,10 @@ async fn a_transaction_that_commits_late_is_not_missed() {
     let db = database().await;
     let keys = [db.key().await, db.key().await, db.key().await];
     let node = node_with(db.store.clone(), &keys[0]).await;
-    let heard = db.listen(Duration::from_millis(50));
-    // Twice: what was committed while another transaction was under way may be said again.
-    heard.all().await;
-    heard.all().await;
+    let recorder = db.listen(Duration::from_millis(50));
+    // Twice: what was committed while another transaction was under way may be reported again.
+    recorder.all().await;
+    recorder.all().await;
     let mut others = [db.server.client().await, db.server.client().await];
     let [first, second] = &mut others;
     let (first, second) = (first.transaction().await.unwrap(), second.transaction().await.unwrap());
@@ -395,22 +405,22 @@ async fn a_transaction_that_commits_late_is_not_missed() {
     for n in 0..50 {
         db.run(&format!("UPDATE api_keys SET name = '{n}' WHERE id = {}", keys[2].id)).await;
     }
-    let said = heard.subjects().await;
-    assert_eq!(said, [format!("prefix {}", keys[2].prefix)]);
+    let reported = recorder.subjects().await;
+    assert_eq!(reported, [format!("prefix {}", keys[2].prefix)]);
     assert!(node.authenticate(&keys[0].secret).await.is_ok());
     second.commit().await.unwrap();
-    assert_eq!(heard.subjects().await, [format!("prefix {}", keys[1].prefix)]);
+    assert_eq!(recorder.subjects().await, [format!("prefix {}", keys[1].prefix)]);
     db.run(&format!("UPDATE api_keys SET name = 'again' WHERE id = {}", keys[2].id)).await;
-    assert_eq!(heard.subjects().await, [format!("prefix {}", keys[2].prefix)]);
+    assert_eq!(recorder.subjects().await, [format!("prefix {}", keys[2].prefix)]);
     // A node that starts now does not see the first one either, and must not miss it.
     let late = db.listen(Duration::from_millis(50));
     late.all().await;
     first.commit().await.unwrap();
-    is_refused(&node, &keys[0], InvalidKey::Revoked).await;
+    is_denied(&node, &keys[0], InvalidKey::Revoked).await;
     let first = [format!("prefix {}", keys[0].prefix)];
-    assert_eq!(heard.subjects().await, first);
+    assert_eq!(recorder.subjects().await, first);
     assert!(late.subjects().await.contains(&first[0]));
-    assert_eq!(heard.all().await, [], "nothing is said twice");
+    assert_eq!(recorder.all().await, [], "nothing is said twice");
 }
 
 /// Two keys that share a lookup prefix, as those from before may.
@@ -438,7 +448,7 @@ async fn two_keys_of_one_prefix_that_are_changed_in_transactions_that_overlap() 
         Authenticator::builder(cache).scheme(scheme.clone()).build()
     };
     let hears = async |node: &Authenticator| {
-        assert_eq!(refusal(node, &keys[0]).await, None);
+        assert_eq!(denial_of(node, &keys[0]).await, None);
         eventually("a sync", async || node.health().last_sync.is_some()).await;
     };
     let (first_node, absent) = (node(), node());
@@ -466,14 +476,14 @@ async fn two_keys_of_one_prefix_that_are_changed_in_transactions_that_overlap() 
     eventually("an entry", async || {
         for key in [&keys[1], &keys[0]] {
             first_node.invalidate("sk-12345");
-            assert_eq!(refusal(&first_node, key).await, None);
+            assert_eq!(denial_of(&first_node, key).await, None);
         }
         redis.command(&["GET", &entry_of(&redis, &keys[0])]).starts_with(&wanted)
             && redis.command(&["KEYS", "api_key:verified:*"]).lines().count() == 2
     })
     .await;
     revoke.commit().await.unwrap();
-    // One that hears of both at once, before anybody has put a newer entry there.
+    // One that receives both at once, before anybody has put a newer entry there.
     let cache = RedisCache::new(db.store.clone(), redis.url().as_str()).unwrap();
     let starting = Authenticator::builder(cache.clone()).scheme(scheme.clone()).build();
     eventually("a node that asks Redis", async || {
@@ -483,10 +493,10 @@ async fn two_keys_of_one_prefix_that_are_changed_in_transactions_that_overlap() 
     })
     .await;
     assert!(redis.command(&["GET", &entry_of(&redis, &keys[0])]).starts_with(&wanted));
-    let refused = refusal(&starting, &keys[0]).await;
-    assert_eq!(refused, Some(InvalidKey::Revoked), "a node that has just started");
-    is_refused(&first_node, &keys[0], InvalidKey::Revoked).await;
-    is_refused(&absent, &keys[0], InvalidKey::Revoked).await;
+    let denied = denial_of(&starting, &keys[0]).await;
+    assert_eq!(denied, Some(InvalidKey::Revoked), "a node that has just started");
+    is_denied(&first_node, &keys[0], InvalidKey::Revoked).await;
+    is_denied(&absent, &keys[0], InvalidKey::Revoked).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -511,20 +521,20 @@ async fn what_changed_while_the_connection_was_cut_is_made_up_for() {
         WHERE (query LIKE '%api_key_beat%' OR query LIKE '%pg_current_snapshot() AS now%') AND pid <> pg_backend_pid()";
     assert!(!db.admin.query(end, &[]).await.unwrap().is_empty());
     revoke(&key).await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
+    is_denied(&node, &key, InvalidKey::Revoked).await;
 
     let key = cached().await;
     proxy.reset();
     revoke(&key).await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
+    is_denied(&node, &key, InvalidKey::Revoked).await;
 
     let key = cached().await;
     proxy.refuse();
     revoke(&key).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(refusal(&node, &key).await, None, "within the rule of age");
+    assert_eq!(denial_of(&node, &key).await, None, "within the rule of age");
     proxy.pass();
-    within(Duration::from_secs(3), "the revoke", async || refusal(&node, &key).await.is_some())
+    within(Duration::from_secs(3), "the revoke", async || denial_of(&node, &key).await.is_some())
         .await;
 
     let key = cached().await;
@@ -539,12 +549,12 @@ async fn what_changed_while_the_connection_was_cut_is_made_up_for() {
     let before = proxy.connections();
     within(limit, "another connection", async || proxy.connections() > before).await;
     proxy.pass();
-    within(Duration::from_secs(4), "the revoke", async || refusal(&node, &key).await.is_some())
+    within(Duration::from_secs(4), "the revoke", async || denial_of(&node, &key).await.is_some())
         .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_notifications_a_change_is_heard_of_at_the_next_poll() {
+async fn without_notifications_a_change_is_received_at_the_next_poll() {
     let db = database().await;
     db.run(
         "CREATE OR REPLACE FUNCTION api_key_notify() RETURNS VOID LANGUAGE plpgsql AS 'BEGIN END'",
@@ -560,7 +570,7 @@ async fn without_notifications_a_change_is_heard_of_at_the_next_poll() {
         node.authenticate(&key.secret).await.unwrap();
         db.run(&format!("UPDATE api_keys SET is_active = FALSE WHERE id = {}", key.id)).await;
         let limit = poll + Duration::from_millis(300);
-        within(limit, "the revoke", async || refusal(&node, &key).await.is_some()).await;
+        within(limit, "the revoke", async || denial_of(&node, &key).await.is_some()).await;
     }
 }
 
@@ -569,8 +579,8 @@ async fn notifications_that_anybody_may_send_change_nothing_and_stop_nothing() {
     let db = database().await;
     let key = db.key().await;
     let node = node_with(db.store.clone(), &key).await;
-    let heard = db.listen(NEVER);
-    heard.all_after(&db).await;
+    let recorder = db.listen(NEVER);
+    recorder.all_after(&db).await;
     db.run("CREATE ROLE stranger LOGIN").await;
     let stranger = as_role(&db.server, "stranger").await;
     // Each in a transaction of its own, or they would be one; and in one, with payloads.
@@ -587,23 +597,23 @@ async fn notifications_that_anybody_may_send_change_nothing_and_stop_nothing() {
     });
     let mut answers = 0;
     while !flood.is_finished() {
-        assert_eq!(refusal(&node, &key).await, None);
+        assert_eq!(denial_of(&node, &key).await, None);
         answers += 1;
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
     flood.await.unwrap();
     assert!(answers > 10);
-    assert_eq!(heard.so_far(), []);
+    assert_eq!(recorder.so_far(), []);
     db.run(&format!("UPDATE api_keys SET is_active = FALSE WHERE id = {}", key.id)).await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
-    heard.all_after(&db).await;
+    is_denied(&node, &key, InvalidKey::Revoked).await;
+    recorder.all_after(&db).await;
 }
 
 trait Poked {
     async fn all_after(&self, db: &Database) -> Vec<Change>;
 }
 
-impl Poked for Heard {
+impl Poked for FeedRecorder {
     /// For a feed whose next poll is far away.
     async fn all_after(&self, db: &Database) -> Vec<Change> {
         let all = self.all();
@@ -628,7 +638,7 @@ async fn a_database_that_is_restored_from_an_old_copy_is_another_one() {
     db.run(&sql).await;
     db.server.save_copy();
     db.admin = db.server.client().await;
-    let heard = db.listen(Duration::from_millis(50));
+    let recorder = db.listen(Duration::from_millis(50));
     let node =
         node_with(store_at(&db.server.url(), Duration::from_millis(100)), &revoked_later).await;
     let turn = |key: &Key, active: bool| {
@@ -636,9 +646,9 @@ async fn a_database_that_is_restored_from_an_old_copy_is_another_one() {
     };
     db.run(&turn(&revoked_later, false)).await;
     db.run(&turn(&made_valid_later, true)).await;
-    is_refused(&node, &revoked_later, InvalidKey::Revoked).await;
-    eventually("the key", async || refusal(&node, &made_valid_later).await.is_none()).await;
-    heard.all().await;
+    is_denied(&node, &revoked_later, InvalidKey::Revoked).await;
+    eventually("the key", async || denial_of(&node, &made_valid_later).await.is_none()).await;
+    recorder.all().await;
 
     db.server.start_again_from_copy();
     db.admin = db.server.client().await;
@@ -652,10 +662,10 @@ async fn a_database_that_is_restored_from_an_old_copy_is_another_one() {
             && answer(&revoked_later).await == "accepted"
     })
     .await;
-    within(limit, "a reset", async || heard.so_far().contains(&Change::Reset)).await;
+    within(limit, "a reset", async || recorder.so_far().contains(&Change::Reset)).await;
     // It goes on from there.
     db.run(&turn(&revoked_later, false)).await;
-    is_refused(&node, &revoked_later, InvalidKey::Revoked).await;
+    is_denied(&node, &revoked_later, InvalidKey::Revoked).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -771,7 +781,7 @@ async fn node_with_nothing(node: Authenticator, key: &Key) -> Authenticator {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_starts_hears_of_what_became_visible_in_the_last_hour_before_its_first_sync() {
+async fn a_node_that_starts_receives_what_became_visible_in_the_last_hour_before_its_first_sync() {
     let db = database().await;
     let (key, old, long) = (db.key().await, db.key().await, db.key().await);
     db.run(&format!("UPDATE api_keys SET name = 'x' WHERE id = {}", old.id)).await;
@@ -790,29 +800,29 @@ async fn a_node_that_starts_hears_of_what_became_visible_in_the_last_hour_before
 
     let since = SystemTime::now() - Duration::from_secs(3600);
     let mut changes = db.store.changes(since);
-    let mut said = Vec::new();
+    let mut reported = Vec::new();
     loop {
         let change = std::future::poll_fn(|cx| {
             futures_util::Stream::poll_next(std::pin::Pin::new(&mut changes), cx)
         });
         match change.await.unwrap() {
             Change::Synced(_) => break,
-            change => said.push(support::feed::subject(&change)),
+            change => reported.push(support::feed::subject(&change)),
         }
     }
-    assert!(said.contains(&format!("prefix {}", key.prefix)), "{said:?}");
-    assert!(said.contains(&format!("owner {}", key.owner)), "{said:?}");
-    assert!(said.contains(&format!("prefix {}", long.prefix)), "{said:?}");
-    assert!(!said.contains(&format!("prefix {}", old.prefix)), "{said:?}");
+    assert!(reported.contains(&format!("prefix {}", key.prefix)), "{reported:?}");
+    assert!(reported.contains(&format!("owner {}", key.owner)), "{reported:?}");
+    assert!(reported.contains(&format!("prefix {}", long.prefix)), "{reported:?}");
+    assert!(!reported.contains(&format!("prefix {}", old.prefix)), "{reported:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn more_changes_at_once_than_can_be_told_are_a_reset() {
+async fn more_changes_at_once_than_can_be_reported_are_a_reset() {
     let db = database().await;
     let key = db.key().await;
     let node = node_with(db.store.clone(), &key).await;
-    let heard = db.listen(Duration::from_millis(50));
-    heard.all().await;
+    let recorder = db.listen(Duration::from_millis(50));
+    recorder.all().await;
     let insert = |count: usize| {
         format!(
             "INSERT INTO api_keys (user_id, key_prefix, key_hash)
@@ -821,20 +831,20 @@ async fn more_changes_at_once_than_can_be_told_are_a_reset() {
         )
     };
     db.run(&insert(10_000)).await;
-    let said = heard.all().await;
-    assert_eq!((said.len(), said.contains(&Change::Reset)), (10_000, false));
+    let reported = recorder.all().await;
+    assert_eq!((reported.len(), reported.contains(&Change::Reset)), (10_000, false));
     db.run(&format!(
         "BEGIN; {}; UPDATE api_keys SET is_active = FALSE WHERE id = {}; COMMIT",
         insert(10_001),
         key.id
     ))
     .await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
-    assert_eq!(heard.all().await, [Change::Reset]);
+    is_denied(&node, &key, InvalidKey::Revoked).await;
+    assert_eq!(recorder.all().await, [Change::Reset]);
     // And once, not at every read.
-    assert_eq!(heard.all().await, []);
+    assert_eq!(recorder.all().await, []);
     db.run(&format!("UPDATE api_keys SET is_active = TRUE WHERE id = {}", key.id)).await;
-    assert_eq!(heard.subjects().await, [format!("prefix {}", key.prefix)]);
+    assert_eq!(recorder.subjects().await, [format!("prefix {}", key.prefix)]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -847,7 +857,7 @@ async fn a_user_who_is_deleted_and_put_back_can_be_let_in_again() {
         DELETE FROM users",
     )
     .await;
-    is_refused(&node, &key, InvalidKey::Unknown).await;
+    is_denied(&node, &key, InvalidKey::Unknown).await;
     // As people do it: some columns, and defaults for the rest.
     db.run(
         "INSERT INTO users (id, email, role) SELECT id, email, role FROM saved_users;
@@ -868,7 +878,7 @@ async fn a_user_who_is_deleted_and_put_back_can_be_let_in_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_schemas_of_one_database_do_not_hear_each_other() {
+async fn two_schemas_of_one_database_do_not_notify_each_other() {
     let server = Postgres::start();
     let admin = server.client().await;
     let mut parts = Vec::new();
@@ -880,14 +890,14 @@ async fn two_schemas_of_one_database_do_not_hear_each_other() {
         let manager = KeyManager::new(store.clone());
         let owner = manager.create_user("ada@example.com", "user").await.unwrap().id;
         let key = manager.issue(NewKey::new(owner, "k")).await.unwrap();
-        let heard = Heard::listen(store.changes(SystemTime::now()));
-        heard.all().await;
-        parts.push((store, key, heard));
+        let recorder = FeedRecorder::listen(store.changes(SystemTime::now()));
+        recorder.all().await;
+        parts.push((store, key, recorder));
     }
     admin.batch_execute("UPDATE one.api_keys SET is_active = FALSE").await.unwrap();
-    let [(one, a, heard_one), (two, b, heard_two)] = &parts[..] else { panic!() };
-    assert_eq!(heard_one.subjects().await, [format!("prefix {}", a.record().prefix)]);
-    assert_eq!(heard_two.all().await, []);
+    let [(one, a, recorder_one), (two, b, recorder_two)] = &parts[..] else { panic!() };
+    assert_eq!(recorder_one.subjects().await, [format!("prefix {}", a.record().prefix)]);
+    assert_eq!(recorder_two.all().await, []);
     assert!(Authenticator::new(one.clone()).authenticate(a.expose_secret()).await.is_err());
     assert!(Authenticator::new(two.clone()).authenticate(b.expose_secret()).await.is_ok());
 }

@@ -3,12 +3,16 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator,
+    denial::InvalidKey,
+    store::{Change, KeyStore},
+};
 
 use crate::support::{
     self,
     database::{
-        Database, Key, caches, connect, database, incomplete, is_refused, refusal, run, store_at,
+        Database, Key, caches, connect, database, denial_of, incomplete, is_denied, run, store_at,
         url_with_path,
     },
     feed::{eventually, in_sync, within},
@@ -42,8 +46,8 @@ async fn is_reported_and_restored(db: &Database, damage: &str) {
     let keys = [db.key().await, db.key().await, db.key().await];
     let node = caches(node(&db.server.url()), &keys[0]).await;
     node.authenticate(&keys[1].secret).await.unwrap();
-    let heard = db.listen(POLL);
-    heard.all().await;
+    let recorder = db.listen(POLL);
+    recorder.all().await;
     assert_eq!(node.health().feed.fault, None);
 
     db.run(damage).await;
@@ -61,13 +65,13 @@ async fn is_reported_and_restored(db: &Database, damage: &str) {
     let errors: Vec<_> = errors.collect();
     // Two feeds: the node's, and the one that is listened to, which logs nothing.
     assert_eq!(errors.len(), 1, "{errors:#?}");
-    heard.so_far();
+    recorder.so_far();
 
     db.store.migrate().await.unwrap();
     eventually("a node without a fault", async || node.health().feed.fault.is_none()).await;
     in_sync(&node).await;
-    assert!(heard.all().await.contains(&Change::Reset), "{damage}");
-    assert_eq!(heard.status().fault, None);
+    assert!(recorder.all().await.contains(&Change::Reset), "{damage}");
+    assert_eq!(recorder.status().fault, None);
     notified(db, &node, &keys[1]).await;
     // For the next damage.
     notified(db, &node, &keys[2]).await;
@@ -79,7 +83,7 @@ async fn notified(db: &Database, node: &Authenticator, key: &Key) {
     in_sync(node).await;
     node.authenticate(&key.secret).await.unwrap();
     db.run(&key.revoke()).await;
-    is_refused(node, key, InvalidKey::Revoked).await;
+    is_denied(node, key, InvalidKey::Revoked).await;
 }
 
 #[tokio::test]
@@ -162,9 +166,10 @@ async fn tables_of_a_schema_that_comes_first_are_reported_until_migrate_adopts_t
     let key = db.key().await;
     let url = url_with_path(&db.server.url(), "app,public");
     let node = caches(node(&url), &key).await;
-    let heard =
-        support::feed::Heard::listen(store_at(&url, POLL).changes(std::time::SystemTime::now()));
-    heard.all().await;
+    let recorder = support::feed::FeedRecorder::listen(
+        store_at(&url, POLL).changes(std::time::SystemTime::now()),
+    );
+    recorder.all().await;
     db.run(
         "BEGIN; CREATE SCHEMA app;
         CREATE TABLE app.users (LIKE public.users INCLUDING ALL);
@@ -177,17 +182,17 @@ async fn tables_of_a_schema_that_comes_first_are_reported_until_migrate_adopts_t
     run(&app, &key.revoke()).await;
     eventually("a fault", async || incomplete(&node).is_some()).await;
     within(MAX_STALENESS + Duration::from_secs(1), "the revoke", async || {
-        refusal(&node, &key).await.is_some()
+        denial_of(&node, &key).await.is_some()
     })
     .await;
     store_at(&url, POLL).migrate().await.unwrap();
     eventually("a node without a fault", async || node.health().feed.fault.is_none()).await;
-    assert!(heard.all().await.contains(&Change::Reset));
+    assert!(recorder.all().await.contains(&Change::Reset));
     run(&app, "UPDATE api_keys SET is_active = TRUE").await;
-    eventually("the key", async || refusal(&node, &key).await.is_none()).await;
+    eventually("the key", async || denial_of(&node, &key).await.is_none()).await;
     in_sync(&node).await;
     run(&app, &key.revoke()).await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
+    is_denied(&node, &key, InvalidKey::Revoked).await;
     let indexes = "SELECT count(*) FROM pg_indexes WHERE schemaname = 'app' AND tablename = 'api_key_changes'";
     assert_eq!(db.number(indexes).await, 4, "its primary key and three more");
 }
@@ -195,9 +200,9 @@ async fn tables_of_a_schema_that_comes_first_are_reported_until_migrate_adopts_t
 #[tokio::test]
 async fn triggers_that_were_dropped_and_put_back_between_two_polls_are_a_reset() {
     let db = database().await;
-    let heard = db.listen(Duration::from_secs(1));
-    heard.all().await;
-    heard.all().await;
+    let recorder = db.listen(Duration::from_secs(1));
+    recorder.all().await;
+    recorder.all().await;
     let definition: String = db
         .admin
         .query_one(
@@ -214,15 +219,15 @@ async fn triggers_that_were_dropped_and_put_back_between_two_polls_are_a_reset()
         {definition}; ALTER TABLE api_keys ENABLE ALWAYS TRIGGER api_key_note; COMMIT"
     ))
     .await;
-    assert_eq!(heard.subjects().await, ["reset"]);
-    assert_eq!(heard.status().fault, None);
+    assert_eq!(recorder.subjects().await, ["reset"]);
+    assert_eq!(recorder.status().fault, None);
     db.run(
         "BEGIN; ALTER TABLE users DISABLE TRIGGER api_key_note;
         ALTER TABLE users ENABLE ALWAYS TRIGGER api_key_note; COMMIT",
     )
     .await;
-    assert_eq!(heard.subjects().await, ["reset"]);
-    assert_eq!(heard.subjects().await, [""; 0]);
+    assert_eq!(recorder.subjects().await, ["reset"]);
+    assert_eq!(recorder.subjects().await, [""; 0]);
 }
 
 #[tokio::test]

@@ -4,12 +4,13 @@
 use std::time::Duration;
 
 use tokio_postgres::Client;
-use tower_api_key::*;
+use tower_api_key::{Authenticator, Denial, backend::MigrateError, denial::InvalidKey};
 
 use crate::support::{
     self,
     database::{
-        Database, Key, caches, connect, database, database_with, is_refused, refusal, run, store_at,
+        Database, Key, caches, connect, database, database_with, denial_of, is_denied, run,
+        store_at,
     },
     feed::{eventually, in_sync},
     servers::Postgres,
@@ -86,8 +87,8 @@ async fn go_on(db: &Database, migrations: &[&str]) {
 
 /// A revoke by the other service's session reaches the node, and its update of usage is no change.
 async fn revoked_by(session: &Client, node: &Authenticator, key: &Key, migration: &str) {
-    let told = node.authenticate(&key.secret).await;
-    assert!(told.is_ok(), "{migration}: {told:?}");
+    let answer = node.authenticate(&key.secret).await;
+    assert!(answer.is_ok(), "{migration}: {answer:?}");
     eventually("a sync", async || node.health().last_sync.is_some()).await;
     in_sync(node).await;
     node.authenticate(&key.secret).await.unwrap();
@@ -96,7 +97,7 @@ async fn revoked_by(session: &Client, node: &Authenticator, key: &Key, migration
     run(session, &format!("UPDATE api_keys SET total_requests = 5 WHERE id = {}", key.id)).await;
     assert_eq!(support::database::number(session, &revision).await, before, "{migration}");
     run(session, &key.revoke()).await;
-    is_refused(node, key, InvalidKey::Revoked).await;
+    is_denied(node, key, InvalidKey::Revoked).await;
     assert_eq!(node.health().feed.fault, None, "{migration}");
 }
 
@@ -200,7 +201,7 @@ async fn a_renamed_column_is_not_made_anew_with_a_default_that_revives_revoked_k
         assert!(matches!(denial, Denial::Unavailable(_)), "{denial:?}");
         db.run(&format!("ALTER TABLE {table} RENAME COLUMN enabled TO is_active")).await;
         db.store.migrate().await.unwrap();
-        assert_eq!(refusal(&node, &key).await, Some(InvalidKey::Revoked));
+        assert_eq!(denial_of(&node, &key).await, Some(InvalidKey::Revoked));
     }
 }
 
@@ -236,6 +237,6 @@ async fn a_dropped_column_that_decisions_depend_on_stops_no_statement_of_open_se
         caches(Authenticator::new(store_at(&db.server.url(), Duration::from_millis(100))), &key)
             .await;
     run(&session, &key.revoke()).await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
-    assert!(refusal(&node, &key).await.is_some());
+    is_denied(&node, &key, InvalidKey::Revoked).await;
+    assert!(denial_of(&node, &key).await.is_some());
 }

@@ -10,13 +10,13 @@ use std::{
 };
 
 use tokio_postgres::{AsyncMessage, NoTls};
-use tower_api_key::*;
+use tower_api_key::{Authenticator, denial::InvalidKey, store::KeyStore};
 
 use crate::support::{
     database::{
-        NEVER, caches, connect, database, database_with, is_refused, refusal, run, store_at,
+        NEVER, caches, connect, database, database_with, denial_of, is_denied, run, store_at,
     },
-    feed::{Heard, eventually, in_sync, within},
+    feed::{FeedRecorder, eventually, in_sync, within},
     servers::Postgres,
 };
 
@@ -80,7 +80,7 @@ async fn the_other_service_can_prepare_transactions_and_nodes_poll_for_their_cha
     let node = caches(Authenticator::new(store_at(&db.server.url(), NEVER)), &keys[0]).await;
     node.authenticate(&keys[1].secret).await.unwrap();
     in_sync(&node).await;
-    assert_eq!(refusal(&node, &keys[1]).await, None);
+    assert_eq!(denial_of(&node, &keys[1]).await, None);
     db.run(&format!(
         "BEGIN; INSERT INTO users (email) VALUES ('new'); {};
         UPDATE users SET is_active = FALSE WHERE id = {}; PREPARE TRANSACTION 'one'",
@@ -93,11 +93,11 @@ async fn the_other_service_can_prepare_transactions_and_nodes_poll_for_their_cha
         db.run(&format!("INSERT INTO users (email) VALUES ('u{n}'); UPDATE users SET role = 'r{n}' WHERE email = 'u{n}'")).await;
         in_sync(&node).await;
     }
-    assert_eq!(refusal(&node, &keys[0]).await, None);
+    assert_eq!(denial_of(&node, &keys[0]).await, None);
     db.run("COMMIT PREPARED 'one'").await;
     let limit = Duration::from_millis(1250);
-    within(limit, "the revoke", async || refusal(&node, &keys[0]).await.is_some()).await;
-    is_refused(&node, &keys[1], InvalidKey::OwnerInactive).await;
+    within(limit, "the revoke", async || denial_of(&node, &keys[0]).await.is_some()).await;
+    is_denied(&node, &keys[1], InvalidKey::OwnerInactive).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -113,10 +113,10 @@ async fn rows_without_a_lookup_id_are_no_change_at_all() {
     .await;
     let db = database_with(server).await;
     let key = db.key().await;
-    let heard = Heard::listen(
+    let recorder = FeedRecorder::listen(
         store_at(&db.server.url(), Duration::from_millis(50)).changes(std::time::SystemTime::now()),
     );
-    heard.all().await;
+    recorder.all().await;
     let orm = connect(&db.server.url()).await;
     for sql in [
         format!("INSERT INTO api_keys (user_id, key_hash) VALUES ({}, 'other')", key.owner),
@@ -125,11 +125,11 @@ async fn rows_without_a_lookup_id_are_no_change_at_all() {
         "DELETE FROM api_keys WHERE key_hash = 'other'".to_owned(),
     ] {
         run(&orm, &sql).await;
-        assert_eq!(heard.all().await, [], "{sql}");
+        assert_eq!(recorder.all().await, [], "{sql}");
     }
     // A key that loses its id, and gets it back.
     run(&orm, "UPDATE api_keys SET key_prefix = NULL").await;
-    assert_eq!(heard.subjects().await, [format!("prefix {}", key.prefix)]);
+    assert_eq!(recorder.subjects().await, [format!("prefix {}", key.prefix)]);
     run(&orm, &format!("UPDATE api_keys SET key_prefix = '{}'", key.prefix)).await;
-    assert_eq!(heard.subjects().await, [format!("prefix {}", key.prefix)]);
+    assert_eq!(recorder.subjects().await, [format!("prefix {}", key.prefix)]);
 }

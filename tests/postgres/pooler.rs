@@ -3,7 +3,11 @@
 use std::time::{Duration, SystemTime};
 
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, PostgresStore,
+    record::{Budget, BudgetPeriod},
+    store::{KeyRepository, KeyStore, KeyUsage, LeaseRequest, UsageBatch},
+};
 
 use crate::support::{
     feed::{eventually, in_sync},

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use tower_api_key::*;
+use tower_api_key::{Authenticator, Denial, KeyManager, NewKey, PostgresStore};
 
 use crate::support::{feed::in_sync, proxy::Proxy, servers::Postgres};
 

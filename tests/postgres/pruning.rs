@@ -2,14 +2,18 @@
 
 use std::time::{Duration, SystemTime};
 
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial,
+    denial::InvalidKey,
+    store::{Change, KeyStore},
+};
 
 use crate::support::{
     database::{
-        Database, caches, connect, database, key_in, number, refusal, run, store_at, url_of_role,
+        Database, caches, connect, database, denial_of, key_in, number, run, store_at, url_of_role,
         url_with_path,
     },
-    feed::{Heard, eventually, within},
+    feed::{FeedRecorder, eventually, within},
     log::capture,
     proxy::Proxy,
     servers::Postgres,
@@ -73,7 +77,7 @@ async fn a_change_of_a_transaction_that_was_open_for_hours_is_kept_for_two_more(
     assert!(db.number(all).await < before);
 }
 
-/// The rights that the README asks for.
+/// The rights that the documentation of `backend` lists.
 const RIGHTS: &str = "CREATE ROLE service LOGIN;
     GRANT SELECT ON users, api_keys, api_key_changes, api_key_cache_secrets TO service;
     GRANT UPDATE ON api_keys TO service;
@@ -111,7 +115,7 @@ async fn a_role_with_the_rights_of_the_readme_deletes_old_changes_and_health_sho
     assert_eq!(feed.fault, None);
     run(&connect(&url).await, "SELECT * FROM api_key_prune()").await;
     db.run(&key.revoke()).await;
-    eventually("the revoke", async || refusal(&node, &key).await.is_some()).await;
+    eventually("the revoke", async || denial_of(&node, &key).await.is_some()).await;
     let text = log.text();
     assert!(!text.contains("permission denied") && !text.contains(" WARN "), "{text}");
     // Of what is left, nothing that the last hours need.
@@ -133,7 +137,7 @@ async fn a_prune_that_fails_is_one_warning_and_the_feed_goes_on() {
     assert_eq!(warnings(), 1);
     assert_eq!(node.health().feed.fault, None);
     db.run(&key.revoke()).await;
-    eventually("the revoke", async || refusal(&node, &key).await.is_some()).await;
+    eventually("the revoke", async || denial_of(&node, &key).await.is_some()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -149,9 +153,9 @@ async fn a_node_that_was_cut_off_for_more_than_an_hour_reads_everything_anew() {
     let proxy = Proxy::start(db.server.port());
     let url = proxy.url(&db.server.tcp_url("sslmode=disable"));
     let url = url_with_path(&url, "clock,pg_catalog,public");
-    let heard = Heard::listen(store_at(&url, POLL).changes(SystemTime::now()));
-    heard.all().await;
-    heard.all().await;
+    let recorder = FeedRecorder::listen(store_at(&url, POLL).changes(SystemTime::now()));
+    recorder.all().await;
+    recorder.all().await;
     for (minutes, is_reset) in [(55, false), (65, true), (5, false)] {
         proxy.refuse();
         db.run(&format!("UPDATE clock.later SET by = by + interval '{minutes} minutes'")).await;
@@ -162,11 +166,11 @@ async fn a_node_that_was_cut_off_for_more_than_an_hour_reads_everything_anew() {
             .await;
         let mut changes = Vec::new();
         eventually("the change after it", async || {
-            changes = heard.so_far();
+            changes = recorder.so_far();
             changes.iter().any(|change| matches!(change, Change::Owner(..)))
         })
         .await;
         assert_eq!(changes.contains(&Change::Reset), is_reset, "{minutes} minutes");
-        heard.take().await;
+        recorder.take().await;
     }
 }

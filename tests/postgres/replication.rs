@@ -3,14 +3,15 @@
 use std::time::{Duration, SystemTime};
 
 use tokio_postgres::Client;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, KeyManager, NewKey, RedisCache, denial::InvalidKey, store::KeyStore,
+};
 
 use crate::support::{
     database::{
-        Database, Key, caches, connect, database_with, incomplete, is_refused, number, run,
-        store_at,
+        Database, Key, caches, connect, database_with, incomplete, is_denied, number, run, store_at,
     },
-    feed::{Heard, eventually, in_sync},
+    feed::{FeedRecorder, eventually, in_sync},
     servers::{Postgres, Redis},
 };
 
@@ -124,8 +125,9 @@ async fn changes_of_the_publisher_reach_nodes_of_both_servers_and_replication_go
     servers.is_healthy();
 
     // Usage is no change, at either server.
-    let heard = Heard::listen(store_at(&servers.subscriber.url(), POLL).changes(SystemTime::now()));
-    heard.all().await;
+    let recorder =
+        FeedRecorder::listen(store_at(&servers.subscriber.url(), POLL).changes(SystemTime::now()));
+    recorder.all().await;
     for n in 0..5 {
         servers
             .publisher
@@ -138,14 +140,14 @@ async fn changes_of_the_publisher_reach_nodes_of_both_servers_and_replication_go
             .await;
     }
     servers.catches_up().await;
-    assert_eq!(heard.all().await, []);
+    assert_eq!(recorder.all().await, []);
     let total = format!("SELECT total_requests FROM api_keys WHERE id = {}", key.id);
     assert_eq!(number(&servers.admin, &total).await, 5);
 
     // The switch: the subscriber is written to.
     run(&servers.admin, "DROP SUBSCRIPTION copy").await;
     run(&servers.admin, &key.revoke()).await;
-    is_refused(&nodes[1], &key, InvalidKey::Revoked).await;
+    is_denied(&nodes[1], &key, InvalidKey::Revoked).await;
     store_at(&servers.subscriber.url(), POLL).migrate().await.unwrap();
     servers.is_healthy();
 }

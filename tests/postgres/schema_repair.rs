@@ -4,12 +4,14 @@
 use std::time::Duration;
 
 use tokio_postgres::Client;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, backend::MigrateError, denial::InvalidKey, store::Change,
+};
 
 use crate::support::{
     self,
     database::{
-        caches, connect, database, incomplete, is_refused, number, run, store_at, url_of_role,
+        caches, connect, database, incomplete, is_denied, number, run, store_at, url_of_role,
         url_with_path,
     },
     feed::{eventually, in_sync},
@@ -143,7 +145,7 @@ async fn tables_that_were_dropped_and_made_by_the_orm_are_adopted_again() {
     assert!(node.authenticate(&key.secret).await.is_ok());
     in_sync(&node).await;
     db.run(&key.revoke()).await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
+    is_denied(&node, &key, InvalidKey::Revoked).await;
 }
 
 #[tokio::test]
@@ -181,8 +183,8 @@ async fn many_nodes_that_start_at_once_repair_once_while_the_other_service_write
             .await;
         }
     });
-    let heard = db.listen(POLL);
-    heard.all().await;
+    let recorder = db.listen(POLL);
+    recorder.all().await;
     // In the order of the other service, which would meet a deadlock otherwise.
     db.run(
         "BEGIN; LOCK TABLE api_keys, users; DROP TRIGGER api_key_note ON users;
@@ -202,14 +204,14 @@ async fn many_nodes_that_start_at_once_repair_once_while_the_other_service_write
     let resets =
         "SELECT count(*) FROM api_key_changes WHERE key_prefix IS NULL AND user_id IS NULL";
     assert_eq!(db.number(resets).await, 1);
-    assert!(heard.all().await.contains(&Change::Reset));
+    assert!(recorder.all().await.contains(&Change::Reset));
     let node = caches(Authenticator::new(store_at(&db.server.url(), POLL)), &key).await;
     db.run(&key.revoke()).await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
+    is_denied(&node, &key, InvalidKey::Revoked).await;
 }
 
 #[tokio::test]
-async fn tables_in_parts_are_refused_before_anything_is_changed() {
+async fn tables_in_parts_are_rejected_before_anything_is_changed() {
     let parts = [
         (
             "CREATE TABLE users (id BIGINT PRIMARY KEY, email TEXT);
@@ -245,9 +247,9 @@ async fn a_reader_that_takes_long_does_not_keep_newer_functions_out() {
     reader.batch_execute("SELECT * FROM api_keys; SELECT * FROM users").await.unwrap();
     db.run("COMMENT ON TABLE api_key_changes IS 'tower-api-key 0 x'").await;
     db.store.migrate().await.unwrap();
-    let stamp =
+    let time_stamps =
         "SELECT (obj_description('api_key_changes'::regclass) LIKE 'tower-api-key 0%')::int";
-    assert_eq!(db.number(stamp).await, 0);
+    assert_eq!(db.number(time_stamps).await, 0);
 }
 
 /// Tables in `public`, as the superuser made them, and a role whose first schema is its own.
@@ -274,7 +276,7 @@ async fn a_role_whose_first_schema_is_its_own_adopts_tables_in_another_one() {
     let key = support::database::key_in(&store).await;
     let node = caches(Authenticator::new(store.clone()), &key).await;
     run(&orm, &key.revoke()).await;
-    is_refused(&node, &key, InvalidKey::Revoked).await;
+    is_denied(&node, &key, InvalidKey::Revoked).await;
     assert_eq!(
         number(&admin, "SELECT count(*) FROM pg_class WHERE relnamespace = 'keys'::regnamespace")
             .await,
@@ -306,6 +308,6 @@ async fn users_and_keys_of_two_schemas_are_adopted_and_a_role_of_one_goes_on() {
     run(&orm, "INSERT INTO accounts.users (email) VALUES ('a')").await;
     run(&orm, &format!("UPDATE accounts.users SET is_active = FALSE WHERE id = {}", key.owner))
         .await;
-    is_refused(&node, &key, InvalidKey::OwnerInactive).await;
+    is_denied(&node, &key, InvalidKey::OwnerInactive).await;
     run(&orm, "DELETE FROM accounts.users WHERE email = 'a'").await;
 }

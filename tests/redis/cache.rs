@@ -10,11 +10,22 @@ use std::{
 };
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Denial, KeyManager, MemoryStore, NewKey, RedisCache, SqliteStore, StoreError,
+    backend::RedisCacheError,
+    clock::{Clock, ManualClock},
+    denial::{Forbidden, InvalidKey},
+    key::KeyHash,
+    record::{Budget, BudgetPeriod, KeyRecord},
+    redis::{RedisServers, RedisState},
+    store::{
+        Answer, CacheSecret, DynKeyStore, KeyRepository, KeyStore, ListKeys, Lookup, StoredKey,
+    },
+};
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::support::{
-    self, checks::Checks, door::Told, fleet::*, servers::Redis, with_wrong_secret,
+    self, checks::Checks, fleet::*, key_checker::Outcome, servers::Redis, with_wrong_secret,
 };
 
 #[tokio::test]
@@ -27,15 +38,15 @@ async fn what_one_node_found_out_answers_another() {
     }
     a.asks_the_store(&keys.key).await;
     eventually("it lies in Redis", async || exists(&redis, &keys.data(&redis))).await;
-    assert_eq!(b.try_key(&keys.key).await, (Told::Passes, 0));
-    assert_eq!(a.try_key(&keys.key).await, (Told::Passes, 0));
+    assert_eq!(b.try_key(&keys.key).await, (Outcome::Passes, 0));
+    assert_eq!(a.try_key(&keys.key).await, (Outcome::Passes, 0));
     assert_eq!(b.cache.state(), RedisState::Up);
 
     // Redis knows no more than that: another secret of the same id is for the store to judge.
     let wrong = with_wrong_secret(&keys.key);
-    assert_eq!(b.try_key(&wrong).await, (Told::Invalid(InvalidKey::WrongSecret), 1));
-    assert_eq!(b.try_key(&wrong).await, (Told::Invalid(InvalidKey::WrongSecret), 1));
-    assert_eq!(b.try_key(&keys.key).await, (Told::Passes, 0));
+    assert_eq!(b.try_key(&wrong).await, (Outcome::Invalid(InvalidKey::WrongSecret), 1));
+    assert_eq!(b.try_key(&wrong).await, (Outcome::Invalid(InvalidKey::WrongSecret), 1));
+    assert_eq!(b.try_key(&keys.key).await, (Outcome::Passes, 0));
 }
 
 #[tokio::test]
@@ -54,7 +65,7 @@ async fn a_hit_is_one_command_and_no_new_connection() {
     eventually("twenty hits are twenty commands", async || {
         redis.command(&["CONFIG", "RESETSTAT"]);
         for _ in 0..20 {
-            assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
+            assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
         }
         let mut counts = redis.command_counts();
         counts.retain(|name, _| name != "config|resetstat");
@@ -65,7 +76,7 @@ async fn a_hit_is_one_command_and_no_new_connection() {
 
     // A hundred at once share it, too.
     let others = futures_util::future::join_all((0..100).map(|_| keys.issue())).await;
-    let tries = others.iter().map(|key| node.door.authenticate(key.expose_secret()));
+    let tries = others.iter().map(|key| node.authenticator.authenticate(key.expose_secret()));
     assert!(futures_util::future::join_all(tries).await.iter().all(Result::is_ok));
     assert_eq!(connections(), before);
 }
@@ -163,11 +174,11 @@ async fn a_key_that_ends_soon_is_cached_no_longer_than_it_lives() {
         redis.command(&["PERSIST", name]);
     }
     clock.advance(Duration::from_millis(9_990));
-    assert_eq!(a.try_key(short.expose_secret()).await.0, Told::Passes);
+    assert_eq!(a.try_key(short.expose_secret()).await.0, Outcome::Passes);
     clock.advance(Duration::from_millis(10));
     for node in [&a, &b] {
-        let told = node.try_key(short.expose_secret()).await.0;
-        assert_eq!(told, Told::Invalid(InvalidKey::Expired));
+        let outcome = node.try_key(short.expose_secret()).await.0;
+        assert_eq!(outcome, Outcome::Invalid(InvalidKey::Expired));
     }
 }
 
@@ -198,7 +209,7 @@ async fn a_copy_of_a_key_that_is_not_valid_yet_lets_it_in_when_it_becomes_valid(
 }
 
 #[tokio::test]
-async fn a_revoked_key_stays_refused_by_all_nodes_though_its_entries_are_put_back() {
+async fn a_revoked_key_stays_denied_by_all_nodes_though_its_entries_are_put_back() {
     let (redis, keys) = (Redis::start(), sqlite().await);
     let other = keys.issue().await;
     let [a, b] = [keys.node(&redis), keys.node(&redis)];
@@ -210,26 +221,26 @@ async fn a_revoked_key_stays_refused_by_all_nodes_though_its_entries_are_put_bac
     both.iter().for_each(|name| keep(&redis, name));
     keys.revoke().await;
     for node in [&a, &b] {
-        node.until_refused(&keys.key, InvalidKey::Revoked).await;
+        node.until_denied(&keys.key, InvalidKey::Revoked).await;
     }
     // One that knew nothing of it when it started.
     let c = keys.node(&redis);
     for _ in 0..20 {
         both.iter().for_each(|name| replay(&redis, name));
         for node in [&a, &b, &c] {
-            let told = node.try_key(&keys.key).await.0;
-            assert_eq!(told, Told::Invalid(InvalidKey::Revoked));
+            let outcome = node.try_key(&keys.key).await.0;
+            assert_eq!(outcome, Outcome::Invalid(InvalidKey::Revoked));
         }
     }
     for node in [&a, &b, &c] {
         node.until_hit(other.expose_secret()).await;
-        let told = node.try_key(&keys.key).await.0;
-        assert_eq!(told, Told::Invalid(InvalidKey::Revoked));
+        let outcome = node.try_key(&keys.key).await.0;
+        assert_eq!(outcome, Outcome::Invalid(InvalidKey::Revoked));
     }
 }
 
 #[tokio::test]
-async fn the_keys_of_a_deactivated_owner_stay_refused_though_their_entries_are_put_back() {
+async fn the_keys_of_a_deactivated_owner_stay_denied_though_their_entries_are_put_back() {
     let (redis, keys) = (Redis::start(), sqlite().await);
     let [a, b] = [keys.node(&redis), keys.node(&redis)];
     for node in [&a, &b] {
@@ -241,20 +252,20 @@ async fn the_keys_of_a_deactivated_owner_stay_refused_though_their_entries_are_p
     owner.is_active = false;
     keys.store.update_user(&owner).await.unwrap();
     for node in [&a, &b] {
-        node.until_refused(&keys.key, InvalidKey::OwnerInactive).await;
+        node.until_denied(&keys.key, InvalidKey::OwnerInactive).await;
     }
     let c = keys.node(&redis);
     for _ in 0..20 {
         both.iter().for_each(|name| replay(&redis, name));
         for node in [&a, &b, &c] {
-            let told = node.try_key(&keys.key).await.0;
-            assert_eq!(told, Told::Invalid(InvalidKey::OwnerInactive));
+            let outcome = node.try_key(&keys.key).await.0;
+            assert_eq!(outcome, Outcome::Invalid(InvalidKey::OwnerInactive));
         }
     }
     owner.is_active = true;
     keys.store.update_user(&owner).await.unwrap();
     for node in [&a, &b, &c] {
-        eventually("it passes again", async || node.try_key(&keys.key).await.0 == Told::Passes)
+        eventually("it passes again", async || node.try_key(&keys.key).await.0 == Outcome::Passes)
             .await;
         node.until_hit(&keys.key).await;
     }
@@ -272,15 +283,15 @@ async fn a_hash_that_is_changed_by_hand_voids_what_was_verified() {
     let rotated = with_wrong_secret(&keys.key);
     let hash = KeyHash::sha256(&rotated).expose_hash();
     hand.run(&format!("UPDATE api_keys SET key_hash = '{hash}' WHERE id = {}", keys.record.id));
-    node.until_refused(&keys.key, InvalidKey::WrongSecret).await;
+    node.until_denied(&keys.key, InvalidKey::WrongSecret).await;
     node.until_hit(&rotated).await;
 
     for name in &both {
         // The proof alone, and then both.
         let newer = both.iter().rev().take_while(|other| *other != name).chain([name]);
         newer.for_each(|name| replay(&redis, name));
-        let told = node.try_key(&keys.key).await.0;
-        assert_eq!(told, Told::Invalid(InvalidKey::WrongSecret));
+        let outcome = node.try_key(&keys.key).await.0;
+        assert_eq!(outcome, Outcome::Invalid(InvalidKey::WrongSecret));
         node.until_hit(&rotated).await;
     }
 }
@@ -308,7 +319,7 @@ async fn a_proof_spares_the_slow_check_once_the_data_have_ended() {
     assert_eq!(checks.take(), 0, "slow checks of a key that was proven");
 
     let wrong = "oldkey-1234-of-yours";
-    assert_eq!(b.try_key(wrong).await, (Told::Invalid(InvalidKey::WrongSecret), 1));
+    assert_eq!(b.try_key(wrong).await, (Outcome::Invalid(InvalidKey::WrongSecret), 1));
     assert_eq!(checks.take(), 1);
     let [_, verified] = both_under(&redis, "oldkey-1");
     redis.command(&["DEL", &data_of(&redis, "oldkey-1"), &verified]);
@@ -330,7 +341,7 @@ async fn keys_that_share_a_prefix_each_hit() {
         node.until_hit(key).await;
     }
     for key in mine {
-        assert_eq!(node.try_key(key).await, (Told::Passes, 0), "{key}");
+        assert_eq!(node.try_key(key).await, (Outcome::Passes, 0), "{key}");
     }
     assert_eq!(names_under(&redis, "oldkey-1").len(), 4);
 
@@ -338,15 +349,15 @@ async fn keys_that_share_a_prefix_each_hit() {
     let all = keys.store.list_keys(&ListKeys::default()).await.unwrap().keys;
     let of = |key: &str| all.iter().find(|record| key.ends_with(&*record.name)).unwrap();
     for key in mine {
-        assert_eq!(node.door.authenticate(key).await.unwrap().key().id, of(key).id);
+        assert_eq!(node.authenticator.authenticate(key).await.unwrap().key().id, of(key).id);
     }
     keys.manager.revoke(&of("oldkey-1-b").id).await.unwrap();
-    node.until_refused("oldkey-1-b", InvalidKey::Revoked).await;
+    node.until_denied("oldkey-1-b", InvalidKey::Revoked).await;
     for key in ["oldkey-1-a", "oldkey-1-c"] {
         node.until_hit(key).await;
     }
-    let told = node.try_key("oldkey-1-b").await.0;
-    assert_eq!(told, Told::Invalid(InvalidKey::Revoked));
+    let outcome = node.try_key("oldkey-1-b").await.0;
+    assert_eq!(outcome, Outcome::Invalid(InvalidKey::Revoked));
     drop(checks);
 }
 
@@ -378,7 +389,8 @@ async fn a_handler_sees_the_same_whether_redis_or_the_store_answered() {
     let address = "10.1.2.3".parse().unwrap();
     let ask = async || {
         node.store.take_asked();
-        let caller = node.door.authenticate_from(key.expose_secret(), address).await.unwrap();
+        let caller =
+            node.authenticator.authenticate_from(key.expose_secret(), address).await.unwrap();
         (caller.key().clone(), node.store.take_asked())
     };
     let texts = ["12", "hello", "", "null"].map(serde_json::Value::from);
@@ -393,7 +405,8 @@ async fn a_handler_sees_the_same_whether_redis_or_the_store_answered() {
 
     // Its rules hold for an answer from Redis, too.
     let elsewhere = "192.0.2.1".parse().unwrap();
-    let denial = node.door.authenticate_from(key.expose_secret(), elsewhere).await.unwrap_err();
+    let denial =
+        node.authenticator.authenticate_from(key.expose_secret(), elsewhere).await.unwrap_err();
     assert!(matches!(denial, Denial::Forbidden(Forbidden::Address)), "{denial:?}");
     assert_eq!(node.store.take_asked(), 0);
 }
@@ -405,11 +418,11 @@ async fn redis_answers_while_the_store_is_down_and_what_it_does_not_know_is_no_4
     node.until_hit(&keys.key).await;
     node.store.fail(true);
     for _ in 0..10 {
-        assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
+        assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
     }
     let other = keys.issue().await;
-    assert_eq!(node.try_key(other.expose_secret()).await, (Told::Status(503), 1));
-    assert_eq!(node.try_key(&with_wrong_secret(&keys.key)).await, (Told::Status(503), 1));
+    assert_eq!(node.try_key(other.expose_secret()).await, (Outcome::Status(503), 1));
+    assert_eq!(node.try_key(&with_wrong_secret(&keys.key)).await, (Outcome::Status(503), 1));
     node.store.fail(false);
     node.until_hit(other.expose_secret()).await;
 }
@@ -432,23 +445,23 @@ async fn a_change_to_a_store_without_a_feed_reaches_other_nodes_through_redis() 
 
     let asked = Instant::now();
     assert!(manager.revoke(&keys.record.id).await.unwrap());
-    b.until_refused(&keys.key, InvalidKey::Revoked).await;
+    b.until_denied(&keys.key, InvalidKey::Revoked).await;
     assert!(asked.elapsed() < Duration::from_millis(500), "it took {:?}", asked.elapsed());
     both.iter().for_each(|name| replay(&redis, name));
     for node in [&a, &b] {
-        // The node that made the change, too, hears of it.
-        node.until_refused(&keys.key, InvalidKey::Revoked).await;
+        // The node that made the change, too, receives it.
+        node.until_denied(&keys.key, InvalidKey::Revoked).await;
         for _ in 0..5 {
-            let told = node.try_key(&keys.key).await.0;
-            assert_eq!(told, Told::Invalid(InvalidKey::Revoked));
+            let outcome = node.try_key(&keys.key).await.0;
+            assert_eq!(outcome, Outcome::Invalid(InvalidKey::Revoked));
         }
-        assert_eq!(node.try_key(other.expose_secret()).await, (Told::Passes, 0));
+        assert_eq!(node.try_key(other.expose_secret()).await, (Outcome::Passes, 0));
     }
 
     let mut owner = keys.record.user.clone();
     owner.is_active = false;
     a.cache.update_user(&owner).await.unwrap();
-    b.until_refused(other.expose_secret(), InvalidKey::OwnerInactive).await;
+    b.until_denied(other.expose_secret(), InvalidKey::OwnerInactive).await;
 }
 
 #[tokio::test]
@@ -459,7 +472,7 @@ async fn forged_messages_change_nothing() {
         Counting::over(keys.store.clone()).without_feed(),
         redis.servers(),
         |cache| cache.secret(secret()),
-        |door| door.cache_capacity(100).max_staleness(Duration::from_secs(3600)),
+        |authenticator| authenticator.cache_capacity(100).max_staleness(Duration::from_secs(3600)),
     );
     let marker = keys.issue().await;
     for key in [&keys.key, marker.expose_secret()] {
@@ -470,7 +483,7 @@ async fn forged_messages_change_nothing() {
     let (prefix, user) = (&keys.record.prefix, keys.user.as_i64().unwrap());
     let huge = "x".repeat(8 << 20);
     let deep = "[".repeat(100_000);
-    let said = [
+    let reply = [
         String::new(),
         "garbage".to_owned(),
         format!("{{\"Prefix\":[\"{prefix}\",99]}}"),
@@ -482,39 +495,39 @@ async fn forged_messages_change_nothing() {
         huge,
     ];
     let publish = |message: &str| redis.command(&["PUBLISH", "api_key:changes", message]);
-    for message in &said {
+    for message in &reply {
         assert_eq!(publish(message), "1");
     }
     for channel in ["api_key:change", "api_key:*", "__redis__:invalidate"] {
-        redis.command(&["PUBLISH", channel, &said[2]]);
+        redis.command(&["PUBLISH", channel, &reply[2]]);
     }
-    // Whoever hears this has heard all that, and goes on listening.
+    // Whoever receives this has received all that, and goes on listening.
     KeyManager::new(node.cache.clone()).revoke(&marker.record().id).await.unwrap();
-    node.until_refused(marker.expose_secret(), InvalidKey::Revoked).await;
-    assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
+    node.until_denied(marker.expose_secret(), InvalidKey::Revoked).await;
+    assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
 }
 
 #[tokio::test]
-async fn a_node_that_heard_nothing_for_a_while_asks_anew() {
+async fn a_node_that_received_no_change_for_a_while_asks_anew() {
     let redis = Redis::start();
     let keys = Keys::over(MemoryStore::new()).await;
     let node = Node::with(
         Counting::over(keys.store.clone()).without_feed(),
         redis.servers(),
         |cache| cache.secret(secret()),
-        |door| door.cache_capacity(100).max_staleness(Duration::from_secs(3600)),
+        |authenticator| authenticator.cache_capacity(100).max_staleness(Duration::from_secs(3600)),
     );
     node.until_hit(&keys.key).await;
     eventually("it listens", async || listeners(&redis) == 1).await;
     node.until_hit(&keys.key).await;
-    // A revoke that nobody says, and a connection that was lost meanwhile.
+    // A revoke without a change event, and a connection that was lost meanwhile.
     keys.revoke().await;
     redis.command(&["CLIENT", "KILL", "TYPE", "pubsub"]);
-    node.until_refused(&keys.key, InvalidKey::Revoked).await;
+    node.until_denied(&keys.key, InvalidKey::Revoked).await;
 }
 
 #[tokio::test]
-async fn a_store_without_a_secret_is_refused_until_one_is_given() {
+async fn a_store_without_a_secret_is_rejected_until_one_is_given() {
     let redis = Redis::start();
     let keys = Keys::over(MemoryStore::new()).await;
     let error = RedisCache::new(keys.store.clone(), redis.url()).unwrap_err();
@@ -564,7 +577,7 @@ async fn entries_of_the_secret_from_before_count_and_those_of_an_unknown_one_do_
     hand.run("INSERT INTO api_key_cache_secrets (secret) VALUES (randomblob(32))");
     let after = keys.node(&redis);
     after.until_hit(warm.expose_secret()).await;
-    assert_eq!(after.try_key(&keys.key).await, (Told::Passes, 0));
+    assert_eq!(after.try_key(&keys.key).await, (Outcome::Passes, 0));
     assert_eq!(hex_of(&redis, &keys.data(&redis)), written);
 
     hand.run("INSERT INTO api_key_cache_secrets (secret) VALUES (randomblob(32))");
@@ -576,8 +589,8 @@ async fn entries_of_the_secret_from_before_count_and_those_of_an_unknown_one_do_
     later.until_hit(&keys.key).await;
     assert!(["del", "unlink", "getdel", "expire"].iter().all(|name| redis.count(name) == 0));
     // Nobody is locked out meanwhile.
-    assert_eq!(before.try_key(&keys.key).await.0, Told::Passes);
-    assert_eq!(after.try_key(&keys.key).await.0, Told::Passes);
+    assert_eq!(before.try_key(&keys.key).await.0, Outcome::Passes);
+    assert_eq!(after.try_key(&keys.key).await.0, Outcome::Passes);
 }
 
 #[tokio::test]
@@ -602,7 +615,7 @@ async fn a_proof_from_before_the_secret_was_changed_spares_the_slow_check() {
 }
 
 #[test]
-fn an_url_that_cannot_be_used_is_refused_and_not_shown() {
+fn an_url_that_cannot_be_used_is_rejected_and_not_shown() {
     let build = |servers: RedisServers| {
         let cache = RedisCache::builder(MemoryStore::new(), servers).secret(secret()).build();
         cache.map(drop).unwrap_err()
@@ -751,7 +764,7 @@ async fn nothing_goes_on_once_the_last_handle_is_gone() {
     let node = feedless(&keys, &redis);
     node.until_hit(&keys.key).await;
     eventually("it listens", async || listeners(&redis) == 1).await;
-    let layer = ApiKeyAuthLayer::from(node.door.clone());
+    let layer = ApiKeyAuthLayer::from(node.authenticator.clone());
     drop(node);
     assert_eq!(support::send(&layer, support::bearer(&keys.key)).await.status(), 200);
     assert_eq!(clients(), 2);
@@ -771,7 +784,7 @@ fn a_cache_outlives_the_runtime_that_it_was_first_used_on() {
     let second = runtime();
     second.block_on(node.until_hit(&keys.key));
     second.block_on(keys.revoke());
-    second.block_on(node.until_refused(&keys.key, InvalidKey::Revoked));
+    second.block_on(node.until_denied(&keys.key, InvalidKey::Revoked));
 }
 
 fn secret() -> CacheSecret {
@@ -781,28 +794,39 @@ fn secret() -> CacheSecret {
 /// A node with a given secret, for a store that has none.
 fn secret_node(keys: &Keys<MemoryStore>, redis: &Redis) -> Node<MemoryStore> {
     let store = Counting::over(keys.store.clone());
-    Node::with(store, redis.servers(), |cache| cache.secret(secret()), |door| door)
+    Node::with(
+        store,
+        redis.servers(),
+        |cache| cache.secret(secret()),
+        |authenticator| authenticator,
+    )
 }
 
 /// The same, with a clock that is moved by hand, the store's time included.
 fn manual(keys: &Keys<MemoryStore>, redis: &Redis, clock: &Arc<ManualClock>) -> Node<MemoryStore> {
     let store = Counting::over(keys.store.clone()).by_clock(clock);
-    let cache = |it: RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
+    let cache =
+        |it: tower_api_key::backend::RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
     Node::with(store, redis.servers(), cache, |door| door.clock(clock.clone()))
 }
 
-/// A node whose store says nothing of its own accord.
+/// A node whose store emits no change event by itself.
 fn feedless(keys: &Keys<MemoryStore>, redis: &Redis) -> Node<MemoryStore> {
     let store = Counting::over(keys.store.clone()).without_feed();
     let hour = Duration::from_secs(3600);
-    Node::with(store, redis.servers(), |it| it.secret(secret()), |door| door.max_staleness(hour))
+    Node::with(
+        store,
+        redis.servers(),
+        |it| it.secret(secret()),
+        |authenticator| authenticator.max_staleness(hour),
+    )
 }
 
 /// A node for new keys, and for old ones by their first 8 characters.
 fn old_and_new<S: KeyRepository + Clone>(keys: &Keys<S>, redis: &Redis) -> Node<S> {
     let scheme = support::old_and_new_keys().build().unwrap();
     let store = Counting::over(keys.store.clone());
-    Node::with(store, redis.servers(), |cache| cache, |door| door.scheme(scheme))
+    Node::with(store, redis.servers(), |cache| cache, |authenticator| authenticator.scheme(scheme))
 }
 
 /// Stores a key under its first characters and a bcrypt hash, as another service may have done.

@@ -10,7 +10,11 @@ use std::{
 };
 
 use tokio::{sync::Barrier, task::JoinSet};
-use tower_api_key::*;
+use tower_api_key::{
+    rate_limit::{OnRedisFailure, RateLimiter, RedisRateLimiter},
+    record::{KeyId, RateLimits},
+    redis::RedisState,
+};
 
 use crate::support::{eventually::eventually, servers::Redis};
 
@@ -24,7 +28,7 @@ fn per_hour(limit: u64) -> RateLimits {
 
 async fn is_up(limiter: &RedisRateLimiter) {
     eventually("Redis counts", async || {
-        // One may refuse everything until then.
+        // One may deny everything until then.
         let _ = limiter.count(&KeyId::from(-1), per_hour(1_000_000)).await;
         limiter.state() == RedisState::Up
     })
@@ -40,7 +44,7 @@ async fn far_from_a_boundary(limiter: &RedisRateLimiter, limits: RateLimits, len
     }
 }
 
-/// So many of `callers` on each of the nodes get through, who ask until they are refused, and what was left
+/// So many of `callers` on each of the nodes get through, who ask until they are denied, and what was left
 /// each time.
 async fn crowd(
     nodes: &[RedisRateLimiter],
@@ -90,12 +94,12 @@ async fn three_nodes_let_exactly_the_limit_through_and_the_fields_add_up() {
     let mut left = crowd(&nodes, 200, 7, per_minute(1_000)).await;
     assert!(began.elapsed() < Duration::from_secs(30), "it took too long to be in one window");
     left.sort_unstable();
-    // Each number of requests that are left was said once.
+    // Each number of requests that are left was returned once.
     assert_eq!(left, (0..1_000).collect::<Vec<_>>());
 }
 
 /// So many get through a limit of 1,000 an hour, of 200 callers on each of 3 nodes who go on asking while Redis is
-/// disturbed, until it counts again and refuses them.
+/// disturbed, until it counts again and denies them.
 async fn through_a_disturbance(
     on_redis_failure: OnRedisFailure,
     disturb: impl AsyncFnOnce(&mut Redis, &[RedisRateLimiter], &AtomicU64),
@@ -121,8 +125,8 @@ async fn through_a_disturbance(
         crowd.spawn(async move {
             loop {
                 let quota = node.count(&KeyId::from(7), per_hour(1_000)).await;
-                let is_refused = quota.as_ref().is_ok_and(|quota| !quota.is_allowed());
-                if is_refused && node.state() == RedisState::Up && is_over.load(SeqCst) {
+                let is_denied = quota.as_ref().is_ok_and(|quota| !quota.is_allowed());
+                if is_denied && node.state() == RedisState::Up && is_over.load(SeqCst) {
                     return;
                 }
                 through.fetch_add(u64::from(quota.is_ok_and(|it| it.is_allowed())), SeqCst);
@@ -153,7 +157,7 @@ async fn restart(redis: &mut Redis, nodes: &[RedisRateLimiter], through: &Atomic
     redis.start_again();
 }
 
-/// The nodes have found out that Redis is away, and their shares are used up.
+/// The nodes have noticed that Redis fails, and their shares are used up.
 async fn nobody_gets_through(nodes: &[RedisRateLimiter], through: &AtomicU64) {
     for node in nodes {
         eventually("it is down", async || node.state() == RedisState::Down).await;
@@ -180,7 +184,7 @@ async fn a_restarted_redis_that_lost_its_memory_counts_the_crowd_once_more() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn with_refusals_a_crowd_never_gets_more_through_than_redis_remembers() {
+async fn with_deny_a_crowd_never_gets_more_through_than_redis_has_counted() {
     let through = through_a_disturbance(OnRedisFailure::Deny, freeze).await;
     assert!((200..=1_000).contains(&through), "{through}");
     let through = through_a_disturbance(OnRedisFailure::Deny, restart).await;
@@ -205,7 +209,7 @@ async fn a_decision_is_one_round_trip() {
 }
 
 #[tokio::test]
-async fn what_one_window_refuses_is_counted_in_none() {
+async fn what_one_window_denies_is_counted_in_none() {
     let redis = Redis::start();
     let limiter = patient(&redis);
     is_up(&limiter).await;
@@ -299,19 +303,19 @@ async fn what_happens_without_redis_is_a_choice() {
     let mut redis = Redis::start();
     let with =
         |when| RedisRateLimiter::builder(redis.url()).on_redis_failure(when).build().unwrap();
-    let (allows, refuses) = (with(OnRedisFailure::Allow), with(OnRedisFailure::Deny));
-    for limiter in [&allows, &refuses] {
+    let (allows, denies) = (with(OnRedisFailure::Allow), with(OnRedisFailure::Deny));
+    for limiter in [&allows, &denies] {
         is_up(limiter).await;
     }
     redis.stop();
     for _ in 0..20 {
         let quota = allows.count(&KeyId::from(7), per_hour(1)).await.unwrap();
         assert!(quota.is_allowed() && quota.windows().next().is_none());
-        let error = refuses.count(&KeyId::from(7), per_hour(1)).await.unwrap_err();
+        let error = denies.count(&KeyId::from(7), per_hour(1)).await.unwrap_err();
         assert!(error.is_transient());
     }
     redis.start_again();
-    is_up(&refuses).await;
+    is_up(&denies).await;
 }
 
 #[tokio::test]
@@ -389,15 +393,15 @@ async fn services_with_a_namespace_each_count_keys_and_nodes_of_their_own() {
     eventually("the nodes are counted", async || nodes("a") == "1" && nodes("b") == "2").await;
 }
 
-/// Asks each node until it refuses, and a while longer; returns how many requests got through.
+/// Asks each node until it denies, and a while longer; returns how many requests got through.
 async fn all_that_get_through(nodes: &[RedisRateLimiter], limits: RateLimits) -> u64 {
     let mut through = 0;
     for node in nodes {
-        let mut refused = 0;
-        while refused < 10 {
+        let mut denied = 0;
+        while denied < 10 {
             let is_allowed = node.count(&KeyId::from(7), limits).await.unwrap().is_allowed();
             through += u64::from(is_allowed);
-            refused = if is_allowed { 0 } else { refused + 1 };
+            denied = if is_allowed { 0 } else { denied + 1 };
         }
     }
     through

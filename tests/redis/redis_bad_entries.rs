@@ -1,4 +1,4 @@
-//! Redis that holds, or says, something else than what was written to it. Every time the store has the last
+//! Redis that holds, or returns, something else than what was written to it. Every time the store has the last
 //! word, and what lies there is good again afterwards.
 
 use std::{
@@ -12,12 +12,21 @@ use tokio::{
     net::TcpListener,
     task::JoinHandle,
 };
-use tower_api_key::*;
+use tower_api_key::{
+    MemoryStore, NewKey, SqliteStore,
+    authenticator::AuthenticatorBuilder,
+    clock::{Clock, ManualClock},
+    denial::InvalidKey,
+    key::KeyHash,
+    record::KeyRecord,
+    redis::RedisState,
+    store::{CacheSecret, KeyRepository, KeyStore, StoredKey},
+};
 
 use crate::support::{
     checks::Checks,
-    door::{Told, first_chars, scheme},
     fleet::*,
+    key_checker::{Outcome, first_chars, scheme},
     log::capture,
     servers::{Port, Redis},
 };
@@ -33,7 +42,7 @@ async fn warm(redis: &Redis) -> (Keys<SqliteStore>, Node<SqliteStore>, [String; 
 
 /// The store answers once, and then Redis again.
 async fn heals<S: KeyStore + Clone>(node: &Node<S>, key: &str, what: &str) {
-    assert_eq!(node.try_key(key).await, (Told::Passes, 1), "{what}");
+    assert_eq!(node.try_key(key).await, (Outcome::Passes, 1), "{what}");
     node.until_hit(key).await;
 }
 
@@ -176,15 +185,18 @@ async fn an_entry_that_was_moved_from_another_key_is_replaced() {
     for moved in &moves {
         moved.iter().for_each(|(from, to)| copy(from, to));
         heals(&node, &keys.key, &format!("{moved:?}")).await;
-        assert_eq!(node.door.authenticate(&keys.key).await.unwrap().key().id, keys.record.id);
+        assert_eq!(
+            node.authenticator.authenticate(&keys.key).await.unwrap().key().id,
+            keys.record.id
+        );
     }
     keys.manager.revoke(&revoked.record().id).await.unwrap();
-    node.until_refused(revoked.expose_secret(), InvalidKey::Revoked).await;
+    node.until_denied(revoked.expose_secret(), InvalidKey::Revoked).await;
     for _ in 0..5 {
         copy(&both[0], &of_revoked[0]);
         copy(&both[1], &of_revoked[1]);
-        let told = node.try_key(revoked.expose_secret()).await.0;
-        assert_eq!(told, Told::Invalid(InvalidKey::Revoked));
+        let outcome = node.try_key(revoked.expose_secret()).await.0;
+        assert_eq!(outcome, Outcome::Invalid(InvalidKey::Revoked));
     }
 }
 
@@ -194,7 +206,7 @@ async fn a_replayed_entry_with_a_higher_revision_written_into_it_brings_nothing_
     let (keys, node, both) = warm(&redis).await;
     both.iter().for_each(|name| keep(&redis, name));
     keys.revoke().await;
-    node.until_refused(&keys.key, InvalidKey::Revoked).await;
+    node.until_denied(&keys.key, InvalidKey::Revoked).await;
     let fresh = keys.node(&redis);
     for revision in ["00000000000000000099", "18446744073709551615", "99999999999999999999"] {
         for kind in ["n", "t", "v"] {
@@ -204,8 +216,8 @@ async fn a_replayed_entry_with_a_higher_revision_written_into_it_brings_nothing_
             );
             alter(&redis, &both[0], &raised);
             for node in [&node, &fresh] {
-                let told = node.try_key(&keys.key).await.0;
-                assert_eq!(told, Told::Invalid(InvalidKey::Revoked), "{raised}");
+                let outcome = node.try_key(&keys.key).await.0;
+                assert_eq!(outcome, Outcome::Invalid(InvalidKey::Revoked), "{raised}");
             }
         }
     }
@@ -220,7 +232,7 @@ async fn a_replayed_entry_does_not_bring_back_what_a_key_could_do() {
     record.scopes = vec!["read".to_owned()];
     keys.store.update_key(&record, None).await.unwrap();
     let scopes = async |node: &Node<SqliteStore>| {
-        node.door.authenticate(&keys.key).await.unwrap().scopes().to_vec()
+        node.authenticator.authenticate(&keys.key).await.unwrap().scopes().to_vec()
     };
     eventually("the change is known", async || scopes(&node).await == ["read"]).await;
     let fresh = keys.node(&redis);
@@ -247,7 +259,7 @@ async fn an_immortal_entry_ends_when_it_should_have() {
 
     clock.advance(Duration::from_secs(299));
     in_sync(&keys, &node).await;
-    assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
+    assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
     clock.advance(Duration::from_secs(1));
     in_sync(&keys, &node).await;
     heals(&node, &keys.key, "data after 300 s").await;
@@ -258,7 +270,7 @@ async fn an_immortal_entry_ends_when_it_should_have() {
     node.asks_the_store(&keys.key).await;
     node.until_hit(&keys.key).await;
     replay(&redis, &both[1]);
-    assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
+    assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
     clock.advance(Duration::from_secs(1));
     in_sync(&keys, &node).await;
     heals(&node, &keys.key, "proof after 3600 s").await;
@@ -290,7 +302,7 @@ async fn a_record_that_is_too_large_for_redis_is_read_from_the_store() {
     for _ in 0..5 {
         node.asks_the_store(large.expose_secret()).await;
     }
-    assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
+    assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
 }
 
 #[tokio::test]
@@ -333,9 +345,9 @@ async fn redis_that_is_full_costs_nothing_but_the_hits() {
     node.until_hit(&keys.key).await;
 
     redis.command(&["CONFIG", "SET", "maxmemory", "100kb"]);
-    assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
+    assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
     keys.revoke().await;
-    node.until_refused(&keys.key, InvalidKey::Revoked).await;
+    node.until_denied(&keys.key, InvalidKey::Revoked).await;
 }
 
 #[tokio::test]
@@ -348,19 +360,19 @@ async fn redis_that_became_a_replica_answers_no_worse_than_the_store() {
     log.take();
     redis.command(&["REPLICAOF", "127.0.0.1", &dead.number().to_string()]);
     for stale in ["yes", "no"] {
-        // With "no", it answers -MASTERDOWN to whatever it is asked.
+        // With "no", it answers -MASTERDOWN to every command.
         redis.command(&["CONFIG", "SET", "replica-serve-stale-data", stale]);
         for _ in 0..100 {
-            assert_eq!(node.try_key(&keys.key).await.0, Told::Passes);
+            assert_eq!(node.try_key(&keys.key).await.0, Outcome::Passes);
             for key in &others {
-                assert_eq!(node.try_key(key.expose_secret()).await, (Told::Passes, 1));
+                assert_eq!(node.try_key(key.expose_secret()).await, (Outcome::Passes, 1));
             }
             tokio::task::yield_now().await;
         }
     }
     both.iter().for_each(|name| keep_nothing(&redis, name));
     keys.revoke().await;
-    node.until_refused(&keys.key, InvalidKey::Revoked).await;
+    node.until_denied(&keys.key, InvalidKey::Revoked).await;
     let lines = log.take();
     let warnings = lines.lines().filter(|line| line.contains("WARN")).count();
     assert!(warnings <= 10, "{warnings} warnings:\n{lines}");
@@ -369,8 +381,8 @@ async fn redis_that_became_a_replica_answers_no_worse_than_the_store() {
     for key in &others {
         node.until_hit(key.expose_secret()).await;
     }
-    let told = node.try_key(&keys.key).await.0;
-    assert_eq!(told, Told::Invalid(InvalidKey::Revoked));
+    let outcome = node.try_key(&keys.key).await.0;
+    assert_eq!(outcome, Outcome::Invalid(InvalidKey::Revoked));
 }
 
 /// A replica takes no writes, so that what lies there stays.
@@ -378,7 +390,7 @@ fn keep_nothing(redis: &Redis, name: &str) {
     assert!(redis.command(&["DEL", name]).starts_with('-'));
 }
 
-/// What a server says that is there, but not well. Whether it is told by the link or by the data is not
+/// Replies of a server that is reachable, but not in order. Whether the link or the data shows it is not
 /// what counts: the store answers.
 const ERRORS: [&str; 12] = [
     "-LOADING Redis is loading the dataset in memory\r\n",
@@ -395,7 +407,7 @@ const ERRORS: [&str; 12] = [
     "-NOSCRIPT No matching script.\r\n",
 ];
 
-/// Well-formed, and no answer to what was asked.
+/// Well-formed, and no answer to what was queried.
 const WRONG_TYPES: [&str; 12] = [
     ":5\r\n",
     "+OK\r\n",
@@ -414,15 +426,15 @@ const WRONG_TYPES: [&str; 12] = [
 #[tokio::test]
 async fn whatever_redis_says_the_store_answers_and_the_breaker_stays_closed() {
     let keys = sqlite().await;
-    for said in ERRORS.into_iter().chain(WRONG_TYPES) {
-        let fake = Fake::start(said).await;
+    for reply in ERRORS.into_iter().chain(WRONG_TYPES) {
+        let fake = Fake::start(reply).await;
         let node = Node::new(Counting::over(keys.store.clone()), fake.url());
         eventually("it is asked ten times", async || {
             node.asks_the_store(&keys.key).await;
             fake.asked() >= 10
         })
         .await;
-        assert_eq!(node.cache.state(), RedisState::Up, "{said:?}");
+        assert_eq!(node.cache.state(), RedisState::Up, "{reply:?}");
         fake.answer_nothing_known();
         for _ in 0..3 {
             node.asks_the_store(&keys.key).await;
@@ -436,7 +448,7 @@ async fn a_server_that_speaks_no_redis_or_points_elsewhere_opens_the_breaker() {
     let keys = sqlite().await;
     let nobody = Port::claim();
     let moved = format!("-MOVED 1234 127.0.0.1:{}\r\n", nobody.number());
-    let said = [
+    let reply = [
         moved.as_str(),
         "-CLUSTERDOWN The cluster is down\r\n",
         "-MASTERDOWN Link with MASTER is down\r\n",
@@ -448,12 +460,17 @@ async fn a_server_that_speaks_no_redis_or_points_elsewhere_opens_the_breaker() {
         "*2\r\n$3\r\nabcdef\r\n",
         "",
     ];
-    for said in said {
+    for reply in reply {
         log.take();
-        let fake = Fake::start(said).await;
+        let fake = Fake::start(reply).await;
         let store = Counting::over(keys.store.clone());
         let soon = Duration::from_millis(50);
-        let node = Node::with(store, fake.url(), |cache| cache.timeout(soon), |door| door);
+        let node = Node::with(
+            store,
+            fake.url(),
+            |cache| cache.timeout(soon),
+            |authenticator| authenticator,
+        );
         eventually("the breaker opens", async || {
             node.asks_the_store(&keys.key).await;
             log.text().contains("Redis fails")
@@ -498,8 +515,8 @@ async fn prefixes_with_braces_and_glob_characters_are_names_like_any_other() {
     let scheme = scheme(first_chars(8)).pepper("0123456789abcdef");
     let scheme = scheme.build().unwrap();
     let store = Counting::over(keys.store.clone());
-    let door = |door: AuthenticatorBuilder| door.scheme(scheme.clone());
-    let node = Node::with(store, redis.servers(), |cache| cache, door);
+    let authenticator = |authenticator: AuthenticatorBuilder| authenticator.scheme(scheme.clone());
+    let node = Node::with(store, redis.servers(), |cache| cache, authenticator);
     let key_of = |prefix: &str| format!("{prefix}-of-mine");
     let mut ids = Vec::new();
     for prefix in prefixes {
@@ -509,19 +526,19 @@ async fn prefixes_with_braces_and_glob_characters_are_names_like_any_other() {
         ids.push(keys.store.insert_key(&key).await.unwrap().id);
     }
     for prefix in prefixes {
-        assert_eq!(node.try_key(&key_of(prefix)).await.0, Told::Passes, "{prefix}");
+        assert_eq!(node.try_key(&key_of(prefix)).await.0, Outcome::Passes, "{prefix}");
         node.until_hit(&key_of(prefix)).await;
     }
     assert_eq!(redis.command(&["DBSIZE"]), (2 * prefixes.len()).to_string());
     for (at, id) in ids.iter().enumerate() {
         keys.manager.revoke(id).await.unwrap();
-        node.until_refused(&key_of(prefixes[at]), InvalidKey::Revoked).await;
+        node.until_denied(&key_of(prefixes[at]), InvalidKey::Revoked).await;
         for (other, prefix) in prefixes.iter().enumerate() {
-            let told = node.try_key(&key_of(prefix)).await;
+            let outcome = node.try_key(&key_of(prefix)).await;
             if other > at {
-                assert_eq!(told, (Told::Passes, 0), "{prefix}");
+                assert_eq!(outcome, (Outcome::Passes, 0), "{prefix}");
             } else {
-                assert_eq!(told.0, Told::Invalid(InvalidKey::Revoked), "{prefix}");
+                assert_eq!(outcome.0, Outcome::Invalid(InvalidKey::Revoked), "{prefix}");
             }
         }
     }
@@ -535,24 +552,27 @@ async fn what_a_client_may_put_into_a_key_never_gets_into_a_name() {
         ["vic tim01-of-mine", "víctim01-of-mine", "victim01\r\nFLUSHALL", "\u{1f511}\u{1f511}"]
     {
         assert_eq!(node.try_key(key).await.1, 0, "{key}");
-        assert!(!matches!(node.try_key(key).await.0, Told::Passes | Told::Status(_)), "{key}");
+        assert!(
+            !matches!(node.try_key(key).await.0, Outcome::Passes | Outcome::Status(_)),
+            "{key}"
+        );
     }
-    assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
+    assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
 }
 
-/// A copy is no fresher than the clock that is worse for it says.
+/// A copy is as old as the clock that is worse for it reads.
 #[tokio::test]
 async fn a_suspended_node_without_a_feed_asks_the_store_when_it_wakes_up() {
     let (redis, keys, clock) = (Redis::start(), Keys::over(MemoryStore::new()).await, clock());
     let node = feedless_by_hand(&keys, &redis, &clock).await;
     node.until_hit(&keys.key).await;
     clock.set_wall(clock.now() + Duration::from_secs(29));
-    assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
-    // Nobody is told, and the entry is still there.
+    assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
+    // No node is notified, and the entry is still there.
     keys.revoke().await;
     clock.set_wall(clock.now() + Duration::from_secs(2));
-    let told = node.try_key(&keys.key).await;
-    assert_eq!(told, (Told::Invalid(InvalidKey::Revoked), 1));
+    let outcome = node.try_key(&keys.key).await;
+    assert_eq!(outcome, (Outcome::Invalid(InvalidKey::Revoked), 1));
 }
 
 #[tokio::test]
@@ -564,8 +584,8 @@ async fn a_clock_that_is_set_back_keeps_no_copy_fresh() {
     let hour = Duration::from_secs(3600);
     clock.advance(Duration::from_secs(31));
     clock.set_wall(clock.now() - hour);
-    let told = node.try_key(&keys.key).await;
-    assert_eq!(told, (Told::Invalid(InvalidKey::Revoked), 1));
+    let outcome = node.try_key(&keys.key).await;
+    assert_eq!(outcome, (Outcome::Invalid(InvalidKey::Revoked), 1));
 }
 
 #[tokio::test]
@@ -584,15 +604,15 @@ async fn a_clock_that_jumps_costs_hits_and_never_the_right_answer() {
             let both = both_under(&redis, &key.record().prefix);
             both.iter().for_each(|name| keep(&redis, name));
             clock.set_wall(jump(clock.now(), by));
-            // Before and after the node has heard the new time.
-            assert_eq!(node.try_key(key.expose_secret()).await.0, Told::Passes);
+            // Before and after the node has received the new time.
+            assert_eq!(node.try_key(key.expose_secret()).await.0, Outcome::Passes);
             in_sync(&keys, &node).await;
             node.until_hit(key.expose_secret()).await;
             keys.manager.revoke(&key.record().id).await.unwrap();
-            node.until_refused(key.expose_secret(), InvalidKey::Revoked).await;
+            node.until_denied(key.expose_secret(), InvalidKey::Revoked).await;
             both.iter().for_each(|name| replay(&redis, name));
-            let told = node.try_key(key.expose_secret()).await.0;
-            assert_eq!(told, Told::Invalid(InvalidKey::Revoked));
+            let outcome = node.try_key(key.expose_secret()).await.0;
+            assert_eq!(outcome, Outcome::Invalid(InvalidKey::Revoked));
             node.until_hit(other.expose_secret()).await;
         }
     }
@@ -609,28 +629,30 @@ fn secret() -> CacheSecret {
 /// A node whose clock is moved by hand, and the store's with it.
 fn by_hand(keys: &Keys<MemoryStore>, redis: &Redis, clock: &Arc<ManualClock>) -> Node<MemoryStore> {
     let store = Counting::over(keys.store.clone()).by_clock(clock);
-    let cache = |it: RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
+    let cache =
+        |it: tower_api_key::backend::RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
     Node::with(store, redis.servers(), cache, |door| door.clock(clock.clone()))
 }
 
-/// The same with a store that says nothing, and a subscription that is in place.
+/// The same with a store that emits no change event, and a subscription that is in place.
 async fn feedless_by_hand(
     keys: &Keys<MemoryStore>,
     redis: &Redis,
     clock: &Arc<ManualClock>,
 ) -> Node<MemoryStore> {
     let store = Counting::over(keys.store.clone()).without_feed();
-    let cache = |it: RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
+    let cache =
+        |it: tower_api_key::backend::RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
     let node = Node::with(store, redis.servers(), cache, |door| door.clock(clock.clone()));
     eventually("it listens", async || {
-        assert_eq!(node.try_key(&keys.key).await.0, Told::Passes);
+        assert_eq!(node.try_key(&keys.key).await.0, Outcome::Passes);
         redis.command(&["PUBSUB", "NUMSUB", "api_key:changes"]).ends_with("\n1")
     })
     .await;
     // What is from before that is not trusted, with a margin of a second.
     eventually("it trusts Redis", async || {
         clock.advance(Duration::from_millis(1500));
-        node.try_key(&keys.key).await == (Told::Passes, 0)
+        node.try_key(&keys.key).await == (Outcome::Passes, 0)
     })
     .await;
     redis.command(&["DEL", &keys.data(redis)]);
@@ -641,7 +663,7 @@ async fn feedless_by_hand(
 async fn in_sync(keys: &Keys<MemoryStore>, node: &Node<MemoryStore>) {
     keys.issue().await;
     eventually("it is in sync", async || {
-        node.door.health().last_sync.is_some_and(|ago| ago < Duration::from_millis(1))
+        node.authenticator.health().last_sync.is_some_and(|ago| ago < Duration::from_millis(1))
     })
     .await;
 }
@@ -654,10 +676,10 @@ struct Fake {
 }
 
 impl Fake {
-    async fn start(said: &str) -> Self {
+    async fn start(reply: &str) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let state = Arc::new(Mutex::new((said.as_bytes().to_vec(), 0)));
+        let state = Arc::new(Mutex::new((reply.as_bytes().to_vec(), 0)));
         let shared = Arc::clone(&state);
         let task = tokio::spawn(async move {
             let mut connections = tokio::task::JoinSet::new();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{SqliteStore, denial::InvalidKey, management::IssuedKey, redis::RedisState};
 
 use crate::support::{
     fleet::*,
@@ -13,7 +13,7 @@ use crate::support::{
 async fn nodes_share_what_they_know_through_a_cluster() {
     let (cluster, keys) = (RedisCluster::start(), sqlite().await);
     nodes_share_what_they_know(&cluster, &keys).await;
-    nodes_tell_each_other(&cluster).await;
+    nodes_notify_each_other(&cluster).await;
 }
 
 #[tokio::test]
@@ -54,7 +54,7 @@ async fn a_master_that_is_killed_costs_hits_until_its_replica_takes_over() {
     let killed = cluster.kill_master_of(&data);
     // While nobody serves its slot.
     keys.manager.revoke(&revoked.record().id).await.unwrap();
-    node.until_refused(revoked.expose_secret(), InvalidKey::Revoked).await;
+    node.until_denied(revoked.expose_secret(), InvalidKey::Revoked).await;
     let failover = move || {
         cluster.wait_until_ok();
         cluster
@@ -81,5 +81,10 @@ async fn a_master_that_is_killed_costs_hits_until_its_replica_takes_over() {
 fn keys_node(keys: &Keys<SqliteStore>, cluster: &RedisCluster) -> Node<SqliteStore> {
     let limit = Duration::from_millis(100);
     let store = Counting::over(keys.store.clone());
-    Node::with(store, cluster.servers(), |cache| cache.timeout(limit), |door| door)
+    Node::with(
+        store,
+        cluster.servers(),
+        |cache| cache.timeout(limit),
+        |authenticator| authenticator,
+    )
 }

@@ -2,12 +2,18 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{
+    KeyManager, MemoryStore, PostgresStore, SqliteStore,
+    backend::RedisCacheBuilder,
+    denial::InvalidKey,
+    record::KeyId,
+    store::{CacheSecret, KeyRepository, KeyStore},
+};
 
 use crate::support::{
-    door::Told,
     feed::eventually,
     fleet::{Counting, Keys, Node, names_under},
+    key_checker::Outcome,
     log::capture,
     servers::{Postgres, Redis},
 };
@@ -21,7 +27,12 @@ fn node<S: KeyStore + Clone>(store: &S, redis: &Redis) -> Node<S> {
 }
 
 fn in_namespace<S: KeyStore + Clone>(store: &S, redis: &Redis, name: &str) -> Node<S> {
-    Node::with(Counting::over(store.clone()), redis.url(), |it| it.namespace(name), |door| door)
+    Node::with(
+        Counting::over(store.clone()),
+        redis.url(),
+        |it| it.namespace(name),
+        |authenticator| authenticator,
+    )
 }
 
 /// The key is revoked in one of two databases that have the same secrets, keys and revisions. Nodes of either start and
@@ -36,10 +47,10 @@ async fn keep_apart<S: KeyStore + Clone>(redis: &Redis, revoked: &S, active: &S,
         theirs.until_hit(other).await;
         ours.until_hit(other).await;
         for _ in 0..20 {
-            assert_eq!(ours.try_key(key).await.0, Told::Invalid(InvalidKey::Revoked));
+            assert_eq!(ours.try_key(key).await.0, Outcome::Invalid(InvalidKey::Revoked));
             // Nothing that the one writes takes an entry from the other.
             for (node, key) in [(&theirs, key), (&theirs, other), (&ours, other)] {
-                assert_eq!(node.try_key(key).await, (Told::Passes, 0));
+                assert_eq!(node.try_key(key).await, (Outcome::Passes, 0));
             }
         }
     }
@@ -138,7 +149,7 @@ async fn nodes_in_one_namespace_share_entries_and_those_in_another_have_their_ow
     let new = CacheSecret::new(2, [2; 32]).with_previous(old.clone());
     let with = |secret: CacheSecret| {
         let store = Counting::over(store.clone()).with_secret(secret);
-        Node::with(store, redis.url(), |it| it.namespace("red"), |door| door)
+        Node::with(store, redis.url(), |it| it.namespace("red"), |authenticator| authenticator)
     };
     with(old).until_hit(&keys.key).await;
     assert_eq!(names(), 10);
@@ -154,8 +165,9 @@ async fn changes_are_published_within_a_namespace() {
     let node = |name: &str, secret: u8| {
         let store = Counting::over(keys.store.clone()).without_feed();
         let secret = CacheSecret::new(1, [secret; 32]);
-        let cache = |it: RedisCacheBuilder<_>| it.secret(secret).namespace(name);
-        Node::with(store, redis.url(), cache, |door| door.max_staleness(hour))
+        let cache =
+            |it: tower_api_key::backend::RedisCacheBuilder<_>| it.secret(secret).namespace(name);
+        Node::with(store, redis.url(), cache, |authenticator| authenticator.max_staleness(hour))
     };
     let [a, b, stranger] = [node("a", 1), node("a", 1), node("b", 2)];
     for node in [&a, &b, &stranger] {
@@ -165,7 +177,7 @@ async fn changes_are_published_within_a_namespace() {
     eventually("two channels", async || channels().await.lines().count() == 2).await;
     let manager = KeyManager::new(a.cache.clone());
     assert!(manager.revoke(&keys.record.id).await.unwrap());
-    b.until_refused(&keys.key, InvalidKey::Revoked).await;
+    b.until_denied(&keys.key, InvalidKey::Revoked).await;
     assert!(!log.text().contains("forged"), "{}", log.text());
 }
 

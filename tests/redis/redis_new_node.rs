@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use tower_api_key::*;
+use tower_api_key::{PostgresStore, SqliteStore, store::KeyRepository};
 
 use crate::support::{
-    door::Told,
     fleet::{Counting, Keys, Node},
+    key_checker::Outcome,
     servers::{Postgres, Redis},
 };
 
@@ -30,7 +30,7 @@ async fn a_node_that_starts_hits<S: KeyRepository + Clone>(store: S) {
     for _ in 0..3 {
         let starting = node();
         starting.until_hit(warm.expose_secret()).await;
-        assert_eq!(starting.try_key(&keys.key).await, (Told::Passes, 0));
+        assert_eq!(starting.try_key(&keys.key).await, (Outcome::Passes, 0));
     }
 }
 

@@ -3,11 +3,16 @@
 
 use std::time::{Duration, Instant};
 
-use tower_api_key::*;
+use tower_api_key::{
+    SqliteStore,
+    denial::InvalidKey,
+    management::IssuedKey,
+    redis::{RedisServers, RedisState},
+};
 
 use crate::support::{
-    door::Told,
     fleet::*,
+    key_checker::Outcome,
     log::{Log, capture},
     proxy::Proxy,
     servers::{Port, Redis},
@@ -15,11 +20,16 @@ use crate::support::{
 };
 
 const LIMIT: Duration = Duration::from_millis(100);
-const REVOKED: Told = Told::Invalid(InvalidKey::Revoked);
+const REVOKED: Outcome = Outcome::Invalid(InvalidKey::Revoked);
 
 /// A node with the default time limit.
 fn node_at(keys: &Keys<SqliteStore>, url: &str) -> Node<SqliteStore> {
-    Node::with(Counting::over(keys.store.clone()), url, |cache| cache.timeout(LIMIT), |door| door)
+    Node::with(
+        Counting::over(keys.store.clone()),
+        url,
+        |cache| cache.timeout(LIMIT),
+        |authenticator| authenticator,
+    )
 }
 
 /// While Redis does not answer: the first few requests wait a little, the rest not at all, and all of them
@@ -37,15 +47,15 @@ async fn costs_little(node: &Node<SqliteStore>, keys: &Keys<SqliteStore>) {
     assert!(began.elapsed() < 5 * LIMIT, "90 requests took {:?}", began.elapsed());
     assert_eq!(node.cache.state(), RedisState::Down);
     let wrong = node.try_key(&with_wrong_secret(&keys.key)).await;
-    assert_eq!(wrong, (Told::Invalid(InvalidKey::WrongSecret), 1));
+    assert_eq!(wrong, (Outcome::Invalid(InvalidKey::WrongSecret), 1));
 }
 
-/// A key that was revoked meanwhile is refused from the first request on, and the others hit again.
+/// A key that was revoked meanwhile is denied from the first request on, and the others hit again.
 async fn comes_back(node: &Node<SqliteStore>, keys: &Keys<SqliteStore>, revoked: &IssuedKey) {
     eventually("Redis answers again", async || {
         assert_eq!(node.try_key(revoked.expose_secret()).await.0, REVOKED);
-        let (told, asked) = node.try_key(&keys.key).await;
-        assert_eq!(told, Told::Passes);
+        let (outcome, asked) = node.try_key(&keys.key).await;
+        assert_eq!(outcome, Outcome::Passes);
         asked == 0
     })
     .await;
@@ -53,7 +63,7 @@ async fn comes_back(node: &Node<SqliteStore>, keys: &Keys<SqliteStore>, revoked:
     for _ in 0..5 {
         // By whomever: that it is revoked may lie in Redis by now.
         assert_eq!(node.try_key(revoked.expose_secret()).await.0, REVOKED);
-        assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 0));
+        assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 0));
     }
 }
 
@@ -68,12 +78,12 @@ async fn victim(node: &Node<SqliteStore>, keys: &Keys<SqliteStore>) -> IssuedKey
 async fn revoke(node: &Node<SqliteStore>, keys: &Keys<SqliteStore>, victim: &IssuedKey) {
     let began = Instant::now();
     keys.manager.revoke(&victim.record().id).await.unwrap();
-    node.until_refused(victim.expose_secret(), InvalidKey::Revoked).await;
+    node.until_denied(victim.expose_secret(), InvalidKey::Revoked).await;
     assert!(began.elapsed() < Duration::from_secs(1), "a revoke took {:?}", began.elapsed());
 }
 
-/// How often it was said aloud that Redis has gone, and that it is there.
-fn said(log: &Log) -> (usize, usize) {
+/// Numbers of log messages that Redis fails, and that it is connected.
+fn logged(log: &Log) -> (usize, usize) {
     let text = log.text();
     let count = |text: &str, of: [&str; 2]| {
         text.lines().filter(|l| of.iter().all(|o| l.contains(o))).count()
@@ -90,12 +100,12 @@ async fn a_frozen_redis_costs_a_few_timeouts_and_then_nothing_until_it_thaws() {
     log.take();
     redis.freeze();
     costs_little(&node, &keys).await;
-    assert_eq!(said(&log), (1, 0), "{}", log.text());
+    assert_eq!(logged(&log), (1, 0), "{}", log.text());
     revoke(&node, &keys, &victim).await;
-    assert_eq!(said(&log), (1, 0), "{}", log.text());
+    assert_eq!(logged(&log), (1, 0), "{}", log.text());
     redis.thaw();
     comes_back(&node, &keys, &victim).await;
-    assert_eq!(said(&log), (1, 1), "{}", log.text());
+    assert_eq!(logged(&log), (1, 1), "{}", log.text());
 }
 
 #[tokio::test]
@@ -106,7 +116,7 @@ async fn a_hundred_requests_at_once_wait_for_a_frozen_redis_no_longer_than_one()
     let others = futures_util::future::join_all((0..100).map(|_| keys.issue())).await;
     redis.freeze();
     let began = Instant::now();
-    let tries = others.iter().map(|key| node.door.authenticate(key.expose_secret()));
+    let tries = others.iter().map(|key| node.authenticator.authenticate(key.expose_secret()));
     assert!(futures_util::future::join_all(tries).await.iter().all(Result::is_ok));
     assert!(began.elapsed() < 5 * LIMIT, "they took {:?}", began.elapsed());
     assert_eq!(node.cache.state(), RedisState::Down);
@@ -125,7 +135,7 @@ async fn a_redis_that_is_stopped_and_started_again_comes_back_by_itself() {
     revoke(&node, &keys, &victim).await;
     redis.start_again();
     comes_back(&node, &keys, &victim).await;
-    let (gone, back) = said(&log);
+    let (gone, back) = logged(&log);
     assert!((1..=2).contains(&gone) && back <= 2, "{}", log.text());
 }
 
@@ -156,11 +166,11 @@ async fn a_redis_that_is_not_there_at_the_start_is_used_once_it_is() {
     })
     .await;
     costs_little(&node, &keys).await;
-    assert_eq!(said(&log), (1, 0), "{}", log.text());
+    assert_eq!(logged(&log), (1, 0), "{}", log.text());
     revoke(&node, &keys, &victim).await;
     redis.start_again();
     comes_back(&node, &keys, &victim).await;
-    assert_eq!(said(&log), (1, 1), "{}", log.text());
+    assert_eq!(logged(&log), (1, 1), "{}", log.text());
 }
 
 #[tokio::test]
@@ -255,7 +265,7 @@ async fn an_answer_that_is_lost_is_the_stores_to_give() {
         proxy.swallow_answer_to(command);
         let swallowed = proxy.swallowed();
         eventually("the answer is lost", async || {
-            assert_eq!(node.try_key(&keys.key).await.0, Told::Passes);
+            assert_eq!(node.try_key(&keys.key).await.0, Outcome::Passes);
             proxy.swallowed() > swallowed
         })
         .await;
@@ -272,7 +282,7 @@ async fn a_redis_that_is_slower_than_the_limit_is_left_alone() {
     proxy.delay(LIMIT);
     let began = Instant::now();
     for _ in 0..200 {
-        assert_eq!(node.try_key(&keys.key).await, (Told::Passes, 1));
+        assert_eq!(node.try_key(&keys.key).await, (Outcome::Passes, 1));
     }
     // It is tried again each time that a probe, which may take longer, has come through.
     assert!(began.elapsed() < 50 * LIMIT, "200 requests took {:?}", began.elapsed());
@@ -288,7 +298,7 @@ async fn a_redis_that_comes_back_with_an_old_snapshot_brings_no_revoked_key_back
     b.until_hit(victim.expose_secret()).await;
     redis.save_snapshot();
     revoke(&a, &keys, &victim).await;
-    b.until_refused(victim.expose_secret(), InvalidKey::Revoked).await;
+    b.until_denied(victim.expose_secret(), InvalidKey::Revoked).await;
     redis.start_again_from_snapshot();
     assert!(exists(&redis, &data_of(&redis, &victim.record().prefix)), "the snapshot has it");
     let late = node_at(&keys, &redis.url());
@@ -296,7 +306,7 @@ async fn a_redis_that_comes_back_with_an_old_snapshot_brings_no_revoked_key_back
         comes_back(node, &keys, &victim).await;
     }
 
-    // Nor one that was revoked while it was away.
+    // Nor one that was revoked while it was down.
     let second = keys.issue().await;
     a.until_hit(second.expose_secret()).await;
     redis.save_snapshot();
@@ -335,13 +345,15 @@ async fn when_both_are_down_the_answer_is_503_and_quick() {
     node.store.fail(true);
     let began = Instant::now();
     for _ in 0..100 {
-        assert_eq!(node.try_key(&keys.key).await, (Told::Status(503), 1));
+        assert_eq!(node.try_key(&keys.key).await, (Outcome::Status(503), 1));
     }
     assert!(began.elapsed() < 15 * LIMIT, "100 requests took {:?}", began.elapsed());
     redis.thaw();
     // Redis has it still, and the node is in sync.
-    eventually("Redis answers again", async || node.try_key(&keys.key).await == (Told::Passes, 0))
-        .await;
+    eventually("Redis answers again", async || {
+        node.try_key(&keys.key).await == (Outcome::Passes, 0)
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -371,7 +383,8 @@ async fn nobody_who_waits_for_a_port_that_nobody_has_is_a_fault_of_the_key() {
         RedisServers::sentinel([url.clone()], "the-master"),
     ] {
         let store = Counting::over(keys.store.clone());
-        let node = Node::with(store, servers, |cache| cache.timeout(LIMIT), |door| door);
+        let node =
+            Node::with(store, servers, |cache| cache.timeout(LIMIT), |authenticator| authenticator);
         eventually("it is known to be out of reach", async || {
             node.asks_the_store(&keys.key).await;
             node.cache.state() == RedisState::Down

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tower_api_key::*;
+use tower_api_key::{denial::InvalidKey, redis::RedisState};
 
 use crate::support::{fleet::*, servers::RedisSentinel};
 
@@ -10,7 +10,7 @@ use crate::support::{fleet::*, servers::RedisSentinel};
 async fn nodes_share_what_they_know_through_the_master() {
     let (servers, keys) = (RedisSentinel::start(), sqlite().await);
     nodes_share_what_they_know(&servers, &keys).await;
-    nodes_tell_each_other(&servers).await;
+    nodes_notify_each_other(&servers).await;
     let master = servers.master().port();
     let replicas = servers.nodes().iter().filter(|node| node.port() != master);
     assert!(replicas.into_iter().all(|node| !node.command_counts().contains_key("mget")));
@@ -30,7 +30,12 @@ async fn fails_over(lose: fn(&mut RedisSentinel) -> u16) {
     let (mut servers, keys) = (RedisSentinel::start(), sqlite().await);
     let limit = Duration::from_millis(100);
     let store = Counting::over(keys.store.clone());
-    let node = Node::with(store, servers.servers(), |cache| cache.timeout(limit), |door| door);
+    let node = Node::with(
+        store,
+        servers.servers(),
+        |cache| cache.timeout(limit),
+        |authenticator| authenticator,
+    );
     let (other, revoked) = (keys.issue().await, keys.issue().await);
     let valid = [keys.key.as_str(), other.expose_secret()];
     for key in valid.iter().chain([&revoked.expose_secret()]) {
@@ -38,7 +43,7 @@ async fn fails_over(lose: fn(&mut RedisSentinel) -> u16) {
     }
     let lost = lose(&mut servers);
     keys.manager.revoke(&revoked.record().id).await.unwrap();
-    node.until_refused(revoked.expose_secret(), InvalidKey::Revoked).await;
+    node.until_denied(revoked.expose_secret(), InvalidKey::Revoked).await;
     let failover = move || {
         servers.wait_for_new_master();
         servers

@@ -2,7 +2,13 @@
 //! which ones change their meaning.
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use tower_api_key::*;
+use tower_api_key::{
+    AuthContext, Authenticator, Denial, KeyScheme, PostgresStore, SqliteStore,
+    backend::{FindingKind, KeyReview, MigrationReport},
+    key::{KeyFormat, KeyHash},
+    record::{Budget, BudgetPeriod},
+    store::{KeyRepository, LeaseRequest},
+};
 
 use crate::support::servers::Postgres;
 

@@ -3,7 +3,14 @@
 use std::sync::Mutex;
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore, SqliteStore, StoreError,
+    authenticator::AuthenticatorBuilder,
+    error::StoreErrorKind,
+    key::{KeyFormat, KeyHash},
+    record::{KeyId, KeyRecord},
+    store::{KeyRepository, KeyStore, ListKeys, StoredKey},
+};
 
 use crate::support::{self, log::capture, servers::Postgres};
 

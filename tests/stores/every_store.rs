@@ -11,7 +11,21 @@ use std::{
 use chrono::{TimeZone, Utc};
 use futures_util::StreamExt;
 use serde_json::json;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey, StoreError,
+    authenticator::AuthenticatorBuilder,
+    clock::ManualClock,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    key::{KeyFormat, KeyHash, KeySchemeBuilder},
+    record::{
+        Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions, UsageTotals, User,
+    },
+    store::{
+        Answer, Change, ChangeStream, DynKeyStore, KeyRepository, KeyStore, KeyUsage, LeaseRequest,
+        ListKeys, Lookup, StoredKey, UsageBatch,
+    },
+};
 
 use crate::support::{
     self, eventually::eventually, every_store::on_every_store, some_user, stores::question,
@@ -19,7 +33,7 @@ use crate::support::{
 
 on_every_store! {
     an_issued_key_comes_back_with_all_that_was_set
-    a_key_is_refused_for_what_is_wrong_with_it
+    a_key_is_denied_for_what_is_wrong_with_it
     what_is_not_there_can_be_neither_revoked_nor_updated_nor_found
     what_contradicts_the_store_is_a_conflict
     an_edit_changes_what_can_be_edited_and_nothing_else
@@ -33,7 +47,7 @@ on_every_store! {
     an_answer_has_the_revision_of_the_change_before_it
     a_look_up_that_is_dropped_leaves_the_store_usable
     an_arc_and_a_dyn_store_answer_like_the_store
-    an_authenticator_that_remembers_hears_of_each_change
+    an_authenticator_that_caches_receives_each_change
     changes_since_a_moment_are_all_those_after_it_however_late_somebody_listens
 }
 
@@ -104,7 +118,7 @@ async fn an_issued_key_comes_back_with_all_that_was_set(store: impl KeyRepositor
     assert_eq!(store.find_key(&key.id).await.unwrap().as_ref(), Some(key));
 }
 
-async fn a_key_is_refused_for_what_is_wrong_with_it(store: impl KeyRepository + Clone) {
+async fn a_key_is_denied_for_what_is_wrong_with_it(store: impl KeyRepository + Clone) {
     let manager = KeyManager::new(store.clone());
     let authenticator = asking(store.clone()).build();
     let reason = async |key: &str| fault(&authenticator, key).await;
@@ -343,14 +357,14 @@ async fn a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again(store: impl KeyRe
     let hash = KeyHash::bcrypt("old-key-of-mine", 4).unwrap();
     store.insert_key(&StoredKey::new(KeyRecord::new(0, "old-key-", user), hash)).await.unwrap();
     let clock = Arc::new(ManualClock::at(SystemTime::now()));
-    // A scheme of its own each time, so that the ration of failed checks is fresh.
+    // A scheme of its own each time, so that the limit of failed checks is fresh.
     let authenticator = |upgrade| {
         let scheme = first_chars();
         let scheme = if upgrade { scheme.upgrade_hashes() } else { scheme };
         let scheme = scheme.build().unwrap();
         asking(store.clone()).scheme(scheme).clock(clock.clone()).build()
     };
-    /// How many wrong keys are called wrong before slow checks are rationed.
+    /// How many wrong keys are called wrong before slow checks are limited.
     async fn wrong(authenticator: Authenticator) -> usize {
         for n in 0..20 {
             match authenticator.authenticate("old-key-of-yours").await {
@@ -368,7 +382,7 @@ async fn a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again(store: impl KeyRe
     assert!(authenticator(false).authenticate("old-key-of-mine").await.is_ok());
 }
 
-/// A store over another that keeps when each answer says that it was read.
+/// A store over another that keeps the as-of of each answer.
 struct Watched<S>(S, Arc<Mutex<Vec<SystemTime>>>);
 
 impl<S: KeyStore> KeyStore for Watched<S> {
@@ -479,9 +493,9 @@ async fn an_arc_and_a_dyn_store_answer_like_the_store(
     let by_name = DynKeyStore::new(Arc::clone(&store));
     assert!(Authenticator::new(by_name.clone()).authenticate(issued.expose_secret()).await.is_ok());
     let lookup = question(issued.expose_secret()).await;
-    let told = by_name.resolve(&lookup).await.unwrap();
-    assert_eq!(told.record(), Some(issued.record()));
-    assert_eq!(told.revisions(), store.resolve(&lookup).await.unwrap().revisions());
+    let outcome = by_name.resolve(&lookup).await.unwrap();
+    assert_eq!(outcome.record(), Some(issued.record()));
+    assert_eq!(outcome.revisions(), store.resolve(&lookup).await.unwrap().revisions());
 
     let now = SystemTime::now();
     for mut changes in [by_name.changes(now), Arc::clone(&store).changes(now)] {
@@ -492,7 +506,7 @@ async fn an_arc_and_a_dyn_store_answer_like_the_store(
         loop {
             match next(&mut changes).await {
                 Change::Synced(_) | Change::Status(_) => {}
-                heard => break assert_eq!(heard, change),
+                received => break assert_eq!(received, change),
             }
         }
     }
@@ -520,15 +534,15 @@ async fn changes_since_a_moment_are_all_those_after_it_however_late_somebody_lis
     let issued = manager.issue(NewKey::new(user, "k")).await.unwrap();
     let mut changes = store.changes(SystemTime::now());
     let revoked = store.revoke_key(&issued.record().id).await.unwrap().unwrap();
-    let mut heard = Vec::new();
-    while !matches!(heard.last(), Some(Change::Synced(_))) {
-        heard.push(next(&mut changes).await);
+    let mut received = Vec::new();
+    while !matches!(received.last(), Some(Change::Synced(_))) {
+        received.push(next(&mut changes).await);
     }
-    // Something to that effect, before it says that it has said everything.
-    assert!(heard.contains(&revoked) || heard.contains(&Change::Reset), "{heard:?}");
+    // Something to that effect, before it reports that it is in sync.
+    assert!(received.contains(&revoked) || received.contains(&Change::Reset), "{received:?}");
 }
 
-async fn an_authenticator_that_remembers_hears_of_each_change(store: impl KeyRepository + Clone) {
+async fn an_authenticator_that_caches_receives_each_change(store: impl KeyRepository + Clone) {
     let manager = KeyManager::new(store.clone());
     let authenticator = Authenticator::new(store.clone());
     let user = manager.create_user("ada@example.com", "admin").await.unwrap();
@@ -555,7 +569,7 @@ async fn an_authenticator_that_remembers_hears_of_each_change(store: impl KeyRep
     })
     .await;
 
-    // It is asked for in vain before it is there.
+    // It is looked up in vain before it is there.
     let early = support::unknown_key();
     assert_eq!(fault(&authenticator, &early).await, Some(InvalidKey::Unknown));
     let lookup = question(&early).await;

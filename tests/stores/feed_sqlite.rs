@@ -1,4 +1,4 @@
-//! What a node hears of changes in an SQLite file, whoever makes them.
+//! Which changes in an SQLite file a node receives, from any writer.
 
 use std::{
     path::Path,
@@ -8,9 +8,15 @@ use std::{
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
 use futures_util::StreamExt;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, SqliteStore,
+    clock::{Clock, ManualClock},
+    denial::InvalidKey,
+    key::{KeyFormat, KeyHash},
+    store::{Change, KeyRepository, KeyStore},
+};
 
-use crate::support::feed::{Heard, in_sync, within};
+use crate::support::feed::{FeedRecorder, in_sync, within};
 
 /// A migrated file and another process at it, with the settings of the `sqlite3` shell.
 struct Database {
@@ -26,7 +32,7 @@ struct Key {
     owner: i64,
 }
 
-const HEARD: Duration = Duration::from_millis(700);
+const NOTIFIED_WITHIN: Duration = Duration::from_millis(700);
 
 async fn database() -> Database {
     let folder = tempfile::tempdir().unwrap();
@@ -61,7 +67,7 @@ impl Database {
     }
 }
 
-async fn refusal(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
+async fn denial_of(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
     match node.authenticate(&key.secret).await {
         Ok(_) => None,
         Err(Denial::InvalidKey(reason)) => Some(reason),
@@ -72,7 +78,7 @@ async fn refusal(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
 async fn has_cached(node: &Authenticator, key: &Key) {
     node.authenticate(&key.secret).await.unwrap();
     in_sync(node).await;
-    assert_eq!(refusal(node, key).await, None);
+    assert_eq!(denial_of(node, key).await, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -123,8 +129,8 @@ async fn whatever_another_process_changes_reaches_a_node_that_has_it_in_its_cach
             .replace("$OWNER", &key.owner.to_string())
             .replace("$HASH", &other_hash);
         db.run(&change);
-        let is_refused = async || refusal(&node, &key).await == Some(expected);
-        let took = within(HEARD, &change, is_refused).await;
+        let is_denied = async || denial_of(&node, &key).await == Some(expected);
+        let took = within(NOTIFIED_WITHIN, &change, is_denied).await;
         println!("{took:?} {change}");
     }
 
@@ -132,7 +138,7 @@ async fn whatever_another_process_changes_reaches_a_node_that_has_it_in_its_cach
     has_cached(&node, &key).await;
     db.run(&format!("UPDATE api_keys SET scopes = '[\"write\"]' WHERE id = {}", key.id));
     db.run(&format!("UPDATE users SET role = 'admin' WHERE id = {}", key.owner));
-    within(HEARD, "the new scopes and role", async || {
+    within(NOTIFIED_WITHIN, "the new scopes and role", async || {
         let caller = node.authenticate(&key.secret).await.unwrap();
         caller.scopes() == ["write"] && caller.user().role == "admin"
     })
@@ -144,12 +150,12 @@ async fn whatever_another_process_changes_reaches_a_node_that_has_it_in_its_cach
     has_cached(&node, &b).await;
     db.run("DELETE FROM api_keys");
     for key in [a, b] {
-        within(HEARD, "the end", async || refusal(&node, &key).await.is_some()).await;
+        within(NOTIFIED_WITHIN, "the end", async || denial_of(&node, &key).await.is_some()).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_store_at_the_same_file_and_this_one_are_heard_too() {
+async fn another_store_at_the_same_file_and_this_one_are_received_too() {
     let db = database().await;
     let file = db.folder.path().join("keys.db");
     let (a, b) = (db.store.clone(), SqliteStore::open(&file).unwrap());
@@ -161,7 +167,8 @@ async fn another_store_at_the_same_file_and_this_one_are_heard_too() {
         }
         store.revoke_key(&key.id.into()).await.unwrap();
         for node in &nodes {
-            within(HEARD, "the revoke", async || refusal(node, &key).await.is_some()).await;
+            within(NOTIFIED_WITHIN, "the revoke", async || denial_of(node, &key).await.is_some())
+                .await;
         }
     }
     let memory = SqliteStore::in_memory().unwrap();
@@ -174,8 +181,8 @@ async fn another_store_at_the_same_file_and_this_one_are_heard_too() {
     in_sync(&node).await;
     node.authenticate(issued.expose_secret()).await.unwrap();
     manager.revoke(&issued.record().id).await.unwrap();
-    let is_refused = async || node.authenticate(issued.expose_secret()).await.is_err();
-    within(HEARD, "the revoke in memory", is_refused).await;
+    let is_denied = async || node.authenticate(issued.expose_secret()).await.is_err();
+    within(NOTIFIED_WITHIN, "the revoke in memory", is_denied).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -185,8 +192,8 @@ async fn usage_and_columns_of_others_say_nothing_and_every_column_of_a_decision_
     db.run(
         "ALTER TABLE api_keys ADD COLUMN department TEXT; ALTER TABLE users ADD COLUMN phone TEXT",
     );
-    let heard = Heard::listen(db.store.changes(SystemTime::now()));
-    heard.all().await;
+    let recorder = FeedRecorder::listen(db.store.changes(SystemTime::now()));
+    recorder.all().await;
     for nothing in [
         "UPDATE api_keys SET total_requests = total_requests + 1, total_tokens = 5, total_cost = 1.5",
         "UPDATE api_keys SET last_used_at = '2026-01-01 00:00:00', updated_at = '2026-01-01 00:00:00'",
@@ -198,7 +205,7 @@ async fn usage_and_columns_of_others_say_nothing_and_every_column_of_a_decision_
     ] {
         db.run(nothing);
     }
-    assert_eq!(heard.all().await, []);
+    assert_eq!(recorder.all().await, []);
     let prefix = format!("prefix {}", key.prefix);
     for column in [
         "name = 'x'",
@@ -221,16 +228,16 @@ async fn usage_and_columns_of_others_say_nothing_and_every_column_of_a_decision_
         "id = id + 1000",
     ] {
         db.run(&format!("UPDATE api_keys SET {column} WHERE key_prefix = '{}'", key.prefix));
-        assert_eq!(heard.take().await, std::slice::from_ref(&prefix), "{column}");
+        assert_eq!(recorder.take().await, std::slice::from_ref(&prefix), "{column}");
     }
     for column in ["email = 'x'", "role = 'x'", "is_active = 0"] {
         db.run(&format!("UPDATE users SET {column} WHERE id = {}", key.owner));
-        assert_eq!(heard.take().await, [format!("owner {}", key.owner)], "{column}");
+        assert_eq!(recorder.take().await, [format!("owner {}", key.owner)], "{column}");
     }
     db.run("UPDATE api_keys SET key_prefix = 'moved'");
     let mut both = [prefix, "prefix moved".to_owned()];
     both.sort();
-    assert_eq!(heard.take().await, both);
+    assert_eq!(recorder.take().await, both);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -243,7 +250,7 @@ async fn the_id_of_a_user_who_was_deleted_is_not_given_again() {
         "PRAGMA foreign_keys = ON; DELETE FROM users WHERE id = {}; PRAGMA foreign_keys = OFF",
         key.owner
     ));
-    within(HEARD, "the end", async || refusal(&node, &key).await.is_some()).await;
+    within(NOTIFIED_WITHIN, "the end", async || denial_of(&node, &key).await.is_some()).await;
     let next = db.key().await;
     assert!(next.owner > key.owner, "{} after {}", next.owner, key.owner);
     let answer = node.authenticate(&next.secret).await;
@@ -251,7 +258,7 @@ async fn the_id_of_a_user_who_was_deleted_is_not_given_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn changes_in_adopted_tables_that_lacked_columns_are_heard() {
+async fn changes_in_adopted_tables_that_lacked_columns_are_received() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("app.db");
     let mut shell = shell(&file);
@@ -290,13 +297,15 @@ async fn changes_in_adopted_tables_that_lacked_columns_are_heard() {
         ),
     ] {
         shell.batch_execute(off).unwrap();
-        within(HEARD, off, async || refusal(&node, &key).await == Some(expected)).await;
+        within(NOTIFIED_WITHIN, off, async || denial_of(&node, &key).await == Some(expected)).await;
         shell.batch_execute(on).unwrap();
-        within(HEARD, on, async || refusal(&node, &key).await.is_none()).await;
+        within(NOTIFIED_WITHIN, on, async || denial_of(&node, &key).await.is_none()).await;
     }
     shell.batch_execute("DELETE FROM api_keys").unwrap();
-    within(HEARD, "the end", async || refusal(&node, &key).await == Some(InvalidKey::Unknown))
-        .await;
+    within(NOTIFIED_WITHIN, "the end", async || {
+        denial_of(&node, &key).await == Some(InvalidKey::Unknown)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -336,15 +345,15 @@ async fn more_changes_at_once_than_can_be_told_are_a_reset() {
     let key = db.key().await;
     let node = Authenticator::new(db.store.clone());
     has_cached(&node, &key).await;
-    let heard = Heard::listen(db.store.changes(SystemTime::now()));
-    heard.all().await;
+    let recorder = FeedRecorder::listen(db.store.changes(SystemTime::now()));
+    recorder.all().await;
     db.run(&format!(
         "BEGIN; WITH RECURSIVE n(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT 10001)
         INSERT INTO api_keys (user_id, key_prefix, key_hash) SELECT {}, 'p' || n, 'x' FROM n;
         UPDATE api_keys SET is_active = 0 WHERE id = {}; COMMIT",
         key.owner, key.id
     ));
-    within(Duration::from_secs(3), "the revoke", async || refusal(&node, &key).await.is_some())
+    within(Duration::from_secs(3), "the revoke", async || denial_of(&node, &key).await.is_some())
         .await;
-    assert_eq!(heard.subjects().await, ["reset"]);
+    assert_eq!(recorder.subjects().await, ["reset"]);
 }

@@ -6,7 +6,15 @@ use diesel::{
     Connection, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
     sql_query, sql_types::Text,
 };
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, SqliteStore,
+    backend::MigrateError,
+    denial::InvalidKey,
+    key::{KeyFormat, KeyHash},
+    management::ManageError,
+    record::{Budget, BudgetPeriod},
+    store::{KeyStore, KeyUsage, LeaseRequest, UsageBatch},
+};
 
 use crate::support::some_user;
 
@@ -143,7 +151,7 @@ async fn going_down_takes_away_what_was_made() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_adopted_is_said_column_by_column_and_nothing_is_changed() {
+async fn what_cannot_be_adopted_is_reported_column_by_column_and_nothing_is_changed() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("app.db");
     let mut orm = Other::at(&file);

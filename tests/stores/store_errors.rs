@@ -6,14 +6,20 @@ use std::{
 };
 
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore, SqliteStore, StoreError,
+    error::StoreErrorKind,
+    key::KeyHash,
+    record::{KeyId, KeyRecord, User},
+    store::{KeyRepository, KeyStore, KeyUsage, StoredKey, UsageBatch},
+};
 
 use crate::support::{log::capture, servers::Postgres, some_user};
 
 const HINT: &str = "; call migrate() of the store";
 
 /// What a look-up fails with, and that the cause is in its text once.
-async fn refused(store: impl KeyStore) -> String {
+async fn denied(store: impl KeyStore) -> String {
     let node = Authenticator::new(store);
     let key = KeyScheme::default().mint().unwrap();
     let denial = node.authenticate(key.expose_secret()).await.unwrap_err();
@@ -35,7 +41,7 @@ async fn sqlite_errors_name_the_missing_table_or_column_and_migrate() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("keys.db");
     let (log, _guard) = capture();
-    let missing = refused(SqliteStore::open(&file).unwrap()).await;
+    let missing = denied(SqliteStore::open(&file).unwrap()).await;
     let table = "the key store rejected the request: no such table: api_key";
     assert!(missing.starts_with(table) && missing.ends_with(HINT), "{missing}");
     // Once in the line that is logged.
@@ -44,7 +50,7 @@ async fn sqlite_errors_name_the_missing_table_or_column_and_migrate() {
 
     SqliteStore::open(&file).unwrap().migrate().await.unwrap();
     alter(&file, "ALTER TABLE api_keys RENAME COLUMN expires_at TO ends_at");
-    let missing = refused(SqliteStore::open(&file).unwrap()).await;
+    let missing = denied(SqliteStore::open(&file).unwrap()).await;
     assert!(missing.contains("no such column: k.expires_at; call migrate()"), "{missing}");
 }
 
@@ -52,7 +58,7 @@ async fn sqlite_errors_name_the_missing_table_or_column_and_migrate() {
 async fn postgres_errors_name_migrate_where_the_schema_lacks_something_in_any_language() {
     for server in [Some(Postgres::start()), Postgres::in_german()].into_iter().flatten() {
         let store = || PostgresStore::new(&server.url()).unwrap();
-        let missing = refused(store()).await;
+        let missing = denied(store()).await;
         assert!(missing.starts_with("the key store rejected the request: "), "{missing}");
         assert!(missing.contains("api_keys") && missing.ends_with(HINT), "{missing}");
 
@@ -60,7 +66,7 @@ async fn postgres_errors_name_migrate_where_the_schema_lacks_something_in_any_la
         let admin = server.client().await;
         let rename = "ALTER TABLE api_keys RENAME COLUMN expires_at TO ends_at";
         admin.batch_execute(rename).await.unwrap();
-        let missing = refused(store()).await;
+        let missing = denied(store()).await;
         assert!(missing.contains("expires_at") && missing.ends_with(HINT), "{missing}");
         admin
             .batch_execute("ALTER TABLE api_keys RENAME COLUMN ends_at TO expires_at")
@@ -70,8 +76,8 @@ async fn postgres_errors_name_migrate_where_the_schema_lacks_something_in_any_la
         // What is missing here is a right.
         admin.batch_execute("CREATE ROLE reader LOGIN").await.unwrap();
         let url = server.url().replacen("app@", "reader@", 1);
-        let refused = refused(PostgresStore::new(&url).unwrap()).await;
-        assert!(refused.contains("api_keys") && !refused.contains("migrate()"), "{refused}");
+        let denied = denied(PostgresStore::new(&url).unwrap()).await;
+        assert!(denied.contains("api_keys") && !denied.contains("migrate()"), "{denied}");
     }
 }
 
@@ -92,8 +98,8 @@ async fn usage_that_a_missing_table_keeps_from_being_written_names_it_in_the_log
     assert!(error.contains("42P01") && error.ends_with(HINT), "{error}");
 }
 
-/// Writes that the database refuses.
-async fn refused_writes<R: KeyRepository>(store: &R) -> (Vec<StoreError>, Vec<String>) {
+/// Writes that the database rejects.
+async fn rejected_writes<R: KeyRepository>(store: &R) -> (Vec<StoreError>, Vec<String>) {
     let user = store.insert_user("ada@example.com", "user").await.unwrap();
     let key = KeyScheme::default().mint().unwrap();
     let bcrypt = KeyHash::bcrypt("another key", 4).unwrap();
@@ -141,7 +147,7 @@ async fn no_error_of_a_database_shows_a_key_or_a_hash() {
         "CREATE TRIGGER theirs BEFORE INSERT ON api_keys WHEN length(NEW.key_prefix) > 1000
          BEGIN SELECT raise(ABORT, 'too long'); END",
     );
-    let (errors, secrets) = refused_writes(&sqlite).await;
+    let (errors, secrets) = rejected_writes(&sqlite).await;
     assert_eq!(errors.len(), 3, "{errors:?}");
     assert_hides_all(&errors, &secrets);
 
@@ -150,7 +156,7 @@ async fn no_error_of_a_database_shows_a_key_or_a_hash() {
     postgres.migrate().await.unwrap();
     let check = "ALTER TABLE api_keys ADD CHECK (length(key_prefix) < 1000)";
     server.client().await.batch_execute(check).await.unwrap();
-    let (errors, secrets) = refused_writes(&postgres).await;
+    let (errors, secrets) = rejected_writes(&postgres).await;
     assert_eq!(errors.len(), 3, "{errors:?}");
     assert_hides_all(&errors, &secrets);
 }

@@ -6,12 +6,17 @@ use diesel::{
     Connection, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
     sql_query, sql_types::Text,
 };
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, NewKey, SqliteStore,
+    denial::InvalidKey,
+    management::IssuedKey,
+    store::{Change, FeedFault, KeyStore},
+};
 
 use crate::support::{
     self,
     eventually::eventually,
-    feed::{Heard, in_sync},
+    feed::{FeedRecorder, in_sync},
     log,
 };
 
@@ -55,7 +60,7 @@ async fn key_of(store: &SqliteStore, email: &str, role: &str) -> IssuedKey {
     manager.issue(NewKey::new(user.id, "k")).await.unwrap()
 }
 
-async fn refusal(node: &Authenticator, key: &IssuedKey) -> Option<InvalidKey> {
+async fn denial_of(node: &Authenticator, key: &IssuedKey) -> Option<InvalidKey> {
     match node.authenticate(key.expose_secret()).await {
         Ok(_) => None,
         Err(Denial::InvalidKey(reason)) => Some(reason),
@@ -66,9 +71,9 @@ async fn refusal(node: &Authenticator, key: &IssuedKey) -> Option<InvalidKey> {
 /// A node that has the key in its cache.
 async fn node_with(store: &SqliteStore, key: &IssuedKey) -> Authenticator {
     let node = Authenticator::builder(store.clone()).max_staleness(Duration::from_secs(2)).build();
-    assert_eq!(refusal(&node, key).await, None);
+    assert_eq!(denial_of(&node, key).await, None);
     in_sync(&node).await;
-    assert_eq!(refusal(&node, key).await, None);
+    assert_eq!(denial_of(&node, key).await, None);
     node
 }
 
@@ -92,8 +97,8 @@ async fn a_table_that_an_orm_rebuilds_is_reported_bounded_and_repaired() {
         let store = store(folder.path()).await;
         let key = key_of(&store, "ada@example.com", "user").await;
         let node = node_with(&store, &key).await;
-        let heard = Heard::listen(store.changes(std::time::SystemTime::now()));
-        heard.all().await;
+        let recorder = FeedRecorder::listen(store.changes(std::time::SystemTime::now()));
+        recorder.all().await;
         let mut other = Other::at(folder.path());
         rebuild(&mut other, table);
         let revoke = match table {
@@ -108,17 +113,17 @@ async fn a_table_that_an_orm_rebuilds_is_reported_bounded_and_repaired() {
         let fault = node.health().feed.fault.unwrap().to_string();
         assert!(fault.contains("api_key_note"), "{fault}");
         // No trigger has recorded the revoke: the rule of age bounds it.
-        eventually("the revoke", async || refusal(&node, &key).await.is_some()).await;
+        eventually("the revoke", async || denial_of(&node, &key).await.is_some()).await;
 
         other.run(&revoke.replace("= 0", "= 1"));
-        eventually("the key", async || refusal(&node, &key).await.is_none()).await;
+        eventually("the key", async || denial_of(&node, &key).await.is_none()).await;
         store.migrate().await.unwrap();
         eventually("no fault", async || node.health().feed.fault.is_none()).await;
-        assert!(heard.all().await.contains(&Change::Reset), "{table}");
+        assert!(recorder.all().await.contains(&Change::Reset), "{table}");
         in_sync(&node).await;
-        assert_eq!(refusal(&node, &key).await, None);
+        assert_eq!(denial_of(&node, &key).await, None);
         other.run(revoke);
-        let took = eventually_took(async || refusal(&node, &key).await.is_some()).await;
+        let took = eventually_took(async || denial_of(&node, &key).await.is_some()).await;
         assert!(took < Duration::from_secs(1), "{table}: {took:?}");
         let errors = log.text().matches("changes of API keys may be missed").count();
         assert_eq!(errors, 1, "{table}: {}", log.text());
@@ -140,7 +145,7 @@ async fn triggers_that_are_dropped_and_put_back_between_two_reads_are_a_reset() 
     other.run(&format!(
         "BEGIN; DROP TRIGGER api_key_note; UPDATE api_keys SET is_active = 0; {trigger}; COMMIT"
     ));
-    let took = eventually_took(async || refusal(&node, &key).await.is_some()).await;
+    let took = eventually_took(async || denial_of(&node, &key).await.is_some()).await;
     assert!(took < Duration::from_secs(1), "{took:?}");
     assert_eq!(node.health().feed.fault, None);
 }
@@ -213,7 +218,7 @@ async fn a_user_who_is_replaced_by_one_with_the_same_address_loses_the_keys() {
             let mail = if table.contains("NOCASE") || table.contains("lower") { "ADA@example.com" } else { "ada@example.com" };
             other.run(&replace.replace("$MAIL", mail));
             assert_eq!(other.text("SELECT count(*) FROM users"), "1", "{table}");
-            eventually("the end of the key", async || refusal(&node, &key).await.is_some()).await;
+            eventually("the end of the key", async || denial_of(&node, &key).await.is_some()).await;
             // An upsert, which deletes nobody, takes nothing away.
             let next = key_of(&store, "eve@example.com", "user").await;
             let node = node_with(&store, &next).await;
@@ -221,7 +226,7 @@ async fn a_user_who_is_replaced_by_one_with_the_same_address_loses_the_keys() {
             other.run("INSERT INTO users (id, email) SELECT id, email FROM users WHERE true
                 ON CONFLICT (id) DO UPDATE SET phone = excluded.id");
             in_sync(&node).await;
-            assert_eq!(refusal(&node, &next).await, None, "{table}");
+            assert_eq!(denial_of(&node, &next).await, None, "{table}");
         }
     }
 }
@@ -241,16 +246,16 @@ async fn a_key_of_a_deleted_user_is_not_that_of_the_next_one_with_the_id() {
     other.run("DELETE FROM users");
     let new = key_of(&store, "root@example.com", "admin").await;
     assert_eq!(new.record().user.id, old.record().user.id, "or this tests nothing");
-    eventually("the new key", async || refusal(&node, &new).await.is_none()).await;
+    eventually("the new key", async || denial_of(&node, &new).await.is_none()).await;
     in_sync(&node).await;
-    assert_eq!(refusal(&node, &old).await, Some(InvalidKey::Unknown));
+    assert_eq!(denial_of(&node, &old).await, Some(InvalidKey::Unknown));
     let fresh = Authenticator::new(store.clone());
-    assert_eq!(refusal(&fresh, &old).await, Some(InvalidKey::Unknown));
+    assert_eq!(denial_of(&fresh, &old).await, Some(InvalidKey::Unknown));
     // Nor does an edit of the row revive it.
     other.run("UPDATE api_keys SET name = 'x'");
     in_sync(&node).await;
-    assert_eq!(refusal(&node, &old).await, Some(InvalidKey::Unknown));
-    assert_eq!(refusal(&node, &new).await, None);
+    assert_eq!(denial_of(&node, &old).await, Some(InvalidKey::Unknown));
+    assert_eq!(denial_of(&node, &new).await, None);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -301,9 +306,10 @@ async fn a_node_that_starts_reads_what_a_long_transaction_has_committed_lately()
         old.record().prefix,
         long.record().prefix,
     ));
-    let heard =
-        Heard::listen(store.changes(std::time::SystemTime::now() - Duration::from_secs(3900)));
-    let subjects = heard.subjects().await;
+    let recorder = FeedRecorder::listen(
+        store.changes(std::time::SystemTime::now() - Duration::from_secs(3900)),
+    );
+    let subjects = recorder.subjects().await;
     assert!(subjects.contains(&format!("prefix {}", long.record().prefix)), "{subjects:?}");
     assert!(!subjects.contains(&format!("prefix {}", old.record().prefix)), "{subjects:?}");
     // It was not pruned either: it has not been there for two hours.
@@ -317,7 +323,7 @@ async fn a_node_that_starts_reads_what_a_long_transaction_has_committed_lately()
     .await;
     assert_ne!(other.text(&kept), "0");
     eventually("the size of the table", async || {
-        let status = heard.status();
+        let status = recorder.status();
         status.rows.is_some() && status.oldest.is_some()
     })
     .await;

@@ -1,11 +1,14 @@
-//! A store that counts how often it is asked, and a runtime for property tests.
+//! A store that counts how often it is queried, and a runtime for property tests.
 
 use std::sync::{
     Arc,
     atomic::{AtomicUsize, Ordering},
 };
 
-use tower_api_key::{Answer, KeyStore, Lookup, MemoryStore, StoreError};
+use tower_api_key::{
+    MemoryStore, StoreError,
+    store::{Answer, KeyStore, Lookup},
+};
 
 /// The keys of a [`MemoryStore`], and the number of look-ups so far.
 #[derive(Clone, Default)]
@@ -19,7 +22,7 @@ impl Counted {
         Self { keys, asked: Arc::default() }
     }
 
-    /// How often the store was asked since this was last called.
+    /// Number of look-ups in the store since this was last called.
     pub fn take_asked(&self) -> usize {
         self.asked.swap(0, Ordering::SeqCst)
     }

@@ -3,10 +3,14 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio_postgres::{Client, NoTls};
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, NewKey, PostgresStore,
+    denial::InvalidKey,
+    store::{FeedFault, KeyStore},
+};
 
 use super::{
-    feed::{Heard, eventually, within},
+    feed::{FeedRecorder, eventually, within},
     servers::Postgres,
 };
 
@@ -104,8 +108,8 @@ impl Database {
         number(&self.admin, sql).await
     }
 
-    pub fn listen(&self, poll_interval: Duration) -> Heard {
-        Heard::listen(store_at(&self.server.url(), poll_interval).changes(SystemTime::now()))
+    pub fn listen(&self, poll_interval: Duration) -> FeedRecorder {
+        FeedRecorder::listen(store_at(&self.server.url(), poll_interval).changes(SystemTime::now()))
     }
 }
 
@@ -124,7 +128,7 @@ pub async fn caches(node: Authenticator, key: &Key) -> Authenticator {
 }
 
 /// `None` for an accepted key. Fails if the answer is neither.
-pub async fn refusal(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
+pub async fn denial_of(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
     match node.authenticate(&key.secret).await {
         Ok(_) => None,
         Err(Denial::InvalidKey(reason)) => Some(reason),
@@ -133,9 +137,9 @@ pub async fn refusal(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
 }
 
 /// Waits for the denial for as long as a notified node may take.
-pub async fn is_refused(node: &Authenticator, key: &Key, expected: InvalidKey) -> Duration {
+pub async fn is_denied(node: &Authenticator, key: &Key, expected: InvalidKey) -> Duration {
     let what = format!("{expected:?}");
-    within(NOTIFIED, &what, async || refusal(node, key).await == Some(expected)).await
+    within(NOTIFIED, &what, async || denial_of(node, key).await == Some(expected)).await
 }
 
 /// Why the node's feed is incomplete, if it is.

@@ -1,4 +1,4 @@
-//! Listening to a store, and waiting for what it says.
+//! Records the change events of a store, and waits for them.
 
 use std::{
     pin::Pin,
@@ -8,29 +8,33 @@ use std::{
 
 use futures_util::Stream;
 use tokio::task::JoinHandle;
-use tower_api_key::{Authenticator, Change, ChangeStream, FeedStatus};
+use tower_api_key::{
+    Authenticator,
+    store::{Change, ChangeStream, FeedStatus},
+};
 
-/// What a feed has said since somebody last looked.
-pub struct Heard {
+/// The change events of a feed since they were last taken.
+pub struct FeedRecorder {
     changes: Arc<Mutex<Vec<Change>>>,
     synced: Arc<Mutex<Option<SystemTime>>>,
     status: Arc<Mutex<Option<FeedStatus>>>,
     task: JoinHandle<()>,
 }
 
-impl Heard {
+impl FeedRecorder {
     pub fn listen(mut stream: ChangeStream) -> Self {
         assert!(stream.has_feed() && stream.is_complete());
         let (changes, synced) = (Arc::<Mutex<Vec<_>>>::default(), Arc::<Mutex<_>>::default());
         let status = Arc::<Mutex<_>>::default();
-        let (said, as_of, at) = (Arc::clone(&changes), Arc::clone(&synced), Arc::clone(&status));
+        let (recorded, as_of, at) =
+            (Arc::clone(&changes), Arc::clone(&synced), Arc::clone(&status));
         let task = tokio::spawn(async move {
             loop {
                 match std::future::poll_fn(|cx| Pin::new(&mut stream).poll_next(cx)).await {
                     Some(Change::Synced(time)) => *as_of.lock().unwrap() = Some(time),
-                    // Not a change, but how the feed stands.
+                    // Not a change, but the status of the feed.
                     Some(Change::Status(status)) => *at.lock().unwrap() = Some(status),
-                    Some(change) => said.lock().unwrap().push(change),
+                    Some(change) => recorded.lock().unwrap().push(change),
                     None => return,
                 }
             }
@@ -38,7 +42,7 @@ impl Heard {
         Self { changes, synced, status, task }
     }
 
-    /// What was said of changes that were committed before this was called, and maybe later ones.
+    /// Returns the events of the changes that were committed before this call, and maybe of later ones.
     pub async fn all(&self) -> Vec<Change> {
         let now = SystemTime::now();
         eventually("a sync", async || self.synced.lock().unwrap().is_some_and(|at| at > now)).await;
@@ -50,7 +54,7 @@ impl Heard {
         in_order(&self.all().await)
     }
 
-    /// What is said once there is something, without revisions; not until all is said.
+    /// Returns the first events, without revisions, as soon as there are any.
     pub async fn take(&self) -> Vec<String> {
         eventually("a change", async || !self.changes.lock().unwrap().is_empty()).await;
         // What was committed together comes together, but not at one instant.
@@ -58,18 +62,18 @@ impl Heard {
         in_order(&std::mem::take(&mut *self.changes.lock().unwrap()))
     }
 
-    /// How the feed stands, as it was reported last.
+    /// The status of the feed, as it was reported last.
     pub fn status(&self) -> FeedStatus {
         self.status.lock().unwrap().clone().unwrap_or_default()
     }
 
-    /// What was said so far, without waiting.
+    /// Returns the events so far, without waiting.
     pub fn so_far(&self) -> Vec<Change> {
         self.changes.lock().unwrap().clone()
     }
 }
 
-impl Drop for Heard {
+impl Drop for FeedRecorder {
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -105,7 +109,7 @@ pub async fn within(limit: Duration, what: &str, mut is_so: impl AsyncFnMut() ->
     begun.elapsed()
 }
 
-/// Waits until the node has heard of every change that was there before this was called.
+/// Waits until the node has received every change that was there before this was called.
 pub async fn in_sync(node: &Authenticator) {
     let begun = Instant::now();
     eventually("the node to be in sync", async || {

@@ -1,4 +1,4 @@
-//! Nodes that share a Redis: each a store that counts how often it is asked, and a cache in front of it.
+//! Nodes that share a Redis: each a store that counts how often it is queried, and a cache in front of it.
 
 use std::{
     sync::{
@@ -9,10 +9,23 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use tower_api_key::*;
+use tower_api_key::{
+    Authenticator, Denial, KeyManager, MemoryStore, NewKey, RedisCache, SqliteStore, StoreError,
+    authenticator::AuthenticatorBuilder,
+    backend::RedisCacheBuilder,
+    clock::{Clock, ManualClock},
+    denial::InvalidKey,
+    management::IssuedKey,
+    record::{KeyId, KeyRecord, Revision, User, UserId},
+    redis::{RedisServers, RedisState},
+    store::{
+        Answer, CacheSecret, Change, ChangeStream, KeyPage, KeyRepository, KeyStore, ListKeys,
+        Lookup, StoredKey,
+    },
+};
 
 use super::{
-    door::Told,
+    key_checker::Outcome,
     servers::{Redis, RedisCluster, RedisSentinel},
 };
 
@@ -131,7 +144,7 @@ pub async fn sqlite() -> Keys<SqliteStore> {
     Keys::over(store).await
 }
 
-/// A store that counts how often it is asked, and can be made to misbehave.
+/// A store that counts how often it is queried, and can be made to misbehave.
 #[derive(Clone)]
 pub struct Counting<S> {
     pub store: S,
@@ -187,7 +200,7 @@ impl<S: KeyStore> Counting<S> {
         Self { secret: Secret::Failing(Arc::clone(is_there)), ..self }
     }
 
-    /// How often it was asked since this was last called.
+    /// Number of look-ups since this was last called.
     pub fn take_asked(&self) -> usize {
         self.asked.swap(0, SeqCst)
     }
@@ -279,16 +292,16 @@ impl<S: KeyRepository> KeyRepository for Counting<S> {
     }
 }
 
-/// A node that remembers nothing itself, so that Redis or the store has to answer every time.
+/// A node that caches nothing itself, so that Redis or the store has to answer every time.
 pub struct Node<S: KeyStore> {
     pub cache: RedisCache<Counting<S>>,
-    pub door: Authenticator,
+    pub authenticator: Authenticator,
     pub store: Counting<S>,
 }
 
 impl<S: KeyStore + Clone> Node<S> {
     pub fn new(store: Counting<S>, servers: impl Into<RedisServers>) -> Self {
-        Self::with(store, servers, |cache| cache, |door| door)
+        Self::with(store, servers, |cache| cache, |authenticator| authenticator)
     }
 
     /// With settings, and a time limit that a busy machine does not run into.
@@ -296,25 +309,26 @@ impl<S: KeyStore + Clone> Node<S> {
         store: Counting<S>,
         servers: impl Into<RedisServers>,
         cache: impl FnOnce(RedisCacheBuilder<Counting<S>>) -> RedisCacheBuilder<Counting<S>>,
-        door: impl FnOnce(AuthenticatorBuilder) -> AuthenticatorBuilder,
+        authenticator: impl FnOnce(AuthenticatorBuilder) -> AuthenticatorBuilder,
     ) -> Self {
         let patient = RedisCache::builder(store.clone(), servers).timeout(Duration::from_secs(2));
         let cache = cache(patient).build().unwrap();
-        let door = door(Authenticator::builder(cache.clone()).cache_capacity(0)).build();
-        Self { cache, door, store }
+        let authenticator =
+            authenticator(Authenticator::builder(cache.clone()).cache_capacity(0)).build();
+        Self { cache, authenticator, store }
     }
 
-    /// What the key is told, and how often the store was asked for it.
-    pub async fn try_key(&self, key: &str) -> (Told, usize) {
+    /// The outcome for the key, and the number of look-ups in the store for it.
+    pub async fn try_key(&self, key: &str) -> (Outcome, usize) {
         self.store.take_asked();
-        let told = match self.door.authenticate(key).await {
-            Ok(caller) if caller.user().email == "ada@example.com" => Told::Passes,
+        let outcome = match self.authenticator.authenticate(key).await {
+            Ok(caller) if caller.user().email == "ada@example.com" => Outcome::Passes,
             Ok(caller) => panic!("somebody else: {caller:?}"),
-            Err(Denial::MalformedCredential(reason)) => Told::Malformed(reason),
-            Err(Denial::InvalidKey(reason)) => Told::Invalid(reason),
-            Err(denial) => Told::Status(denial.status().as_u16()),
+            Err(Denial::MalformedCredential(reason)) => Outcome::Malformed(reason),
+            Err(Denial::InvalidKey(reason)) => Outcome::Invalid(reason),
+            Err(denial) => Outcome::Status(denial.status().as_u16()),
         };
-        (told, self.store.take_asked())
+        (outcome, self.store.take_asked())
     }
 
     /// Tries the key until Redis answers in place of the store. It has to pass every time.
@@ -324,25 +338,25 @@ impl<S: KeyStore + Clone> Node<S> {
 
     pub async fn until_hit_within(&self, patience: Duration, key: &str) {
         eventually_within(patience, "Redis answers", async || {
-            let (told, asked) = self.try_key(key).await;
-            assert_eq!(told, Told::Passes);
+            let (outcome, asked) = self.try_key(key).await;
+            assert_eq!(outcome, Outcome::Passes);
             asked == 0
         })
         .await;
     }
 
-    /// Tries the key until it is refused for this. Until then it may pass and nothing else.
-    pub async fn until_refused(&self, key: &str, reason: InvalidKey) {
+    /// Tries the key until it is denied for this. Until then it may pass and nothing else.
+    pub async fn until_denied(&self, key: &str, reason: InvalidKey) {
         eventually("the key is refused", async || match self.try_key(key).await.0 {
-            Told::Passes => false,
-            told => told == Told::Invalid(reason) || panic!("{told:?}"),
+            Outcome::Passes => false,
+            outcome => outcome == Outcome::Invalid(reason) || panic!("{outcome:?}"),
         })
         .await;
     }
 
-    /// The key passes, and the store said so.
+    /// The key passes, by an answer of the store.
     pub async fn asks_the_store(&self, key: &str) {
-        assert_eq!(self.try_key(key).await, (Told::Passes, 1));
+        assert_eq!(self.try_key(key).await, (Outcome::Passes, 1));
     }
 
     pub async fn until_state(&self, state: RedisState) {
@@ -422,8 +436,8 @@ pub fn left_of(redis: &impl Shared, name: &str) -> i64 {
     redis.ask(name, &["PTTL", name]).parse().unwrap()
 }
 
-/// What holds for every kind of Redis: what one node found out answers another, for one command and no
-/// script; and a revoked key stays refused though its entries are put back.
+/// What holds for every kind of Redis: the answer that one node cached serves another, for one command and no
+/// script; and a revoked key stays denied though its entries are put back.
 pub async fn nodes_share_what_they_know(redis: &impl Shared, keys: &Keys<SqliteStore>) {
     let [a, b] = [keys.node(redis), keys.node(redis)];
     let others = [keys.issue().await, keys.issue().await, keys.issue().await, keys.issue().await];
@@ -438,7 +452,7 @@ pub async fn nodes_share_what_they_know(redis: &impl Shared, keys: &Keys<SqliteS
     eventually("twenty hits are twenty commands", async || {
         let before = ["mget", "evalsha", "eval"].map(|name| redis.count(name));
         for _ in 0..20 {
-            assert_eq!(b.try_key(fresh.expose_secret()).await, (Told::Passes, 0));
+            assert_eq!(b.try_key(fresh.expose_secret()).await, (Outcome::Passes, 0));
         }
         let after = ["mget", "evalsha", "eval"].map(|name| redis.count(name));
         assert_eq!(after[0] - before[0], 20);
@@ -450,34 +464,39 @@ pub async fn nodes_share_what_they_know(redis: &impl Shared, keys: &Keys<SqliteS
     both.iter().for_each(|name| keep(redis, name));
     keys.manager.revoke(&fresh.record().id).await.unwrap();
     for node in [&a, &b] {
-        node.until_refused(fresh.expose_secret(), InvalidKey::Revoked).await;
+        node.until_denied(fresh.expose_secret(), InvalidKey::Revoked).await;
     }
     let late = keys.node(redis);
     for _ in 0..5 {
         both.iter().for_each(|name| replay(redis, name));
         for node in [&a, &b, &late] {
-            let told = node.try_key(fresh.expose_secret()).await.0;
-            assert_eq!(told, Told::Invalid(InvalidKey::Revoked));
+            let outcome = node.try_key(fresh.expose_secret()).await.0;
+            assert_eq!(outcome, Outcome::Invalid(InvalidKey::Revoked));
         }
     }
     for key in &others {
-        assert_eq!(b.try_key(key.expose_secret()).await, (Told::Passes, 0));
+        assert_eq!(b.try_key(key.expose_secret()).await, (Outcome::Passes, 0));
     }
     // Random bytes heal.
     let data = data_of(redis, &others[0].record().prefix);
     alter(redis, &data, "string.rep('x', 500)");
-    assert_eq!(a.try_key(others[0].expose_secret()).await, (Told::Passes, 1));
+    assert_eq!(a.try_key(others[0].expose_secret()).await, (Outcome::Passes, 1));
     a.until_hit(others[0].expose_secret()).await;
 }
 
 /// A store without a feed: a change made on one node reaches another through Redis.
-pub async fn nodes_tell_each_other(redis: &impl Shared) {
+pub async fn nodes_notify_each_other(redis: &impl Shared) {
     let keys = Keys::over(MemoryStore::new()).await;
     let node = || {
         let store = Counting::over(keys.store.clone()).without_feed();
         let secret = CacheSecret::new(1, [7; 32]);
         let hour = Duration::from_secs(3600);
-        Node::with(store, redis.servers(), |it| it.secret(secret), |door| door.max_staleness(hour))
+        Node::with(
+            store,
+            redis.servers(),
+            |it| it.secret(secret),
+            |authenticator| authenticator.max_staleness(hour),
+        )
     };
     let [a, b] = [node(), node()];
     for node in [&a, &b] {
@@ -487,7 +506,7 @@ pub async fn nodes_tell_each_other(redis: &impl Shared) {
     assert!(manager.revoke(&keys.record.id).await.unwrap());
     let asked = Instant::now();
     for node in [&a, &b] {
-        node.until_refused(&keys.key, InvalidKey::Revoked).await;
+        node.until_denied(&keys.key, InvalidKey::Revoked).await;
     }
     assert!(asked.elapsed() < Duration::from_millis(1500), "it took {:?}", asked.elapsed());
 }
@@ -507,9 +526,9 @@ where
     let mut tries = 0;
     while !going_on.is_finished() || tries == 0 {
         for key in valid {
-            assert_eq!(node.try_key(key).await.0, Told::Passes);
+            assert_eq!(node.try_key(key).await.0, Outcome::Passes);
         }
-        assert_eq!(node.try_key(revoked).await.0, Told::Invalid(InvalidKey::Revoked));
+        assert_eq!(node.try_key(revoked).await.0, Outcome::Invalid(InvalidKey::Revoked));
         tries += 1;
         tokio::time::sleep(Duration::from_millis(1)).await;
     }

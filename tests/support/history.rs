@@ -8,7 +8,7 @@ use std::{
 
 use tower_api_key::{Authenticator, Denial};
 
-/// What was asked and answered, and what was changed, by one monotonic clock.
+/// What was queried and answered, and what was changed, by one monotonic clock.
 pub struct History {
     start: Instant,
     answers: Mutex<Vec<Answered>>,
@@ -16,10 +16,10 @@ pub struct History {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Said {
+pub enum Reply {
     Accepted,
     /// 401.
-    Refused,
+    Denied,
     /// 503.
     Unavailable,
     /// Anything else.
@@ -32,7 +32,7 @@ pub struct Answered {
     pub key: usize,
     pub began: Duration,
     pub ended: Duration,
-    pub said: Said,
+    pub reply: Reply,
 }
 
 /// A change that makes a key useless for good. It was committed between the two moments.
@@ -66,18 +66,24 @@ impl History {
         self.start.elapsed()
     }
 
-    pub async fn ask(&self, node: usize, with: &Authenticator, key: usize, secret: &str) -> Said {
+    pub async fn ask(&self, node: usize, with: &Authenticator, key: usize, secret: &str) -> Reply {
         let began = self.now();
         let answer = with.authenticate(secret).await;
         let ended = self.now();
-        let said = match answer {
-            Ok(_) => Said::Accepted,
-            Err(Denial::InvalidKey(_)) => Said::Refused,
-            Err(Denial::Unavailable(_)) => Said::Unavailable,
-            Err(other) => Said::Other(other.to_string()),
+        let reply = match answer {
+            Ok(_) => Reply::Accepted,
+            Err(Denial::InvalidKey(_)) => Reply::Denied,
+            Err(Denial::Unavailable(_)) => Reply::Unavailable,
+            Err(other) => Reply::Other(other.to_string()),
         };
-        self.answers.lock().unwrap().push(Answered { node, key, began, ended, said: said.clone() });
-        said
+        self.answers.lock().unwrap().push(Answered {
+            node,
+            key,
+            began,
+            ended,
+            reply: reply.clone(),
+        });
+        reply
     }
 
     /// Adds an answer, to check this checker.
@@ -122,9 +128,9 @@ impl History {
     }
 
     /// How many answers of each kind there are that began in this time.
-    pub fn count(&self, said: &Said, since: Duration, until: Duration) -> usize {
+    pub fn count(&self, reply: &Reply, since: Duration, until: Duration) -> usize {
         let answers = self.answers.lock().unwrap();
-        let counts = |it: &&Answered| it.said == *said && it.began >= since && it.began <= until;
+        let counts = |it: &&Answered| it.reply == *reply && it.began >= since && it.began <= until;
         answers.iter().filter(counts).count()
     }
 
@@ -139,7 +145,8 @@ impl History {
         };
         let mut late = BTreeMap::<usize, Duration>::new();
         for revoke in &*self.revokes.lock().unwrap() {
-            for it in answers.iter().filter(|it| it.key == revoke.key && it.said == Said::Accepted)
+            for it in
+                answers.iter().filter(|it| it.key == revoke.key && it.reply == Reply::Accepted)
             {
                 let after = it.began.saturating_sub(revoke.returned);
                 let latest = late.entry(it.node).or_default();
@@ -164,15 +171,15 @@ fn rule_broken_by(
     if it.ended - it.began > rules.slowest {
         return Some("too slow");
     }
-    match &it.said {
-        Said::Other(_) => Some("neither yes, no nor later"),
-        Said::Unavailable if !(rules.may_be_unavailable)(it) => Some("unavailable without need"),
-        Said::Unavailable => None,
-        Said::Refused => {
+    match &it.reply {
+        Reply::Other(_) => Some("neither yes, no nor later"),
+        Reply::Unavailable if !(rules.may_be_unavailable)(it) => Some("unavailable without need"),
+        Reply::Unavailable => None,
+        Reply::Denied => {
             let is_valid = revoke.is_none_or(|revoke| it.ended < revoke.sent);
             is_valid.then_some("a valid key is refused")
         }
-        Said::Accepted => {
+        Reply::Accepted => {
             let revoke = revoke?;
             let until = (revoke.returned + (rules.bound)(it.node))
                 .min(revoke.returned.max(rules.healed) + rules.connected);

@@ -2,22 +2,22 @@
 #![allow(dead_code, unused_imports, unused_macros, unreachable_pub, missing_docs)]
 
 pub mod alone;
+pub mod auth_outcome;
 pub mod checks;
 pub mod counted;
 pub mod database;
-pub mod door;
 pub mod eventually;
 pub mod every_store;
 pub mod feed;
 pub mod fleet;
 pub mod history;
+pub mod key_checker;
 pub mod log;
 pub mod probe;
 pub mod proxy;
 pub mod scripted;
 pub mod servers;
 pub mod stores;
-pub mod verdict;
 pub mod wire;
 
 use std::convert::Infallible;
@@ -27,8 +27,11 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use tower::{Service, ServiceExt, service_fn};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, IssuedKey, KeyFormat, KeyHash, KeyManager, KeyRecord,
-    KeyRepository, KeyScheme, KeySchemeBuilder, MemoryStore, NewKey, StoredKey, UserId,
+    ApiKeyAuthLayer, AuthContext, KeyManager, KeyScheme, MemoryStore, NewKey,
+    key::{KeyFormat, KeyHash, KeySchemeBuilder},
+    management::IssuedKey,
+    record::{KeyRecord, UserId},
+    store::{KeyRepository, StoredKey},
 };
 
 /// A store with a user and one key of theirs that may do everything.
@@ -148,7 +151,7 @@ pub fn grpc<B>(mut request: Request<B>, content_type: &str) -> Request<B> {
 }
 
 /// The path, or method and path, of an endpoint rule.
-pub fn rule(text: &str) -> tower_api_key::EndpointRule {
+pub fn rule(text: &str) -> tower_api_key::record::EndpointRule {
     text.parse().unwrap()
 }
 

@@ -1,4 +1,4 @@
-//! A network between a client and a server that does what it is told: passes, delays, corrupts, or fails.
+//! A network between a client and a server that the test controls: it passes, delays, corrupts, or fails.
 
 use std::{
     io,
@@ -99,7 +99,7 @@ impl Proxy {
         self.order(Order::Change(Mode::Delay(by)));
     }
 
-    /// Closes all connections and listens no more: who connects is told at once that nobody is there.
+    /// Closes all connections and listens no more: connections are refused at once.
     pub fn refuse(&self) {
         self.order(Order::Change(Mode::Refuse));
     }
@@ -188,7 +188,7 @@ fn listen() -> (Port, Listener) {
     panic!("ten ports were free and then taken");
 }
 
-/// Accepts connections and carries out orders, until it is told to end.
+/// Accepts connections and carries out orders, until it gets the order to end.
 async fn serve(
     listener: Listener,
     port: u16,

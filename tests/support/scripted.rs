@@ -1,4 +1,4 @@
-//! A store whose rows, revisions and feed the test writes, and a node over it whose clock stands still.
+//! A store whose rows, revisions and feed the test writes, and a node over it with a manual clock.
 
 use std::{
     collections::HashMap,
@@ -13,9 +13,12 @@ use futures_util::StreamExt;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tower_api_key::{
-    Answer, Authenticator, AuthenticatorBuilder, Change, ChangeStream, KeyFormat, KeyHash,
-    KeyManager, KeyRecord, KeyScheme, KeyStore, Lookup, ManualClock, MemoryStore, NewKey, Revision,
-    Revisions, StoreError, StoredKey, User, UserId,
+    Authenticator, KeyManager, KeyScheme, MemoryStore, NewKey, StoreError,
+    authenticator::AuthenticatorBuilder,
+    clock::ManualClock,
+    key::{KeyFormat, KeyHash},
+    record::{KeyRecord, Revision, Revisions, User, UserId},
+    store::{Answer, Change, ChangeStream, KeyStore, Lookup, StoredKey},
 };
 
 use super::{eventually::others_make, some_user};
@@ -37,8 +40,8 @@ struct Inner {
     feed: Feed,
     listeners: Mutex<Vec<mpsc::UnboundedSender<Change>>>,
     listened: AtomicUsize,
-    said: AtomicUsize,
-    heard: Arc<AtomicUsize>,
+    sent: AtomicUsize,
+    received: Arc<AtomicUsize>,
 }
 
 #[derive(Clone, Copy)]
@@ -57,7 +60,7 @@ pub struct Issued {
 }
 
 impl Scripted {
-    /// A store with a feed that says what it is told to say.
+    /// A store with a feed that emits the events that the test passes to it.
     pub fn new() -> Self {
         Self::with(Feed::Complete)
     }
@@ -84,8 +87,8 @@ impl Scripted {
             feed,
             listeners: Mutex::default(),
             listened: AtomicUsize::new(0),
-            said: AtomicUsize::new(0),
-            heard: Arc::default(),
+            sent: AtomicUsize::new(0),
+            received: Arc::default(),
         }))
     }
 
@@ -103,7 +106,7 @@ impl Scripted {
         Issued { key, prefix, owner: user.id }
     }
 
-    /// Changes the row of a key, which gets these revisions, and says nothing of it.
+    /// Changes the row of a key, which gets these revisions, and emits no change event.
     pub fn edit(&self, issued: &Issued, key: u64, owner: u64, edit: impl FnOnce(&mut KeyRecord)) {
         let mut rows = self.0.rows.lock().unwrap();
         let row = rows.get_mut(&issued.prefix).expect("the key is there");
@@ -121,18 +124,18 @@ impl Scripted {
         *row = StoredKey::new(row.record().clone(), hash).with_revisions(revisions);
     }
 
-    /// Deletes a key, and says nothing of it.
+    /// Deletes a key, and emits no change event.
     pub fn delete(&self, issued: &Issued, revision: u64) {
         self.0.rows.lock().unwrap().remove(&issued.prefix);
         self.0.gone.lock().unwrap().insert(issued.prefix.clone(), Revision(revision));
     }
 
-    /// How often the store was asked since this was last called.
+    /// Number of look-ups in the store since this was last called.
     pub fn take_asked(&self) -> usize {
         self.0.asked.swap(0, SeqCst)
     }
 
-    /// How often it was asked since [`Scripted::take_asked`].
+    /// Number of look-ups since [`Scripted::take_asked`].
     pub fn asked(&self) -> usize {
         self.0.asked.load(SeqCst)
     }
@@ -176,35 +179,34 @@ impl Scripted {
         others_make(&what, || Arc::strong_count(&self.0.under_way) == look_ups + 1).await;
     }
 
-    /// How often somebody began to listen.
+    /// Number of change streams that were opened.
     pub fn times_listened(&self) -> usize {
         self.0.listened.load(SeqCst)
     }
 
-    /// Waits until somebody listens for the nth time.
+    /// Waits until this number of change streams was opened.
     pub async fn is_listened_to(&self, times: usize) {
         others_make("somebody listens", || self.times_listened() == times).await;
     }
 
-    /// Whether anybody still listens.
+    /// Whether a change stream is still open.
     pub fn has_listeners(&self) -> bool {
         self.0.listeners.lock().unwrap().iter().any(|listener| !listener.is_closed())
     }
 
-    /// Says it on the feed, and waits until everybody who listens has taken it in. They must be on this
-    /// very thread.
-    pub async fn say(&self, change: Change) {
+    /// Emits the change, and waits until every listener has taken it. Listeners must be on this thread.
+    pub async fn emit(&self, change: Change) {
         {
             let listeners = self.0.listeners.lock().unwrap();
-            let heard = listeners.iter().filter(|to| to.send(change.clone()).is_ok()).count();
-            assert!(heard > 0, "nobody listens");
-            self.0.said.fetch_add(heard, SeqCst);
+            let received = listeners.iter().filter(|to| to.send(change.clone()).is_ok()).count();
+            assert!(received > 0, "nobody listens");
+            self.0.sent.fetch_add(received, SeqCst);
         }
-        let is_heard = || self.0.heard.load(SeqCst) == self.0.said.load(SeqCst);
-        others_make("the change is heard", is_heard).await;
+        let is_received = || self.0.received.load(SeqCst) == self.0.sent.load(SeqCst);
+        others_make("the change is heard", is_received).await;
     }
 
-    /// Ends the feed of everybody who listens.
+    /// Ends all change streams.
     pub fn end_feed(&self) {
         self.0.listeners.lock().unwrap().clear();
     }
@@ -230,9 +232,9 @@ impl KeyStore for Scripted {
         self.0.listened.fetch_add(1, SeqCst);
         let (sender, receiver) = mpsc::unbounded_channel();
         self.0.listeners.lock().unwrap().push(sender);
-        let heard = Arc::clone(&self.0.heard);
+        let received = Arc::clone(&self.0.received);
         let count = move |_: &Change| {
-            heard.fetch_add(1, SeqCst);
+            received.fetch_add(1, SeqCst);
         };
         let changes = UnboundedReceiverStream::new(receiver).inspect(count);
         match self.0.feed {
@@ -243,7 +245,7 @@ impl KeyStore for Scripted {
     }
 }
 
-/// An authenticator over a [`Scripted`] store, with a clock that stands still unless told otherwise.
+/// An authenticator over a [`Scripted`] store, with a manual clock.
 pub struct Node {
     pub clock: Arc<ManualClock>,
     pub store: Scripted,
@@ -266,7 +268,7 @@ impl Node {
         Self { clock, store, authenticator: settings(builder).build() }
     }
 
-    /// The status that a request with this key is answered with, and how often the store was asked.
+    /// The status that a request with this key is answered with, and the number of look-ups in the store.
     pub async fn ask(&self, key: &str) -> (u16, usize) {
         let status = status(&self.authenticator, key).await;
         // It may have begun one and not waited for it.
@@ -275,13 +277,13 @@ impl Node {
         (status, self.store.take_asked())
     }
 
-    /// Says that every change up to now has been said.
+    /// Emits that every change up to now was reported.
     pub async fn sync(&self) {
-        self.store.say(Change::Synced(self.now())).await;
+        self.store.emit(Change::Synced(self.now())).await;
     }
 
     pub fn now(&self) -> SystemTime {
-        tower_api_key::Clock::now(&*self.clock)
+        tower_api_key::clock::Clock::now(&*self.clock)
     }
 
     pub fn seconds(&self, seconds: u64) {

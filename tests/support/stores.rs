@@ -4,7 +4,9 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::Semaphore;
 use tower_api_key::{
-    Answer, Authenticator, Denial, KeyRecord, KeyScheme, KeyStore, Lookup, MemoryStore, StoreError,
+    Authenticator, Denial, KeyScheme, MemoryStore, StoreError,
+    record::KeyRecord,
+    store::{Answer, KeyStore, Lookup},
 };
 
 use super::eventually::others_make;
@@ -83,7 +85,7 @@ impl KeyStore for Held {
     }
 }
 
-/// Keeps what it is asked.
+/// Keeps the look-up that it receives.
 #[derive(Clone, Default)]
 struct Listening(Arc<Mutex<Option<Lookup>>>);
 
@@ -98,7 +100,7 @@ impl KeyStore for Listening {
 /// a store by hand: a look-up of an authenticator can't be dropped from outside.
 pub async fn question(key: &str) -> Lookup {
     let store = Listening::default();
-    let told = Authenticator::builder(store.clone()).scheme(KeyScheme::default()).build();
-    assert!(matches!(told.authenticate(key).await, Err(Denial::InvalidKey(_))));
+    let authenticator = Authenticator::builder(store.clone()).scheme(KeyScheme::default()).build();
+    assert!(matches!(authenticator.authenticate(key).await, Err(Denial::InvalidKey(_))));
     store.0.lock().unwrap().take().expect("the key has a format of the scheme")
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::row::{Fault, Row, RowParts, fault};
 use crate::record::KeyRecord;
 
-/// A column of `api_keys` that is part of a [`StoredKey`](crate::StoredKey).
+/// A column of `api_keys` that is part of a [`StoredKey`](crate::store::StoredKey).
 pub(in crate::backend) struct KeyColumn {
     pub(in crate::backend) name: &'static str,
     pub(in crate::backend) kind: ColumnKind,

@@ -7,14 +7,16 @@ use tower_layer::Layer;
 use super::service::{FollowUp, Guard, Rule, RuleDecision};
 use crate::{context::AuthContext, middleware::credential::RequestHead};
 
-/// Charges a fixed cost for each request, within the key's budget. A request that exceeds the budget is answered with
-/// 429 and the time at which the period ends (gRPC: `RESOURCE_EXHAUSTED`). Use it behind an
-/// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer). A service whose cost depends on the work calls
-/// [`AuthContext::reserve`] instead. Requests that the auth layer lets through without a key pass and cost nothing.
+/// Charges a fixed cost for each request, within the key's budget.
+///
+/// A request that exceeds the budget is answered with 429 and the time at which the period ends (gRPC:
+/// `RESOURCE_EXHAUSTED`). Use it behind an [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer). A service whose cost depends on
+/// the work calls [`AuthContext::reserve`] instead. Requests that the auth layer lets through without a key pass and
+/// cost nothing.
 ///
 /// ```
 /// use tower::ServiceBuilder;
-/// use tower_api_key::{ApiKeyAuthLayer, BudgetLayer, MemoryStore};
+/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, middleware::BudgetLayer};
 ///
 /// // 200,000 micro-cents are a fifth of a cent.
 /// let service = ServiceBuilder::new()

@@ -14,15 +14,17 @@ use crate::{
     record::{KeyId, Quota, RateLimits},
 };
 
-/// Enforces the rate limits in the request's [`AuthContext`]. A request that exceeds a limit is answered with 429 and
-/// `Retry-After` (gRPC: `RESOURCE_EXHAUSTED`). The response fields `RateLimit` and `RateLimit-Policy` contain the
+/// Enforces the rate limits of the request's key.
+///
+/// A request that exceeds a limit in its [`AuthContext`] is answered with 429 and `Retry-After` (gRPC:
+/// `RESOURCE_EXHAUSTED`). The response fields `RateLimit` and `RateLimit-Policy` contain the
 /// remaining requests (draft-ietf-httpapi-ratelimit-headers-10). Use it behind an
 /// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer). Requests pass if their key is unlimited or has no limits, or if the
 /// auth layer lets them through without a key.
 ///
 /// ```
 /// use tower::ServiceBuilder;
-/// use tower_api_key::{ApiKeyAuthLayer, LocalRateLimiter, MemoryStore, RateLimitLayer};
+/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, RateLimitLayer, rate_limit::LocalRateLimiter};
 ///
 /// let service = ServiceBuilder::new()
 ///     .layer(ApiKeyAuthLayer::new(MemoryStore::new()))

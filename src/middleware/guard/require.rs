@@ -7,8 +7,10 @@ use tower_layer::Layer;
 use super::service::{FollowUp, Guard, Rule, RuleDecision};
 use crate::{context::AuthContext, denial::Denial, middleware::credential::RequestHead};
 
-/// Lets requests through whose key meets the requirement, and answers the others with 403. Use it behind an
-/// [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer): around a router, a route, or a tonic service.
+/// Lets requests through whose key meets the requirement, and answers the others with 403.
+///
+/// Use it behind an [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer): around a router, a route, or a tonic service. A request
+/// without a key is answered with 401.
 ///
 /// ```
 /// use tower::ServiceBuilder;
@@ -61,7 +63,7 @@ impl RequireLayer {
     /// Requires a custom rule.
     ///
     /// ```
-    /// use tower_api_key::{Forbidden, RequireLayer};
+    /// use tower_api_key::{RequireLayer, denial::Forbidden};
     ///
     /// let own_tenant = RequireLayer::new(|caller, head| {
     ///     let tenant = caller.metadata()["tenant"].as_str().unwrap_or_default();

@@ -28,9 +28,11 @@ use crate::{
 };
 
 /// Service of a [`RequireLayer`](crate::RequireLayer), a [`RateLimitLayer`](crate::RateLimitLayer) or a
-/// [`BudgetLayer`](crate::BudgetLayer). It applies its rule to the request's [`AuthContext`], and either returns the
-/// response to the [`Denial`] or calls the inner service. An [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) is required
-/// around it, and formats the responses to its denials.
+/// [`BudgetLayer`](crate::middleware::BudgetLayer).
+///
+/// It applies its rule to the request's [`AuthContext`], and either
+/// returns the response to the [`Denial`] or calls the inner service. An [`ApiKeyAuthLayer`](crate::ApiKeyAuthLayer) is
+/// required around it, and formats the responses to its denials.
 #[derive(Clone)]
 pub struct Guard<S> {
     inner: S,

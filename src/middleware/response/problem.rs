@@ -47,7 +47,7 @@ struct OpenAiBody {
 /// exceptions. For [`on_denial`](crate::ApiKeyAuthLayer::on_denial).
 ///
 /// ```
-/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, openai_error};
+/// use tower_api_key::{ApiKeyAuthLayer, MemoryStore, middleware::openai_error};
 ///
 /// let layer = ApiKeyAuthLayer::new(MemoryStore::new()).on_denial(openai_error);
 /// ```

@@ -21,8 +21,10 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_web::{GrpcWebClientLayer, GrpcWebClientService, GrpcWebLayer};
 use tower::ServiceBuilder;
 use tower_api_key::{
-    Answer, ApiKeyAuthLayer, KeyStore, LocalRateLimiter, Lookup, MemoryStore, RateLimitLayer,
-    RateLimits, RequireLayer, StoreError,
+    ApiKeyAuthLayer, MemoryStore, RateLimitLayer, RequireLayer, StoreError,
+    rate_limit::LocalRateLimiter,
+    record::RateLimits,
+    store::{Answer, KeyStore, Lookup},
 };
 
 use super::programs::{in_crate, is_there, lines};

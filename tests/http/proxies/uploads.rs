@@ -7,7 +7,9 @@ use serde_json::Value;
 use tempfile::NamedTempFile;
 use tokio::process::Command;
 use tower::ServiceBuilder;
-use tower_api_key::{LocalRateLimiter, RateLimitLayer, RateLimits, RequireLayer};
+use tower_api_key::{
+    RateLimitLayer, RequireLayer, rate_limit::LocalRateLimiter, record::RateLimits,
+};
 
 use super::programs::{in_crate, is_there, lines, python};
 use crate::support::{Fixture, fixture, servers::Nginx, unknown_key, wire::serve};

@@ -42,7 +42,7 @@ impl Server {
         self.folder.path()
     }
 
-    /// A file that the server owns and that nobody else may read: servers refuse keys that others may read.
+    /// A file that the server owns and that nobody else may read: servers reject keys that others may read.
     pub(super) fn write_file(&self, name: &str, content: &str) -> PathBuf {
         let path = self.folder().join(name);
         fs::write(&path, content).unwrap();
@@ -137,7 +137,7 @@ pub(super) fn send_signal(signal: &str, process: u32) {
 /// How long a server may take to start or to stop.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// What the system says about a process.
+/// The state of a process.
 pub(super) struct Stat {
     pub(super) state: String,
     pub(super) parent: u32,
@@ -195,7 +195,7 @@ pub(super) fn on_free_ports<T, E: Display>(start: impl Fn() -> Result<T, E>) -> 
     panic!("ten ports were free and then taken");
 }
 
-/// PostgreSQL refuses to run as root; as root, all the servers run as `nobody`.
+/// PostgreSQL does not run as root; as root, all the servers run as `nobody`.
 pub(super) fn unprivileged(program: &Path) -> Command {
     let mut command = Command::new(program);
     if let Some((user, group)) = other_user() {

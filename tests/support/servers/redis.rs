@@ -32,7 +32,7 @@ impl Redis {
     }
 
     /// A server that speaks TLS on its port, given certificate, key and authority in PEM. A client needs no
-    /// certificate; one that shows another authority's is refused.
+    /// certificate; one that shows another authority's is rejected.
     pub fn with_tls(certificate: &str, key: &str, authority: &str) -> Self {
         let files = [
             ("tls-cert-file", certificate),

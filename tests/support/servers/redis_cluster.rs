@@ -111,7 +111,7 @@ impl RedisCluster {
         self.master_of(key).command(words)
     }
 
-    /// Kills the master that serves a key, and says which port was its. `wait_until_ok` waits for its replica
+    /// Kills the master that serves a key, and returns its port. `wait_until_ok` waits for its replica
     /// to take over.
     pub fn kill_master_of(&mut self, key: &str) -> u16 {
         let index = self.index_of_master(key);

@@ -60,15 +60,15 @@ impl RedisSentinel {
         self.master().command(words)
     }
 
-    /// Kills the master and says which port was its.
+    /// Kills the master and returns its port.
     pub fn kill_master(&mut self) -> u16 {
         let index = self.index_of_master();
         self.nodes[index].kill();
         *self.lost.insert(self.nodes[index].port())
     }
 
-    /// Stops the master in its tracks and says which port is its. Once thawed, it takes itself for the master
-    /// until the sentinels tell it otherwise.
+    /// Stops the master in its tracks and returns its port. Once thawed, it takes itself for the master
+    /// until the sentinels replace it.
     pub fn freeze_master(&mut self) -> u16 {
         let index = self.index_of_master();
         self.nodes[index].freeze();

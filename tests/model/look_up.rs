@@ -1,4 +1,4 @@
-//! A flight: one look-up under way, from Redis through the database to those who wait for it.
+//! A look-up under way, from Redis through the database to those who wait for it.
 
 use crate::database::{Answer, Database, Revisions, Tick};
 use crate::node::{Generation, Known, LocalEntry, Moment, Node};
@@ -15,14 +15,14 @@ pub(crate) enum Origin {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Stage {
-    AskRedis,
-    /// `older` is what Redis has said, too old while the database answers.
-    AskDatabase {
+    QueryRedis,
+    /// `older` is the answer of Redis, too old while the database answers.
+    QueryDatabase {
         older: Option<Answer>,
     },
     /// The database has been read, its answer is on the way.
-    Heard(Answer),
-    /// Checked against floor and age, and about to go to all who wait.
+    Read(Answer),
+    /// Checked against minimum revision and age, and about to go to all who wait.
     Checked {
         answer: Answer,
         origin: Origin,
@@ -30,17 +30,17 @@ pub(crate) enum Stage {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct Flight {
+pub(crate) struct LookUp {
     /// The bucket's, before anything was read.
     pub(crate) generation: Generation,
     pub(crate) began: Tick,
     pub(crate) stage: Stage,
-    /// Not known to the flight: what the node had processed when the last of those who wait for
+    /// Not known to the look-up: what the node had processed when the last of those who wait for
     /// it arrived. The properties look at it.
-    pub(crate) waiters_know: Known,
+    pub(crate) known_to_waiters: Known,
 }
 
-/// Which flight of a node for a key takes a step.
+/// Which look-up of a node for a key takes a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lane {
     Joinable,
@@ -48,7 +48,7 @@ pub(crate) enum Lane {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum FlightStep {
+pub(crate) enum LookUpStep {
     ReadRedis,
     /// Also what a node that is cut off from Redis sees.
     RedisTimesOut,
@@ -59,94 +59,98 @@ pub(crate) enum FlightStep {
     Deliver,
 }
 
-impl Flight {
+impl LookUp {
     pub(crate) fn is_checked(&self) -> bool {
         matches!(self.stage, Stage::Checked { .. })
     }
 }
 
 impl Stage {
-    pub(crate) fn steps(self) -> &'static [FlightStep] {
+    pub(crate) fn steps(self) -> &'static [LookUpStep] {
         match self {
-            Stage::AskRedis => &[FlightStep::ReadRedis, FlightStep::RedisTimesOut],
-            Stage::AskDatabase { .. } => &[FlightStep::ReadDatabase, FlightStep::DatabaseFails],
-            Stage::Heard(_) => &[FlightStep::Check],
-            Stage::Checked { .. } => &[FlightStep::Deliver],
+            Stage::QueryRedis => &[LookUpStep::ReadRedis, LookUpStep::RedisTimesOut],
+            Stage::QueryDatabase { .. } => &[LookUpStep::ReadDatabase, LookUpStep::DatabaseFails],
+            Stage::Read(_) => &[LookUpStep::Check],
+            Stage::Checked { .. } => &[LookUpStep::Deliver],
         }
     }
 }
 
 impl Node {
-    /// Whether a request that arrives now would wait for the flight that is under way.
+    /// Whether a request that arrives now would wait for the look-up that is under way.
     pub(crate) fn joins(&self, key: usize, moment: Moment<'_>) -> bool {
-        let unchecked = !moment.has(Mechanism::FlightCheck);
-        self.flights[key].is_some_and(|f| unchecked || f.generation == self.generation())
+        let unchecked = !moment.has(Mechanism::LookUpCheck);
+        self.look_ups[key].is_some_and(|f| unchecked || f.generation == self.generation())
     }
 
-    /// A request that is no hit: joins the flight, or leaves it and starts another.
-    pub(crate) fn ask(&mut self, key: usize, moment: Moment<'_>) {
+    /// A request that is no hit: joins the look-up, or leaves it and starts another.
+    pub(crate) fn request(&mut self, key: usize, moment: Moment<'_>) {
         let knows = self.knows(key);
         if self.joins(key, moment) {
-            if let Some(flight) = &mut self.flights[key] {
-                flight.waiters_know = knows;
+            if let Some(look_up) = &mut self.look_ups[key] {
+                look_up.known_to_waiters = knows;
             }
             return;
         }
         let goes_on = moment.setup.detail == Detail::Fine;
-        self.left[key] = self.flights[key].take().filter(|_| goes_on);
+        self.left[key] = self.look_ups[key].take().filter(|_| goes_on);
         let trusts_redis = self.caught_up;
-        self.flights[key] = Some(Flight {
+        self.look_ups[key] = Some(LookUp {
             generation: self.generation(),
             began: moment.now,
-            stage: if trusts_redis { Stage::AskRedis } else { Stage::AskDatabase { older: None } },
-            waiters_know: knows,
+            stage: if trusts_redis {
+                Stage::QueryRedis
+            } else {
+                Stage::QueryDatabase { older: None }
+            },
+            known_to_waiters: knows,
         });
     }
 
-    pub(crate) fn flight(&self, key: usize, lane: Lane) -> Option<Flight> {
+    pub(crate) fn look_up(&self, key: usize, lane: Lane) -> Option<LookUp> {
         match lane {
-            Lane::Joinable => self.flights[key],
+            Lane::Joinable => self.look_ups[key],
             Lane::Left => self.left[key],
         }
     }
 
-    fn set_flight(&mut self, key: usize, lane: Lane, flight: Option<Flight>) {
+    fn set_look_up(&mut self, key: usize, lane: Lane, look_up: Option<LookUp>) {
         match lane {
-            Lane::Joinable => self.flights[key] = flight,
-            Lane::Left => self.left[key] = flight,
+            Lane::Joinable => self.look_ups[key] = look_up,
+            Lane::Left => self.left[key] = look_up,
         }
     }
 
-    /// Moves a flight on. Returns what it has to fill into Redis, once it is through.
+    /// Moves a look-up on. Returns what it has to fill into Redis, once it is through.
     pub(crate) fn step(
         &mut self,
         (key, lane): (usize, Lane),
-        step: FlightStep,
+        step: LookUpStep,
         (database, redis): (&Database, &Redis),
         moment: Moment<'_>,
     ) -> Option<Answer> {
-        let flight = self.flight(key, lane)?;
-        let next = match (flight.stage, step) {
-            (Stage::AskRedis, FlightStep::ReadRedis) => {
+        let look_up = self.look_up(key, lane)?;
+        let next = match (look_up.stage, step) {
+            (Stage::QueryRedis, LookUpStep::ReadRedis) => {
                 Some(self.after_redis(key, redis.entries[key], moment))
             }
-            (Stage::AskRedis, _) => Some(Stage::AskDatabase { older: None }),
-            (Stage::AskDatabase { .. }, FlightStep::ReadDatabase) => {
-                Some(Stage::Heard(database.read(key, moment.now)))
+            (Stage::QueryRedis, _) => Some(Stage::QueryDatabase { older: None }),
+            (Stage::QueryDatabase { .. }, LookUpStep::ReadDatabase) => {
+                Some(Stage::Read(database.read(key, moment.now)))
             }
-            (Stage::AskDatabase { older }, _) => self.older_answer(key, older, moment),
-            (Stage::Heard(answer), _) => Some(self.after_database(key, answer, moment)),
+            (Stage::QueryDatabase { older }, _) => self.older_answer(key, older, moment),
+            (Stage::Read(answer), _) => Some(self.after_database(key, answer, moment)),
             (Stage::Checked { .. }, _) => None,
         };
-        self.set_flight(key, lane, next.map(|stage| Flight { stage, ..flight }));
-        match flight.stage {
-            Stage::Checked { answer, origin } => self.deliver(key, flight, answer, origin, moment),
+        self.set_look_up(key, lane, next.map(|stage| LookUp { stage, ..look_up }));
+        match look_up.stage {
+            Stage::Checked { answer, origin } => self.deliver(key, look_up, answer, origin, moment),
             _ => None,
         }
     }
 
-    /// Takes Redis at its word only above the floor. A tombstone is a change that the feed may
-    /// not have brought yet, so it raises the floor.
+    /// Uses an entry of Redis only above the minimum revision. A tombstone is a change that the feed may
+    /// not have brought yet, so it raises the minimum revision.
     fn after_redis(&mut self, key: usize, entry: Entry, moment: Moment<'_>) -> Stage {
         let answer = match entry {
             Entry::Data(answer)
@@ -155,29 +159,29 @@ impl Node {
                 answer
             }
             Entry::Tombstone(revisions, at) if self.is_from_after_reset(at) => {
-                self.floor.raise_to(key, told_by_tombstone(revisions, moment));
-                return Stage::AskDatabase { older: None };
+                self.minimum.raise_to(key, revisions_of_tombstone(revisions, moment));
+                return Stage::QueryDatabase { older: None };
             }
             Entry::Data(_) | Entry::Tombstone(..) | Entry::Empty => {
-                return Stage::AskDatabase { older: None };
+                return Stage::QueryDatabase { older: None };
             }
         };
-        if !self.is_above_floor(key, answer, moment) {
-            Stage::AskDatabase { older: None }
+        if !self.is_above_minimum(key, answer, moment) {
+            Stage::QueryDatabase { older: None }
         } else if self.is_fresh(answer, moment) {
             Stage::Checked { answer, origin: Origin::Redis }
         } else {
-            Stage::AskDatabase { older: Some(answer) }
+            Stage::QueryDatabase { older: Some(answer) }
         }
     }
 
     /// A change may have been processed while the answer was on the way: then the database is
     /// asked again.
     fn after_database(&self, key: usize, answer: Answer, moment: Moment<'_>) -> Stage {
-        if self.is_above_floor(key, answer, moment) && self.is_fresh(answer, moment) {
+        if self.is_above_minimum(key, answer, moment) && self.is_fresh(answer, moment) {
             Stage::Checked { answer, origin: Origin::Database }
         } else {
-            Stage::AskDatabase { older: None }
+            Stage::QueryDatabase { older: None }
         }
     }
 
@@ -185,7 +189,7 @@ impl Node {
     fn older_answer(&self, key: usize, older: Option<Answer>, moment: Moment<'_>) -> Option<Stage> {
         let local = self.live_entry(key, moment).map(|entry| entry.answer);
         let allowed = |answer: &Answer| {
-            self.is_above_floor(key, *answer, moment)
+            self.is_above_minimum(key, *answer, moment)
                 && self.is_fresh_enough_in_outage(*answer, moment)
         };
         let after_reset = |answer: &Answer| {
@@ -201,7 +205,7 @@ impl Node {
     fn deliver(
         &mut self,
         key: usize,
-        flight: Flight,
+        look_up: LookUp,
         answer: Answer,
         origin: Origin,
         moment: Moment<'_>,
@@ -210,14 +214,14 @@ impl Node {
             return None;
         }
         let before = moment.has(Mechanism::GenerationBeforeRead);
-        let generation = if before { flight.generation } else { self.generation() };
+        let generation = if before { look_up.generation } else { self.generation() };
         self.local[key] = Some(LocalEntry { answer, generation });
         self.drop_dead_entries(moment);
         (origin == Origin::Database).then_some(answer)
     }
 }
 
-fn told_by_tombstone(revisions: Revisions, moment: Moment<'_>) -> Revisions {
+fn revisions_of_tombstone(revisions: Revisions, moment: Moment<'_>) -> Revisions {
     if moment.has(Mechanism::TombstoneOfSubject) {
         revisions
     } else {

@@ -1,23 +1,26 @@
-//! A scheme with a store that counts its look-ups, and what a key is told there.
+//! A scheme over a store that counts look-ups, and the outcomes for its keys.
 
 use tower_api_key::{
-    Authenticator, Denial, InvalidKey, KeyFormat, KeyManager, KeyRecord, KeyRepository, KeyScheme,
-    KeySchemeBuilder, MalformedCredential, MemoryStore, NewKey, StoredKey, User, UserId,
+    Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey,
+    denial::{InvalidKey, MalformedCredential},
+    key::{KeyFormat, KeySchemeBuilder},
+    record::{KeyRecord, User, UserId},
+    store::{KeyRepository, StoredKey},
 };
 
 use super::{counted::Counted, some_user};
 
-/// What a key is told.
+/// The outcome for a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Told {
+pub enum Outcome {
     Passes,
     Malformed(MalformedCredential),
     Invalid(InvalidKey),
-    /// Another refusal, by its status.
+    /// Another denial, by its status.
     Status(u16),
 }
 
-pub struct Door {
+pub struct KeyChecker {
     pub scheme: KeyScheme,
     pub keys: MemoryStore,
     pub user: UserId,
@@ -25,8 +28,8 @@ pub struct Door {
     authenticator: Authenticator,
 }
 
-impl Door {
-    /// A door for keys of `scheme`, with the keys of one user behind it.
+impl KeyChecker {
+    /// A checker for keys of `scheme`, with the keys of one user behind it.
     pub async fn new(scheme: KeySchemeBuilder) -> Self {
         let keys = MemoryStore::new();
         let user = some_user(keys.clone()).await;
@@ -36,13 +39,13 @@ impl Door {
     fn over(scheme: KeySchemeBuilder, keys: MemoryStore, user: UserId) -> Self {
         let scheme = scheme.build().unwrap();
         let store = Counted::over(keys.clone());
-        // Nothing is remembered, so that each key reaches the store as often as it is tried.
+        // Nothing is cached, so that each key reaches the store as often as it is tried.
         let authenticator = Authenticator::builder(store.clone());
         let authenticator = authenticator.scheme(scheme.clone()).cache_capacity(0).build();
         Self { scheme, keys, user, store, authenticator }
     }
 
-    /// Another door to the same keys.
+    /// Another checker to the same keys.
     pub fn beside(&self, scheme: KeySchemeBuilder) -> Self {
         Self::over(scheme, self.keys.clone(), self.user.clone())
     }
@@ -60,16 +63,16 @@ impl Door {
         self.keys.insert_key(&key).await.unwrap();
     }
 
-    /// Tries a key, and says how often the store was asked for it.
-    pub async fn try_key(&self, key: &str) -> (Told, usize) {
-        let told = match self.authenticator.authenticate(key).await {
-            Ok(caller) if caller.user().email == "ada@example.com" => Told::Passes,
+    /// Tries a key. Returns the outcome and the number of look-ups in the store for it.
+    pub async fn try_key(&self, key: &str) -> (Outcome, usize) {
+        let outcome = match self.authenticator.authenticate(key).await {
+            Ok(caller) if caller.user().email == "ada@example.com" => Outcome::Passes,
             Ok(caller) => panic!("somebody else: {caller:?}"),
-            Err(Denial::MalformedCredential(reason)) => Told::Malformed(reason),
-            Err(Denial::InvalidKey(reason)) => Told::Invalid(reason),
-            Err(denial) => Told::Status(denial.status().as_u16()),
+            Err(Denial::MalformedCredential(reason)) => Outcome::Malformed(reason),
+            Err(Denial::InvalidKey(reason)) => Outcome::Invalid(reason),
+            Err(denial) => Outcome::Status(denial.status().as_u16()),
         };
-        (told, self.store.take_asked())
+        (outcome, self.store.take_asked())
     }
 }
 

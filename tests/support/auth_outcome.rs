@@ -1,12 +1,12 @@
-//! What a request is told, in one word, and tables of requests.
+//! The outcome of a request in one word, and tables of requests.
 
 use tower_api_key::ApiKeyAuthLayer;
 
 use super::{Answer, Fixture, get, send};
 
-/// What a caller is told, by status and challenge together.
+/// The outcome for a caller, by status and challenge together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
+pub enum AuthOutcome {
     /// 200 with the owner's e-mail address.
     Passes,
     /// 200 without a caller.
@@ -18,9 +18,9 @@ pub enum Verdict {
     /// 401 `invalid_token`.
     InvalidToken,
 }
-pub use Verdict::{Anonymous, InvalidRequest, InvalidToken, NoCredential, Passes};
+pub use AuthOutcome::{Anonymous, InvalidRequest, InvalidToken, NoCredential, Passes};
 
-pub fn verdict(answer: &Answer) -> Verdict {
+pub fn auth_outcome(answer: &Answer) -> AuthOutcome {
     match (answer.status(), answer.header("www-authenticate")) {
         (200, None) if answer.body == "ada@example.com" => Passes,
         (200, None) if answer.body == "-" => Anonymous,
@@ -34,15 +34,15 @@ pub fn verdict(answer: &Answer) -> Verdict {
 /// Header fields in which `KEY` stands for the valid key, `OTHER` for a valid key of the same user.
 pub type Fields = &'static [(&'static str, &'static str)];
 
-/// Sends each of the requests, and checks what it is told.
-pub async fn check(layer: &ApiKeyAuthLayer, setting: &Fixture, table: &[(Fields, Verdict)]) {
+/// Sends each of the requests, and checks the outcome.
+pub async fn check(layer: &ApiKeyAuthLayer, setting: &Fixture, table: &[(Fields, AuthOutcome)]) {
     let other = setting.issue(|new| new).await;
     for (fields, expected) in table {
         let spell =
             |text: &str| text.replace("OTHER", other.expose_secret()).replace("KEY", &setting.key);
         let fields: Vec<_> = fields.iter().map(|(name, value)| (*name, spell(value))).collect();
         let request: Vec<_> = fields.iter().map(|(name, v)| (*name, v.as_bytes())).collect();
-        assert_eq!(verdict(&send(layer, get(&request)).await), *expected, "{fields:?}");
+        assert_eq!(auth_outcome(&send(layer, get(&request)).await), *expected, "{fields:?}");
     }
 }
 

@@ -9,7 +9,13 @@ use tokio::{
     task::JoinHandle,
 };
 use tower::Layer;
-use tower_api_key::*;
+use tower_api_key::{
+    ApiKeyAuthLayer, Authenticator, Denial, StoreError,
+    denial::InvalidKey,
+    error::StoreErrorKind,
+    record::{Revision, UserId},
+    store::Change,
+};
 
 use crate::support::{
     self, bearer,
@@ -23,27 +29,27 @@ use crate::support::{
 };
 
 /// The name of the key that a request is let in with, or why it is not.
-type Told = JoinHandle<Result<String, Denial>>;
+type Pending = JoinHandle<Result<String, Denial>>;
 
 /// A request on a task of its own, which has begun.
-async fn begin(authenticator: &Authenticator, key: &str) -> Told {
+async fn begin(authenticator: &Authenticator, key: &str) -> Pending {
     let (authenticator, key) = (authenticator.clone(), key.to_owned());
     let (begun, has_begun) = tokio::sync::oneshot::channel();
     let request = tokio::spawn(async move {
         let mut request = Box::pin(authenticator.authenticate(&key));
         let first = poll(&mut request);
         begun.send(()).unwrap();
-        let told = match first {
-            std::task::Poll::Ready(told) => told,
+        let answer_of = match first {
+            std::task::Poll::Ready(answer_of) => answer_of,
             std::task::Poll::Pending => request.await,
         };
-        told.map(|caller| caller.key().name.clone())
+        answer_of.map(|caller| caller.key().name.clone())
     });
     has_begun.await.unwrap();
     request
 }
 
-async fn told(request: Told) -> Result<String, Denial> {
+async fn answer_of(request: Pending) -> Result<String, Denial> {
     request.await.expect("the request does not panic")
 }
 
@@ -51,8 +57,8 @@ fn named(issued: &Issued, node: &Node, revision: u64, name: &str) {
     node.store.edit(issued, revision, revision, |record| record.name = name.into());
 }
 
-fn unavailable(told: Result<String, Denial>) -> StoreError {
-    match told {
+fn unavailable(answer_of: Result<String, Denial>) -> StoreError {
+    match answer_of {
         Err(Denial::Unavailable(error)) => error,
         other => panic!("{other:?}"),
     }
@@ -71,7 +77,7 @@ async fn a_thousand_requests_at_once_for_one_cold_key_are_one_look_up() {
     assert_eq!(node.authenticator.health().lookups_under_way, 1);
     node.store.let_go(1);
     for request in requests {
-        assert!(told(request).await.is_ok());
+        assert!(answer_of(request).await.is_ok());
     }
     assert_eq!(node.store.take_asked(), 1);
     assert_eq!(node.authenticator.health().lookups_under_way, 0);
@@ -83,7 +89,7 @@ async fn a_thousand_requests_at_once_for_one_unknown_key_are_one_look_up() {
     let node = Node::over(Scripted::new());
     let unknown = unknown_key();
     let requests = join_all((0..1000).map(|_| status(&node.authenticator, &unknown))).await;
-    assert!(requests.into_iter().all(|told| told == 401));
+    assert!(requests.into_iter().all(|answer_of| answer_of == 401));
     assert_eq!(node.store.take_asked(), 1);
 }
 
@@ -98,7 +104,7 @@ async fn a_thousand_requests_on_several_threads_are_one_look_up() {
             let (authenticator, key) = (authenticator.clone(), fixture.key.clone());
             requests.spawn(async move { status(&authenticator, &key).await });
         }
-        assert!(requests.join_all().await.into_iter().all(|told| told == 200));
+        assert!(requests.join_all().await.into_iter().all(|answer_of| answer_of == 200));
         assert_eq!(store.take_asked(), 1);
     }
 }
@@ -106,12 +112,12 @@ async fn a_thousand_requests_on_several_threads_are_one_look_up() {
 #[tokio::test]
 async fn a_bcrypt_key_that_a_thousand_ask_for_at_once_is_checked_once() {
     let store = support::store_of(["key-0001".to_owned()], 4).await;
-    // Without flights or a memory, the queue would be full and the most of them turned away.
+    // Without look-ups or a memory, the queue would be full and the most of them turned away.
     let scheme = support::old_and_new_keys().bcrypt_queue(1).bcrypt_slots(1).build().unwrap();
     let authenticator = Authenticator::builder(store).scheme(scheme).build();
     let ask = || status(&authenticator, "key-0001-of-mine");
     let answers = join_all((0..1000).map(|_| ask())).await;
-    assert!(answers.into_iter().all(|told| told == 200));
+    assert!(answers.into_iter().all(|answer_of| answer_of == 200));
 }
 
 #[tokio::test]
@@ -141,7 +147,7 @@ async fn look_ups_of_different_keys_do_not_wait_for_each_other() {
     assert_eq!(status(&node.authenticator, &quick.key).await, 200);
     assert!(!waiting.is_finished());
     node.store.let_go(1);
-    assert!(told(waiting).await.is_ok());
+    assert!(answer_of(waiting).await.is_ok());
 }
 
 #[tokio::test]
@@ -165,7 +171,7 @@ async fn when_the_first_caller_goes_away_the_others_are_answered() {
     assert_eq!(node.authenticator.health().lookups_under_way, 1);
     node.store.let_go(1);
     for request in others {
-        assert!(told(request).await.is_ok());
+        assert!(answer_of(request).await.is_ok());
     }
     assert_eq!(node.store.take_asked(), 1);
 }
@@ -183,7 +189,7 @@ async fn a_store_that_panics_is_an_error_for_everybody_who_waits_and_the_next_re
     node.store.panic();
     node.store.let_go(1);
     for request in requests {
-        let error = unavailable(told(request).await);
+        let error = unavailable(answer_of(request).await);
         assert_eq!(error.kind(), StoreErrorKind::Unavailable);
         assert!(error.is_transient());
     }
@@ -194,7 +200,7 @@ async fn a_store_that_panics_is_an_error_for_everybody_who_waits_and_the_next_re
 }
 
 #[tokio::test]
-async fn a_store_that_panics_makes_a_key_that_is_remembered_stale_and_not_refused() {
+async fn a_store_that_panics_makes_a_key_that_is_cached_stale_and_not_denied() {
     let node = Node::over(Scripted::without_feed());
     let issued = node.store.issue(1).await;
     assert_eq!(node.ask(&issued.key).await, (200, 1));
@@ -206,7 +212,7 @@ async fn a_store_that_panics_makes_a_key_that_is_remembered_stale_and_not_refuse
 }
 
 #[tokio::test]
-async fn an_error_reaches_everybody_who_waits_and_is_not_remembered() {
+async fn an_error_reaches_everybody_who_waits_and_is_not_cached() {
     let node = Node::over(Scripted::new());
     let issued = node.store.issue(1).await;
     node.store.hold();
@@ -218,7 +224,7 @@ async fn an_error_reaches_everybody_who_waits_and_is_not_remembered() {
     node.store.fail_with(StoreError::rejected("no such table"));
     node.store.let_go(1);
     for request in requests {
-        let error = unavailable(told(request).await);
+        let error = unavailable(answer_of(request).await);
         assert_eq!(error.kind(), StoreErrorKind::Rejected);
         let source = std::error::Error::source(&error).expect("it keeps its cause");
         assert_eq!(source.to_string(), "no such table");
@@ -256,8 +262,8 @@ async fn a_store_that_never_answers_is_given_up_for_everybody_who_waits() {
     node.store.hold();
     let begun = tokio::time::Instant::now();
     let requests = join_all((0..3).map(|_| node.authenticator.authenticate(&issued.key)));
-    for told in requests.await {
-        let Err(Denial::Unavailable(error)) = told else { panic!("{told:?}") };
+    for answer_of in requests.await {
+        let Err(Denial::Unavailable(error)) = answer_of else { panic!("{answer_of:?}") };
         assert_eq!(error.kind(), StoreErrorKind::Timeout);
     }
     assert_eq!(begun.elapsed().as_secs(), 15);
@@ -287,7 +293,7 @@ impl Event {
             Self::Reset => Change::Reset,
             Self::Invalidate => return node.authenticator.invalidate(&issued.prefix),
         };
-        node.store.say(change).await;
+        node.store.emit(change).await;
     }
 }
 
@@ -326,14 +332,14 @@ async fn a_look_up_that_was_under_way_before_a_change_is_not_joined_after_it() {
                 // The gate is fair: the first to come goes first.
                 node.store.let_go(1);
                 for request in before {
-                    assert_eq!(told(request).await.unwrap(), "old", "{event:?}");
+                    assert_eq!(answer_of(request).await.unwrap(), "old", "{event:?}");
                 }
                 node.store.hold_no_more();
-                // It is not remembered, and the one under way is joined still.
+                // It is not cached, and the one under way is joined still.
                 let third = begin(&node.authenticator, &issued.key).await;
                 node.store.let_go(1);
                 for request in after.into_iter().chain([third]) {
-                    assert_eq!(told(request).await.unwrap(), "new", "{event:?}");
+                    assert_eq!(answer_of(request).await.unwrap(), "new", "{event:?}");
                 }
                 assert_eq!(node.store.take_asked(), 0, "{event:?}");
             } else {
@@ -342,13 +348,13 @@ async fn a_look_up_that_was_under_way_before_a_change_is_not_joined_after_it() {
                 named(&issued, &node, 0, "newest");
                 event.happen(&node, &issued, 0).await;
                 let newest = begin(&node.authenticator, &issued.key).await;
-                assert_eq!(told(newest).await.unwrap(), "newest", "{event:?}");
+                assert_eq!(answer_of(newest).await.unwrap(), "newest", "{event:?}");
                 node.store.let_go(2);
                 for request in before {
-                    assert_eq!(told(request).await.unwrap(), "old", "{event:?}");
+                    assert_eq!(answer_of(request).await.unwrap(), "old", "{event:?}");
                 }
                 for request in after {
-                    assert_eq!(told(request).await.unwrap(), "new", "{event:?}");
+                    assert_eq!(answer_of(request).await.unwrap(), "new", "{event:?}");
                 }
                 assert_eq!(node.store.take_asked(), 1, "{event:?}");
             }
@@ -361,7 +367,7 @@ async fn a_look_up_that_was_under_way_before_a_change_is_not_joined_after_it() {
 }
 
 #[tokio::test]
-async fn an_old_answer_that_nobody_overtook_is_not_remembered() {
+async fn an_old_answer_that_nobody_overtook_is_not_cached() {
     for event in Event::ALL {
         let (node, issued) = listening().await;
         node.store.hold();
@@ -370,7 +376,7 @@ async fn an_old_answer_that_nobody_overtook_is_not_remembered() {
         named(&issued, &node, 0, "new");
         event.happen(&node, &issued, 0).await;
         node.store.let_go(1);
-        assert_eq!(told(before).await.unwrap(), "old", "{event:?}");
+        assert_eq!(answer_of(before).await.unwrap(), "old", "{event:?}");
         node.store.hold_no_more();
         node.store.take_asked();
         let after = node.authenticator.authenticate(&issued.key).await.unwrap();
@@ -392,7 +398,7 @@ async fn where_there_are_revisions_those_who_asked_before_a_change_get_the_new_a
         node.store.hold_no_more();
         node.store.let_go(2);
         for request in [before, after] {
-            assert_eq!(told(request).await.unwrap(), "new", "{event:?}");
+            assert_eq!(answer_of(request).await.unwrap(), "new", "{event:?}");
         }
         assert_eq!(node.ask(&issued.key).await.0, 200);
         let last = node.authenticator.authenticate(&issued.key).await.unwrap();
@@ -411,7 +417,7 @@ async fn nobody_gets_the_answer_from_before_a_revocation_that_has_a_revision() {
     Event::Key.happen(&node, &issued, 2).await;
     node.store.hold_no_more();
     node.store.let_go(1);
-    let denial = told(before).await.unwrap_err();
+    let denial = answer_of(before).await.unwrap_err();
     assert!(matches!(denial, Denial::InvalidKey(InvalidKey::Revoked)), "{denial:?}");
     node.store.take_asked();
     assert_eq!(node.ask(&issued.key).await, (401, 0));
@@ -436,7 +442,7 @@ async fn a_change_of_another_key_lets_requests_join_as_before() {
     }
     node.store.let_go(10);
     for request in requests {
-        assert!(told(request).await.is_ok());
+        assert!(answer_of(request).await.is_ok());
     }
     // Two prefixes may share a bucket, once in 8,192 times.
     let asked = node.store.take_asked();
@@ -453,12 +459,12 @@ async fn a_hundred_requests_for_one_cold_key_are_one_look_up_while_others_sign_u
     for n in 0..100 {
         requests.push(begin(&node.authenticator, &issued.key).await);
         let somebody = Change::Owner(UserId::from(1000 + n), Revision(1000 + n as u64));
-        node.store.say(somebody).await;
+        node.store.emit(somebody).await;
     }
     node.store.has_under_way(1).await;
     node.store.let_go(1);
     for request in requests {
-        assert!(told(request).await.is_ok());
+        assert!(answer_of(request).await.is_ok());
     }
     // An owner may share the key's bucket, once in 8,192 times.
     let asked = node.store.take_asked();
@@ -478,13 +484,13 @@ async fn who_joins_after_the_owner_was_deactivated_does_not_get_the_answer_from_
     node.store.hold_no_more();
     node.store.let_go(1);
     for request in [before, after] {
-        let denial = told(request).await.unwrap_err();
+        let denial = answer_of(request).await.unwrap_err();
         assert!(matches!(denial, Denial::InvalidKey(InvalidKey::OwnerInactive)), "{denial:?}");
     }
 }
 
 #[test]
-fn without_a_runtime_a_key_that_is_remembered_is_let_in_and_another_is_a_503() {
+fn without_a_runtime_a_key_that_is_cached_is_let_in_and_another_is_a_503() {
     let node = Node::over(Scripted::new());
     let here = runtime();
     let issued = here.block_on(node.store.issue(1));
@@ -522,15 +528,15 @@ fn a_runtime_that_dies_during_a_look_up_is_an_error_for_those_who_wait_on_anothe
     drop(first);
     second.block_on(async {
         assert!(died.await.unwrap_err().is_cancelled());
-        assert_eq!(unavailable(told(waiting).await).kind(), StoreErrorKind::Unavailable);
+        assert_eq!(unavailable(answer_of(waiting).await).kind(), StoreErrorKind::Unavailable);
         assert_eq!(node.authenticator.health().lookups_under_way, 0);
         node.store.hold_no_more();
         assert_eq!(node.ask(&issued.key).await, (200, 1));
 
-        // The background work has begun anew here: what the feed says counts.
+        // The background work has begun anew here: the feed counts.
         node.store.is_listened_to(2).await;
         node.store.edit(&issued, 2, 1, |record| record.is_active = false);
-        node.store.say(Change::Prefix(issued.prefix.clone(), Revision(2))).await;
+        node.store.emit(Change::Prefix(issued.prefix.clone(), Revision(2))).await;
         assert_eq!(node.ask(&issued.key).await, (401, 1));
     });
 }
@@ -607,7 +613,7 @@ async fn a_request_whose_authenticator_is_gone_is_answered() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_request_that_comes_after_a_revocation_was_heard_is_let_in_whatever_is_under_way() {
+async fn no_request_that_comes_after_a_revocation_was_received_is_let_in_whatever_is_under_way() {
     let fixture = fixture().await;
     let authenticator = Authenticator::new(fixture.store.clone());
     for _ in 0..100 {
@@ -617,12 +623,12 @@ async fn no_request_that_comes_after_a_revocation_was_heard_is_let_in_whatever_i
         for _ in 0..4 {
             let (authenticator, key) = (authenticator.clone(), Arc::clone(&key));
             callers.spawn(async move {
-                // Once refused, never let in again.
-                let mut is_refused = false;
+                // Once denied, never let in again.
+                let mut is_denied = false;
                 for _ in 0..200 {
                     match status(&authenticator, &key).await {
-                        200 => assert!(!is_refused, "it was refused before"),
-                        401 => is_refused = true,
+                        200 => assert!(!is_denied, "it was refused before"),
+                        401 => is_denied = true,
                         other => panic!("{other}"),
                     }
                     tokio::task::yield_now().await;
