@@ -7,8 +7,8 @@ use std::{env, error::Error, net::SocketAddr};
 
 use axum::{Router, routing::get};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, KeyManager, KeyScheme, NewKey, PostgresStore,
-    error::StoreErrorKind, key::KeyFormat, management::ManageError,
+    ApiKeyAuthLayer, AuthContext, KeyManager, KeyScheme, NewKey, PostgresStore, key::KeyFormat,
+    management::ManageError,
 };
 
 #[tokio::main]
@@ -47,7 +47,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
             println!("  curl -i http://{address}/ -H 'Authorization: Bearer {key}'");
         }
         // At the second start the user exists, and the keys of the first start are still valid.
-        Err(ManageError::Store(error)) if error.kind() == StoreErrorKind::Conflict => {}
+        Err(ManageError::Conflict { .. }) => {}
         Err(error) => return Err(error.into()),
     }
     println!("Listening on http://{address}");

@@ -14,7 +14,7 @@ use crate::{
     denial::{Denial, Forbidden},
     metering::{Reservation, Usage, UsageCounter},
     policy,
-    record::{AllowedNetwork, EndpointRule, KeyRecord, RateLimits, User},
+    record::{AllowedNetwork, EndpointRule, KeyRecord, RateLimits, Secret, User},
 };
 
 /// The authenticated caller and what the key allows.
@@ -44,6 +44,8 @@ struct ContextInner {
     /// `None` for a context that was not created by an authenticator.
     provenance: Option<Provenance>,
     record: KeyRecord,
+    /// The secret that was presented.
+    secret: Secret,
     /// Used for a recheck. Last, because a hit does not read it. `None` if `provenance` is `None`.
     verified: Option<Verified>,
 }
@@ -67,22 +69,28 @@ impl PartialEq for Origin {
 }
 
 impl AuthContext {
-    pub(crate) fn new(record: KeyRecord, provenance: Provenance, verified: Verified) -> Self {
-        Self::with_parts(record, Some(provenance), Some(verified))
+    pub(crate) fn new(
+        record: KeyRecord,
+        secret: Secret,
+        provenance: Provenance,
+        verified: Verified,
+    ) -> Self {
+        Self::with_parts(record, secret, Some(provenance), Some(verified))
     }
 
     /// Creates a context without a key, for tests of handlers. No layer accepts it as its own.
     pub fn unverified(record: KeyRecord) -> Self {
-        Self::with_parts(record, None, None)
+        Self::with_parts(record, Secret::Current, None, None)
     }
 
     fn with_parts(
         record: KeyRecord,
+        secret: Secret,
         provenance: Option<Provenance>,
         verified: Option<Verified>,
     ) -> Self {
         let is_restricted = !(record.allowed_ips.is_empty() && record.allowed_endpoints.is_empty());
-        Self(Arc::new(ContextInner { is_restricted, provenance, record, verified }))
+        Self(Arc::new(ContextInner { is_restricted, provenance, record, secret, verified }))
     }
 
     /// Returns whether the key has rules that depend on the request.
@@ -106,6 +114,20 @@ impl AuthContext {
     /// Returns the key: id, name, lookup id, expiry, budget, and the usage totals at the time of the read.
     pub fn key(&self) -> &KeyRecord {
         &self.0.record
+    }
+
+    /// Returns the secret that was presented: the current one, or the previous one in its grace period. A service can
+    /// warn the holder of a key whose previous secret is still in use.
+    pub fn secret(&self) -> Secret {
+        self.0.secret
+    }
+
+    /// Returns the time from which the presented secret is rejected: the expiry of the key or, for a previous secret,
+    /// the end of the grace period if that is earlier. `None` means never.
+    pub fn valid_until(&self) -> Option<DateTime<Utc>> {
+        let grace = self.key().grace.as_ref().map(|grace| grace.ends_at);
+        let grace_end = grace.filter(|_| self.secret() == Secret::Previous);
+        self.key().expires_at.into_iter().chain(grace_end).min()
     }
 
     /// Returns the scopes of the key.
@@ -229,7 +251,12 @@ impl AuthContext {
     #[inline]
     pub(crate) fn count_request(&self) {
         if let Some(counter) = self.counter() {
-            counter.count_request();
+            counter.count_request(self.secret());
+        }
+        if self.secret() == Secret::Previous
+            && let Ok(engine) = self.engine()
+        {
+            engine.note_previous_secret(self.key());
         }
     }
 
@@ -339,7 +366,7 @@ impl AuthContext {
 
     /// Returns whether the key and its owner are active and the key has not expired at `time`.
     pub fn is_valid_at(&self, time: DateTime<Utc>) -> bool {
-        policy::validity(&self.0.record, time).is_ok()
+        policy::validity(&self.0.record, self.0.secret, time).is_ok()
     }
 }
 

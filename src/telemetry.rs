@@ -1,8 +1,9 @@
 //! Log messages and metrics. This module has no public items.
 //!
 //! Log messages are events of the `tracing` crate. A fault of the service is logged at WARN or ERROR, a denial that is
-//! the caller's fault at DEBUG. Neither logs nor metrics contain a key or a hash. Lookup ids, which are public, are
-//! logged.
+//! the caller's fault at DEBUG. The messages of this crate and its metrics contain no key and no hash. Lookup ids, which
+//! are public, are logged. Dependencies have messages of their own: keep tokio-postgres, which logs the values of
+//! statements at DEBUG, at INFO.
 //!
 //! With the feature `metrics`, the crate counts through the recorder of the `metrics` crate:
 //!
@@ -10,6 +11,7 @@
 //! |---|---|---|
 //! | `api_key_denials_total` | counter | denied requests |
 //! | `api_key_bad_rows_total` | counter | look-ups of a key whose row can't be decoded |
+//! | `api_key_previous_secrets_total` | counter | requests with the previous secret of a rotated key |
 //! | `api_key_changes_total` | counter | change events of keys and owners, and resets of the feed |
 //! | `api_key_feed_complete` | gauge | 1 while the change feed is complete, 0 while changes may be missed |
 //! | `api_key_feed_rows` | gauge | rows in the table of changes |
@@ -32,18 +34,43 @@ use std::{
 
 use crate::{error::StoreError, runtime::RecentMap};
 
+/// Times at which messages were last logged, by their subject: each message is logged again only after an interval.
+#[derive(Debug)]
+struct LoggedAt<K>(Mutex<RecentMap<K, Duration>>);
+
+impl<K: std::hash::Hash + Eq> LoggedAt<K> {
+    /// Tracks at most `capacity` subjects. Beyond it, a message may be logged more often.
+    fn new(capacity: usize) -> Self {
+        Self(Mutex::new(RecentMap::new(capacity)))
+    }
+
+    /// Returns whether the message about `subject` is due at the monotonic time `now`, and records that it is logged.
+    fn is_due(&self, subject: K, every: Duration, now: Duration) -> bool {
+        let mut logged = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut is_new = false;
+        let last = logged.entry(subject, || {
+            is_new = true;
+            now
+        });
+        let is_due = is_new || now.saturating_sub(*last) >= every;
+        if is_due {
+            *last = now;
+        }
+        is_due
+    }
+}
+
 /// Logs rows that can't be decoded, each reason at most once a minute per lookup id. It is called for each request with
 /// such a key.
 #[derive(Debug)]
-pub(crate) struct BadRowLog(Mutex<RecentMap<(Box<str>, String), Duration>>);
+pub(crate) struct BadRowLog(LoggedAt<(Box<str>, String)>);
 
 const BAD_ROW_LOGGED_EVERY: Duration = Duration::from_secs(60);
-/// Maximum number of bad rows that are tracked. Beyond it, a row may be logged more often.
 const BAD_ROWS_KEPT: usize = 2048;
 
 impl Default for BadRowLog {
     fn default() -> Self {
-        Self(Mutex::new(RecentMap::new(BAD_ROWS_KEPT)))
+        Self(LoggedAt::new(BAD_ROWS_KEPT))
     }
 }
 
@@ -52,20 +79,36 @@ impl BadRowLog {
     /// is a monotonic time.
     pub(crate) fn log(&self, prefix: &str, error: &StoreError, now: Duration) {
         count("api_key_bad_rows_total");
-        let reason = error.to_string();
-        {
-            let mut logged = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let mut is_new = false;
-            let last = logged.entry((prefix.into(), reason), || {
-                is_new = true;
-                now
-            });
-            if !is_new && now.saturating_sub(*last) < BAD_ROW_LOGGED_EVERY {
-                return;
-            }
-            *last = now;
+        if self.0.is_due((prefix.into(), error.to_string()), BAD_ROW_LOGGED_EVERY, now) {
+            tracing::error!(key_prefix = prefix, error = %error, "an API key row can't be decoded or checked");
         }
-        tracing::error!(key_prefix = prefix, error = %error, "an API key row can't be decoded or checked");
+    }
+}
+
+/// Logs the use of previous secrets of rotated keys, once a day per key, and counts it.
+#[derive(Debug)]
+pub(crate) struct PreviousSecretLog(LoggedAt<String>);
+
+const PREVIOUS_SECRET_LOGGED_EVERY: Duration = Duration::from_secs(24 * 3600);
+const PREVIOUS_SECRETS_KEPT: usize = 16_384;
+
+impl Default for PreviousSecretLog {
+    fn default() -> Self {
+        Self(LoggedAt::new(PREVIOUS_SECRETS_KEPT))
+    }
+}
+
+impl PreviousSecretLog {
+    /// Logs that a request presented the previous secret of the key with this id. `now` is a monotonic time.
+    pub(crate) fn log(&self, key: String, ends_at: &dyn std::fmt::Display, now: Duration) {
+        count("api_key_previous_secrets_total");
+        if self.0.is_due(key.clone(), PREVIOUS_SECRET_LOGGED_EVERY, now) {
+            tracing::warn!(
+                key,
+                %ends_at,
+                "the previous secret of a rotated API key is still in use: replace it before its grace period ends"
+            );
+        }
     }
 }
 
@@ -110,7 +153,7 @@ pub(crate) fn budget_unsupported(error: &StoreError, remedy: &str, warned: &Firs
 /// Logs that a fast hash could not be written beside a slow one. The key remains usable.
 #[cfg(feature = "_sql")]
 pub(crate) fn upgrade_failed(error: &StoreError) {
-    tracing::warn!(error = %error, "the fast hash of an API key could not be stored");
+    tracing::warn!(error = %error, "the fast hash of an API key could not be stored; its slow hash remains in use");
 }
 
 /// Logs that usage could not be written. It stays in the queue.
@@ -144,17 +187,17 @@ pub(crate) fn usage_of_deleted_keys(keys: usize) {
     tracing::info!(keys, "usage of deleted API keys is not counted");
 }
 
-/// Logs that the usage of one key can't be written and is dropped.
+/// Logs that the row of a key rejects its totals. Its usage is counted in `api_key_usage` and charged.
 #[cfg(feature = "_sql")]
 pub(crate) fn usage_of_bad_row(key: &serde_json::Value, error: &StoreError) {
     count("api_key_usage_dropped_total");
-    tracing::error!(%key, error = %error, "the usage of an API key can't be written and is lost");
+    tracing::error!(%key, error = %error, "the database rejects the totals of an API key: its usage is counted by day only");
 }
 
 /// Logs that a table of keys was adopted, but its keys could not be read.
 #[cfg(feature = "_sql")]
 pub(crate) fn not_reviewed(error: &StoreError) {
-    tracing::warn!(error = %error, "adopted API keys could not be reviewed");
+    tracing::warn!(error = %error, "adopted API keys could not be reviewed; call review_keys() of the store");
 }
 
 /// Logs that a change feed has ended.
@@ -189,7 +232,7 @@ pub(crate) fn schema_made(missing: &[String]) {
 /// Logs that old rows could not be deleted.
 #[cfg(feature = "_sql")]
 pub(crate) fn not_pruned(error: &StoreError) {
-    tracing::warn!(error = %error, "old rows of changes, writers or leases can't be deleted");
+    tracing::warn!(error = %error, "old rows of api_key_changes, api_key_usage_writers or api_key_leases can't be deleted");
 }
 
 /// Counts a hit or a miss in Redis.
@@ -259,7 +302,11 @@ pub(crate) fn cache_secret_unknown(error: &StoreError) {
 #[cfg(feature = "_sql")]
 pub(crate) fn adopted_keys(failing: u64, changed: u64) {
     if failing + changed > 0 {
-        tracing::warn!(failing, changed, "some adopted API keys fail or change their meaning");
+        tracing::warn!(
+            failing,
+            changed,
+            "some adopted API keys fail or change their meaning: review_keys() of the store lists them"
+        );
     }
 }
 

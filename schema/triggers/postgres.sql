@@ -1,5 +1,5 @@
--- The functions and triggers that assign revisions to changed rows and record the changes. migrate() runs this file if
--- one of them is missing, disabled or outdated, with the search_path on the schema of the tables.
+-- The functions and triggers that assign revisions to changed rows, record the changes, and write the audit. migrate()
+-- runs this file if one of them is missing, disabled or outdated, with the search_path on the schema of the tables.
 --
 -- Changes by hand-written statements, by roles with only the right to write the tables, and by replication are recorded
 -- alike. Updates of usage, last_used_at and other services' columns are not changes. No trigger names a column of
@@ -51,6 +51,16 @@ BEGIN
                 OR OLD.key_prefix IS DISTINCT FROM NEW.key_prefix
                 OR OLD.key_hash IS DISTINCT FROM NEW.key_hash
                 OR OLD.is_active IS DISTINCT FROM NEW.is_active
+                OR OLD.previous_key_prefix IS DISTINCT FROM NEW.previous_key_prefix
+                OR OLD.previous_key_hash IS DISTINCT FROM NEW.previous_key_hash
+                OR OLD.previous_expires_at IS DISTINCT FROM NEW.previous_expires_at
+                OR OLD.revoked_at IS DISTINCT FROM NEW.revoked_at
+                OR OLD.revoked_by IS DISTINCT FROM NEW.revoked_by
+                OR OLD.revoke_reason IS DISTINCT FROM NEW.revoke_reason
+                OR OLD.created_by IS DISTINCT FROM NEW.created_by
+                OR OLD.created_by_key IS DISTINCT FROM NEW.created_by_key
+                OR OLD.description IS DISTINCT FROM NEW.description
+                OR OLD.not_before IS DISTINCT FROM NEW.not_before
                 OR OLD.permissions::text IS DISTINCT FROM NEW.permissions::text
                 OR OLD.scopes::text IS DISTINCT FROM NEW.scopes::text
                 OR OLD.rate_limit_per_minute IS DISTINCT FROM NEW.rate_limit_per_minute
@@ -82,6 +92,16 @@ BEGIN
                 OR o -> 'key_prefix' IS DISTINCT FROM n -> 'key_prefix'
                 OR o -> 'key_hash' IS DISTINCT FROM n -> 'key_hash'
                 OR o -> 'is_active' IS DISTINCT FROM n -> 'is_active'
+                OR o -> 'previous_key_prefix' IS DISTINCT FROM n -> 'previous_key_prefix'
+                OR o -> 'previous_key_hash' IS DISTINCT FROM n -> 'previous_key_hash'
+                OR o -> 'previous_expires_at' IS DISTINCT FROM n -> 'previous_expires_at'
+                OR o -> 'revoked_at' IS DISTINCT FROM n -> 'revoked_at'
+                OR o -> 'revoked_by' IS DISTINCT FROM n -> 'revoked_by'
+                OR o -> 'revoke_reason' IS DISTINCT FROM n -> 'revoke_reason'
+                OR o -> 'created_by' IS DISTINCT FROM n -> 'created_by'
+                OR o -> 'created_by_key' IS DISTINCT FROM n -> 'created_by_key'
+                OR o -> 'description' IS DISTINCT FROM n -> 'description'
+                OR o -> 'not_before' IS DISTINCT FROM n -> 'not_before'
                 OR o -> 'permissions' IS DISTINCT FROM n -> 'permissions'
                 OR o -> 'scopes' IS DISTINCT FROM n -> 'scopes'
                 OR o -> 'rate_limit_per_minute' IS DISTINCT FROM n -> 'rate_limit_per_minute'
@@ -159,35 +179,239 @@ BEGIN
         END
         $body$
     $sql$, '{home}', quote_ident(home));
-    -- A key without a lookup id can't be looked up, so that its changes are irrelevant. Fields are read from jsonb: a
-    -- plan that names them would fail in open sessions after a column's type is altered. The handlers enclose no write:
-    -- each would take a transaction id for each row.
+    -- Returns the columns of a key that the audit contains: no hashes, no usage, and no columns of another service.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_audited(k JSONB) RETURNS JSONB LANGUAGE plpgsql STABLE STRICT AS $body$
+        BEGIN
+            RETURN jsonb_build_object(
+                'id', k -> 'id',
+                'user_id', k -> 'user_id',
+                'key_prefix', k -> 'key_prefix',
+                'previous_key_prefix', k -> 'previous_key_prefix',
+                'previous_expires_at', k -> 'previous_expires_at',
+                'name', k -> 'name',
+                'description', k -> 'description',
+                'is_active', k -> 'is_active',
+                'permissions', k -> 'permissions',
+                'scopes', k -> 'scopes',
+                'rate_limit_per_minute', k -> 'rate_limit_per_minute',
+                'rate_limit_per_hour', k -> 'rate_limit_per_hour',
+                'rate_limit_per_day', k -> 'rate_limit_per_day',
+                'allowed_models', k -> 'allowed_models',
+                'allowed_endpoints', k -> 'allowed_endpoints',
+                'allowed_ips', k -> 'allowed_ips',
+                'is_unlimited', k -> 'is_unlimited',
+                'budget_limit_cents', k -> 'budget_limit_cents',
+                'budget_type', k -> 'budget_type',
+                'expires_at', k -> 'expires_at',
+                'not_before', k -> 'not_before',
+                'metadata', k -> 'metadata',
+                'created_by', k -> 'created_by',
+                'created_by_key', k -> 'created_by_key',
+                'revoked_at', k -> 'revoked_at',
+                'revoked_by', k -> 'revoked_by',
+                'revoke_reason', k -> 'revoke_reason');
+        END
+        $body$
+    $sql$;
+    -- Writes an entry of the audit. The setting is made by the statements of this crate, for their transaction. A
+    -- hand-written statement has none. The role is that of SET ROLE, or of the session: the functions of the triggers run
+    -- with the rights of their owner, and so does this one, which only they may call.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_write_audit(
+            of_action TEXT, of_key BIGINT, of_user BIGINT, old_row JSONB, new_row JSONB
+        ) RETURNS VOID LANGUAGE plpgsql AS $body$
+        DECLARE
+            setting TEXT := nullif(current_setting('api_key.attribution', TRUE), '');
+            made_by JSONB;
+            made_by_key BIGINT;
+        BEGIN
+            IF setting IS NOT NULL THEN
+                BEGIN
+                    made_by := setting::jsonb;
+                    made_by_key := made_by ->> 'key';
+                EXCEPTION WHEN data_exception THEN
+                    made_by_key := NULL;
+                END;
+            END IF;
+            INSERT INTO api_key_audit
+                (action, actor, actor_key, database_role, api_key_id, user_id, before, after, reason, request_id)
+            VALUES (
+                of_action, made_by ->> 'actor', made_by_key, coalesce(nullif(current_setting('role'), 'none'), session_user),
+                of_key, of_user, old_row, new_row, made_by ->> 'reason', made_by ->> 'request_id');
+        END
+        $body$
+    $sql$;
+    -- Records a change under each lookup id that the row had or has: a key without one can't be looked up. The fields are
+    -- named, which takes a third of the time of a conversion of the whole row. Open sessions keep plans with the old types
+    -- of columns; the fallback is for these, and for columns that were dropped. The handlers enclose no write: each would
+    -- take a transaction id for each row.
     EXECUTE $sql$
         CREATE OR REPLACE FUNCTION api_key_note_key() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         DECLARE
-            o JSONB; n JSONB; is_known BOOLEAN := TRUE;
+            o JSONB; n JSONB; is_known BOOLEAN := FALSE; done TEXT; of_key BIGINT; of_user BIGINT; old_key BIGINT;
+            new_revision BIGINT; old_revision BIGINT; current_id TEXT; previous_id TEXT; old_id TEXT; old_previous_id TEXT;
+            is_rotated BOOLEAN; was_active BOOLEAN; is_active BOOLEAN; had_grace BOOLEAN; has_grace BOOLEAN;
         BEGIN
             BEGIN
-                IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
-                IF TG_OP <> 'DELETE' THEN n := to_jsonb(NEW); END IF;
-                is_known := coalesce(n, o) ? 'key_prefix' AND coalesce(n, o) ? 'api_key_revision';
-            EXCEPTION WHEN data_exception THEN
-                is_known := FALSE;
+                IF TG_OP <> 'INSERT' THEN
+                    of_key := OLD.id;
+                    of_user := OLD.user_id;
+                    old_key := OLD.id;
+                    old_revision := OLD.api_key_revision;
+                    old_id := OLD.key_prefix;
+                    old_previous_id := OLD.previous_key_prefix;
+                    was_active := OLD.is_active;
+                    had_grace := OLD.previous_key_hash IS NOT NULL AND OLD.previous_key_prefix IS NOT NULL
+                        AND OLD.previous_expires_at IS NOT NULL;
+                END IF;
+                IF TG_OP <> 'DELETE' THEN
+                    of_key := NEW.id;
+                    of_user := NEW.user_id;
+                    new_revision := NEW.api_key_revision;
+                    current_id := NEW.key_prefix;
+                    previous_id := NEW.previous_key_prefix;
+                    is_active := NEW.is_active;
+                    has_grace := NEW.previous_key_hash IS NOT NULL AND NEW.previous_key_prefix IS NOT NULL
+                        AND NEW.previous_expires_at IS NOT NULL;
+                END IF;
+                IF TG_OP = 'UPDATE' THEN
+                    is_rotated := OLD.key_hash IS DISTINCT FROM NEW.key_hash;
+                END IF;
+                is_known := TRUE;
+                IF TG_OP <> 'INSERT' THEN
+                    o := jsonb_build_object(
+                        'id', OLD.id,
+                        'user_id', OLD.user_id,
+                        'key_prefix', OLD.key_prefix,
+                        'previous_key_prefix', OLD.previous_key_prefix,
+                        'previous_expires_at', OLD.previous_expires_at,
+                        'name', OLD.name,
+                        'description', OLD.description,
+                        'is_active', OLD.is_active,
+                        'permissions', OLD.permissions,
+                        'scopes', OLD.scopes,
+                        'rate_limit_per_minute', OLD.rate_limit_per_minute,
+                        'rate_limit_per_hour', OLD.rate_limit_per_hour,
+                        'rate_limit_per_day', OLD.rate_limit_per_day,
+                        'allowed_models', OLD.allowed_models,
+                        'allowed_endpoints', OLD.allowed_endpoints,
+                        'allowed_ips', OLD.allowed_ips,
+                        'is_unlimited', OLD.is_unlimited,
+                        'budget_limit_cents', OLD.budget_limit_cents,
+                        'budget_type', OLD.budget_type,
+                        'expires_at', OLD.expires_at,
+                        'not_before', OLD.not_before,
+                        'metadata', OLD.metadata,
+                        'created_by', OLD.created_by,
+                        'created_by_key', OLD.created_by_key,
+                        'revoked_at', OLD.revoked_at,
+                        'revoked_by', OLD.revoked_by,
+                        'revoke_reason', OLD.revoke_reason);
+                END IF;
+                IF TG_OP <> 'DELETE' THEN
+                    n := jsonb_build_object(
+                        'id', NEW.id,
+                        'user_id', NEW.user_id,
+                        'key_prefix', NEW.key_prefix,
+                        'previous_key_prefix', NEW.previous_key_prefix,
+                        'previous_expires_at', NEW.previous_expires_at,
+                        'name', NEW.name,
+                        'description', NEW.description,
+                        'is_active', NEW.is_active,
+                        'permissions', NEW.permissions,
+                        'scopes', NEW.scopes,
+                        'rate_limit_per_minute', NEW.rate_limit_per_minute,
+                        'rate_limit_per_hour', NEW.rate_limit_per_hour,
+                        'rate_limit_per_day', NEW.rate_limit_per_day,
+                        'allowed_models', NEW.allowed_models,
+                        'allowed_endpoints', NEW.allowed_endpoints,
+                        'allowed_ips', NEW.allowed_ips,
+                        'is_unlimited', NEW.is_unlimited,
+                        'budget_limit_cents', NEW.budget_limit_cents,
+                        'budget_type', NEW.budget_type,
+                        'expires_at', NEW.expires_at,
+                        'not_before', NEW.not_before,
+                        'metadata', NEW.metadata,
+                        'created_by', NEW.created_by,
+                        'created_by_key', NEW.created_by_key,
+                        'revoked_at', NEW.revoked_at,
+                        'revoked_by', NEW.revoked_by,
+                        'revoke_reason', NEW.revoke_reason);
+                END IF;
+            EXCEPTION WHEN undefined_column OR datatype_mismatch OR undefined_function OR data_exception THEN
+                BEGIN
+                    o := NULL;
+                    n := NULL;
+                    IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
+                    IF TG_OP <> 'DELETE' THEN n := to_jsonb(NEW); END IF;
+                    is_known := coalesce(n, o) ? 'key_prefix' AND coalesce(n, o) ? 'api_key_revision';
+                    of_key := coalesce(n, o) ->> 'id';
+                    of_user := coalesce(n, o) ->> 'user_id';
+                    old_key := o ->> 'id';
+                    new_revision := n ->> 'api_key_revision';
+                    old_revision := o ->> 'api_key_revision';
+                    current_id := n ->> 'key_prefix';
+                    previous_id := n ->> 'previous_key_prefix';
+                    old_id := o ->> 'key_prefix';
+                    old_previous_id := o ->> 'previous_key_prefix';
+                    is_rotated := o -> 'key_hash' IS DISTINCT FROM n -> 'key_hash';
+                    was_active := o -> 'is_active' = 'true';
+                    is_active := n -> 'is_active' = 'true';
+                    had_grace := o ->> 'previous_key_hash' IS NOT NULL AND o ->> 'previous_key_prefix' IS NOT NULL
+                        AND o ->> 'previous_expires_at' IS NOT NULL;
+                    has_grace := n ->> 'previous_key_hash' IS NOT NULL AND n ->> 'previous_key_prefix' IS NOT NULL
+                        AND n ->> 'previous_expires_at' IS NOT NULL;
+                    o := api_key_audited(o);
+                    n := api_key_audited(n);
+                EXCEPTION WHEN data_exception THEN
+                    -- json that jsonb can't hold: the entry of the audit has no values.
+                    o := NULL;
+                    n := NULL;
+                END;
             END;
-            IF NOT is_known THEN
+            IF is_known THEN
+                IF current_id IS NOT NULL THEN
+                    INSERT INTO api_key_changes (revision, key_prefix, api_key_id) VALUES (new_revision, current_id, of_key);
+                END IF;
+                IF previous_id IS DISTINCT FROM current_id AND previous_id IS NOT NULL THEN
+                    INSERT INTO api_key_changes (revision, key_prefix, api_key_id) VALUES (new_revision, previous_id, of_key);
+                END IF;
+                IF old_previous_id = current_id OR old_previous_id = previous_id OR old_previous_id = old_id THEN
+                    old_previous_id := NULL;
+                END IF;
+                IF old_id IS NOT NULL AND old_id IS DISTINCT FROM current_id AND old_id IS DISTINCT FROM previous_id THEN
+                    INSERT INTO api_key_changes (revision, key_prefix, api_key_id)
+                        VALUES (greatest(nextval('api_key_revisions'), old_revision + 1), old_id, old_key);
+                END IF;
+                IF old_previous_id IS NOT NULL THEN
+                    INSERT INTO api_key_changes (revision, key_prefix, api_key_id)
+                        VALUES (greatest(nextval('api_key_revisions'), old_revision + 1), old_previous_id, old_key);
+                END IF;
+            ELSE
                 -- A column is not there any more, or a row is no jsonb: nothing says whose key it was.
                 INSERT INTO api_key_changes DEFAULT VALUES;
             END IF;
-            IF is_known AND n ->> 'key_prefix' IS NOT NULL THEN
-                INSERT INTO api_key_changes (revision, key_prefix, api_key_id)
-                    VALUES ((n ->> 'api_key_revision')::bigint, n ->> 'key_prefix', (n ->> 'id')::bigint);
+            IF TG_OP = 'INSERT' THEN
+                done := 'issue';
+            ELSIF TG_OP = 'DELETE' THEN
+                done := 'delete';
+            ELSIF is_rotated THEN
+                done := 'rotate';
+            ELSIF coalesce(was_active, FALSE) AND NOT coalesce(is_active, FALSE) THEN
+                done := 'revoke';
+            ELSIF coalesce(is_active, FALSE) AND NOT coalesce(was_active, FALSE) THEN
+                done := 'reactivate';
+            ELSIF had_grace AND NOT has_grace THEN
+                done := 'end_grace';
+            ELSE
+                done := 'update';
             END IF;
-            IF is_known AND o ->> 'key_prefix' IS NOT NULL AND o ->> 'key_prefix' IS DISTINCT FROM n ->> 'key_prefix' THEN
-                INSERT INTO api_key_changes (revision, key_prefix, api_key_id) VALUES (
-                    greatest(nextval('api_key_revisions'), (o ->> 'api_key_revision')::bigint + 1),
-                    o ->> 'key_prefix', (o ->> 'id')::bigint);
+            PERFORM api_key_write_audit(done, of_key, of_user, o, n);
+            -- As api_key_notify does.
+            IF current_setting('max_prepared_transactions') = '0' THEN
+                PERFORM pg_notify('api_key_changes', '');
             END IF;
-            PERFORM api_key_notify();
             RETURN NULL;
         END
         $body$
@@ -198,15 +422,15 @@ BEGIN
         CREATE OR REPLACE FUNCTION api_key_note_user() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         DECLARE
             o      JSONB;  n     JSONB;  is_known BOOLEAN := TRUE;
-            before BIGINT; after BIGINT; has_keys BOOLEAN;
+            old_id BIGINT; new_id BIGINT; has_keys BOOLEAN;
         BEGIN
             BEGIN
                 IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
                 IF TG_OP <> 'DELETE' THEN n := to_jsonb(NEW); END IF;
                 is_known := coalesce(n, o) ? 'id' AND coalesce(n, o) ? 'api_key_revision';
-                before := o ->> 'id';
-                after := n ->> 'id';
-                has_keys := EXISTS (SELECT FROM api_keys WHERE user_id = after AND key_prefix IS NOT NULL);
+                old_id := o ->> 'id';
+                new_id := n ->> 'id';
+                has_keys := EXISTS (SELECT FROM api_keys WHERE user_id = new_id AND key_prefix IS NOT NULL);
             -- A row is no jsonb, or the table of keys or a column of it is not there: no reason to refuse the statement.
             EXCEPTION WHEN data_exception OR undefined_column OR undefined_table THEN
                 is_known := FALSE;
@@ -222,20 +446,54 @@ BEGIN
                 END IF;
                 -- Keys that were stored before their owner were unknown until now.
                 INSERT INTO api_key_changes (key_prefix, api_key_id)
-                    SELECT key_prefix, id FROM api_keys WHERE user_id = after AND key_prefix IS NOT NULL;
-                INSERT INTO api_key_changes (user_id) VALUES (after);
+                    SELECT key_prefix, id FROM api_keys WHERE user_id = new_id AND key_prefix IS NOT NULL
+                    UNION ALL SELECT previous_key_prefix, id FROM api_keys
+                        WHERE user_id = new_id AND previous_key_prefix IS DISTINCT FROM key_prefix
+                            AND previous_key_prefix IS NOT NULL;
+                INSERT INTO api_key_changes (user_id) VALUES (new_id);
             ELSIF TG_OP = 'UPDATE' THEN
                 INSERT INTO api_key_changes (revision, user_id)
-                    VALUES ((n ->> 'api_key_revision')::bigint, after);
+                    VALUES ((n ->> 'api_key_revision')::bigint, new_id);
             END IF;
-            IF before IS DISTINCT FROM after AND before IS NOT NULL THEN
+            IF old_id IS DISTINCT FROM new_id AND old_id IS NOT NULL THEN
                 INSERT INTO api_key_changes (revision, user_id) VALUES (
-                    greatest(nextval('api_key_revisions'), (o ->> 'api_key_revision')::bigint + 1), before);
+                    greatest(nextval('api_key_revisions'), (o ->> 'api_key_revision')::bigint + 1), old_id);
             END IF;
-            IF before IS DISTINCT FROM after OR has_keys THEN
+            IF old_id IS DISTINCT FROM new_id OR has_keys THEN
                 PERFORM api_key_notify();
             END IF;
             RETURN NULL;
+        END
+        $body$
+    $sql$;
+    -- The audit contains changes of users who own keys, and all changes by statements of this crate. It is written before a
+    -- deletion: after it, the keys may have been deleted with their owner.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_audit_user() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
+        DECLARE
+            o JSONB; n JSONB; of_user BIGINT; is_audited BOOLEAN := TRUE;
+        BEGIN
+            BEGIN
+                IF TG_OP <> 'INSERT' THEN o := to_jsonb(OLD); END IF;
+                IF TG_OP <> 'DELETE' THEN n := to_jsonb(NEW); END IF;
+                of_user := coalesce(n, o) ->> 'id';
+                is_audited := nullif(current_setting('api_key.attribution', TRUE), '') IS NOT NULL
+                    OR EXISTS (SELECT FROM api_keys WHERE user_id IN (of_user, (o ->> 'id')::bigint));
+            -- A row is no jsonb, or the table of keys or a column of it is not there: no reason to refuse the statement.
+            EXCEPTION WHEN data_exception OR undefined_column OR undefined_table THEN
+                o := NULL;
+                n := NULL;
+            END;
+            IF is_audited THEN
+                PERFORM api_key_write_audit(
+                    CASE TG_OP WHEN 'INSERT' THEN 'create_user' WHEN 'UPDATE' THEN 'update_user' ELSE 'delete_user' END,
+                    NULL, of_user,
+                    CASE WHEN o IS NOT NULL THEN jsonb_build_object(
+                        'id', o -> 'id', 'email', o -> 'email', 'role', o -> 'role', 'is_active', o -> 'is_active') END,
+                    CASE WHEN n IS NOT NULL THEN jsonb_build_object(
+                        'id', n -> 'id', 'email', n -> 'email', 'role', n -> 'role', 'is_active', n -> 'is_active') END);
+            END IF;
+            RETURN CASE TG_OP WHEN 'DELETE' THEN OLD END;
         END
         $body$
     $sql$;
@@ -243,6 +501,7 @@ BEGIN
         CREATE OR REPLACE FUNCTION api_key_note_all() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         BEGIN
             INSERT INTO api_key_changes DEFAULT VALUES;
+            PERFORM api_key_write_audit('truncate', NULL, NULL, jsonb_build_object('table', TG_TABLE_NAME), NULL);
             PERFORM api_key_notify();
             RETURN NULL;
         END
@@ -266,6 +525,15 @@ BEGIN
         CREATE OR REPLACE FUNCTION api_key_skip_foreign() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
         BEGIN
             RETURN NULL;
+        END
+        $body$
+    $sql$;
+    -- Entries of the audit that COPY or logical replication brings get ids of this database.
+    EXECUTE $sql$
+        CREATE OR REPLACE FUNCTION api_key_renumber() RETURNS TRIGGER $sql$ || options || $sql$ AS $body$
+        BEGIN
+            NEW.id := nextval('api_key_audit_ids');
+            RETURN NEW;
         END
         $body$
     $sql$;
@@ -337,10 +605,11 @@ BEGIN
 END
 $make$;
 
--- This prevents a trigger on a temporary table of another role from recording changes.
+-- This prevents a trigger on a temporary table of another role from recording changes, and entries of the audit without
+-- a change.
 REVOKE EXECUTE ON FUNCTION
     api_key_revise_key(), api_key_revise_user(), api_key_note_key(), api_key_note_user(), api_key_note_all(),
-    api_key_skip_foreign() FROM PUBLIC;
+    api_key_skip_foreign(), api_key_renumber(), api_key_audit_user(), api_key_write_audit(TEXT, BIGINT, BIGINT, JSONB, JSONB) FROM PUBLIC;
 
 DO $make$
 DECLARE
@@ -366,10 +635,15 @@ BEGIN
                 WHERE c.conrelid = to_regclass('api_keys') AND c.confrelid = to_regclass('users')
                     AND c.contype = 'f' AND c.convalidated AND c.confkey = ARRAY(
                         SELECT attnum FROM pg_attribute WHERE attrelid = to_regclass('users') AND attname = 'id'))),
+            -- Only for statements of this crate, so that sign-ups of another service cost nothing.
+            ('users', 'api_key_audit_new', 5, 'AFTER INSERT', 'ROW', 'api_key_audit_user', 'ALWAYS'),
+            ('users', 'api_key_audit', 17, 'AFTER UPDATE', 'ROW', 'api_key_audit_user', 'ALWAYS'),
+            ('users', 'zzz_api_key_audit', 11, 'BEFORE DELETE', 'ROW', 'api_key_audit_user', 'ALWAYS'),
             ('users', 'api_key_note_gone', 9, 'AFTER DELETE', 'ROW', 'api_key_note_user', 'ALWAYS'),
             ('users', 'api_key_note', 17, 'AFTER UPDATE', 'ROW', 'api_key_note_user', 'ALWAYS'),
             ('users', 'api_key_note_all', 32, 'AFTER TRUNCATE', 'STATEMENT', 'api_key_note_all', 'ALWAYS'),
-            ('api_key_changes', 'api_key_skip_foreign', 7, 'BEFORE INSERT', 'ROW', 'api_key_skip_foreign', 'ALWAYS')
+            ('api_key_changes', 'api_key_skip_foreign', 7, 'BEFORE INSERT', 'ROW', 'api_key_skip_foreign', 'ALWAYS'),
+            ('api_key_audit', 'api_key_renumber', 7, 'BEFORE INSERT', 'ROW', 'api_key_renumber', 'ALWAYS')
         ) AS triggers (in_table, name, type, event, level, function, mode)
     LOOP
         CONTINUE WHEN wanted.is_there;
@@ -379,7 +653,9 @@ BEGIN
             CASE
                 WHEN wanted.event = 'AFTER UPDATE'
                     THEN 'WHEN (OLD.api_key_revision IS DISTINCT FROM NEW.api_key_revision)'
-                WHEN wanted.in_table = 'api_key_changes' THEN 'WHEN (pg_trigger_depth() = 0)'
+                WHEN wanted.name = 'api_key_audit_new'
+                    THEN 'WHEN (nullif(current_setting(''api_key.attribution'', TRUE), '''') IS NOT NULL)'
+                WHEN wanted.in_table IN ('api_key_changes', 'api_key_audit') THEN 'WHEN (pg_trigger_depth() = 0)'
                 ELSE ''
             END,
             wanted.function);

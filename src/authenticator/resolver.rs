@@ -35,7 +35,7 @@ use crate::{
     metering::Recorder,
     runtime::{Background, Moment, within},
     store::{Answer, DynKeyStore, KeyStore, Lookup, LookupKey, Priority, Proof, Source},
-    telemetry::{self, FirstTime},
+    telemetry::{self, FirstTime, PreviousSecretLog},
 };
 
 /// Tiers of one node, from the local cache down.
@@ -57,6 +57,7 @@ pub(crate) struct Resolver {
     is_store_failing: AtomicBool,
     /// Whether a missing capability of the store was logged.
     warned: FirstTime,
+    previous_secrets: PreviousSecretLog,
 }
 
 /// Result of a probe of the local cache.
@@ -105,6 +106,7 @@ impl Resolver {
             feed: Background::default(),
             is_store_failing: AtomicBool::new(false),
             warned: FirstTime::default(),
+            previous_secrets: PreviousSecretLog::default(),
             settings,
         })
     }

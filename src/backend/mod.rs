@@ -102,7 +102,8 @@ pub use self::postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
 pub use self::redis::{RedisCache, RedisCacheBuilder, RedisCacheError};
 #[cfg(feature = "_sql")]
 pub use self::sql::{
-    ColumnFault, FindingKind, KeyFinding, KeyReview, MigrateError, MigrationReport,
+    ClockReading, ColumnFault, DatabaseHealth, FeedCheck, FindingKind, KeyFinding, KeyReview,
+    MigrateError, MigrationReport, MissingPrivilege, PrivilegePurpose,
 };
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteStore, SqliteStoreBuilder};

@@ -1,9 +1,12 @@
 //! A store in PostgreSQL: [`PostgresStore`].
 
 mod adopt;
+mod audit;
+mod bulk;
 mod connect;
 mod connections;
 mod feed;
+mod health;
 mod hosts;
 mod repository;
 mod schema;
@@ -12,6 +15,7 @@ mod session;
 mod sqlstate;
 mod tls;
 mod usage;
+mod users;
 
 use std::{
     fmt,
@@ -30,7 +34,7 @@ pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use self::{
     connect::Target,
     connections::{Connections, Isolation},
-    select::{KEY_TABLES, SELECT_KEY},
+    select::SELECT_KEY,
 };
 use super::sql::{
     gate::LookupGate,
@@ -147,9 +151,17 @@ impl PostgresStore {
         self.in_time(pool.load(isolation, statement)).await
     }
 
-    /// Runs a statement without a retry, because the first attempt may have been carried out.
-    async fn insert(&self, statement: &Statement) -> Result<Option<TextRow>, StoreError> {
-        Ok(self.in_time(self.0.management.load_once(statement)).await?.pop())
+    /// Runs a change without a retry, because the first attempt may have been carried out. Returns its row.
+    async fn change(&self, statement: &Statement) -> Result<Option<String>, StoreError> {
+        let rows: Vec<TextRow> = self.in_time(self.0.management.load_once(statement)).await?;
+        Ok(rows.into_iter().next().map(|found| found.row))
+    }
+
+    /// Runs an idempotent change. It is retried once if the connection was dead. Returns its row.
+    async fn repeatable(&self, statement: &Statement) -> Result<Option<String>, StoreError> {
+        let loaded = self.load_in(&self.0.management, Isolation::ReadCommitted, statement).await;
+        let rows: Vec<TextRow> = loaded?;
+        Ok(rows.into_iter().next().map(|found| found.row))
     }
 
     /// Runs the statement of a look-up. The deadline includes the wait for a connection.
@@ -196,10 +208,11 @@ impl KeyStore for PostgresStore {
                 coalesce((SELECT max(revision) FROM api_key_changes WHERE key_prefix = $1), 0) AS latest,
                 row_to_json(found)::text AS row
             FROM (VALUES (1)) AS one LEFT JOIN (
-                SELECT * FROM ({} {KEY_TABLES} WHERE k.key_prefix = $1 OFFSET 0) AS keys
+                SELECT * FROM ({} FROM ({}) AS k JOIN users u ON u.id = k.user_id OFFSET 0) AS keys
                 ORDER BY id LIMIT {}
             ) AS found ON TRUE",
             *SELECT_KEY,
+            select::UNDER_LOOKUP_ID,
             MAX_CANDIDATES + 1
         );
         let statement = Statement::new(sql, [Bind::Text(lookup.id().to_owned())]);

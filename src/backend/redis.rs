@@ -2,6 +2,7 @@
 
 mod builder;
 mod entry;
+mod flush;
 mod names;
 mod pub_sub;
 mod repository;
@@ -15,6 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use chrono::{DateTime, Utc};
 use deadpool_redis::redis::{Value, cmd};
 use tokio::sync::Semaphore;
 
@@ -30,7 +32,7 @@ use crate::{
     coherence::{Age, Subject},
     error::StoreError,
     policy,
-    record::{KeyRecord, Revision},
+    record::Revision,
     redis::{Link, RedisServers, RedisState},
     runtime::{Clock, Moment},
     store::{
@@ -329,8 +331,8 @@ impl<S: KeyStore> RedisCache<S> {
 
     /// Returns whether a stale copy grants access. Only then is it better than no answer.
     fn grants_access(&self, lookup: &Lookup, answer: &Answer) -> bool {
-        let now = chrono::DateTime::from(lookup.clock().now());
-        answer.record().is_some_and(|record| policy::validity(record, now).is_ok())
+        let now = DateTime::from(lookup.clock().now());
+        answer.matched().is_some_and(|it| policy::validity(&it.record, it.secret, now).is_ok())
     }
 }
 
@@ -348,19 +350,21 @@ fn answer(
         (Subject::Owner(key.record.user.id.clone()), owner_revision),
     ];
     let age = lookup.view().judge_copy(&subjects, keys.as_of, now)?;
-    let candidate = Candidate { record: key.record, owner_revision, proof: proof.clone() };
+    let candidate =
+        Candidate { record: key.record, secret: key.secret, owner_revision, proof: proof.clone() };
     let read =
         Read { candidates: vec![candidate], key_revision: keys.key_revision, is_whole: false };
     Some((lookup.answer(Outcome::Match(0), read).with_as_of(keys.as_of).into_copy(), age))
 }
 
-/// Returns the lifetime of an entry of keys. It ends when the first of the keys expires.
+/// Returns the lifetime of an entry of keys. It ends when the first of the keys or previous secrets expires.
 fn keys_lifetime(read: &Read, as_of: SystemTime) -> Duration {
-    let left = |record: &KeyRecord| {
-        let expiry = SystemTime::from(record.expires_at?);
-        expiry.duration_since(as_of).ok()
+    let left = |expiry: DateTime<Utc>| SystemTime::from(expiry).duration_since(as_of).ok();
+    let ends = |it: &Candidate| {
+        let grace_end = it.record.grace.as_ref().map(|grace| grace.ends_at);
+        it.record.expires_at.into_iter().chain(grace_end)
     };
-    let shortest = read.candidates.iter().filter_map(|it| left(&it.record)).min();
+    let shortest = read.candidates.iter().flat_map(ends).filter_map(left).min();
     shortest.unwrap_or(KEYS_LIFETIME).min(KEYS_LIFETIME)
 }
 

@@ -1,15 +1,22 @@
 //! A store in an embedded SQLite database: [`SqliteStore`].
 
 mod adopt;
+mod attribution;
+mod audit;
 mod feed;
 #[cfg(unix)]
 mod file;
+mod health;
+mod insert;
+mod key_edits;
 mod ledger;
 mod repository;
+mod run;
 mod select;
 mod threads;
 mod triggers;
 mod usage;
+mod users;
 
 use std::{
     fmt,
@@ -21,14 +28,16 @@ use std::{
 };
 
 use diesel::{
-    Connection, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
-    sqlite::Sqlite,
+    Connection, QueryableByName, SqliteConnection, connection::SimpleConnection, sqlite::Sqlite,
 };
 use tokio::sync::watch;
 
-use self::{select::keys_where, threads::Threads};
+use self::{
+    run::{BytesRow, execute, immediately, load, load_rows},
+    threads::Threads,
+};
 use super::sql::{
-    fault::{Failure, store_error},
+    fault::store_error,
     gate::LookupGate,
     migrate::{MigrateError, MigrationReport},
     review::KeyReview,
@@ -39,10 +48,7 @@ use crate::{
     error::StoreError,
     record::Revision,
     runtime::{Clock, SystemClock, hex, later, within},
-    store::{
-        Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, MAX_CANDIDATES,
-        UsageBatch,
-    },
+    store::{Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, UsageBatch},
     telemetry,
 };
 
@@ -156,10 +162,7 @@ impl SqliteStore {
     where
         R: QueryableByName<Sqlite> + Send + 'static,
     {
-        let read = move |connection: &mut SqliteConnection| {
-            (&statement).load(connection).map_err(store_error)
-        };
-        self.0.run(read).await
+        self.0.run(move |connection| load_rows(connection, &statement)).await
     }
 
     /// Runs the statement of a look-up. The deadline includes the wait for a thread.
@@ -182,23 +185,12 @@ impl SqliteStore {
         within(deadline, rows).await.unwrap_or_else(|| Err(StoreError::timeout(deadline)))
     }
 
-    /// Runs several statements in one transaction.
-    async fn in_transaction<T: Send + 'static>(
-        &self,
-        work: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
-    ) -> Result<T, StoreError> {
-        self.changed(self.in_silent_transaction(work)).await
-    }
-
     /// Runs several statements that change no decision in one transaction. It does not wake the feed.
     async fn in_silent_transaction<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut SqliteConnection) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
-        let transaction = |connection: &mut SqliteConnection| {
-            let outcome = connection.immediate_transaction(|c| work(c).map_err(Failure));
-            outcome.map_err(|Failure(error)| error)
-        };
+        let transaction = |connection: &mut SqliteConnection| immediately(connection, work);
         self.0.writer.run(self.0.deadline, transaction).await
     }
 
@@ -229,16 +221,14 @@ impl Inner {
     }
 }
 
-fn load(
-    connection: &mut SqliteConnection,
-    statement: &Statement,
-) -> Result<Vec<TextRow>, StoreError> {
-    statement.load(connection).map_err(store_error)
-}
-
 const DEADLINE: Duration = Duration::from_secs(5);
 /// Deadline of a migration, which may have to build an index on an adopted table.
 const MIGRATION_DEADLINE: Duration = Duration::from_secs(60);
+/// Minimum deadline of a change of many keys.
+const BULK_DEADLINE: Duration = Duration::from_secs(60);
+/// Size of the writer's page cache, in KiB: keys are at random places of the indexes, and with SQLite's 2 MiB each
+/// insertion into a large table would read and write pages of the file.
+const WRITER_CACHE: u32 = 64 * 1024;
 
 impl SqliteStoreBuilder {
     fn new(path: Option<PathBuf>, readers: usize) -> Self {
@@ -274,7 +264,13 @@ impl SqliteStoreBuilder {
         let Self { path, readers: reader_count, deadline, clock } = self;
         let open = move || open(path.as_deref(), deadline);
         // The writer is opened first: it creates the file and sets WAL mode.
-        let writer = Threads::start(1, &open)?;
+        let open_writer = || {
+            let mut connection = open()?;
+            let cache = format!("PRAGMA cache_size = -{WRITER_CACHE}");
+            connection.batch_execute(&cache).map_err(store_error)?;
+            Ok(connection)
+        };
+        let writer = Threads::start(1, &open_writer)?;
         let (readers, watcher) = match reader_count {
             0 => (None, None),
             _ => (Some(Threads::start(reader_count, &open)?), Some(Threads::start(1, &open)?)),
@@ -329,16 +325,7 @@ fn open(path: Option<&Path>, deadline: Duration) -> Result<SqliteConnection, Sto
 
 impl KeyStore for SqliteStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        // The keys and the last change under the lookup id, also of a deleted key, are read in one statement, and so
-        // from one snapshot.
-        let select = format!(
-            "SELECT row FROM ({} ORDER BY k.id LIMIT {}) UNION ALL
-            SELECT CAST(coalesce(max(revision), 0) AS TEXT) FROM api_key_changes WHERE key_prefix = $1",
-            keys_where("k.key_prefix = $1"),
-            MAX_CANDIDATES + 1
-        );
-        let binds = [Bind::Text(lookup.id().to_owned())];
-        let rows = self.look_up(lookup, Statement::new(select, binds)).await?;
+        let rows = self.look_up(lookup, select::look_up(lookup)).await?;
         let latest = rows.iter().find_map(TextRow::id).and_then(|id| u64::try_from(id).ok());
         let keys = rows.iter().filter(|found| found.id().is_none());
         let answer = lookup.verify_rows(keys.map(|found| row::decode(&found.row))).await?;

@@ -7,7 +7,9 @@ use std::{
 };
 
 use super::AuthContext;
-use crate::{denial::Denial, error::StoreError, metering::Recorder, store::VerifiedKey};
+use crate::{
+    denial::Denial, error::StoreError, metering::Recorder, record::KeyRecord, store::VerifiedKey,
+};
 
 /// Verified key, and the engine that verified it.
 pub(crate) struct Verified {
@@ -19,6 +21,9 @@ pub(crate) struct Verified {
 pub(crate) trait Engine: Send + Sync {
     /// Rechecks a key that this engine has verified.
     fn recheck(self: Arc<Self>, key: Arc<VerifiedKey>) -> RecheckFuture;
+
+    /// Logs and counts a request with the previous secret of a key.
+    fn note_previous_secret(&self, key: &KeyRecord);
 
     /// Returns the recorder of usage.
     fn recorder(&self) -> &Arc<Recorder>;

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | no key | 401, a challenge without an error code | UNAUTHENTICATED |
 //! | a header that breaks the grammar, two different keys, a key that is not behind `Bearer` | 400 `invalid_request` | INVALID_ARGUMENT |
-//! | not a key, unknown, wrong, revoked, expired, not valid yet, owner inactive | 401 `invalid_token` | UNAUTHENTICATED |
+//! | not a key, unknown, wrong, revoked, expired, not valid yet, rotated and past the grace period, owner inactive | 401 `invalid_token` | UNAUTHENTICATED |
 //! | endpoint, address, scope, permission, role or model not allowed | 403 | PERMISSION_DENIED |
 //! | rate limit or budget used up | 429 with `Retry-After` (a `total` budget never resets and has none) | RESOURCE_EXHAUSTED |
 //! | store unavailable or overloaded, too many slow checks | 503 with `Retry-After` | UNAVAILABLE |

@@ -64,6 +64,8 @@ pub enum InvalidKey {
     Expired,
     /// The key is not valid yet: its `not_before` is in the future.
     NotYetValid,
+    /// The key was rotated, and the grace period of the presented secret has ended.
+    Rotated,
     /// The owner of the key is not active.
     OwnerInactive,
 }
@@ -229,6 +231,7 @@ impl fmt::Display for InvalidKey {
             Self::Revoked => "the API key was revoked",
             Self::Expired => "the API key has expired",
             Self::NotYetValid => "the API key is not valid yet",
+            Self::Rotated => "the API key was rotated, and this secret is no longer accepted",
             Self::OwnerInactive => "the owner of the API key is not active",
         })
     }

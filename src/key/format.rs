@@ -10,6 +10,7 @@ use zeroize::Zeroizing;
 use super::{
     KeyDigest,
     base62::{self, is_base62},
+    inspect::{KeyCheck, StructuredText},
     presented::{KeyShape, PresentedKey},
 };
 use crate::denial::UnrecognizedKey;
@@ -176,10 +177,30 @@ impl KeyFormat {
         }
     }
 
-    /// Generates a key, if keys are minted in this format.
-    pub(super) fn generate(&self) -> Option<Result<PresentedKey, getrandom::Error>> {
+    /// Returns which check of this format a key has, if the format is structured and has the key's brand and environment.
+    pub(super) fn check_of(&self, key: &StructuredText<'_>) -> Option<KeyCheck> {
+        let Kind::Structured(Structured { brand, environment, check }) = &self.0 else {
+            return None;
+        };
+        let is_own = **brand == *key.brand && **environment == *key.environment;
+        is_own.then(|| check.of(key.checked, key.check))
+    }
+
+    /// Returns the number of first characters that are the lookup id, if this is not a structured format.
+    pub(super) fn lookup_id_chars(&self) -> Option<usize> {
+        match self.0 {
+            Kind::Structured(_) => None,
+            Kind::FirstChars(n) => Some(n),
+        }
+    }
+
+    /// Generates a key, if keys are minted in this format. `id` is the lookup id; without it, a new one is generated.
+    pub(super) fn generate(
+        &self,
+        id: Option<&str>,
+    ) -> Option<Result<PresentedKey, getrandom::Error>> {
         match &self.0 {
-            Kind::Structured(structured) => Some(structured.generate()),
+            Kind::Structured(structured) => Some(structured.generate(id)),
             Kind::FirstChars(_) => None,
         }
     }
@@ -192,9 +213,8 @@ impl Structured {
             return Verdict::Claimed(UnrecognizedKey::WrongShape);
         };
         let body = rest.split_once('_').filter(|(id, secret_and_check)| {
-            id.len() == ID_DIGITS
+            is_structured_id(id)
                 && secret_and_check.len() == SECRET_DIGITS + CHECK_DIGITS
-                && is_base62(id)
                 && is_base62(secret_and_check)
         });
         if body.is_none() {
@@ -209,7 +229,7 @@ impl Structured {
         Verdict::Key(KeyShape { id, is_structured: true })
     }
 
-    fn generate(&self) -> Result<PresentedKey, getrandom::Error> {
+    fn generate(&self, lookup_id: Option<&str>) -> Result<PresentedKey, getrandom::Error> {
         // The full capacity is reserved, because a buffer that grows would leave a copy of a part of the key.
         let mut text = Zeroizing::new(String::with_capacity(MAX_KEY_BYTES));
         text.push_str(&self.brand);
@@ -217,7 +237,10 @@ impl Structured {
         text.push_str(&self.environment);
         text.push('_');
         let id = text.len()..text.len() + ID_DIGITS;
-        base62::push_random(&mut text, ID_DIGITS)?;
+        match lookup_id.filter(|id| is_structured_id(id)) {
+            Some(id) => text.push_str(id),
+            None => base62::push_random(&mut text, ID_DIGITS)?,
+        }
         text.push('_');
         base62::push_random(&mut text, SECRET_DIGITS)?;
         let check = self.check.mint(&text);
@@ -225,6 +248,11 @@ impl Structured {
         let digest = KeyDigest::of(text.as_bytes());
         Ok(PresentedKey::new(&text, KeyShape { id, is_structured: true }, digest))
     }
+}
+
+/// Returns whether `id` has the shape of the lookup id of a structured key.
+fn is_structured_id(id: &str) -> bool {
+    id.len() == ID_DIGITS && is_base62(id)
 }
 
 fn strip_word<'a>(text: &'a str, word: &str) -> Option<&'a str> {
@@ -247,6 +275,45 @@ impl Check {
             Self::Crc32 => equals(crc32(checked)),
             Self::Mint(secrets) => secrets.iter().any(|secret| equals(mac(secret, checked))),
         }
+    }
+}
+
+impl Check {
+    /// Returns the check that a key with a right one has.
+    fn of(&self, checked: &str, check: &str) -> KeyCheck {
+        let secrets: &[MintSecret] = match self {
+            Self::Crc32 => &[],
+            Self::Mint(secrets) => secrets,
+        };
+        let equals = |expected: [u8; CHECK_DIGITS]| bool::from(expected.ct_eq(check.as_bytes()));
+        match secrets.iter().position(|secret| equals(mac(secret, checked))) {
+            Some(0) => KeyCheck::MintSecret,
+            Some(number) => KeyCheck::RetiredMintSecret(number),
+            None => KeyCheck::without_secret(checked, check),
+        }
+    }
+}
+
+impl KeyCheck {
+    /// Returns the check of a key of which no mint secret is known.
+    pub(super) fn without_secret(checked: &str, check: &str) -> Self {
+        if crc32(checked) == *check.as_bytes() { Self::Crc32 } else { Self::Wrong }
+    }
+}
+
+impl<'a> StructuredText<'a> {
+    /// Splits a text in the shape of a structured key, of any brand and environment.
+    pub(super) fn parse(text: &'a str) -> Option<Self> {
+        let mut words = text.split('_');
+        let (brand, environment, id, rest) =
+            (words.next()?, words.next()?, words.next()?, words.next()?);
+        let is_shaped = words.next().is_none()
+            && [brand, environment].iter().all(|name| !name.is_empty() && is_base62(name))
+            && is_structured_id(id)
+            && rest.len() == SECRET_DIGITS + CHECK_DIGITS
+            && is_base62(rest);
+        let (checked, check) = text.split_at_checked(text.len().checked_sub(CHECK_DIGITS)?)?;
+        is_shaped.then_some(Self { brand, environment, id, checked, check })
     }
 }
 

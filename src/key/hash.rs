@@ -89,6 +89,11 @@ impl KeyHash {
     }
 
     /// Returns a fingerprint that identifies the hash without showing it.
+    /// Returns whether the hash is made for secrets of unknown strength, and checked slowly.
+    pub(crate) fn is_slow(&self) -> bool {
+        matches!(self.0, Kind::Bcrypt(_))
+    }
+
     pub(crate) fn fingerprint(&self) -> HashFingerprint {
         HashFingerprint(Sha256::digest(self.expose_hash()).into())
     }

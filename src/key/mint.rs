@@ -81,7 +81,16 @@ impl KeyScheme {
     ///
     /// If the scheme has no structured format, or the operating system returns no random bytes.
     pub fn mint(&self) -> Result<MintedKey, MintError> {
-        let key = self.generate().ok_or(MintError::NoMintableFormat)?;
+        self.mint_under(None)
+    }
+
+    /// Creates a new secret for a key with this lookup id and hash. A key in a legacy format gets a new lookup id.
+    pub(crate) fn mint_again(&self, id: &str, hash: &KeyHash) -> Result<MintedKey, MintError> {
+        self.mint_under(Some(id).filter(|_| !hash.is_slow()))
+    }
+
+    fn mint_under(&self, id: Option<&str>) -> Result<MintedKey, MintError> {
+        let key = self.generate(id).ok_or(MintError::NoMintableFormat)?;
         let key = key.map_err(|_| MintError::NoRandomness)?;
         let hash = self.fast_hash(&key).ok_or(MintError::NoMintableFormat)?;
         Ok(MintedKey { key, hash })

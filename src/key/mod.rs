@@ -45,6 +45,7 @@ mod digest;
 mod failure_limiter;
 mod format;
 mod hash;
+mod inspect;
 mod mint;
 mod pool;
 mod presented;
@@ -61,6 +62,7 @@ pub(crate) use self::{
 pub use self::{
     format::{FormatError, KeyFormat},
     hash::{HashError, KeyHash},
+    inspect::{InspectedFormat, KeyCheck, KeyInspection},
     mint::{MintError, MintedKey},
     scheme::{KeyScheme, KeySchemeBuilder, SchemeError},
 };

@@ -102,9 +102,17 @@ impl KeyScheme {
             .ok_or(UnrecognizedKey::UnknownFormat)
     }
 
-    /// Generates a key in the first structured format, if there is one.
-    pub(super) fn generate(&self) -> Option<Result<PresentedKey, getrandom::Error>> {
-        self.0.formats.iter().find_map(KeyFormat::generate)
+    pub(super) fn formats(&self) -> &[KeyFormat] {
+        &self.0.formats
+    }
+
+    /// Generates a key in the first structured format, if there is one. `id` is the lookup id; without it, a new one is
+    /// generated.
+    pub(super) fn generate(
+        &self,
+        id: Option<&str>,
+    ) -> Option<Result<PresentedKey, getrandom::Error>> {
+        self.0.formats.iter().find_map(|format| format.generate(id))
     }
 
     /// Returns the fast hash of a key for storage: under the pepper if there is one, otherwise plain SHA-256 for a

@@ -9,12 +9,17 @@ use std::{
 };
 
 use super::{recorder::Recorder, usage::Usage};
-use crate::{record::KeyId, store::KeyUsage};
+use crate::{
+    record::{KeyId, Secret},
+    store::KeyUsage,
+};
 
 /// Usage of a key since it was last taken. Stored separately from the record, which is immutable.
 pub(crate) struct UsageCounter {
     key: KeyId,
     requests: AtomicU64,
+    /// Part of the requests that presented the previous secret.
+    previous_requests: AtomicU64,
     tokens: AtomicU64,
     cost: AtomicU64,
     /// Part of the cost that was settled from a lease.
@@ -29,6 +34,7 @@ impl UsageCounter {
         Arc::new(Self {
             key,
             requests: AtomicU64::new(0),
+            previous_requests: AtomicU64::new(0),
             tokens: AtomicU64::new(0),
             cost: AtomicU64::new(0),
             settled: AtomicU64::new(0),
@@ -38,8 +44,11 @@ impl UsageCounter {
     }
 
     #[inline]
-    pub(crate) fn count_request(self: &Arc<Self>) {
+    pub(crate) fn count_request(self: &Arc<Self>, secret: Secret) {
         self.requests.fetch_add(1, SeqCst);
+        if secret == Secret::Previous {
+            self.previous_requests.fetch_add(1, SeqCst);
+        }
         self.enqueue();
     }
 
@@ -80,7 +89,10 @@ impl UsageCounter {
         self.is_queued.store(false, SeqCst);
         let amount =
             |counter: &AtomicU64| i64::try_from(counter.swap(0, SeqCst)).unwrap_or(i64::MAX);
+        // The part is taken before the whole, so that it never exceeds the whole.
+        let previous_requests = self.previous_requests.swap(0, SeqCst);
         KeyUsage {
+            previous_requests,
             requests: self.requests.swap(0, SeqCst),
             tokens: self.tokens.swap(0, SeqCst),
             // The settled amount is taken before the cost, so that it never exceeds the cost.

@@ -9,7 +9,7 @@ use std::{
 use chrono::{DateTime, Utc};
 
 use crate::{
-    record::KeyId,
+    record::{KeyId, Secret},
     store::{KeyUsage, UsageBatch},
     telemetry,
 };
@@ -25,8 +25,8 @@ pub(super) struct UsageQueue {
     today: Day,
     /// Earlier days, the oldest first. Empty unless the store is unavailable.
     earlier: VecDeque<Day>,
-    /// Time at which the last use of each key was last written.
-    last_used: HashMap<KeyId, SystemTime>,
+    /// Time at which the last use of each secret was last written.
+    last_used: HashMap<(KeyId, Secret), SystemTime>,
     /// Time at which old entries of `last_used` were last removed.
     swept_at: SystemTime,
 }
@@ -70,6 +70,7 @@ impl UsageQueue {
         let key = usage.key.clone();
         let sum = self.today.usage.entry(key).or_insert_with_key(|key| KeyUsage::new(key.clone()));
         sum.requests = sum.requests.saturating_add(usage.requests);
+        sum.previous_requests = sum.previous_requests.saturating_add(usage.previous_requests);
         sum.tokens = sum.tokens.saturating_add(usage.tokens);
         sum.cost_micro_cents = sum.cost_micro_cents.saturating_add(usage.cost_micro_cents);
         sum.settled_micro_cents = sum.settled_micro_cents.saturating_add(usage.settled_micro_cents);
@@ -106,7 +107,15 @@ impl UsageQueue {
                 return None;
             }
             for usage in &mut entries {
-                usage.last_used_at = self.is_due(&usage.key, gathered_at).then_some(gathered_at);
+                let KeyUsage { key, requests, previous_requests, .. } = &*usage;
+                // Usage without a request is that of an earlier request, of either secret.
+                let is_current_used = requests > previous_requests || *previous_requests == 0;
+                let is_previous_used = *previous_requests > 0;
+                let mut due = |secret| self.is_due(key, secret, gathered_at);
+                let current = is_current_used && due(Secret::Current);
+                let previous = is_previous_used && due(Secret::Previous);
+                usage.last_used_at = current.then_some(gathered_at);
+                usage.previous_last_used_at = previous.then_some(gathered_at);
             }
             self.sequence += 1;
             let batch = UsageBatch::new(&*self.writer, self.sequence, gathered_at);
@@ -129,13 +138,14 @@ impl UsageQueue {
         self.today.usage.clear();
     }
 
-    /// Returns whether the last use of a key has to be written again.
-    fn is_due(&mut self, key: &KeyId, now: SystemTime) -> bool {
+    /// Returns whether the last use of a secret has to be written again.
+    fn is_due(&mut self, key: &KeyId, secret: Secret, now: SystemTime) -> bool {
+        let key = (key.clone(), secret);
         let is_recent = |written: &SystemTime| {
             // If the clock was set back, the write is due.
             now.duration_since(*written).is_ok_and(|age| age < LAST_USED_EVERY)
         };
-        if self.last_used.get(key).is_some_and(is_recent) {
+        if self.last_used.get(&key).is_some_and(is_recent) {
             return false;
         }
         if self.last_used.len() >= MAX_WAITING && !is_recent(&self.swept_at) {
@@ -143,7 +153,7 @@ impl UsageQueue {
             self.swept_at = now;
         }
         if self.last_used.len() < MAX_WAITING {
-            self.last_used.insert(key.clone(), now);
+            self.last_used.insert(key, now);
         }
         true
     }
@@ -153,5 +163,5 @@ impl UsageQueue {
 fn log_dropped(usage: &KeyUsage) {
     telemetry::count("api_key_usage_dropped_total");
     let KeyUsage { key, requests, tokens, cost_micro_cents, .. } = usage;
-    tracing::error!(%key, requests, tokens, cost_micro_cents, "usage of an API key was dropped");
+    tracing::error!(%key, requests, tokens, cost_micro_cents, "the usage queue is full: usage of an API key is lost");
 }

@@ -1,7 +1,5 @@
 //! The ceiling rule: a key grants at most what it has.
 
-#![cfg_attr(not(test), expect(dead_code, reason = "management does not call the rule yet"))]
-
 #[cfg(test)]
 mod property;
 #[cfg(test)]

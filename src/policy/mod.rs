@@ -9,6 +9,7 @@ pub use self::ceiling::CeilingField;
 #[cfg(feature = "_sql")]
 pub(crate) use self::scope::wildcard;
 pub(crate) use self::{
+    ceiling::{GrantableOwners, ceiling},
     network_steps::{Network, NetworkSteps, STEPS},
     scope::grants,
     validity::validity,

@@ -28,6 +28,8 @@ pub struct KeyRecord {
     pub id: KeyId,
     /// The name of the key, for people.
     pub name: String,
+    /// What the key is for, for people.
+    pub description: String,
     /// The public lookup id (column `key_prefix`). It is not secret, and appears in lists and logs.
     pub prefix: String,
     /// Whether the key has not been revoked.
@@ -55,8 +57,20 @@ pub struct KeyRecord {
     pub not_before: Option<DateTime<Utc>>,
     /// Usage of the key at the time of the read.
     pub usage: UsageTotals,
-    /// When the key was last used, in steps of a minute.
+    /// When the current secret was last used, in steps of a minute.
     pub last_used_at: Option<DateTime<Utc>>,
+    /// The grace period of the previous secret; `None` if the key was not rotated, or the period was ended.
+    pub grace: Option<GracePeriod>,
+    /// The actor who created the key, for example an e-mail address.
+    pub created_by: Option<String>,
+    /// The key with which the actor created this key.
+    pub created_by_key: Option<KeyId>,
+    /// When the key was revoked; `None` if it was not, or if it was revoked by a statement that does not set this.
+    pub revoked_at: Option<DateTime<Utc>>,
+    /// The actor who revoked the key.
+    pub revoked_by: Option<String>,
+    /// Why the key was revoked.
+    pub revoke_reason: Option<String>,
     /// When the key was created.
     pub created_at: DateTime<Utc>,
     /// When the row was last changed.
@@ -76,6 +90,7 @@ impl KeyRecord {
         Self {
             id: id.into(),
             name: String::new(),
+            description: String::new(),
             prefix: prefix.into(),
             is_active: true,
             permissions: Vec::new(),
@@ -90,6 +105,12 @@ impl KeyRecord {
             not_before: None,
             usage: UsageTotals::default(),
             last_used_at: None,
+            grace: None,
+            created_by: None,
+            created_by_key: None,
+            revoked_at: None,
+            revoked_by: None,
+            revoke_reason: None,
             created_at: DateTime::UNIX_EPOCH,
             updated_at: DateTime::UNIX_EPOCH,
             revision: Revision(0),
@@ -97,6 +118,35 @@ impl KeyRecord {
             user,
         }
     }
+}
+
+/// The grace period after a rotation, in which the previous secret is still accepted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct GracePeriod {
+    /// The lookup id of the previous secret. It differs from the key's own if the key was in a legacy format.
+    pub prefix: String,
+    /// Time from which the previous secret is rejected, by the clock of the node that checks it.
+    pub ends_at: DateTime<Utc>,
+    /// When the previous secret was last used, in steps of a minute.
+    pub last_used_at: Option<DateTime<Utc>>,
+}
+
+impl GracePeriod {
+    /// Creates the grace period of a secret with the lookup id `prefix`, which was never used.
+    pub fn new(prefix: impl Into<String>, ends_at: DateTime<Utc>) -> Self {
+        Self { prefix: prefix.into(), ends_at, last_used_at: None }
+    }
+}
+
+/// One of the secrets of a key.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Secret {
+    /// The secret of the last rotation, or of the creation of the key.
+    #[default]
+    Current,
+    /// The secret before the last rotation, in its grace period.
+    Previous,
 }
 
 /// The owner of a key.

@@ -33,8 +33,8 @@ pub(crate) use self::network::canonical;
 pub use self::{
     endpoint_rule::{EndpointRule, EndpointRuleError},
     key_record::{
-        Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions, UsageTotals, User,
-        UserId,
+        Budget, BudgetPeriod, GracePeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions,
+        Secret, UsageTotals, User, UserId,
     },
     network::{AllowedNetwork, NetworkError},
     quota::{Quota, RatePeriod, RateWindow},

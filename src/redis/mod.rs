@@ -16,11 +16,13 @@
 //! By default, a request waits for Redis at most 100 ms. After five failures in a row the circuit breaker opens: Redis
 //! is not used, and is probed in the background. [`RedisState`] is its state, for a health check.
 
+mod health;
 mod link;
 mod script;
 mod servers;
 
 pub use self::{
+    health::{RedisHealth, RedisHealthError},
     link::RedisState,
     servers::{RedisServers, RedisUrlError},
 };

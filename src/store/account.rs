@@ -56,6 +56,7 @@ impl UsageBatch {
                 "cost": usage.cost_micro_cents.max(0),
                 "settled": usage.settled_micro_cents.max(0),
                 "is_last_used": usage.last_used_at.is_some(),
+                "is_previous_used": usage.previous_last_used_at.is_some(),
             })
         };
         entries.into_iter().map(encode).collect()
@@ -92,8 +93,12 @@ pub struct KeyUsage {
     pub cost_micro_cents: i64,
     /// The part of the cost that was settled from the writer's lease, which shrinks by this amount.
     pub settled_micro_cents: i64,
-    /// Time of the last use; `None` while it is not due to be written.
+    /// The part of the requests that presented the previous secret of a rotated key.
+    pub previous_requests: u64,
+    /// Time of the last use of the current secret; `None` while it is not due to be written.
     pub last_used_at: Option<SystemTime>,
+    /// Time of the last use of the previous secret; `None` while it is not due to be written.
+    pub previous_last_used_at: Option<SystemTime>,
 }
 
 impl KeyUsage {
@@ -105,7 +110,9 @@ impl KeyUsage {
             tokens: 0,
             cost_micro_cents: 0,
             settled_micro_cents: 0,
+            previous_requests: 0,
             last_used_at: None,
+            previous_last_used_at: None,
         }
     }
 }

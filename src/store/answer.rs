@@ -4,10 +4,10 @@ use std::{fmt, time::SystemTime};
 
 use subtle::ConstantTimeEq;
 
-use super::{lookup::Lookup, lookup_key::Proof, stored_key::StoredKey};
+use super::{lookup::Lookup, lookup_key::Proof, stored_key::StoredSecret};
 use crate::{
     key::{HashFingerprint, KeyDigest, KeyHash},
-    record::{KeyId, KeyRecord, Revision, Revisions},
+    record::{KeyId, KeyRecord, Revision, Revisions, Secret},
 };
 
 /// The result of a [`Lookup`]: the matching record, "unknown", or "mismatch".
@@ -53,10 +53,11 @@ pub(crate) struct Read {
     pub(crate) is_whole: bool,
 }
 
-/// One of these keys, without its hash.
+/// One of the secrets of these keys, without its hash.
 #[derive(Debug, Clone)]
 pub(crate) struct Candidate {
     pub(crate) record: KeyRecord,
+    pub(crate) secret: Secret,
     pub(crate) owner_revision: Revision,
     /// Proof of the match, for the candidate that matched.
     pub(crate) proof: Option<Proof>,
@@ -73,14 +74,15 @@ impl Candidate {
 }
 
 impl Read {
-    pub(crate) fn new(keys: Vec<StoredKey>, is_whole: bool) -> Self {
-        let key_revision = keys.iter().map(|key| key.revisions.key).max().unwrap_or_default();
-        let candidate = |key: StoredKey| Candidate {
-            owner_revision: key.revisions.owner,
-            proof: Some(Proof::Seen(key.hash.fingerprint())),
-            record: key.record,
+    pub(crate) fn new(secrets: Vec<StoredSecret>, is_whole: bool) -> Self {
+        let key_revision = secrets.iter().map(|it| it.revisions.key).max().unwrap_or_default();
+        let candidate = |it: StoredSecret| Candidate {
+            owner_revision: it.revisions.owner,
+            proof: Some(Proof::Seen(it.hashes.hash.fingerprint())),
+            record: it.record,
+            secret: it.secret,
         };
-        Self { candidates: keys.into_iter().map(candidate).collect(), key_revision, is_whole }
+        Self { candidates: secrets.into_iter().map(candidate).collect(), key_revision, is_whole }
     }
 }
 
@@ -181,7 +183,7 @@ impl fmt::Debug for Answer {
 /// A fast hash to store beside a bcrypt hash, so that the next look-up of that key runs no bcrypt.
 ///
 /// It is valid only for the hash that it was derived from. Write it only where `key_hash` still equals `checked`, store
-/// `checked` with it, and return it ([`StoredKey::with_upgrade`]) only while the two are equal. A rotation or a
+/// `checked` with it, and return it ([`StoredKey::with_upgrade`](crate::store::StoredKey::with_upgrade)) only while the two are equal. A rotation or a
 /// hand-written `UPDATE` of `key_hash` then invalidates it.
 #[derive(Debug, Clone)]
 #[non_exhaustive]

@@ -6,14 +6,14 @@ use super::{
     answer::{Answer, Candidate, HashUpgrade, Outcome, Read},
     lookup_key::{LookupKey, Proof},
     priority::Priority,
-    stored_key::StoredKey,
+    stored_key::{SecretHash, StoredKey, StoredSecret},
     waiting::Waiting,
 };
 use crate::{
     coherence::View,
     error::StoreError,
     key::{FastCheck, KeyDigest, KeyScheme, PresentedKey, SlowCheck},
-    record::{KeyRecord, Revision},
+    record::{KeyRecord, Revision, Secret},
     runtime::{Clock, Moment},
 };
 
@@ -113,6 +113,7 @@ impl Lookup {
     }
 
     /// Returns the clock of this node.
+    #[cfg(feature = "redis")]
     pub(crate) fn clock(&self) -> &dyn Clock {
         &*self.clock
     }
@@ -192,6 +193,8 @@ impl Lookup {
             }
         }
         let is_whole = fault.is_none();
+        let secrets = |key: StoredKey| key.secrets_under(self.id(), self.asked_at.wall());
+        let candidates: Vec<_> = candidates.into_iter().flat_map(secrets).collect();
 
         let mut matched = None;
         let (mut slow, mut hashes) = (Vec::new(), Vec::new());
@@ -268,12 +271,12 @@ impl Lookup {
         proof.map(|proof| Some(proof.clone())).ok_or_else(needs_the_key)
     }
 
-    fn has_proof_for(&self, candidate: &StoredKey) -> bool {
-        let fingerprint = candidate.hash.fingerprint();
+    fn has_proof_for(&self, candidate: &StoredSecret) -> bool {
+        let fingerprint = candidate.hashes.hash.fingerprint();
         self.proofs.iter().any(|proof| proof.is_for(&fingerprint))
     }
 
-    fn check_fast(&self, candidate: &StoredKey) -> FastCheck {
+    fn check_fast(&self, candidate: &StoredSecret) -> FastCheck {
         let Some(key) = self.key.presented() else {
             // The key is not presented: only the hash that it matched before can match.
             return match self.has_proof_for(candidate) {
@@ -281,11 +284,12 @@ impl Lookup {
                 false => FastCheck::Mismatch,
             };
         };
-        let upgraded = candidate.upgraded.as_ref().map(|fast| self.scheme.check_fast(fast, key));
+        let SecretHash { hash, upgraded } = &candidate.hashes;
+        let upgraded = upgraded.as_ref().map(|fast| self.scheme.check_fast(fast, key));
         let verdict = match upgraded {
             // A valid fast hash is decisive, for a wrong key too.
             Some(verdict @ (FastCheck::Match | FastCheck::Mismatch)) => return verdict,
-            _ => self.scheme.check_fast(&candidate.hash, key),
+            _ => self.scheme.check_fast(hash, key),
         };
         // A key with a proof needs no slow check, and is never limited.
         match verdict {
@@ -294,9 +298,9 @@ impl Lookup {
         }
     }
 
-    fn upgrade(&self, key: &PresentedKey, found: &StoredKey) -> Option<HashUpgrade> {
+    fn upgrade(&self, key: &PresentedKey, found: &StoredSecret) -> Option<HashUpgrade> {
         let fast = self.scheme.upgrade(key)?;
-        Some(HashUpgrade { key: found.record.id.clone(), checked: found.hash.clone(), fast })
+        Some(HashUpgrade { key: found.record.id.clone(), checked: found.hashes.hash.clone(), fast })
     }
 
     /// Creates an answer without a check, for a store that verifies keys elsewhere, such as an identity provider or a
@@ -305,7 +309,12 @@ impl Lookup {
     /// [`AuthContext::recheck`](crate::AuthContext::recheck) can't query such a store again, because no key is
     /// presented. An answer that is made with this function is then rejected.
     pub fn assume_verified(&self, record: KeyRecord) -> Answer {
-        let candidate = Candidate { record, owner_revision: Revision::default(), proof: None };
+        let candidate = Candidate {
+            record,
+            secret: Secret::Current,
+            owner_revision: Revision::default(),
+            proof: None,
+        };
         // A copy must be bound to a hash. There is none, so no copy is made.
         let read = Read { candidates: vec![candidate], key_revision: Revision(0), is_whole: false };
         self.answer(Outcome::Match(0), read)

@@ -33,8 +33,11 @@
 
 mod account;
 mod answer;
+mod attribution;
+mod audit;
 mod change;
 mod erased;
+mod filter;
 mod ledger;
 mod lookup;
 mod lookup_key;
@@ -47,23 +50,28 @@ mod waiting;
 use std::{future::Future, time::SystemTime};
 
 #[cfg(feature = "redis")]
-pub(crate) use self::answer::{Candidate, Read};
+pub(crate) use self::answer::Read;
 pub use self::{
     account::{CacheSecret, KeyUsage, Lease, LeaseRequest, UsageBatch},
     answer::{Answer, HashUpgrade},
+    attribution::Attribution,
+    audit::{AuditAction, AuditEntry, AuditPage, ListAudit},
     change::{Change, ChangeStream, FeedFault, FeedStatus},
     erased::DynKeyStore,
+    filter::KeyFilter,
     lookup::Lookup,
-    page::{KeyPage, ListKeys, UnreadableKey},
-    repository::KeyRepository,
+    page::{KeyPage, ListKeys, ListUsers, UnreadableKey, UserPage},
+    repository::{DailyUsage, Inserted, KeyRepository},
     stored_key::StoredKey,
 };
 pub(crate) use self::{
-    answer::{Outcome, Source},
+    answer::{Candidate, Outcome, Source},
+    audit::{audited_key, audited_user},
     ledger::{GrantedLease, LedgerEntry, grant},
     lookup::needs_the_key,
     lookup_key::{LookupKey, Proof, VerifiedKey},
     priority::Priority,
+    stored_key::SecretHash,
     waiting::Waiting,
 };
 #[cfg(feature = "_sql")]

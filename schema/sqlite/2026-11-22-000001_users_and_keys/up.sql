@@ -19,14 +19,29 @@ CREATE TABLE IF NOT EXISTS users (
 CREATE TABLE IF NOT EXISTS api_keys (
     -- Never reused, because usage and budgets refer to it, and are kept after the key is deleted.
     id                    INTEGER PRIMARY KEY AUTOINCREMENT,
-    user_id               INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE,
+    -- A user who owns keys can't be deleted.
+    user_id               INTEGER NOT NULL REFERENCES users (id),
     name                  TEXT    NOT NULL DEFAULT '',
+    description           TEXT,
     key_prefix            TEXT    NOT NULL,
     key_hash              TEXT    NOT NULL,
     -- A fast hash of the same key, which is valid only while fast_hash_of = key_hash.
     fast_hash             TEXT,
     fast_hash_of          TEXT,
+    -- The previous secret, which is accepted until previous_expires_at.
+    previous_key_prefix   TEXT,
+    previous_key_hash     TEXT,
+    previous_fast_hash    TEXT,
+    previous_fast_hash_of TEXT,
+    previous_expires_at   TEXT,
+    previous_last_used_at TEXT,
     is_active             BOOLEAN NOT NULL DEFAULT TRUE,
+    revoked_at            TEXT,
+    revoked_by            TEXT,
+    revoke_reason         TEXT,
+    created_by            TEXT,
+    -- It does not reference api_keys: it is kept after that key is deleted.
+    created_by_key        INTEGER,
     permissions           TEXT    NOT NULL DEFAULT '[]',
     scopes                TEXT    NOT NULL DEFAULT '[]',
     rate_limit_per_minute INTEGER,
@@ -39,6 +54,7 @@ CREATE TABLE IF NOT EXISTS api_keys (
     budget_limit_cents    INTEGER,
     budget_type           TEXT,
     expires_at            TEXT,
+    not_before            TEXT,
     total_requests        INTEGER NOT NULL DEFAULT 0,
     total_tokens          INTEGER NOT NULL DEFAULT 0,
     -- In cents, with a precision of a millionth.

@@ -15,8 +15,10 @@ CREATE TABLE IF NOT EXISTS api_key_changes (
     -- Keys may have been stored before their user.
     is_new_user BOOLEAN NOT NULL DEFAULT FALSE
 );
-CREATE INDEX IF NOT EXISTS api_key_changes_prefix ON api_key_changes (key_prefix, revision);
-CREATE INDEX IF NOT EXISTS api_key_changes_user ON api_key_changes (user_id, revision);
+CREATE INDEX IF NOT EXISTS api_key_changes_prefix ON api_key_changes (key_prefix, revision)
+    WHERE key_prefix IS NOT NULL;
+CREATE INDEX IF NOT EXISTS api_key_changes_user ON api_key_changes (user_id, revision)
+    WHERE user_id IS NOT NULL;
 
 -- The first row, with a lookup id that no key has, so that there is always a last row.
 INSERT INTO api_key_changes (key_prefix) SELECT '' WHERE NOT EXISTS (SELECT 1 FROM api_key_changes);

@@ -11,8 +11,8 @@ use crate::{
     context::{AuthContext, Engine, Provenance, Verified},
     denial::InvalidKey,
     policy,
-    record::KeyRecord,
-    store::{self, Answer, Lookup, LookupKey, Proof, Source, VerifiedKey},
+    record::Secret,
+    store::{self, Answer, Candidate, Lookup, LookupKey, Proof, Source, VerifiedKey},
 };
 
 impl Resolver {
@@ -57,9 +57,10 @@ impl Resolver {
         let outcome = match (result, answer.into_matched()) {
             (store::Outcome::Match(_), Some(matched)) => {
                 // Checked at the time after the look-up, which may have taken a while.
-                let validity = policy::validity(&matched.record, DateTime::from(now.wall()));
-                (tag.applies_from, tag.expires_at) = time_of(validity, &matched.record);
-                validity.map(|()| self.context(matched.record, tag, lookup.key(), proof))
+                let validity =
+                    policy::validity(&matched.record, matched.secret, DateTime::from(now.wall()));
+                (tag.applies_from, tag.expires_at) = time_of(validity, &matched);
+                validity.map(|()| self.context(matched, tag, lookup.key(), proof))
             }
             (store::Outcome::Unknown, _) => Err(InvalidKey::Unknown),
             _ => Err(InvalidKey::WrongSecret),
@@ -90,7 +91,7 @@ impl Resolver {
 
     fn context(
         self: &Arc<Self>,
-        record: KeyRecord,
+        matched: Candidate,
         tag: CoherenceTag,
         key: &LookupKey,
         proof: Option<Proof>,
@@ -98,22 +99,28 @@ impl Resolver {
         let provenance = Provenance {
             origin: self.origin.clone(),
             tag,
-            counter: self.usage.counter(&record.id),
+            counter: self.usage.counter(&matched.record.id),
         };
         let engine: Weak<Self> = Arc::downgrade(self);
         let key = VerifiedKey { id: key.id().into(), digest: key.cache_digest(), proof };
         let verified = Verified { key: Arc::new(key), engine: engine as Weak<dyn Engine> };
-        AuthContext::new(record, provenance, verified)
+        AuthContext::new(matched.record, matched.secret, provenance, verified)
     }
 }
 
 /// Returns the time in which the validity applies, from the first value on and before the second, by the wall clock.
 /// It is limited at both ends, because the clock may have been ahead or behind, and may be corrected.
-fn time_of(validity: Result<(), InvalidKey>, record: &KeyRecord) -> (u64, u64) {
+fn time_of(validity: Result<(), InvalidKey>, matched: &Candidate) -> (u64, u64) {
+    let Candidate { record, secret, .. } = matched;
     let start = record.not_before.map_or(0, wall_nanos);
     let expiry = record.expires_at.map_or(u64::MAX, wall_nanos);
+    let grace_end = match secret {
+        Secret::Current => u64::MAX,
+        Secret::Previous => record.grace.as_ref().map_or(0, |grace| wall_nanos(grace.ends_at)),
+    };
     match validity {
-        Ok(()) => (start, expiry),
+        Ok(()) => (start, expiry.min(grace_end)),
+        Err(InvalidKey::Rotated) => (grace_end, u64::MAX),
         Err(InvalidKey::Expired) => (expiry, u64::MAX),
         // A key that expires before it starts becomes expired.
         Err(InvalidKey::NotYetValid) => (0, start.min(expiry)),

@@ -7,6 +7,7 @@ use crate::{
     context::{Engine, RecheckFuture},
     denial::Denial,
     metering::Recorder,
+    record::KeyRecord,
     store::{LookupKey, VerifiedKey, needs_the_key},
     telemetry,
 };
@@ -25,6 +26,11 @@ impl Engine for Resolver {
             }
             outcome.inspect_err(Denial::log)
         })
+    }
+
+    fn note_previous_secret(&self, key: &KeyRecord) {
+        let Some(grace) = &key.grace else { return };
+        self.previous_secrets.log(key.id.to_string(), &grace.ends_at, self.now().monotonic());
     }
 
     fn recorder(&self) -> &Arc<Recorder> {

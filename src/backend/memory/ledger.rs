@@ -10,7 +10,7 @@ use chrono::{DateTime, NaiveDate, TimeDelta, Utc};
 use super::Tables;
 use crate::{
     record::{KeyId, UsageTotals},
-    store::{self, GrantedLease, Lease, LeaseRequest, UsageBatch},
+    store::{self, DailyUsage, GrantedLease, Lease, LeaseRequest, UsageBatch},
 };
 
 /// The accounting data that the SQL stores keep beside users and keys.
@@ -18,8 +18,8 @@ use crate::{
 pub(super) struct Ledger {
     /// Sequence number of the last counted batch of each writer.
     writers: HashMap<String, u64>,
-    /// Cost of each key on each day, in micro-cents.
-    costs: HashMap<KeyId, BTreeMap<NaiveDate, i64>>,
+    /// Usage of each key on each day.
+    days: HashMap<KeyId, BTreeMap<NaiveDate, DailyUsage>>,
     /// Leases by key and holder.
     leases: HashMap<KeyId, HashMap<String, GrantedLease>>,
 }
@@ -42,21 +42,32 @@ impl Tables {
             *requests = requests.saturating_add(used.requests);
             *tokens = tokens.saturating_add(used.tokens);
             *cost_micro_cents = cost_micro_cents.saturating_add(cost);
-            if let Some(last_used) = used.last_used_at.map(DateTime::<Utc>::from) {
-                let is_due = |written| last_used - written >= TimeDelta::seconds(60);
-                if record.last_used_at.is_none_or(is_due) {
-                    record.last_used_at = Some(last_used);
-                }
+            note_use(&mut record.last_used_at, used.last_used_at);
+            if let Some(grace) = &mut record.grace {
+                note_use(&mut grace.last_used_at, used.previous_last_used_at);
             }
-            let of_day = self.ledger.costs.entry(used.key.clone()).or_default().entry(day);
-            let of_day = of_day.or_default();
-            *of_day = of_day.saturating_add(cost);
+            let days = self.ledger.days.entry(used.key.clone()).or_default();
+            let of_day = days.entry(day).or_insert_with(|| DailyUsage::new(day));
+            of_day.requests = of_day.requests.saturating_add(used.requests);
+            of_day.tokens = of_day.tokens.saturating_add(used.tokens);
+            of_day.cost_micro_cents = of_day.cost_micro_cents.saturating_add(cost);
             let leases = self.ledger.leases.get_mut(&used.key);
             if let Some(granted) = leases.and_then(|leases| leases.get_mut(&batch.writer)) {
                 let left = granted.amount.saturating_sub(used.settled_micro_cents.max(0));
                 granted.amount = left.max(0);
             }
         }
+    }
+
+    /// Returns the usage of a key on the days from `from` to `to`.
+    pub(super) fn usage_between(
+        &self,
+        key: &KeyId,
+        from: NaiveDate,
+        to: NaiveDate,
+    ) -> Vec<DailyUsage> {
+        let days = self.ledger.days.get(key).into_iter().flatten();
+        days.map(|(_, day)| *day).filter(|day| (from..=to).contains(&day.day)).collect()
     }
 
     /// Grants a lease, which replaces the holder's current one.
@@ -67,9 +78,9 @@ impl Tables {
         let spent = match days {
             None => record.usage.cost_micro_cents,
             Some((first, after)) => {
-                let costs =
-                    self.ledger.costs.get(&request.key).map(|costs| costs.range(first..after));
-                costs.into_iter().flatten().fold(0, |sum: i64, (_, cost)| sum.saturating_add(*cost))
+                let days = self.ledger.days.get(&request.key).map(|days| days.range(first..after));
+                let costs = days.into_iter().flatten().map(|(_, day)| day.cost_micro_cents);
+                costs.fold(0, i64::saturating_add)
             }
         };
         let leases = self.ledger.leases.entry(request.key.clone()).or_default();
@@ -80,5 +91,13 @@ impl Tables {
         let granted = store::grant(record.budget, &entry, request, now);
         leases.insert(request.holder.clone(), granted);
         granted.lease(record.budget, now)
+    }
+}
+
+/// Sets the time of the last use of a secret, in steps of a minute.
+fn note_use(written: &mut Option<DateTime<Utc>>, used_at: Option<SystemTime>) {
+    let Some(used_at) = used_at.map(DateTime::<Utc>::from) else { return };
+    if written.is_none_or(|written| used_at - written >= TimeDelta::seconds(60)) {
+        *written = Some(used_at);
     }
 }

@@ -166,8 +166,13 @@ pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult
     if has("api_keys") && !has("users") {
         faults.push(ColumnFault::new("users", "", "is missing, although a table api_keys exists"));
     }
-    let was_adopted = |table: &str| {
-        columns.iter().any(|column| column.in_table == table && column.name == "api_key_revision")
+    let has_column = |table: &str, name: &str| {
+        columns.iter().any(|column| column.in_table == table && column.name == name)
+    };
+    // The table was adopted with the column: by any version, or by one that already had it.
+    let had = |table: &str, name: &str| match name {
+        "not_before" | "previous_expires_at" => has_column(table, "previous_key_hash"),
+        _ => has_column(table, "api_key_revision"),
     };
     for table in &tables {
         if table.kind == "p" || table.has_children {
@@ -189,7 +194,7 @@ pub(super) fn faults(connection: &mut BlockingConnection) -> diesel::QueryResult
                 let reason = format!("is {}, but must be {}", column.shown_type, kind.wanted());
                 faults.push(ColumnFault::new(table, name, reason));
             }
-            None if is_restriction && was_adopted(table) => {
+            None if is_restriction && had(table, name) => {
                 faults.push(ColumnFault::new(
                     table,
                     name,

@@ -78,11 +78,42 @@ impl Connections {
     where
         R: QueryableByName<Pg> + Send + 'static,
     {
-        self.attempt(Isolation::Any, statement).await.map_err(|attempt| attempt.error)
+        self.attempt(Isolation::ReadCommitted, statement).await.map_err(|attempt| attempt.error)
+    }
+
+    /// Runs `first`, if there is one, and the statement that `then` makes of its rows, in one transaction with a statement
+    /// timeout of its own. The second statement sees what was committed while the first one waited for a lock.
+    pub(super) async fn transact<R>(
+        &self,
+        statement_timeout: Duration,
+        first: Option<&Statement>,
+        then: impl FnOnce(Vec<R>) -> Statement + Send,
+    ) -> Result<Vec<TextRow>, StoreError>
+    where
+        R: QueryableByName<Pg> + Send + 'static,
+    {
+        let mut checkout = self.checkout().await?;
+        let settings = session::local_settings(statement_timeout);
+        let began = Instant::now();
+        let mut transaction = checkout.connection().build_transaction().read_committed();
+        let outcome = transaction.run(async |connection| {
+            connection.batch_execute(&settings).await?;
+            let rows = match first {
+                Some(first) => RunQueryDsl::load(first, connection).await?,
+                None => Vec::new(),
+            };
+            RunQueryDsl::load(&then(rows), connection).await
+        });
+        let outcome: Result<_, Error> = outcome.await;
+        settle(checkout, outcome, began).await.map_err(|attempt| attempt.error)
     }
 
     pub(super) async fn checkout(&self) -> Result<Checkout, StoreError> {
         Ok(Checkout(Some(self.pool.get().await.map_err(StoreError::unavailable)?)))
+    }
+
+    pub(super) fn statement_timeout(&self) -> Duration {
+        self.statement_timeout
     }
 
     /// Returns the settings that a transaction must apply where the session has none.
@@ -112,36 +143,46 @@ impl Connections {
         } else {
             RunQueryDsl::load(statement, connection).await
         };
-        let elapsed = began.elapsed();
-        let mut limit = None;
-        let was_broken = match &result {
-            // A primary that became a standby is treated like a dead connection.
-            Err(Error::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _)) => true,
-            // diesel does not expose the SQLSTATE of a server that shuts down (57P01), nor those of timeouts. The next
-            // statement shows whether the connection still works.
-            Err(Error::DatabaseError(DatabaseErrorKind::Unknown, _)) => {
-                match RunQueryDsl::load::<TextRow>(&Statement::new(LIMITS, []), connection).await {
-                    Ok(rows) => {
-                        limit = shortest_limit(&rows).filter(|limit| elapsed >= *limit);
-                        false
-                    }
-                    Err(_) => true,
-                }
-            }
-            _ => connection.is_broken(),
-        };
-        if !was_broken {
-            checkout.put_back();
-        }
-        result.map_err(|error| {
-            let error = match limit {
-                _ if was_broken => StoreError::unavailable(error),
-                Some(limit) => StoreError::timeout(limit).caused_by(error),
-                None => store_error(error),
-            };
-            Attempt { error, was_broken }
-        })
+        settle(checkout, result, began).await
     }
+}
+
+/// Puts the connection back unless it is broken, and classifies the error.
+async fn settle<T>(
+    mut checkout: Checkout,
+    result: Result<T, Error>,
+    began: Instant,
+) -> Result<T, Attempt> {
+    let elapsed = began.elapsed();
+    let connection = checkout.connection();
+    let mut limit = None;
+    let was_broken = match &result {
+        // A primary that became a standby is treated like a dead connection.
+        Err(Error::DatabaseError(DatabaseErrorKind::ReadOnlyTransaction, _)) => true,
+        // diesel does not expose the SQLSTATE of a server that shuts down (57P01), nor those of timeouts. The next
+        // statement shows whether the connection still works.
+        Err(Error::DatabaseError(DatabaseErrorKind::Unknown, _)) => {
+            match RunQueryDsl::load::<TextRow>(&Statement::new(LIMITS, []), connection).await {
+                Ok(rows) => {
+                    limit = shortest_limit(&rows).filter(|limit| elapsed >= *limit);
+                    false
+                }
+                Err(_) => true,
+            }
+        }
+        _ => connection.is_broken(),
+    };
+    if !was_broken {
+        checkout.put_back();
+    }
+    result.map_err(|error| {
+        let error = match limit {
+            _ if was_broken => StoreError::unavailable(error),
+            Some(limit) => StoreError::timeout(limit).caused_by(error),
+            None => store_error(error),
+        };
+        Attempt { error, was_broken }
+    })
 }
 
 /// Selects the server's limits for a statement, for a lock wait and for deadlock detection, in milliseconds. 0 means

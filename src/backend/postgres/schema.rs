@@ -1,5 +1,7 @@
 //! The crate's objects in a database, and [`migrate`], which creates those that are missing.
 
+pub(super) mod pending;
+
 use diesel::{
     Connection, QueryResult, QueryableByName, RunQueryDsl,
     connection::SimpleConnection,
@@ -22,7 +24,7 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/postgres");
 const TRIGGERS: &str = include_str!("../../../schema/triggers/postgres.sql");
 /// Version in the comment on `api_key_changes`. Increment it whenever a file of the schema changes: a database with a
 /// lower version is brought up to date, and one with a higher version is left to the newer nodes.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 
 /// Advisory lock ("tower-ap" in ASCII) under which nodes that start at the same time wait for each other.
 const LOCK: i64 = 0x746f_7765_722d_6170;
@@ -108,7 +110,7 @@ const SET_SEARCH_PATH: &str = "SELECT set_config('search_path', (
         ) AS schemas
     ), true)";
 
-const TABLES: [&str; 8] = [
+const TABLES: [&str; 9] = [
     "users",
     "api_keys",
     "api_key_changes",
@@ -117,19 +119,23 @@ const TABLES: [&str; 8] = [
     "api_key_usage",
     "api_key_usage_writers",
     "api_key_leases",
+    "api_key_audit",
 ];
 
 /// Columns of the crate in these tables, besides those that look-ups read.
-const OWN_COLUMNS: [(&str, &str); 3] =
-    [("users", "api_key_revision"), ("api_keys", "fast_hash_of"), ("api_keys", "total_cost_rest")];
+const OWN_COLUMNS: [(&str, &str); 2] =
+    [("users", "api_key_revision"), ("api_keys", "total_cost_rest")];
 
-/// The triggers that record changes: table, name, events as in `pg_trigger.tgtype`, and function.
-const CHANGE_TRIGGERS: [(&str, &str, u8, &str); 8] = [
+/// The triggers that record changes and write the audit: table, name, events as in `pg_trigger.tgtype`, and function.
+const CHANGE_TRIGGERS: [(&str, &str, u8, &str); 11] = [
     ("api_keys", "zzz_api_key_revision", 23, "api_key_revise_key"),
     ("api_keys", "api_key_note_new", 13, "api_key_note_key"),
     ("api_keys", "api_key_note", 17, "api_key_note_key"),
     ("api_keys", "api_key_note_all", 32, "api_key_note_all"),
     ("users", "zzz_api_key_revision", 19, "api_key_revise_user"),
+    ("users", "api_key_audit_new", 5, "api_key_audit_user"),
+    ("users", "api_key_audit", 17, "api_key_audit_user"),
+    ("users", "zzz_api_key_audit", 11, "api_key_audit_user"),
     ("users", "api_key_note_gone", 9, "api_key_note_user"),
     ("users", "api_key_note", 17, "api_key_note_user"),
     ("users", "api_key_note_all", 32, "api_key_note_all"),
@@ -218,7 +224,9 @@ struct SchemaVersion {
     is_intact: Option<bool>,
 }
 
-const FUNCTIONS: [&str; 13] = [
+const FUNCTIONS: [&str; 17] = [
+    "api_key_audit_user",
+    "api_key_audited",
     "api_key_cluster",
     "api_key_horizon",
     "api_key_lease",
@@ -228,10 +236,12 @@ const FUNCTIONS: [&str; 13] = [
     "api_key_note_user",
     "api_key_notify",
     "api_key_prune",
+    "api_key_renumber",
     "api_key_revise_key",
     "api_key_revise_user",
     "api_key_skip_foreign",
     "api_key_try",
+    "api_key_write_audit",
 ];
 
 /// Returns an SQL expression: a digest of the current definitions of the crate's functions, without other functions of
@@ -264,6 +274,15 @@ fn select_version() -> String {
     )
 }
 
+/// Returns a row if the role may read the audit.
+const CAN_READ_AUDIT: &str = "SELECT '' AS what
+    WHERE has_table_privilege(to_regclass('api_key_audit'), 'SELECT')
+        AND has_sequence_privilege(to_regclass('api_key_audit_ids'), 'SELECT')";
+
+/// Returns a row if the restoration of a dump has set the sequence back.
+const AUDIT_IDS: &str = "SELECT 'sequence api_key_audit_ids' AS what
+    WHERE (SELECT max(id) FROM api_key_audit) > (SELECT last_value FROM api_key_audit_ids)";
+
 /// Returns what is missing or different. It only reads, so that a role that owns nothing can call it.
 fn missing(connection: &mut BlockingConnection) -> QueryResult<Vec<String>> {
     let tables = TABLES.map(|table| format!("('{table}')")).join(", ");
@@ -275,28 +294,40 @@ fn missing(connection: &mut BlockingConnection) -> QueryResult<Vec<String>> {
                 AND to_regclass(name) IS DISTINCT FROM to_regclass(format('%I.%I', current_schema(), name))
         UNION ALL
         SELECT 'index ' || name FROM (VALUES
-            ('api_key_changes_xid'), ('api_key_changes_prefix'), ('api_key_changes_user')) AS i (name)
+            ('api_key_changes_xid', 'api_key_changes'), ('api_key_changes_prefix', 'api_key_changes'),
+            ('api_key_changes_user', 'api_key_changes'), ('api_key_audit_key', 'api_key_audit'),
+            ('api_key_audit_user', 'api_key_audit'), ('api_key_audit_actor', 'api_key_audit'),
+            ('api_key_audit_time', 'api_key_audit'), ('api_keys_previous_lookup', 'api_keys'),
+            ('api_keys_created_by_key', 'api_keys'), ('api_keys_expiring', 'api_keys')) AS i (name, in_table)
         WHERE NOT EXISTS (
-            SELECT FROM pg_index WHERE indrelid = to_regclass('api_key_changes') AND indexrelid = to_regclass(name))
+            SELECT FROM pg_index WHERE indrelid = to_regclass(in_table) AND indexrelid = to_regclass(name))
         UNION ALL
         SELECT 'index on api_keys.' || name FROM (VALUES ('key_prefix'), ('user_id')) AS i (name)
         WHERE NOT EXISTS (
             SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
             WHERE i.indrelid = to_regclass('api_keys') AND i.indpred IS NULL AND a.attname = name)
         UNION ALL
-        SELECT 'sequence api_key_revisions' WHERE NOT EXISTS (
+        SELECT 'sequence ' || name FROM (VALUES
+            ('api_key_revisions', 'api_key_changes'), ('api_key_audit_ids', 'api_key_audit')) AS s (name, in_table)
+        WHERE NOT EXISTS (
             SELECT FROM pg_attrdef d JOIN pg_depend p ON p.classid = 'pg_attrdef'::regclass AND p.objid = d.oid
-            WHERE d.adrelid = to_regclass('api_key_changes') AND p.refobjid = to_regclass('api_key_revisions'))
+            WHERE d.adrelid = to_regclass(in_table) AND p.refobjid = to_regclass(name))
         UNION ALL
-        SELECT 'trigger api_key_skip_foreign' WHERE NOT EXISTS (
-            SELECT FROM pg_trigger WHERE tgrelid = to_regclass('api_key_changes')
-                AND tgname = 'api_key_skip_foreign' AND tgenabled = 'A')
+        SELECT 'trigger ' || name FROM (VALUES
+            ('api_key_skip_foreign', 'api_key_changes'), ('api_key_renumber', 'api_key_audit')) AS t (name, in_table)
+        WHERE NOT EXISTS (
+            SELECT FROM pg_trigger WHERE tgrelid = to_regclass(in_table) AND tgname = name AND tgenabled = 'A')
         UNION ALL
         SELECT fault FROM (SELECT {} AS fault) AS f WHERE fault IS NOT NULL",
         incompleteness(),
     );
     let rows = sql_query(select).load::<Missing>(connection)?;
     let mut missing: Vec<_> = rows.into_iter().map(|row| row.what).collect();
+    if !sql_query(CAN_READ_AUDIT).load::<Missing>(connection)?.is_empty() {
+        missing.extend(
+            sql_query(AUDIT_IDS).load::<Missing>(connection)?.into_iter().map(|row| row.what),
+        );
+    }
     match sql_query(select_version()).load::<SchemaVersion>(connection)?.first() {
         // Newer nodes maintain these objects. This node would create older ones.
         Some(SchemaVersion { version: Some(version), .. }) if *version > VERSION => {

@@ -2,12 +2,15 @@
 
 use std::sync::LazyLock;
 
-use crate::backend::sql::columns::{ColumnKind, KEY_COLUMNS, KeyColumn};
+use crate::backend::sql::{
+    columns::{ColumnKind, KEY_COLUMNS, KeyColumn},
+    filter::FilterDialect,
+};
 
 /// Selects a key's row, joined with its owner's row, in the form that `row` decodes. PostgreSQL converts every possible
 /// type of a column to JSON, and time stamps to ISO 8601.
 pub(super) static SELECT_KEY: LazyLock<String> = LazyLock::new(|| {
-    let columns: Vec<_> = KEY_COLUMNS.iter().map(read).collect();
+    let columns: Vec<_> = KEY_COLUMNS.iter().filter(|column| column.is_read).map(read).collect();
     format!(
         "SELECT {},
             greatest(u.api_key_revision, (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id))
@@ -20,6 +23,15 @@ pub(super) static SELECT_KEY: LazyLock<String> = LazyLock::new(|| {
 /// The tables of these columns.
 pub(super) const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.user_id";
 
+/// Selects the rows under the lookup id `$1`, current or previous. Each part uses an index; an `OR` of the two conditions
+/// leaves it to the statistics.
+///
+/// A previous secret is not read from two days after its grace period on, so that it does not count towards the maximum of
+/// candidates. A time stamp without a time zone is compared in that of the session.
+pub(super) const UNDER_LOOKUP_ID: &str = "SELECT * FROM api_keys WHERE key_prefix = $1 UNION ALL
+    SELECT * FROM api_keys WHERE previous_key_prefix = $1 AND key_prefix IS DISTINCT FROM $1
+        AND coalesce(previous_expires_at > now() - INTERVAL '2 days', TRUE)";
+
 /// Returns the SQL for a column.
 fn read(column: &KeyColumn) -> String {
     let name = column.name;
@@ -28,6 +40,9 @@ fn read(column: &KeyColumn) -> String {
         ("fast_hash", _) => {
             "CASE WHEN k.fast_hash_of = k.key_hash THEN k.fast_hash END AS fast_hash".to_owned()
         }
+        ("previous_fast_hash", _) => "CASE WHEN k.previous_fast_hash_of = k.previous_key_hash
+            THEN k.previous_fast_hash END AS previous_fast_hash"
+            .to_owned(),
         ("total_cost", _) => "CASE k.total_cost_rest WHEN 0 THEN k.total_cost::text ELSE
             (coalesce(k.total_cost, 0)::numeric + k.total_cost_rest::numeric / 1000000)::text END AS total_cost"
             .to_owned(),
@@ -35,3 +50,17 @@ fn read(column: &KeyColumn) -> String {
         _ => format!("k.{name}"),
     }
 }
+
+/// A time is converted to the type of the column, with or without a time zone, by a row of the table: a column of an empty
+/// row may be NOT NULL. The subquery is evaluated once, so that an index serves the comparison. The collation makes
+/// `lower` change only ASCII letters, and compares bytes.
+pub(super) static FILTER: FilterDialect = FilterDialect {
+    time: |column, placeholder| {
+        format!(
+            "(SELECT (jsonb_populate_record(t, jsonb_build_object('{column}', ${placeholder} || 'Z'))).{column}
+            FROM api_keys AS t LIMIT 1)"
+        )
+    },
+    text: |column| format!("k.{column}::text COLLATE \"C\""),
+    position: |text, placeholder| format!("strpos({text} COLLATE \"C\", ${placeholder})"),
+};

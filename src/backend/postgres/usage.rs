@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chrono::{Datelike, NaiveDate};
 use diesel_async::{AsyncPgConnection, RunQueryDsl, SimpleAsyncConnection};
 use serde_json::Value;
 
@@ -16,8 +17,9 @@ use crate::{
         statement::{Bind, Statement, TextRow},
     },
     error::StoreError,
+    record::KeyId,
     runtime::within,
-    store::UsageBatch,
+    store::{DailyUsage, UsageBatch},
     telemetry,
 };
 
@@ -40,6 +42,14 @@ fn count(is_gated: bool, has_totals: bool) -> String {
                     ELSE 9223372036854775807 END)"
         )
     };
+    // In steps of a minute.
+    let used = |column: &str, is_used: &str| {
+        format!(
+            "{column} = CASE WHEN b.{is_used} AND (
+                    k.{column} IS NULL OR k.{column} <= (time.row).{column} - INTERVAL '60 s'
+                ) THEN (time.row).{column} ELSE k.{column} END"
+        )
+    };
     let writer = if is_gated { WRITER } else { "SELECT 1" };
     let counted = if has_totals { "TRUE" } else { "FALSE" };
     let day = |column: &str| {
@@ -49,10 +59,11 @@ fn count(is_gated: bool, has_totals: bool) -> String {
         "WITH batch AS (
             SELECT * FROM jsonb_to_recordset($1::jsonb)
                 AS b (id BIGINT, requests BIGINT, tokens BIGINT, cost BIGINT, settled BIGINT,
-                    is_last_used BOOLEAN)
+                    is_last_used BOOLEAN, is_previous_used BOOLEAN)
         ), writer AS ({writer}), time AS (
             -- In the type of the column. From an existing row, because a column of an empty row may be NOT NULL.
-            SELECT jsonb_populate_record(k, jsonb_build_object('last_used_at', $4::text)) AS row
+            SELECT jsonb_populate_record(
+                k, jsonb_build_object('last_used_at', $4::text, 'previous_last_used_at', $4::text)) AS row
             FROM api_keys k LIMIT 1
         ), locked AS (
             SELECT k.id FROM api_keys k JOIN batch b ON b.id = k.id WHERE EXISTS (SELECT FROM writer)
@@ -62,10 +73,7 @@ fn count(is_gated: bool, has_totals: bool) -> String {
                 total_cost = least(coalesce(k.total_cost, 0)::numeric
                     + div(k.total_cost_rest::numeric + b.cost, cost.unit) * cost.unit / 1000000, cost.most),
                 total_cost_rest = mod(k.total_cost_rest::numeric + b.cost, cost.unit),
-                last_used_at = CASE
-                    WHEN b.is_last_used AND (
-                        k.last_used_at IS NULL OR k.last_used_at <= (time.row).last_used_at - INTERVAL '60 s'
-                    ) THEN (time.row).last_used_at ELSE k.last_used_at END
+                {}, {}
             FROM locked l JOIN batch b ON b.id = l.id, time, ({COST}) AS cost WHERE k.id = l.id AND {counted} RETURNING k.id
         ), days AS (
             INSERT INTO api_key_usage AS u (api_key_id, day, requests, tokens, cost_micro_cents)
@@ -82,6 +90,8 @@ fn count(is_gated: bool, has_totals: bool) -> String {
         SELECT json_build_array((SELECT count(*) FROM writer), (SELECT count(*) FROM locked))::text AS row",
         total("total_requests", "requests"),
         total("total_tokens", "tokens"),
+        used("last_used_at", "is_last_used"),
+        used("previous_last_used_at", "is_previous_used"),
         day("requests"),
         day("tokens"),
         day("cost_micro_cents"),
@@ -151,6 +161,29 @@ impl PostgresStore {
         Ok(())
     }
 
+    /// Returns the usage of a key on the days from `from` to `to`.
+    pub(super) async fn usage_between(
+        &self,
+        key: &KeyId,
+        from: NaiveDate,
+        to: NaiveDate,
+    ) -> Result<Vec<DailyUsage>, StoreError> {
+        let Some(key) = key.as_i64() else { return Ok(Vec::new()) };
+        let select = "SELECT json_build_array(day, requests, tokens, cost_micro_cents)::text AS row
+            FROM api_key_usage WHERE api_key_id = $1 AND day BETWEEN $2::date AND $3::date ORDER BY day";
+        let binds = [Bind::Integer(key), bound(from), bound(to)];
+        let rows: Vec<TextRow> =
+            self.load(&self.0.management, &Statement::new(select, binds)).await?;
+        let decode = |row: &TextRow| {
+            let decoded = serde_json::from_str::<(NaiveDate, u64, u64, i64)>(&row.row);
+            let (day, requests, tokens, cost_micro_cents) = decoded.map_err(|error| {
+                StoreError::bad_row("a row of api_key_usage can't be decoded").caused_by(error)
+            })?;
+            Ok(DailyUsage { requests, tokens, cost_micro_cents, ..DailyUsage::new(day) })
+        };
+        rows.iter().map(decode).collect()
+    }
+
     /// Counts a batch in one transaction, by halves, so that a row that can't be written does not prevent other rows
     /// from being counted.
     async fn count_in_parts(
@@ -203,6 +236,15 @@ impl PostgresStore {
             None => Err(StoreError::timeout(PARTS_DEADLINE)),
         }
     }
+}
+
+/// Encodes a day as a bound. Years that PostgreSQL does not know are cut off.
+fn bound(day: NaiveDate) -> Bind {
+    Bind::Text(match day.year() {
+        ..1 => "-infinity".to_owned(),
+        1..=9999 => day.to_string(),
+        _ => "infinity".to_owned(),
+    })
 }
 
 /// Deadline of this transaction, below that of the recorder for a batch.

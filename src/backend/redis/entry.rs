@@ -15,7 +15,7 @@ use subtle::ConstantTimeEq;
 
 use crate::{
     key::hmac_sha256,
-    record::{KeyRecord, Revision},
+    record::{KeyRecord, Revision, Secret},
     runtime::{hex, unhex},
     store::{CacheSecret, Candidate, Read},
 };
@@ -40,9 +40,9 @@ pub(super) enum Kind {
 impl Kind {
     /// The letter of `Keys` is the version of its body. It changes with the fields of [`KeyRecord`]: a version that does
     /// not know a field must not read an entry that has it, and an absent field must not be read as "no restriction".
-    /// Earlier letters: `k`, without `not_before`.
+    /// Earlier letters: `k`, without `not_before`; `n`, without rotation.
     const LETTERS: [(u8, Self); 3] =
-        [(b'n', Self::Keys), (b't', Self::Tombstone), (b'v', Self::Verified)];
+        [(b'r', Self::Keys), (b't', Self::Tombstone), (b'v', Self::Verified)];
 }
 
 /// An entry. A decoded entry was authenticated with its secret.
@@ -168,6 +168,7 @@ pub(super) struct Keys(Vec<Key>);
 #[derive(Serialize, Deserialize)]
 pub(super) struct Key {
     pub(super) record: KeyRecord,
+    pub(super) secret: Secret,
     pub(super) owner_revision: u64,
     hash: String,
 }
@@ -177,7 +178,12 @@ impl Keys {
     pub(super) fn new(read: &Read, secret: &CacheSecret) -> Option<Self> {
         let key = |it: &Candidate| {
             let hash = hex(&secret.mac_of_hash(it.fingerprint()?));
-            Some(Key { record: it.record.clone(), owner_revision: it.owner_revision.0, hash })
+            Some(Key {
+                record: it.record.clone(),
+                secret: it.secret,
+                owner_revision: it.owner_revision.0,
+                hash,
+            })
         };
         read.candidates.iter().map(key).collect::<Option<_>>().map(Self)
     }
@@ -242,10 +248,10 @@ mod tests {
         assert_eq!(
             (letter, fields.join(" ")),
             (
-                b'n',
-                "allowed_endpoints allowed_ips allowed_models budget created_at expires_at id is_active is_unlimited \
-                 last_used_at metadata name not_before permissions prefix rate_limits revision scopes updated_at \
-                 usage user"
+                b'r',
+                "allowed_endpoints allowed_ips allowed_models budget created_at created_by created_by_key description \
+                 expires_at grace id is_active is_unlimited last_used_at metadata name not_before permissions prefix \
+                 rate_limits revision revoke_reason revoked_at revoked_by scopes updated_at usage user"
                     .to_owned()
             )
         );

@@ -1,10 +1,15 @@
 //! The write side of a [`RedisCache`]: it calls the store, and queues tombstones for its changes.
 
+use chrono::{DateTime, NaiveDate, Utc};
+
 use super::RedisCache;
 use crate::{
     error::StoreError,
-    record::{KeyId, KeyRecord, Revision, User},
-    store::{Change, KeyPage, KeyRepository, ListKeys, StoredKey},
+    record::{KeyId, KeyRecord, User, UserId},
+    store::{
+        Attribution, AuditPage, Change, DailyUsage, Inserted, KeyFilter, KeyPage, KeyRepository,
+        ListAudit, ListKeys, ListUsers, StoredKey, UserPage,
+    },
 };
 
 impl<S: KeyRepository> RedisCache<S> {
@@ -19,19 +24,56 @@ impl<S: KeyRepository> RedisCache<S> {
 }
 
 impl<S: KeyRepository> KeyRepository for RedisCache<S> {
-    async fn insert_user(&self, email: &str, role: &str) -> Result<User, StoreError> {
-        self.0.store.insert_user(email, role).await
+    async fn insert_user(
+        &self,
+        email: &str,
+        role: &str,
+        by: &Attribution,
+    ) -> Result<User, StoreError> {
+        self.0.store.insert_user(email, role, by).await
     }
 
-    async fn update_user(&self, user: &User) -> Result<Option<Change>, StoreError> {
-        Ok(self.announce(self.0.store.update_user(user).await?))
+    async fn find_user(&self, id: &UserId) -> Result<Option<User>, StoreError> {
+        self.0.store.find_user(id).await
     }
 
-    async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
-        self.0.store.insert_key(key).await
+    async fn find_user_by_email(&self, email: &str) -> Result<Option<User>, StoreError> {
+        self.0.store.find_user_by_email(email).await
     }
 
-    async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
+    async fn list_users(&self, page: &ListUsers) -> Result<UserPage, StoreError> {
+        self.0.store.list_users(page).await
+    }
+
+    async fn update_user(
+        &self,
+        user: &User,
+        by: &Attribution,
+    ) -> Result<Option<Change>, StoreError> {
+        Ok(self.announce(self.0.store.update_user(user, by).await?))
+    }
+
+    async fn delete_user(
+        &self,
+        id: &UserId,
+        by: &Attribution,
+    ) -> Result<Option<Change>, StoreError> {
+        Ok(self.announce(self.0.store.delete_user(id, by).await?))
+    }
+
+    async fn insert_key(&self, key: &StoredKey, by: &Attribution) -> Result<KeyRecord, StoreError> {
+        self.0.store.insert_key(key, by).await
+    }
+
+    async fn insert_keys(
+        &self,
+        keys: &[StoredKey],
+        by: &Attribution,
+    ) -> Result<Vec<Inserted>, StoreError> {
+        self.0.store.insert_keys(keys, by).await
+    }
+
+    async fn find_key(&self, id: &KeyId) -> Result<Option<StoredKey>, StoreError> {
         self.0.store.find_key(id).await
     }
 
@@ -39,15 +81,57 @@ impl<S: KeyRepository> KeyRepository for RedisCache<S> {
         self.0.store.list_keys(page).await
     }
 
-    async fn update_key(
+    async fn replace_key(
         &self,
-        record: &KeyRecord,
-        expected: Option<Revision>,
-    ) -> Result<Option<Change>, StoreError> {
-        Ok(self.announce(self.0.store.update_key(record, expected).await?))
+        old: &StoredKey,
+        new: &StoredKey,
+        by: &Attribution,
+    ) -> Result<Option<KeyRecord>, StoreError> {
+        let replaced = self.0.store.replace_key(old, new, by).await?;
+        if let Some(record) = &replaced {
+            let mut ids: Vec<_> = old.lookup_ids().chain(new.lookup_ids()).collect();
+            ids.dedup();
+            for id in ids {
+                self.announce(Some(Change::Prefix(id.to_owned(), record.revision)));
+            }
+        }
+        Ok(replaced)
     }
 
-    async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
-        Ok(self.announce(self.0.store.revoke_key(id).await?))
+    async fn revoke_key(&self, id: &KeyId, by: &Attribution) -> Result<Option<Change>, StoreError> {
+        Ok(self.announce(self.0.store.revoke_key(id, by).await?))
+    }
+
+    async fn revoke_keys(
+        &self,
+        filter: &KeyFilter,
+        by: &Attribution,
+    ) -> Result<Vec<(KeyId, Change)>, StoreError> {
+        let revoked = self.0.store.revoke_keys(filter, by).await?;
+        for (_, change) in &revoked {
+            self.announce(Some(change.clone()));
+        }
+        Ok(revoked)
+    }
+
+    async fn delete_key(&self, id: &KeyId, by: &Attribution) -> Result<Option<Change>, StoreError> {
+        Ok(self.announce(self.0.store.delete_key(id, by).await?))
+    }
+
+    async fn list_usage(
+        &self,
+        key: &KeyId,
+        from: NaiveDate,
+        to: NaiveDate,
+    ) -> Result<Vec<DailyUsage>, StoreError> {
+        self.0.store.list_usage(key, from, to).await
+    }
+
+    async fn list_audit(&self, page: &ListAudit) -> Result<AuditPage, StoreError> {
+        self.0.store.list_audit(page).await
+    }
+
+    async fn prune_audit(&self, before: DateTime<Utc>) -> Result<u64, StoreError> {
+        self.0.store.prune_audit(before).await
     }
 }

@@ -62,6 +62,11 @@ impl TombstoneQueue {
         self.work.ensure(|| work(Arc::downgrade(self)));
     }
 
+    /// Returns whether every tombstone was written.
+    pub(super) fn is_empty(&self) -> bool {
+        self.pending().is_empty()
+    }
+
     fn pending(&self) -> MutexGuard<'_, VecDeque<Arc<PendingTombstone>>> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }

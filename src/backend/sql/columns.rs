@@ -7,7 +7,11 @@ use chrono::{DateTime, Utc};
 use serde_json::{Value, json};
 
 use super::row::{Fault, Row, RowParts, fault};
-use crate::record::KeyRecord;
+use crate::{
+    key::KeyHash,
+    record::KeyId,
+    store::{SecretHash, StoredKey},
+};
 
 /// A column of `api_keys` that is part of a [`StoredKey`](crate::store::StoredKey).
 pub(in crate::backend) struct KeyColumn {
@@ -18,11 +22,15 @@ pub(in crate::backend) struct KeyColumn {
     pub(in crate::backend) definition: Option<&'static str>,
     pub(in crate::backend) written: Written,
     /// Whether an update of the column is a change, which gets a revision and a change event.
+    #[cfg_attr(not(any(feature = "sqlite", test)), expect(dead_code))]
     pub(in crate::backend) is_change: bool,
     /// Whether the column restricts the key. If such a column were recreated with a default, its restrictions would be
     /// lost: a revoked key would be accepted again.
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code))]
     pub(in crate::backend) is_restriction: bool,
-    encode: fn(&KeyRecord) -> Value,
+    /// Whether the column is selected and decoded.
+    pub(in crate::backend) is_read: bool,
+    encode: fn(&StoredKey) -> Value,
     decode: fn(&mut Row, &'static str, &mut RowParts) -> Result<(), Fault>,
 }
 
@@ -33,8 +41,8 @@ pub(in crate::backend) enum Written {
     Elsewhere,
     /// The insertion of a key. The totals are included because an ORM may apply its defaults only in the application.
     OnInsert,
-    /// The insertion and an edit. `is_active` is not among these: an edit of a record that was read before a revocation
-    /// would undo the revocation.
+    /// The insertion, and an edit that changes the value. Values that are not changed are not written: an adopted table
+    /// may have another representation of them.
     OnEdit,
 }
 
@@ -62,7 +70,7 @@ impl KeyColumn {
         decode: fn(&mut Row, &'static str, &mut RowParts) -> Result<(), Fault>,
     ) -> Self {
         let (definition, written) = (None, Written::Elsewhere);
-        let encode: fn(&KeyRecord) -> Value = |_| Value::Null;
+        let encode: fn(&StoredKey) -> Value = |_| Value::Null;
         Self {
             name,
             kind,
@@ -70,6 +78,7 @@ impl KeyColumn {
             written,
             is_change: true,
             is_restriction: false,
+            is_read: true,
             encode,
             decode,
         }
@@ -79,11 +88,11 @@ impl KeyColumn {
         Self { definition: Some(definition), ..self }
     }
 
-    const fn inserted(self, encode: fn(&KeyRecord) -> Value) -> Self {
+    const fn inserted(self, encode: fn(&StoredKey) -> Value) -> Self {
         Self { written: Written::OnInsert, encode, ..self }
     }
 
-    const fn edited(self, encode: fn(&KeyRecord) -> Value) -> Self {
+    const fn edited(self, encode: fn(&StoredKey) -> Value) -> Self {
         Self { written: Written::OnEdit, encode, ..self }
     }
 
@@ -91,14 +100,19 @@ impl KeyColumn {
         Self { is_restriction: true, ..self }
     }
 
+    /// Creates a column that is written, and that only statements compare.
+    const fn unread(name: &'static str, kind: ColumnKind) -> Self {
+        Self { is_read: false, ..Self::new(name, kind, |_, _, _| Ok(())) }
+    }
+
     /// Excludes updates of the column from the changes.
     const fn no_change(self) -> Self {
         Self { is_change: false, ..self }
     }
 
-    /// Encodes the column's value of a record. A hash is no part of a record.
-    pub(in crate::backend) fn encode(&self, record: &KeyRecord) -> Value {
-        (self.encode)(record)
+    /// Encodes the column's value of a key.
+    pub(in crate::backend) fn encode(&self, key: &StoredKey) -> Value {
+        (self.encode)(key)
     }
 
     /// Decodes the column into `parts`.
@@ -111,25 +125,28 @@ impl KeyColumn {
     }
 }
 
-/// Returns the columns that an edit writes.
-pub(in crate::backend) fn edited() -> impl Iterator<Item = &'static KeyColumn> {
-    KEY_COLUMNS.iter().filter(|column| column.written == Written::OnEdit)
-}
-
-/// The names of the columns that an edit writes.
-pub(in crate::backend) static EDITED: LazyLock<Vec<&'static str>> =
-    LazyLock::new(|| edited().map(|column| column.name).collect());
-
 /// The names of the columns that the insertion of a key writes.
 pub(in crate::backend) static INSERTED: LazyLock<Vec<&'static str>> = LazyLock::new(|| {
     let inserted = KEY_COLUMNS.iter().filter(|column| column.written != Written::Elsewhere);
     inserted.map(|column| column.name).collect()
 });
 
+/// Returns the columns that an edit writes, and their new values.
+pub(in crate::backend) fn edited(
+    old: &StoredKey,
+    new: &StoredKey,
+) -> impl Iterator<Item = (&'static str, Value)> {
+    let columns = KEY_COLUMNS.iter().filter(|column| column.written == Written::OnEdit);
+    columns.filter_map(|column| {
+        let value = column.encode(new);
+        (value != column.encode(old)).then_some((column.name, value))
+    })
+}
+
 /// The columns of `api_keys` that are read. A column that is added here is selected, inserted, updated, decoded and
 /// checked on adoption; the triggers of SQLite are made from it. The list in `schema/triggers/postgres.sql` is held
 /// against it by a test.
-pub(in crate::backend) static KEY_COLUMNS: [KeyColumn; 27] = {
+pub(in crate::backend) static KEY_COLUMNS: [KeyColumn; 41] = {
     use ColumnKind::{Flag, Integer, Json, List, Number, PlainText, Time, Word};
     [
         KeyColumn::new("id", Integer, |row, at, key| {
@@ -140,122 +157,208 @@ pub(in crate::backend) static KEY_COLUMNS: [KeyColumn; 27] = {
             key.record.user.id = row.required_integer(at)?.into();
             Ok(())
         })
-        .inserted(|key| json!(key.user.id.as_i64())),
+        .inserted(|key| json!(key.record.user.id.as_i64())),
         KeyColumn::new("key_prefix", PlainText, |row, at, key| {
             key.record.prefix = row.text(at)?.unwrap_or_default();
             Ok(())
         })
-        .inserted(|key| json!(key.prefix)),
+        .edited(|key| json!(key.record.prefix)),
         KeyColumn::new("key_hash", PlainText, |row, at, key| {
             key.hash = Some(row.hash(at)?.ok_or_else(|| fault(at, "is null"))?);
             Ok(())
         })
-        .inserted(|_| Value::Null),
+        .edited(|key| exposed(Some(&key.hash))),
         // Selected only while it belongs to the current hash.
         KeyColumn::new("fast_hash", PlainText, |row, at, key| {
             key.fast_hash = row.hash(at)?;
             Ok(())
         })
         .defined("TEXT")
+        .edited(|key| exposed(key.upgraded.as_ref()))
+        .no_change(),
+        KeyColumn::unread("fast_hash_of", PlainText)
+            .defined("TEXT")
+            .edited(|key| exposed(key.upgraded.as_ref().map(|_| &key.hash)))
+            .no_change(),
+        KeyColumn::new("previous_key_prefix", PlainText, |row, at, key| {
+            key.previous.prefix = row.text(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| json!(key.record.grace.as_ref().map(|grace| &grace.prefix))),
+        KeyColumn::new("previous_key_hash", PlainText, |row, at, key| {
+            key.previous.hash = row.hash(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| exposed(key.previous.as_ref().map(|previous| &previous.hash))),
+        // Selected only while it belongs to the previous hash.
+        KeyColumn::new("previous_fast_hash", PlainText, |row, at, key| {
+            key.previous.fast_hash = row.hash(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| exposed(key.previous.as_ref().and_then(|it| it.upgraded.as_ref())))
+        .no_change(),
+        KeyColumn::unread("previous_fast_hash_of", PlainText)
+            .defined("TEXT")
+            .edited(|key| exposed(key.previous.as_ref().and_then(hash_of_upgrade)))
+            .no_change(),
+        KeyColumn::new("previous_expires_at", Time, |row, at, key| {
+            key.previous.ends_at = row.instant(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| instant(key.record.grace.as_ref().map(|grace| grace.ends_at)))
+        .restricts(),
+        KeyColumn::new("previous_last_used_at", Time, |row, at, key| {
+            key.previous.last_used_at = row.instant(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| instant(key.record.grace.as_ref().and_then(|grace| grace.last_used_at)))
         .no_change(),
         KeyColumn::new("is_active", Flag, |row, at, key| {
             key.record.is_active = row.flag(at)?;
             Ok(())
         })
         .defined("BOOLEAN NOT NULL DEFAULT TRUE")
-        .inserted(|key| json!(key.is_active))
+        .edited(|key| json!(key.record.is_active))
         .restricts(),
+        KeyColumn::new("revoked_at", Time, |row, at, key| {
+            key.record.revoked_at = row.instant(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| instant(key.record.revoked_at)),
+        KeyColumn::new("revoked_by", Word, |row, at, key| {
+            key.record.revoked_by = row.text(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| json!(key.record.revoked_by)),
+        KeyColumn::new("revoke_reason", Word, |row, at, key| {
+            key.record.revoke_reason = row.text(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| json!(key.record.revoke_reason)),
+        KeyColumn::new("created_by", Word, |row, at, key| {
+            key.record.created_by = row.text(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .inserted(|key| json!(key.record.created_by)),
+        KeyColumn::new("created_by_key", Integer, |row, at, key| {
+            key.record.created_by_key = row.integer(at)?.map(KeyId::from);
+            Ok(())
+        })
+        .defined("INTEGER")
+        .inserted(|key| json!(key.record.created_by_key.as_ref().and_then(KeyId::as_i64))),
         KeyColumn::new("name", Word, |row, at, key| {
             key.record.name = row.text(at)?.unwrap_or_default();
             Ok(())
         })
         .defined("TEXT DEFAULT ''")
-        .edited(|key| json!(key.name)),
+        .edited(|key| json!(key.record.name)),
+        KeyColumn::new("description", Word, |row, at, key| {
+            key.record.description = row.text(at)?.unwrap_or_default();
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| json!(key.record.description)),
         KeyColumn::new("permissions", List, |row, at, key| {
             key.record.permissions = row.grants(at)?;
             Ok(())
         })
         .defined("TEXT")
-        .edited(|key| json!(key.permissions)),
+        .edited(|key| json!(key.record.permissions)),
         KeyColumn::new("scopes", List, |row, at, key| {
             key.record.scopes = row.grants(at)?;
             Ok(())
         })
         .defined("TEXT")
-        .edited(|key| json!(key.scopes)),
+        .edited(|key| json!(key.record.scopes)),
         KeyColumn::new("rate_limit_per_minute", Integer, |row, at, key| {
             key.record.rate_limits.per_minute = row.limit(at)?;
             Ok(())
         })
         .defined("INTEGER")
-        .edited(|key| json!(key.rate_limits.per_minute))
+        .edited(|key| json!(key.record.rate_limits.per_minute))
         .restricts(),
         KeyColumn::new("rate_limit_per_hour", Integer, |row, at, key| {
             key.record.rate_limits.per_hour = row.limit(at)?;
             Ok(())
         })
         .defined("INTEGER")
-        .edited(|key| json!(key.rate_limits.per_hour))
+        .edited(|key| json!(key.record.rate_limits.per_hour))
         .restricts(),
         KeyColumn::new("rate_limit_per_day", Integer, |row, at, key| {
             key.record.rate_limits.per_day = row.limit(at)?;
             Ok(())
         })
         .defined("INTEGER")
-        .edited(|key| json!(key.rate_limits.per_day))
+        .edited(|key| json!(key.record.rate_limits.per_day))
         .restricts(),
         KeyColumn::new("allowed_models", List, |row, at, key| {
             key.record.allowed_models = row.texts(at)?;
             Ok(())
         })
         .defined("TEXT")
-        .edited(|key| json!(key.allowed_models))
+        .edited(|key| json!(key.record.allowed_models))
         .restricts(),
         KeyColumn::new("allowed_endpoints", List, |row, at, key| {
             key.record.allowed_endpoints = row.parsed(at)?;
             Ok(())
         })
         .defined("TEXT")
-        .edited(|key| displayed(&key.allowed_endpoints))
+        .edited(|key| displayed(&key.record.allowed_endpoints))
         .restricts(),
         KeyColumn::new("allowed_ips", List, |row, at, key| {
             key.record.allowed_ips = row.parsed(at)?;
             Ok(())
         })
         .defined("TEXT")
-        .edited(|key| displayed(&key.allowed_ips))
+        .edited(|key| displayed(&key.record.allowed_ips))
         .restricts(),
         KeyColumn::new("is_unlimited", Flag, |row, at, key| {
             key.record.is_unlimited = row.flag(at)?;
             Ok(())
         })
         .defined("BOOLEAN NOT NULL DEFAULT FALSE")
-        .edited(|key| json!(key.is_unlimited)),
+        .edited(|key| json!(key.record.is_unlimited)),
         KeyColumn::new("budget_limit_cents", Integer, |row, at, key| {
             key.record.budget = row.budget(at, "budget_type")?;
             Ok(())
         })
         .defined("INTEGER")
-        .edited(|key| json!(key.budget.map(|budget| budget.limit_cents)))
+        .edited(|key| json!(key.record.budget.map(|budget| budget.limit_cents)))
         .restricts(),
         // Decoded with the limit.
         KeyColumn::new("budget_type", Word, |_, _, _| Ok(()))
             .defined("TEXT")
-            .edited(|key| json!(key.budget.map(|budget| budget.period.name())))
+            .edited(|key| json!(key.record.budget.map(|budget| budget.period.name())))
             .restricts(),
         KeyColumn::new("expires_at", Time, |row, at, key| {
             key.record.expires_at = row.instant(at)?;
             Ok(())
         })
         .defined("TEXT")
-        .edited(|key| instant(key.expires_at))
+        .edited(|key| instant(key.record.expires_at))
+        .restricts(),
+        KeyColumn::new("not_before", Time, |row, at, key| {
+            key.record.not_before = row.instant(at)?;
+            Ok(())
+        })
+        .defined("TEXT")
+        .edited(|key| instant(key.record.not_before))
         .restricts(),
         KeyColumn::new("metadata", Json, |row, at, key| {
             key.record.metadata = row.metadata(at)?;
             Ok(())
         })
         .defined("TEXT")
-        .edited(|key| key.metadata.clone()),
+        .edited(|key| key.record.metadata.clone()),
         KeyColumn::new("total_requests", Integer, |row, at, key| {
             key.record.usage.requests = row.total(at)?;
             Ok(())
@@ -282,6 +385,7 @@ pub(in crate::backend) static KEY_COLUMNS: [KeyColumn; 27] = {
             Ok(())
         })
         .defined("TEXT")
+        .edited(|key| instant(key.record.last_used_at))
         .no_change(),
         KeyColumn::new("created_at", Time, |row, at, key| {
             key.record.created_at = row.instant(at)?.unwrap_or_default();
@@ -303,6 +407,16 @@ pub(in crate::backend) static KEY_COLUMNS: [KeyColumn; 27] = {
         .no_change(),
     ]
 };
+
+/// Encodes a hash for storage.
+fn exposed(hash: Option<&KeyHash>) -> Value {
+    json!(hash.map(KeyHash::expose_hash))
+}
+
+/// Returns the slow hash of a secret that has a fast hash.
+fn hash_of_upgrade(secret: &SecretHash) -> Option<&KeyHash> {
+    secret.upgraded.as_ref().map(|_| &secret.hash)
+}
 
 fn displayed<T: ToString>(list: &[T]) -> Value {
     list.iter().map(T::to_string).collect()

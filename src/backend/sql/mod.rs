@@ -2,7 +2,9 @@
 
 pub(super) mod columns;
 pub(super) mod fault;
+pub(super) mod filter;
 pub(super) mod gate;
+pub(super) mod health;
 pub(super) mod migrate;
 pub(super) mod review;
 pub(super) mod row;
@@ -10,6 +12,7 @@ pub(super) mod statement;
 pub(super) mod values;
 
 pub use self::{
+    health::{ClockReading, DatabaseHealth, FeedCheck, MissingPrivilege, PrivilegePurpose},
     migrate::{ColumnFault, MigrateError, MigrationReport},
     review::{FindingKind, KeyFinding, KeyReview},
 };

@@ -7,21 +7,21 @@
 use chrono::{DateTime, NaiveDateTime, Utc};
 use serde_json::{Map, Value};
 
-use super::{
-    columns::{KEY_COLUMNS, Written},
-    values,
-};
+#[cfg(any(feature = "postgres", test))]
+use super::columns::Written;
+use super::{columns::KEY_COLUMNS, values};
 use crate::{
     error::StoreError,
     key::KeyHash,
-    record::{Budget, KeyRecord, Revision, Revisions, User},
+    record::{Budget, GracePeriod, KeyRecord, Revision, Revisions, User},
     store::StoredKey,
 };
 
-/// Encodes a record as the values of the columns that an insertion writes, without the hash.
-pub(in crate::backend) fn encode(record: &KeyRecord) -> Map<String, Value> {
+/// Encodes a key as the values of the columns that an insertion writes.
+#[cfg(any(feature = "postgres", test))]
+pub(in crate::backend) fn encode(key: &StoredKey) -> Map<String, Value> {
     let written = KEY_COLUMNS.iter().filter(|column| column.written != Written::Elsewhere);
-    written.map(|column| (column.name.to_owned(), column.encode(record))).collect()
+    written.map(|column| (column.name.to_owned(), column.encode(key))).collect()
 }
 
 /// Decodes a key's row, joined with its owner's row.
@@ -52,15 +52,27 @@ pub(in crate::backend) struct RowParts {
     pub(super) record: KeyRecord,
     pub(super) hash: Option<KeyHash>,
     pub(super) fast_hash: Option<KeyHash>,
+    pub(super) previous: PreviousParts,
     pub(super) revisions: Revisions,
+}
+
+/// The decoded columns of the previous secret.
+#[derive(Default)]
+pub(in crate::backend) struct PreviousParts {
+    pub(super) prefix: Option<String>,
+    pub(super) hash: Option<KeyHash>,
+    pub(super) fast_hash: Option<KeyHash>,
+    pub(super) ends_at: Option<DateTime<Utc>>,
+    pub(super) last_used_at: Option<DateTime<Utc>>,
 }
 
 impl Row {
     pub(in crate::backend) fn decode(mut self) -> Result<StoredKey, Fault> {
         let record = KeyRecord::new(0, "", User::new(0, ""));
         let revisions = Revisions::default();
-        let mut key = RowParts { record, hash: None, fast_hash: None, revisions };
-        for column in &KEY_COLUMNS {
+        let previous = PreviousParts::default();
+        let mut key = RowParts { record, hash: None, fast_hash: None, previous, revisions };
+        for column in KEY_COLUMNS.iter().filter(|column| column.is_read) {
             column.decode(&mut self, &mut key)?;
         }
         let user = &mut key.record.user;
@@ -69,10 +81,21 @@ impl Row {
         user.is_active = self.flag("user_is_active")?;
         key.revisions.owner = self.revision("user_revision")?;
 
+        // Without all of lookup id, hash and end, no previous secret is accepted.
+        let PreviousParts { prefix, hash: previous, fast_hash, ends_at, last_used_at } =
+            key.previous;
+        let previous = previous.zip(prefix.zip(ends_at)).map(|(hash, (prefix, ends_at))| {
+            key.record.grace =
+                Some(GracePeriod { last_used_at, ..GracePeriod::new(prefix, ends_at) });
+            hash
+        });
         let hash = key.hash.ok_or_else(|| fault("key_hash", "is null"))?;
-        let stored = StoredKey::new(key.record, hash).with_revisions(key.revisions);
-        Ok(match key.fast_hash {
-            Some(fast) => stored.with_upgrade(fast),
+        let mut stored = StoredKey::new(key.record, hash).with_revisions(key.revisions);
+        if let Some(fast) = key.fast_hash {
+            stored = stored.with_upgrade(fast);
+        }
+        Ok(match previous {
+            Some(hash) => stored.with_previous(hash, fast_hash),
             None => stored,
         })
     }
@@ -124,7 +147,7 @@ impl Row {
         self.integer(column)?.ok_or_else(|| fault(column, "is null"))
     }
 
-    fn integer(&mut self, column: &'static str) -> Result<Option<i64>, Fault> {
+    pub(super) fn integer(&mut self, column: &'static str) -> Result<Option<i64>, Fault> {
         match self.take(column)? {
             Value::Null => Ok(None),
             value => value.as_i64().map(Some).ok_or_else(|| fault(column, "is not an integer")),
@@ -229,26 +252,32 @@ mod tests {
     use super::*;
     use crate::record::{BudgetPeriod, RateLimits};
 
+    fn stored(record: KeyRecord) -> StoredKey {
+        StoredKey::new(record, KeyHash::sha256("secret"))
+    }
+
     /// Returns a row as the stores select it.
-    fn row() -> Map<String, Value> {
-        let mut row = encode(&KeyRecord::new(7, "prefix", User::new(1, "")));
-        let hash = KeyHash::sha256("secret").expose_hash();
+    fn row(key: &StoredKey) -> Map<String, Value> {
+        let mut row = encode(key);
         let rest = json!({
             "id": 7, "user_email": "a@b.c", "user_role": "user", "user_is_active": true, "total_cost": "0",
-            "key_hash": hash, "metadata": null, "api_key_revision": 1, "user_revision": 1,
+            // Both databases return it as text.
+            "metadata": key.record.metadata.to_string(), "api_key_revision": 1, "user_revision": 1,
         });
         row.extend(rest.as_object().cloned().unwrap());
         for column in &KEY_COLUMNS {
             row.entry(column.name).or_insert(Value::Null);
         }
+        row.retain(|name, _| KEY_COLUMNS.iter().all(|it| it.is_read || it.name != name));
         row
     }
 
     #[test]
     fn a_column_that_is_absent_from_a_result_is_an_error_that_names_it() {
-        assert!(decode(&Value::Object(row()).to_string()).is_ok());
-        for column in row().keys() {
-            let mut lacking = row();
+        let row = row(&stored(KeyRecord::new(7, "prefix", User::new(1, "a@b.c"))));
+        assert!(decode(&Value::Object(row.clone()).to_string()).is_ok());
+        for column in row.keys() {
+            let mut lacking = row.clone();
             lacking.remove(column);
             let error = decode(&Value::Object(lacking).to_string()).unwrap_err().to_string();
             assert!(error.contains(&format!("column {column}: ")), "{column}: {error}");
@@ -270,15 +299,64 @@ mod tests {
         record.expires_at = DateTime::from_timestamp(1_900_000_000, 0);
         record.metadata = json!({ "team": "a" });
         record.revision = Revision(1);
+        record.description = "of Ada".to_owned();
+        record.not_before = DateTime::from_timestamp(1_800_000_000, 0);
+        record.created_by = Some("ada".to_owned());
+        record.created_by_key = Some(3.into());
+        record.revoked_at = DateTime::from_timestamp(1_850_000_000, 0);
+        record.revoked_by = Some("bob".to_owned());
+        record.revoke_reason = Some("lost".to_owned());
+        let grace = GracePeriod::new("before", DateTime::from_timestamp(1_860_000_000, 0).unwrap());
+        record.grace = Some(grace);
 
-        let mut row = row();
-        row.extend(encode(&record));
-        row.insert("key_hash".to_owned(), json!(KeyHash::sha256("secret").expose_hash()));
-        row.insert("total_cost".to_owned(), json!("0"));
-        // Both databases return it as text.
-        row.insert("metadata".to_owned(), json!(record.metadata.to_string()));
-        let decoded = decode(&Value::Object(row).to_string()).unwrap();
-        assert_eq!(*decoded.record(), record);
+        let key = stored(record)
+            .with_upgrade(KeyHash::sha256("fast"))
+            .with_previous(KeyHash::sha256("previous"), Some(KeyHash::sha256("previous fast")));
+        let decoded = decode(&Value::Object(row(&key)).to_string()).unwrap();
+        assert_eq!(decoded.record, key.record);
+        assert_eq!(
+            (decoded.hash, decoded.upgraded, decoded.previous),
+            (key.hash, key.upgraded, key.previous)
+        );
+    }
+
+    #[test]
+    fn a_previous_secret_without_an_end_is_not_accepted() {
+        let mut record = KeyRecord::new(7, "prefix", User::new(1, "a@b.c"));
+        record.grace = Some(GracePeriod::new("prefix", DateTime::UNIX_EPOCH));
+        let row = row(&stored(record).with_previous(KeyHash::sha256("previous"), None));
+        for column in ["previous_key_prefix", "previous_key_hash", "previous_expires_at"] {
+            let mut lacking = row.clone();
+            lacking.insert(column.to_owned(), Value::Null);
+            let decoded = decode(&Value::Object(lacking).to_string()).unwrap();
+            assert_eq!((decoded.record.grace, decoded.previous), (None, None), "{column}");
+        }
+    }
+
+    #[test]
+    fn the_audit_of_postgres_has_the_fields_of_an_audited_key() {
+        let trigger = include_str!("../../../schema/triggers/postgres.sql");
+        let key = KeyRecord::new(7, "prefix", User::new(1, "a@b.c"));
+        let audited = crate::store::audited_key(&key);
+        let mut expected: Vec<_> =
+            audited.as_object().unwrap().keys().map(String::as_str).collect();
+        expected.sort_unstable();
+        let lists = trigger.split("jsonb_build_object(\n").skip(1);
+        let lists: Vec<_> = lists.filter(|list| list.contains("'scopes'")).collect();
+        assert_eq!(lists.len(), 3, "of the whole row, of OLD and of NEW");
+        for list in lists {
+            let (list, _) = list.split_once(");").unwrap();
+            let mut names: Vec<_> = list.split('\'').skip(1).step_by(2).collect();
+            let source = |name: &&str| {
+                let named = [format!("'{name}', OLD.{name}"), format!("'{name}', NEW.{name}")];
+                let of_json = format!("'{name}', k -> '{name}'");
+                list.contains(&of_json) || named.iter().any(|it| list.contains(it))
+            };
+            assert!(names.iter().all(source), "{names:?}");
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names, expected);
+        }
     }
 
     /// A new column that decisions read must be in the trigger, or a change of it reaches no node.

@@ -7,15 +7,17 @@ use diesel::{
     backend::Backend,
     query_builder::{AstPass, Query, QueryFragment, QueryId},
     serialize::ToSql,
-    sql_types::{BigInt, Binary, Text, Untyped},
+    sql_types::{BigInt, Binary, Nullable, Text, Untyped},
 };
 
-use super::row;
+use super::{filter::FilterDialect, row};
 use crate::{
     error::StoreError,
-    record::{KeyId, KeyRecord, Revision, UserId},
-    store::{Change, HashUpgrade, ListKeys},
+    record::{KeyId, KeyRecord},
+    store::{HashUpgrade, ListKeys, StoredKey},
 };
+#[cfg(feature = "postgres")]
+use crate::{record::Revision, store::Change};
 
 /// SQL text with the placeholders `$1` and so on for the bound values.
 ///
@@ -30,8 +32,12 @@ pub(in crate::backend) struct Statement {
 impl HashUpgrade {
     /// Returns the statement that writes the fast hash, if the slow hash is still the one that was checked.
     pub(in crate::backend) fn statement(&self) -> Statement {
-        let update = "UPDATE api_keys SET fast_hash = $1, fast_hash_of = $2
-            WHERE id = $3 AND key_hash = $2 RETURNING CAST(id AS TEXT) AS row";
+        let update = "UPDATE api_keys SET
+                fast_hash = CASE WHEN key_hash = $2 THEN $1 ELSE fast_hash END,
+                fast_hash_of = CASE WHEN key_hash = $2 THEN $2 ELSE fast_hash_of END,
+                previous_fast_hash = CASE WHEN previous_key_hash = $2 THEN $1 ELSE previous_fast_hash END,
+                previous_fast_hash_of = CASE WHEN previous_key_hash = $2 THEN $2 ELSE previous_fast_hash_of END
+            WHERE id = $3 AND (key_hash = $2 OR previous_key_hash = $2) RETURNING CAST(id AS TEXT) AS row";
         let binds = [
             Bind::Text(self.fast.expose_hash()),
             Bind::Text(self.checked.expose_hash()),
@@ -42,21 +48,25 @@ impl HashUpgrade {
 }
 
 impl ListKeys {
-    /// Returns the values for tables with integer ids: whether an owner is given, the owner, the key to start after,
-    /// and the limit plus one row. `None` if an id is not an integer, so that no row can have it.
-    pub(in crate::backend) fn binds(&self) -> Option<[Bind; 4]> {
-        let owner = self.owner.as_ref().map_or(Some(0), UserId::as_i64)?;
+    /// Returns the condition on the row `k`, its order, and the limit plus one row, with the bound values. `None` if an id
+    /// is not an integer, so that no row can have it.
+    pub(in crate::backend) fn sql(&self, dialect: &FilterDialect) -> Option<(String, Vec<Bind>)> {
         let after = self.after.as_ref().map_or(Some(i64::MIN), KeyId::as_i64)?;
-        let numbers = [self.owner.is_some().into(), owner, after, i64::from(self.limit) + 1];
-        Some(numbers.map(Bind::Integer))
+        let mut binds = vec![Bind::Integer(after), Bind::Integer(i64::from(self.limit) + 1)];
+        let mut conditions = vec!["k.id > $1".to_owned()];
+        self.filter.sql(dialect, &mut conditions, &mut binds)?;
+        Some((format!("{} ORDER BY k.id LIMIT $2", conditions.join(" AND ")), binds))
     }
 }
 
 /// A bound value.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in crate::backend) enum Bind {
     Text(String),
     Integer(i64),
+    /// NULL in place of a text.
+    #[cfg(feature = "sqlite")]
+    Null,
 }
 
 impl Bind {
@@ -94,19 +104,24 @@ impl KeyRow {
     }
 
     pub(in crate::backend) fn record(&self) -> (KeyId, Result<KeyRecord, StoreError>) {
+        (self.id.into(), self.key().map(|key| key.record))
+    }
+
+    pub(in crate::backend) fn key(&self) -> Result<StoredKey, StoreError> {
         let not_utf8 = |_| StoreError::bad_row(format!("api_keys row {} is not UTF-8", self.id));
-        let text = str::from_utf8(&self.row).map_err(not_utf8);
-        (self.id.into(), text.and_then(|text| Ok(row::decode(text)?.record)))
+        row::decode(str::from_utf8(&self.row).map_err(not_utf8)?)
     }
 }
 
 impl TextRow {
     /// Returns the id that was written, if the row is one.
+    #[cfg(feature = "sqlite")]
     pub(in crate::backend) fn id(&self) -> Option<i64> {
         self.row.parse().ok()
     }
 
     /// Returns the change, if the row is one: the lookup id or the user, and the revision.
+    #[cfg(feature = "postgres")]
     pub(in crate::backend) fn change(&self) -> Result<Change, StoreError> {
         let prefix = |(prefix, revision)| Change::Prefix(prefix, Revision(revision));
         let owner = |(user, revision): (i64, u64)| Change::Owner(user.into(), Revision(revision));
@@ -125,6 +140,12 @@ impl Statement {
         Self { sql: sql.into(), binds: binds.into_iter().collect() }
     }
 
+    /// Returns the statement that explains this one.
+    #[cfg(all(test, feature = "sqlite"))]
+    pub(in crate::backend) fn explained(&self) -> Self {
+        Self::new(format!("EXPLAIN QUERY PLAN {}", self.sql), self.binds.clone())
+    }
+
     /// Returns the value of the placeholder at the start of `text`, and the text after it. `None` if there is no
     /// placeholder.
     fn placeholder<'a>(&self, text: &'a str) -> Option<(Option<&Bind>, &'a str)> {
@@ -140,6 +161,7 @@ where
     DB: Backend,
     str: ToSql<Text, DB>,
     i64: ToSql<BigInt, DB>,
+    Option<String>: ToSql<Nullable<Text>, DB>,
 {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, DB>) -> QueryResult<()> {
         let mut pieces = self.sql.split('$');
@@ -154,6 +176,8 @@ where
             match bind {
                 Some(Bind::Text(value)) => out.push_bind_param::<Text, str>(value)?,
                 Some(Bind::Integer(value)) => out.push_bind_param::<BigInt, i64>(value)?,
+                #[cfg(feature = "sqlite")]
+                Some(Bind::Null) => out.push_bind_param::<Nullable<Text>, Option<String>>(&None)?,
                 None => {
                     let missing = "a statement has a placeholder without a value";
                     return Err(diesel::result::Error::QueryBuilderError(missing.into()));

@@ -5,7 +5,7 @@ use diesel::{
     connection::SimpleConnection,
     migration::{Migration, MigrationSource},
     sql_query,
-    sql_types::{Bool, Text},
+    sql_types::{BigInt, Bool, Text},
     sqlite::Sqlite,
 };
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
@@ -33,6 +33,9 @@ pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<bool, Migrate
             return Err(Failure(MigrateError::NotAdoptable(faults)));
         }
         note_adopted(connection, &tables)?;
+        // Before the migrations, which make indexes on the columns, and after them for the tables that they created.
+        add_columns(connection)?;
+        stop_cascade(connection)?;
         make(connection).map_err(|error| Failure(StoreError::rejected(error).into()))?;
         add_columns(connection)?;
         let made = triggers::make(connection)?;
@@ -69,14 +72,12 @@ const REQUIRED: [(&str, &str); 6] = [
 
 /// The columns that are added if the tables lack them, besides those of [`KEY_COLUMNS`]. All have a default or may be
 /// NULL, so that other writers are not affected.
-const ADDED: [(&str, &str, &str); 7] = [
+const ADDED: [(&str, &str, &str); 6] = [
     ("users", "role", "TEXT DEFAULT 'user'"),
     ("users", "is_active", "BOOLEAN NOT NULL DEFAULT TRUE"),
     ("users", "created_at", "TEXT"),
     ("users", "updated_at", "TEXT"),
     ("users", "api_key_revision", "INTEGER NOT NULL DEFAULT 0"),
-    // The hash that the fast hash belongs to.
-    ("api_keys", "fast_hash_of", "TEXT"),
     // The revision at which the key was assigned to its owner.
     ("api_keys", "api_key_owned_since", "INTEGER NOT NULL DEFAULT 0"),
 ];
@@ -100,6 +101,12 @@ struct Column {
     /// Whether this column alone is the primary key.
     #[diesel(sql_type = Bool)]
     is_key: bool,
+}
+
+#[derive(QueryableByName)]
+struct Number {
+    #[diesel(sql_type = BigInt)]
+    number: i64,
 }
 
 /// Returns the tables with this crate's names in a database where this crate was not used before.
@@ -180,11 +187,44 @@ fn add_columns(connection: &mut SqliteConnection) -> QueryResult<()> {
     let columns = columns(connection)?;
     let of_keys =
         KEY_COLUMNS.iter().filter_map(|column| Some(("api_keys", column.name, column.definition?)));
-    for (table, name, definition) in ADDED.into_iter().chain(of_keys) {
+    let exists = |table: &str| columns.iter().any(|column| column.in_table == table);
+    let added = ADDED.into_iter().chain(of_keys).filter(|(table, _, _)| exists(table));
+    for (table, name, definition) in added {
         if find(&columns, table, name).is_none() {
             let add = format!("ALTER TABLE {table} ADD COLUMN {name} {definition}");
             connection.batch_execute(&add)?;
         }
     }
     Ok(())
+}
+
+/// Changes the table of keys that an older version of this crate made: deleting a user no longer deletes the keys. An
+/// adopted table is left as it is.
+///
+/// The definition is edited in place, as SQLite recommends for the removal of a constraint
+/// (<https://sqlite.org/lang_altertable.html#otheralter>). So the rows, the sequence of ids, indexes and triggers are
+/// kept as they are, whatever the size of the table.
+fn stop_cascade(connection: &mut SqliteConnection) -> QueryResult<()> {
+    const CLAUSE: &str =
+        "user_id               INTEGER NOT NULL REFERENCES users (id) ON DELETE CASCADE";
+    let is_made = format!(
+        "type = 'table' AND name = 'api_keys' AND instr(sql, '{CLAUSE}') > 0
+            AND NOT EXISTS (SELECT 1 FROM api_key_adopted AS a WHERE a.name = 'api_keys')"
+    );
+    // A new database has no table of adopted ones yet.
+    connection.batch_execute(ADOPTED)?;
+    let made = format!("SELECT count(*) AS number FROM sqlite_master WHERE {is_made}");
+    if sql_query(made).get_result::<Number>(connection)?.number == 0 {
+        return Ok(());
+    }
+    let kept = CLAUSE.trim_end_matches(" ON DELETE CASCADE");
+    connection.batch_execute(&format!(
+        "PRAGMA writable_schema = ON;
+        UPDATE sqlite_master SET sql = replace(sql, '{CLAUSE}', '{kept}') WHERE {is_made};
+        PRAGMA writable_schema = RESET"
+    ))?;
+    // Another version of the schema makes every connection read it again.
+    let version = sql_query("SELECT schema_version + 1 AS number FROM pragma_schema_version");
+    let Number { number } = version.get_result(connection)?;
+    connection.batch_execute(&format!("PRAGMA schema_version = {number}"))
 }

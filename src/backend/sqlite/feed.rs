@@ -8,7 +8,7 @@ use diesel::{
 };
 use tokio::{sync::watch, time::timeout};
 
-use super::{SqliteStore, load, triggers};
+use super::{BytesRow, SqliteStore, load, load_rows, triggers};
 use crate::{
     backend::sql::{
         fault::{Failure, store_error},
@@ -91,7 +91,7 @@ struct FeedRead {
     /// Whether the last row of the previous read still exists.
     is_continuous: bool,
     missing_triggers: Vec<String>,
-    changes: Vec<TextRow>,
+    changes: Vec<BytesRow>,
 }
 
 impl Feed {
@@ -236,14 +236,14 @@ fn read(
     let changes = match position {
         Some(position) => {
             let binds = [Bind::Integer(position.revision)];
-            load(connection, &Statement::new(select("revision > $1"), binds))?
+            load_rows(connection, &Statement::new(select("revision > $1"), binds))?
         }
         // The changes committed since then; all changes if that is not known.
         None => {
             let seconds = i64::try_from(age.as_secs() + 1).unwrap_or(i64::MAX);
             let filter = "revision > coalesce((
                 SELECT max(revision) FROM api_key_horizons WHERE taken_at < julianday('now') - $1 / 86400.0), 0)";
-            load(connection, &Statement::new(select(filter), [Bind::Integer(seconds)]))?
+            load_rows(connection, &Statement::new(select(filter), [Bind::Integer(seconds)]))?
         }
     };
     let missing_triggers = match position {
@@ -256,19 +256,26 @@ fn read(
 /// Returns the changes for which `filter` is true. For a new user, these include the lookup ids of the keys that were
 /// stored before their owner: they were unknown until then.
 fn select(filter: &str) -> String {
+    // JSON can't contain bytes, and no look-up finds them.
+    let text = |id: &str| format!("CASE typeof({id}) WHEN 'blob' THEN hex({id}) ELSE {id} END");
+    let [id, of_key, previous_of_key] =
+        ["key_prefix", "k.key_prefix", "k.previous_key_prefix"].map(text);
     format!(
-        "SELECT json_array(revision, key_prefix, user_id, json(CASE WHEN is_new_user THEN (
-            SELECT json_group_array(k.key_prefix) FROM api_keys k
-            WHERE k.user_id = c.user_id AND k.api_key_owned_since < c.revision) END)) AS row
+        "SELECT CAST(json_array(revision, {id}, user_id, json(CASE WHEN is_new_user THEN (
+            SELECT json_group_array(id) FROM (
+                SELECT {of_key} AS id FROM api_keys k
+                    WHERE k.user_id = c.user_id AND k.api_key_owned_since < c.revision
+                UNION SELECT {previous_of_key} FROM api_keys k
+                    WHERE k.user_id = c.user_id AND k.api_key_owned_since < c.revision)) END)) AS BLOB) AS row
         FROM api_key_changes c WHERE {filter} ORDER BY revision LIMIT {}",
         MAX_CHANGES + 1
     )
 }
 
-fn add_changes(row: &TextRow, changes: &mut Vec<Change>) -> Result<(), StoreError> {
+fn add_changes(row: &BytesRow, changes: &mut Vec<Change>) -> Result<(), StoreError> {
     type Columns = (u64, Option<String>, Option<i64>, Option<Vec<Option<String>>>);
     let (revision, prefix, user, keys): Columns =
-        serde_json::from_str(&row.row).map_err(StoreError::rejected)?;
+        serde_json::from_str(&row.json()).map_err(StoreError::rejected)?;
     let revision = Revision(revision);
     match (prefix, user) {
         (Some(prefix), _) => changes.push(Change::Prefix(prefix, revision)),

@@ -1,17 +1,23 @@
-//! The triggers that record changes, and the check whether they exist.
+//! The triggers that record changes and write the audit, and the check whether they exist.
 //!
 //! `REPLACE` and `UPDATE OR REPLACE` delete conflicting rows without firing a trigger
 //! (<https://sqlite.org/lang_conflict.html>), so that a trigger before the statement records them, by the unique
-//! indexes of the table. No trigger of one table names the other one: SQLite rejects renaming a rebuilt table while a
-//! trigger names a missing table, and ORMs alter tables in this way.
+//! indexes of the table. The audit must not contain a row that the statement then keeps (`INSERT OR IGNORE`, an
+//! upsert): the trigger before the statement notes the row in `api_key_replaced`, and the one after it audits those
+//! that are deleted.
+//!
+//! No trigger of one table names the other one: SQLite rejects renaming a rebuilt table while a trigger names a missing
+//! table, and ORMs alter tables in this way.
+
+mod audit;
+mod table;
 
 use diesel::{
-    QueryResult, QueryableByName, RunQueryDsl, SqliteConnection,
-    connection::SimpleConnection,
-    sql_query,
-    sql_types::{Bool, Nullable, Text},
+    QueryResult, QueryableByName, RunQueryDsl, SqliteConnection, connection::SimpleConnection,
+    sql_query, sql_types::Text,
 };
 
+use self::table::Table;
 use crate::backend::sql::columns::KEY_COLUMNS;
 
 #[derive(QueryableByName)]
@@ -20,32 +26,6 @@ struct Trigger {
     name: String,
     #[diesel(sql_type = Text)]
     sql: String,
-}
-
-/// A column of a unique index.
-#[derive(QueryableByName)]
-struct IndexColumn {
-    #[diesel(sql_type = Text)]
-    index_name: String,
-    /// `None` for an expression.
-    #[diesel(sql_type = Nullable<Text>)]
-    column: Option<String>,
-    #[diesel(sql_type = Text)]
-    collation: String,
-    #[diesel(sql_type = Nullable<Text>)]
-    definition: Option<String>,
-}
-
-#[derive(QueryableByName)]
-struct Word {
-    #[diesel(sql_type = Text)]
-    text: String,
-}
-
-#[derive(QueryableByName)]
-struct Flag {
-    #[diesel(sql_type = Bool)]
-    is_so: bool,
 }
 
 /// Returns the names of the triggers that are missing or different. Without them, changes may be missing.
@@ -91,16 +71,29 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
         sql: format!("CREATE TRIGGER {name} {body}"),
     };
     let is_changed = |columns: &[&str]| {
-        let differs = |column: &&str| format!("OLD.{column} IS NOT NEW.{column}");
+        // A column of an adopted table may compare without case.
+        let differs = |column: &&str| format!("OLD.{column} IS NOT NEW.{column} COLLATE BINARY");
         columns.iter().map(differs).collect::<Vec<_>>().join(" OR ")
     };
-    // Records the lookup id of a deleted or moved row; NULL means none.
-    let note_key = |row: &str, filter: &str| {
+    // Records a lookup id of a row; NULL means none.
+    let note_key = |id: &str, filter: &str| {
+        let row = &id[..3];
         format!(
             "INSERT INTO api_key_changes (key_prefix, api_key_id)
-                SELECT {row}.key_prefix, {row}.id WHERE {row}.key_prefix IS NOT NULL AND {filter};"
+                SELECT {id}, {row}.id WHERE {id} IS NOT NULL AND {filter};"
         )
     };
+    // A lookup id that is recorded once is not recorded again as another one of the same row.
+    let is_other = |id: &str, others: &[&str]| {
+        let differs = others.iter().map(|other| format!("{id} IS NOT {other} COLLATE BINARY"));
+        differs.collect::<Vec<_>>().join(" AND ")
+    };
+    let [old, old_previous] = ["OLD.key_prefix", "OLD.previous_key_prefix"];
+    let [new, new_previous] = ["NEW.key_prefix", "NEW.previous_key_prefix"];
+    let note_old = note_key(old, "TRUE") + &note_key(old_previous, &is_other(old_previous, &[old]));
+    let note_new = note_key(new, "TRUE") + &note_key(new_previous, &is_other(new_previous, &[new]));
+    let note_lost = note_key(old, &is_other(old, &[new, new_previous]))
+        + &note_key(old_previous, &is_other(old_previous, &[old, new, new_previous]));
     let revise_key =
         "UPDATE api_keys SET api_key_revision = (SELECT max(revision) FROM api_key_changes)";
     let revise_user =
@@ -112,27 +105,30 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
             "api_key_note_new",
             format!(
                 "AFTER INSERT ON api_keys BEGIN
-                    {}
+                    {note_new} {}
                     {revise_key}, api_key_owned_since = (SELECT max(revision) FROM api_key_changes) WHERE id = NEW.id;
                 END",
-                note_key("NEW", "TRUE")
+                audit::insert_key()
             ),
         ),
         trigger(
             "api_key_note_gone",
-            format!("AFTER DELETE ON api_keys BEGIN {} {} END", note_key("OLD", "TRUE"), keys.retire_usage()),
+            format!(
+                "AFTER DELETE ON api_keys BEGIN {note_old} {} {} END",
+                keys.retire_usage(),
+                audit::delete_key()
+            ),
         ),
         trigger(
             "api_key_note",
             format!(
                 "AFTER UPDATE ON api_keys WHEN {} BEGIN
-                    {} {}
+                    {note_lost} {note_new} {}
                     {revise_key}, api_key_owned_since = CASE WHEN OLD.user_id IS NEW.user_id THEN api_key_owned_since
                         ELSE (SELECT max(revision) FROM api_key_changes) END WHERE id = NEW.id;
                 END",
                 is_changed(&key_columns),
-                note_key("OLD", "OLD.key_prefix IS NOT NEW.key_prefix"),
-                note_key("NEW", "TRUE"),
+                audit::update_key(),
             ),
         ),
         trigger("api_key_note_replaced", format!("BEFORE INSERT ON api_keys BEGIN {} END", keys.note_replaced(false))),
@@ -145,13 +141,22 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
             ),
         ),
         trigger(
+            "api_key_audit_overwritten",
+            format!(
+                "AFTER UPDATE OF {} ON api_keys BEGIN {} END",
+                keys.unique_columns(),
+                audit::overwrite_key()
+            ),
+        ),
+        trigger(
             "api_key_note_user_new",
             format!(
                 "AFTER INSERT ON users BEGIN
                     INSERT INTO api_key_changes (user_id, is_new_user) VALUES (NEW.id, TRUE);
-                    {revise_user} WHERE id = NEW.id;
+                    {} {revise_user} WHERE id = NEW.id;
                     {DELETED_LATELY}
-                END"
+                END",
+                audit::insert_user()
             ),
         ),
         trigger(
@@ -160,10 +165,11 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
                 "AFTER UPDATE ON users WHEN {} BEGIN
                     INSERT INTO api_key_changes (user_id) SELECT OLD.id WHERE OLD.id IS NOT NEW.id;
                     INSERT INTO api_key_changes (user_id) VALUES (NEW.id);
-                    {revise_user} WHERE id = NEW.id;
+                    {} {revise_user} WHERE id = NEW.id;
                     {DELETED_LATELY}
                 END",
-                is_changed(&["id", "email", "role", "is_active"])
+                is_changed(&["id", "email", "role", "is_active"]),
+                audit::update_user()
             ),
         ),
         trigger(
@@ -171,9 +177,14 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
             format!(
                 "AFTER DELETE ON users BEGIN
                     INSERT INTO api_key_changes (user_id) VALUES (OLD.id);
-                    {DELETED_LATELY}
-                END"
+                    {DELETED_LATELY} {}
+                END",
+                audit::delete_user()
             ),
+        ),
+        trigger(
+            "api_key_audit_user_going",
+            format!("BEFORE DELETE ON users BEGIN {} END", audit::stage_user("OLD", "(SELECT 1)", "TRUE")),
         ),
         trigger(
             "api_key_note_user_replaced",
@@ -187,6 +198,14 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
                 users.note_replaced(true)
             ),
         ),
+        trigger(
+            "api_key_audit_user_overwritten",
+            format!(
+                "AFTER UPDATE OF {} ON users BEGIN {} END",
+                users.unique_columns(),
+                audit::overwrite_user()
+            ),
+        ),
     ])
 }
 
@@ -197,158 +216,3 @@ const DELETED_LATELY: &str = "INSERT INTO api_key_deleted_users (user_id, revisi
         AND NOT EXISTS (SELECT 1 FROM users u WHERE u.id = c.user_id)
     GROUP BY c.user_id
     ON CONFLICT (user_id) DO UPDATE SET revision = excluded.revision;";
-
-/// The properties of a table that its triggers depend on.
-struct Table {
-    name: &'static str,
-    columns: Vec<String>,
-    /// For each unique index the condition under which a row `o` conflicts with `NEW`.
-    conflicts: Vec<String>,
-    /// Whether ids of deleted rows are assigned again.
-    reuses_ids: bool,
-}
-
-impl Table {
-    fn read(name: &'static str, connection: &mut SqliteConnection) -> QueryResult<Self> {
-        let columns = format!("SELECT name AS text FROM pragma_table_info('{name}')");
-        let columns = sql_query(columns).load::<Word>(connection)?;
-        let columns: Vec<_> = columns.into_iter().map(|column| quoted(&column.text)).collect();
-        let reuses_ids = sql_query(format!(
-            "SELECT sql NOT LIKE '%AUTOINCREMENT%' AS is_so FROM sqlite_master
-            WHERE type = 'table' AND lower(name) = '{name}'"
-        ))
-        .load::<Flag>(connection)?;
-        let mut table = Self {
-            name,
-            columns,
-            conflicts: vec!["o.id = NEW.id".to_owned()],
-            reuses_ids: reuses_ids.iter().any(|flag| flag.is_so),
-        };
-        let indexed = sql_query(format!(
-            "SELECT l.name AS index_name, x.name AS \"column\", x.coll AS collation, m.sql AS definition
-            FROM pragma_index_list('{name}') AS l, pragma_index_xinfo(l.name) AS x
-            LEFT JOIN sqlite_master AS m ON m.type = 'index' AND m.name = l.name
-            WHERE l.\"unique\" AND x.key ORDER BY l.name, x.seqno"
-        ))
-        .load::<IndexColumn>(connection)?;
-        for index in indexed.chunk_by(|a, b| a.index_name == b.index_name) {
-            table.conflicts.push(table.conflict(index));
-        }
-        Ok(table)
-    }
-
-    fn conflict(&self, index: &[IndexColumn]) -> String {
-        let equals = |it: &IndexColumn| {
-            let column = quoted(it.column.as_deref()?);
-            Some(format!("o.{column} = NEW.{column} COLLATE {}", quoted(&it.collation)))
-        };
-        if let Some(columns) = index.iter().map(equals).collect::<Option<Vec<_>>>() {
-            return columns.join(" AND ");
-        }
-        // For an index on an expression, its value for the existing row is compared with that for the new one.
-        let definition = index.first().and_then(|it| it.definition.as_deref());
-        match definition.and_then(indexed_expressions) {
-            Some(expressions) => {
-                let new: Vec<_> =
-                    self.columns.iter().map(|column| format!("NEW.{column} AS {column}")).collect();
-                format!("({expressions}) = (SELECT {expressions} FROM (SELECT {}))", new.join(", "))
-            }
-            // The expression can't be parsed, so that every row may conflict.
-            None => "TRUE".to_owned(),
-        }
-    }
-
-    /// Returns the columns whose change may cause a conflict.
-    fn unique_columns(&self) -> String {
-        let is_used = |column: &&String| {
-            let bare = column.trim_matches('"');
-            bare == "id" || self.conflicts.iter().any(|it| it == "TRUE" || it.contains(bare))
-        };
-        self.columns.iter().filter(is_used).cloned().collect::<Vec<_>>().join(", ")
-    }
-
-    /// Returns the condition under which a statement that replaces rows deletes a row `o`.
-    fn is_replaced(&self, is_update: bool) -> String {
-        let conflicts: Vec<_> = self.conflicts.iter().map(|it| format!("({it})")).collect();
-        let conflicts = conflicts.join(" OR ");
-        if is_update { format!("({conflicts}) AND o.id IS NOT OLD.id") } else { conflicts }
-    }
-
-    fn note_replaced(&self, is_update: bool) -> String {
-        let (subject, is_known) = match self.name {
-            "users" => ("user_id) SELECT o.id", "TRUE"),
-            _ => ("key_prefix, api_key_id) SELECT o.key_prefix, o.id", "o.key_prefix IS NOT NULL"),
-        };
-        format!(
-            "INSERT INTO api_key_changes ({subject} FROM {} AS o WHERE {is_known} AND ({});",
-            self.name,
-            self.is_replaced(is_update)
-        )
-    }
-
-    /// Returns the statements that move the cost of a deleted key to the negative id, if ids may be assigned again.
-    fn retire_usage(&self) -> &'static str {
-        if !self.reuses_ids {
-            return "";
-        }
-        "INSERT INTO api_key_usage (api_key_id, day, requests, tokens, cost_micro_cents)
-            SELECT -api_key_id, day, requests, tokens, cost_micro_cents FROM api_key_usage WHERE api_key_id = OLD.id
-            ON CONFLICT (api_key_id, day) DO UPDATE SET requests = requests + excluded.requests,
-                tokens = tokens + excluded.tokens, cost_micro_cents = cost_micro_cents + excluded.cost_micro_cents;
-        DELETE FROM api_key_usage WHERE api_key_id = OLD.id;
-        DELETE FROM api_key_leases WHERE api_key_id = OLD.id;"
-    }
-}
-
-fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
-
-/// Returns the terms between the parentheses of `CREATE INDEX … ON table (…)`, without the order.
-fn indexed_expressions(definition: &str) -> Option<String> {
-    let inner = definition.split_once('(')?.1;
-    let (mut depth, mut terms, mut begin) = (0_u32, Vec::new(), 0);
-    for (at, character) in inner.char_indices() {
-        match character {
-            '(' => depth += 1,
-            ',' | ')' if depth == 0 => {
-                terms.push(without_order(&inner[begin..at]));
-                begin = at + 1;
-                if character == ')' {
-                    return Some(terms.join(", "));
-                }
-            }
-            ')' => depth -= 1,
-            _ => {}
-        }
-    }
-    None
-}
-
-fn without_order(term: &str) -> &str {
-    let term = term.trim();
-    let strip = |suffix: &str| {
-        let at = term.len().checked_sub(suffix.len())?;
-        term.get(at..)?.eq_ignore_ascii_case(suffix).then(|| term[..at].trim_end())
-    };
-    strip(" ASC").or_else(|| strip(" DESC")).unwrap_or(term)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::indexed_expressions;
-
-    #[test]
-    fn the_expressions_of_an_index_are_read_from_its_definition() {
-        for (definition, expected) in [
-            ("CREATE UNIQUE INDEX a ON users (lower(email))", Some("lower(email)")),
-            (
-                "CREATE UNIQUE INDEX a ON users(substr(a, 1, 2) DESC, b ) WHERE c > (1)",
-                Some("substr(a, 1, 2), b"),
-            ),
-            ("CREATE UNIQUE INDEX a ON users (lower(email)", None),
-        ] {
-            assert_eq!(indexed_expressions(definition).as_deref(), expected, "{definition}");
-        }
-    }
-}

@@ -36,9 +36,14 @@ const TOTALS: &str = "
         last_used_at = CASE
             WHEN n.is_last_used AND (last_used_at IS NULL
                 OR unixepoch(last_used_at, 'subsec') <= unixepoch($2, 'subsec') - 60)
-            THEN $2 ELSE last_used_at END
+            THEN $2 ELSE last_used_at END,
+        previous_last_used_at = CASE
+            WHEN n.is_previous_used AND previous_key_hash IS NOT NULL AND (previous_last_used_at IS NULL
+                OR unixepoch(previous_last_used_at, 'subsec') <= unixepoch($2, 'subsec') - 60)
+            THEN $2 ELSE previous_last_used_at END
     FROM (SELECT $1 ->> 'id' AS id, $1 ->> 'requests' AS requests, $1 ->> 'tokens' AS tokens,
-        $1 ->> 'cost' AS cost, $1 ->> 'is_last_used' AS is_last_used) AS n
+        $1 ->> 'cost' AS cost, $1 ->> 'is_last_used' AS is_last_used,
+        $1 ->> 'is_previous_used' AS is_previous_used) AS n
     WHERE api_keys.id = n.id RETURNING CAST(api_keys.id AS TEXT) AS row";
 
 /// Adds to the cost of a day. `$1` is the entry in JSON, `$2` the day.

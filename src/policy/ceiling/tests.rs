@@ -1,5 +1,5 @@
 use super::*;
-use crate::record::{AllowedNetwork, EndpointRule, RateLimits, User};
+use crate::record::{RateLimits, User};
 
 const NOW: DateTime<Utc> = DateTime::UNIX_EPOCH;
 
@@ -104,6 +104,7 @@ fn each_endpoint_rule_is_covered_by_one_rule() {
         (&["/a"], &["/a"], true),
         (&["/a"], &["/a/*"], false),
         (&["/a"], &["/a/"], false),
+        (&["/a"], &["*"], false),
         (&["/a/"], &["/a/*"], false),
         (&["GET /a"], &["GET /a", "HEAD /a"], true),
         (&["HEAD /a"], &["GET /a"], false),
@@ -252,16 +253,4 @@ fn a_key_has_the_owner_of_its_maker_unless_an_administrator_grants_it() {
 fn fields_have_the_names_of_columns() {
     assert_eq!(CeilingField::Networks.to_string(), "allowed_ips");
     assert_eq!(CeilingField::Owner.as_str(), "user_id");
-}
-
-#[test]
-fn covers_is_reflexive_for_rules_of_every_form() {
-    for rule in ["*", "/*", "/", "/a", "/a/", "/a/*", "GET /a", "HEAD *", "POST /a/*"] {
-        let rule: EndpointRule = rule.parse().unwrap();
-        assert!(rule.covers(&rule), "{rule}");
-    }
-    for network in ["0.0.0.0/0", "::/0", "10.1.2.3", "::ffff:10.0.0.0/104", "2001:db8::1"] {
-        let network: AllowedNetwork = network.parse().unwrap();
-        assert!(network.covers(&network), "{network}");
-    }
 }

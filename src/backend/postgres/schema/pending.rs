@@ -1,0 +1,83 @@
+//! What a migration would do, without doing it.
+
+use diesel::{Connection, connection::SimpleConnection};
+
+use super::{BlockingConnection, LOCK, SET_SEARCH_PATH, TRIGGERS, VERSION, missing, tag};
+use crate::backend::{
+    postgres::adopt,
+    sql::{fault::Failure, migrate::MigrateError},
+};
+
+/// The text of each migration, in their order.
+const UP: [(&str, &str); 5] = [
+    (
+        "2026-11-22-000001_users_and_keys",
+        include_str!("../../../../schema/postgres/2026-11-22-000001_users_and_keys/up.sql"),
+    ),
+    (
+        "2026-11-22-000002_revisions",
+        include_str!("../../../../schema/postgres/2026-11-22-000002_revisions/up.sql"),
+    ),
+    (
+        "2026-11-23-000003_usage",
+        include_str!("../../../../schema/postgres/2026-11-23-000003_usage/up.sql"),
+    ),
+    (
+        "2026-11-23-000004_budgets",
+        include_str!("../../../../schema/postgres/2026-11-23-000004_budgets/up.sql"),
+    ),
+    (
+        "2026-11-26-000005_management",
+        include_str!("../../../../schema/postgres/2026-11-26-000005_management/up.sql"),
+    ),
+];
+
+/// Returns what a migration would create.
+pub(in crate::backend::postgres) fn pending(
+    connection: &mut BlockingConnection,
+) -> Result<Vec<String>, MigrateError> {
+    let outcome = connection.transaction(|connection| {
+        connection.batch_execute("SET TRANSACTION READ ONLY")?;
+        connection.batch_execute(SET_SEARCH_PATH)?;
+        let faults = adopt::faults(connection)?;
+        if !faults.is_empty() {
+            return Err(Failure(MigrateError::NotAdoptable(faults)));
+        }
+        Ok(missing(connection)?)
+    });
+    outcome.map_err(|Failure(error)| error)
+}
+
+/// Returns the statements of a migration as one script.
+pub(in crate::backend::postgres) fn script() -> String {
+    let mut script = format!("BEGIN;\nSELECT pg_advisory_xact_lock({LOCK});\n{SET_SEARCH_PATH};\n");
+    for (name, sql) in UP {
+        script += &format!("\n-- {name}\n{}\n", sql.trim_end());
+    }
+    script +=
+        &format!("\n-- Functions and triggers\n{}\n\n{};\nCOMMIT;\n", TRIGGERS.trim_end(), tag());
+    script
+}
+
+/// Returns whether a version of the schema is newer than this crate.
+pub(in crate::backend::postgres) fn is_newer(version: i64) -> bool {
+    version > VERSION
+}
+
+#[cfg(test)]
+mod tests {
+    use diesel::{
+        migration::{Migration, MigrationSource},
+        pg::Pg,
+    };
+
+    use super::*;
+    use crate::backend::postgres::schema::MIGRATIONS;
+
+    #[test]
+    fn the_script_has_every_migration() {
+        let migrations: Vec<Box<dyn Migration<Pg>>> = MIGRATIONS.migrations().unwrap();
+        let names: Vec<_> = migrations.iter().map(|it| it.name().to_string()).collect();
+        assert_eq!(names, UP.map(|(name, _)| name.to_owned()));
+    }
+}

@@ -1,0 +1,86 @@
+//! SQL of a [`KeyFilter`].
+
+use chrono::{DateTime, Utc};
+
+use super::statement::Bind;
+use crate::{
+    record::{KeyId, UserId},
+    store::KeyFilter,
+};
+
+/// SQL that differs between the databases.
+pub(in crate::backend) struct FilterDialect {
+    /// Returns the bound time as a value of the type of a column of `api_keys`.
+    pub(in crate::backend) time: fn(column: &str, placeholder: usize) -> String,
+    /// Returns a column of `api_keys` as text.
+    pub(in crate::backend) text: fn(column: &str) -> String,
+    /// Returns the position of a bound text in a text, or 0.
+    pub(in crate::backend) position: fn(text: &str, placeholder: usize) -> String,
+}
+
+impl KeyFilter {
+    /// Adds the conditions on the row `k` to `conditions`, and their values to `binds`. A condition on text is wider than
+    /// the filter's: a decoded record is checked again with [`KeyFilter::selects`]. Returns `None` if no row can match,
+    /// because an id is not an integer.
+    pub(in crate::backend) fn sql(
+        &self,
+        dialect: &FilterDialect,
+        conditions: &mut Vec<String>,
+        binds: &mut Vec<Bind>,
+    ) -> Option<()> {
+        let mut bind = |value: Bind| {
+            binds.push(value);
+            binds.len()
+        };
+        if let Some(owner) = &self.owner {
+            conditions
+                .push(format!("k.user_id = ${}", bind(Bind::Integer(UserId::as_i64(owner)?))));
+        }
+        if let Some(key) = &self.created_by_key {
+            let at = bind(Bind::Integer(KeyId::as_i64(key)?));
+            conditions.push(format!("k.created_by_key = ${at}"));
+        }
+        match self.is_active {
+            Some(true) => conditions.push("k.is_active".to_owned()),
+            Some(false) => conditions.push("NOT coalesce(k.is_active, FALSE)".to_owned()),
+            None => {}
+        }
+        let mut before = |column: &str, time: DateTime<Utc>| {
+            let at = bind(Bind::Text(time.format("%Y-%m-%d %H:%M:%S%.6f").to_string()));
+            format!("k.{column} < {}", (dialect.time)(column, at))
+        };
+        if let Some(time) = self.expires_before {
+            conditions.push(before("expires_at", time));
+        }
+        if let Some(time) = self.created_before {
+            conditions.push(before("created_at", time));
+        }
+        if let Some(time) = self.unused_since {
+            conditions
+                .push(format!("(k.last_used_at IS NULL OR {})", before("last_used_at", time)));
+        }
+        if let Some(prefix) = &self.prefix {
+            let at = bind(Bind::Text(prefix.clone()));
+            conditions.push(format!("{} = 1", (dialect.position)("k.key_prefix", at)));
+        }
+        if let Some(text) = &self.contains {
+            let at = bind(Bind::Text(text.to_ascii_lowercase()));
+            let found = ["name", "description"].map(|column| {
+                let text = format!("lower({})", (dialect.text)(column));
+                format!("{} > 0", (dialect.position)(&text, at))
+            });
+            conditions.push(format!("({})", found.join(" OR ")));
+        }
+        // JSON may contain escaped characters.
+        let is_plain = |scope: &&String| {
+            scope
+                .bytes()
+                .all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\' | b'/'))
+        };
+        if let Some(scope) = self.scope.as_ref().filter(is_plain) {
+            let at = bind(Bind::Text(scope.clone()));
+            conditions.push(format!("{} > 0", (dialect.position)(&(dialect.text)("scopes"), at)));
+        }
+        Some(())
+    }
+}
