@@ -1,0 +1,141 @@
+//! What the doctor finds.
+
+use std::{fs, os::unix::fs::PermissionsExt};
+
+use crate::{
+    program::{Program, Run},
+    support::{
+        database::{run, url_of_role},
+        servers::{PgBouncer, Postgres, Redis, RedisCluster},
+    },
+};
+
+/// Asserts that one line has this status and all of these texts.
+#[track_caller]
+fn finds(run: &Run, code: i32, status: &str, texts: &[&str]) {
+    assert_eq!(run.code, code, "{run:?}");
+    let is_it =
+        |line: &str| line.starts_with(status) && texts.iter().all(|text| line.contains(text));
+    assert!(run.out.lines().any(is_it), "{status} {texts:?} is not in\n{}", run.out);
+    assert_eq!(run.out.contains("What to do:"), status != "ok");
+}
+
+#[test]
+fn faults_of_a_file_are_found() {
+    let program = Program::at_new_file();
+    program.run("doctor").fails(6, "migrate");
+    program.run("migrate").ok();
+    finds(&program.run("doctor"), 0, "ok", &["change feed", "came back"]);
+    program.sql("DROP TRIGGER api_key_note");
+    finds(&program.run("doctor"), 1, "error", &["triggers", "api_key_note"]);
+    program.run("migrate").ok();
+    program.sql("DROP TABLE api_key_audit");
+    finds(&program.run("doctor"), 1, "error", &["schema", "table api_key_audit"]);
+    program.run("migrate").ok();
+    let json = program.run("doctor -o json").json();
+    assert!(json.as_array().unwrap().iter().all(|check| check["status"] == "ok"), "{json}");
+}
+
+#[test]
+fn a_file_that_can_not_be_written_is_found() {
+    let program = Program::at_new_file();
+    program.run("migrate").ok();
+    fs::set_permissions(program.database(), fs::Permissions::from_mode(0o400)).unwrap();
+    // The superuser may write it all the same.
+    if fs::OpenOptions::new().append(true).open(program.database()).is_err() {
+        finds(&program.run("doctor"), 0, "warning", &["writes"]);
+    }
+}
+
+#[tokio::test]
+async fn faults_of_a_server_are_found() {
+    let server = Postgres::start();
+    let admin = server.client().await;
+    let program = Program::at(&server.url());
+    finds(&program.run("doctor"), 1, "error", &["schema", "table api_keys"]);
+    program.run("migrate").ok();
+    let fine = program.run("doctor");
+    finds(&fine, 0, "ok", &["database", "PostgreSQL"]);
+    finds(&fine, 0, "ok", &["notifications"]);
+
+    run(&admin, "ALTER TABLE api_keys DISABLE TRIGGER api_key_note").await;
+    finds(&program.run("doctor"), 1, "error", &["triggers", "api_key_note on api_keys"]);
+    run(&admin, "DROP TRIGGER api_key_note ON api_keys").await;
+    finds(&program.run("doctor"), 1, "error", &["triggers", "api_key_note on api_keys"]);
+    program.run("migrate").ok();
+    run(&admin, "ALTER TABLE api_keys DROP COLUMN description").await;
+    finds(&program.run("doctor"), 1, "error", &["schema", "description"]);
+    program.run("migrate").ok();
+    finds(&program.run("doctor"), 0, "ok", &["schema"]);
+
+    run(&admin, "CREATE ROLE service LOGIN; GRANT ALL ON ALL TABLES IN SCHEMA public TO service")
+        .await;
+    let service = Program::at(&url_of_role(&server.url(), "service"));
+    let run_of_service = service.run("doctor");
+    assert!(run_of_service.out.contains("the role has every right"), "{run_of_service:?}");
+    finds(&service.run("doctor"), 0, "warning", &["change feed", "may not write"]);
+    run(&admin, "REVOKE SELECT ON api_key_changes FROM service").await;
+    finds(&service.run("doctor"), 1, "error", &["rights", "check keys"]);
+    run(&admin, "GRANT SELECT ON api_key_changes TO service; REVOKE DELETE ON users FROM service")
+        .await;
+    finds(&service.run("doctor"), 0, "warning", &["rights", "manage users"]);
+
+    let pooler = PgBouncer::start(&server, "");
+    let pooled = Program::at(&pooler.url()).run("doctor --timeout 6s");
+    finds(&pooled, 0, "warning", &["notifications", "LISTEN"]);
+    assert!(pooled.out.contains("an event came back after"), "{pooled:?}");
+}
+
+#[test]
+fn faults_of_redis_are_found() {
+    let program = Program::at_new_file();
+    program.run("migrate").ok();
+    let redis = Redis::with_settings(&["requirepass=right"]);
+    let program = program.with("REDIS_URL", redis.url());
+    finds(&program.run("doctor"), 0, "ok", &["Redis", "answers in"]);
+    finds(&program.run("doctor"), 0, "ok", &["Redis memory", "noeviction"]);
+
+    let program = program.with("REDIS_URL", redis.url().replace("right", "verysecret"));
+    let wrong = program.run("doctor");
+    finds(&wrong, 1, "error", &["Redis", "authentication failed"]);
+    assert!(!wrong.out.contains("verysecret"), "{wrong:?}");
+    // A change does not wait for Redis for long.
+    let changed = program.run("user create ada@example.com");
+    assert!(changed.err.contains("Redis can't be used"), "{changed:?}");
+    changed.ok();
+
+    let evicting = Redis::with_settings(&["maxmemory=10mb", "maxmemory-policy=allkeys-lru"]);
+    let program = program.with("REDIS_URL", evicting.url());
+    finds(&program.run("doctor"), 0, "warning", &["Redis memory", "allkeys-lru"]);
+    let program = program.with("REDIS_URL", "redis://:verysecret@127.0.0.1:1/");
+    let down = program.run("doctor");
+    assert!(!down.out.contains("verysecret"), "{down:?}");
+    finds(&down, 1, "error", &["Redis"]);
+}
+
+#[test]
+fn the_slots_of_a_cluster_are_checked() {
+    let program = Program::at_new_file();
+    program.run("migrate").ok();
+    let cluster = RedisCluster::start();
+    let urls = cluster.urls();
+    let program = program.with("REDIS_URL", urls.join(","));
+    finds(&program.run("doctor"), 0, "ok", &["Redis slots"]);
+    let program = program.with("REDIS_URL", urls[0].clone());
+    finds(&program.run("doctor"), 1, "error", &["Redis slots", "single server"]);
+}
+
+#[test]
+fn a_change_deletes_the_entry_in_redis() {
+    let redis = Redis::start();
+    let program = Program::with_user().with("REDIS_URL", redis.url());
+    program.run("key issue --user 1 --name laptop -o id").ok();
+    let before = redis.command_counts();
+    let revoked = program.run("key revoke 1 --yes");
+    assert_eq!(revoked.err, "", "{revoked:?}");
+    revoked.ok();
+    let writes = |name: &str| redis.command_counts().get(name).copied().unwrap_or(0);
+    let scripts = writes("evalsha") + writes("eval");
+    let scripts_before: u64 = ["evalsha", "eval"].iter().filter_map(|name| before.get(*name)).sum();
+    assert!(scripts > scripts_before, "{:?}", redis.command_counts());
+}
