@@ -38,7 +38,9 @@ use tower_api_key::{
     key::{KeyFormat, KeyHash},
     management::IssuedKey,
     record::{KeyRecord, User},
-    store::{Answer, CacheSecret, ChangeStream, KeyRepository, KeyStore, Lookup, StoredKey},
+    store::{
+        Answer, Attribution, CacheSecret, ChangeStream, KeyRepository, KeyStore, Lookup, StoredKey,
+    },
 };
 use tracing_subscriber::{filter::Targets, layer, prelude::*};
 
@@ -335,7 +337,7 @@ async fn old_key(store: &PostgresStore, user: &User, prefix: &str) -> String {
     let key = format!("{prefix}-of-mine");
     let hash = KeyHash::bcrypt(&key, COST).unwrap();
     let record = KeyRecord::new(0, prefix, user.clone());
-    store.insert_key(&StoredKey::new(record, hash)).await.unwrap();
+    store.insert_key(&StoredKey::new(record, hash), &Attribution::default()).await.unwrap();
     key
 }
 

@@ -31,7 +31,7 @@ use tower_api_key::{
     ApiKeyAuthLayer, KeyManager, KeyScheme, MemoryStore, NewKey,
     key::{KeyFormat, KeyHash},
     record::KeyRecord,
-    store::{KeyRepository, StoredKey},
+    store::{Attribution, KeyRepository, StoredKey},
 };
 use tracing_subscriber::{filter::filter_fn, layer, prelude::*, registry::LookupSpan};
 
@@ -94,7 +94,10 @@ async fn main() -> ExitCode {
     let hash = KeyHash::bcrypt("key-0000-of-the-owner", 12).unwrap();
     for n in 0..200 {
         let record = KeyRecord::new(0, prefix(n), user.clone());
-        store.insert_key(&StoredKey::new(record, hash.clone())).await.unwrap();
+        store
+            .insert_key(&StoredKey::new(record, hash.clone()), &Attribution::default())
+            .await
+            .unwrap();
     }
     let scheme = KeyScheme::builder()
         .format(KeyFormat::structured("tak", "live").unwrap())

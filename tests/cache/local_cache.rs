@@ -11,7 +11,9 @@ use tower_api_key::{
     key::KeyHash,
     middleware::ClientAddr,
     record::{KeyRecord, Revision, User},
-    store::{Answer, Change, ChangeStream, KeyRepository, KeyStore, Lookup, StoredKey},
+    store::{
+        Answer, Attribution, Change, ChangeStream, KeyRepository, KeyStore, Lookup, StoredKey,
+    },
 };
 
 use crate::support::{
@@ -197,7 +199,7 @@ async fn a_key_that_is_not_valid_yet_is_denied_from_memory_until_it_becomes_vali
 }
 
 #[tokio::test]
-async fn a_key_that_is_remembered_is_denied_while_the_clock_is_set_back_before_its_start() {
+async fn a_key_that_is_cached_is_denied_while_the_clock_is_set_back_before_its_start() {
     let node = Node::over(Scripted::new());
     let issued = node.store.issue(1).await;
     let start = node.now();
@@ -820,9 +822,12 @@ async fn a_key_that_is_issued_after_it_was_asked_for_in_vain_works_soon() {
     let authenticator = Authenticator::new(store.clone());
     let key = unknown_key();
     assert_eq!(status(&authenticator, &key).await, 401);
-    let user = store.insert_user("ada@example.com", "user").await.unwrap();
+    let user = store.insert_user("ada@example.com", "user", &Attribution::default()).await.unwrap();
     let record = KeyRecord::new(0, "z".repeat(10), user);
-    store.insert_key(&StoredKey::new(record, KeyHash::sha256(&key))).await.unwrap();
+    store
+        .insert_key(&StoredKey::new(record, KeyHash::sha256(&key)), &Attribution::default())
+        .await
+        .unwrap();
     eventually("it works", async || status(&authenticator, &key).await == 200).await;
 }
 
@@ -839,7 +844,7 @@ async fn an_owner_who_is_made_inactive_takes_all_their_keys_along() {
     }
     let mut ada = User::new(fixture.user.clone(), "ada@example.com");
     ada.is_active = false;
-    fixture.store.update_user(&ada).await.unwrap().unwrap();
+    fixture.store.update_user(&ada, &Attribution::default()).await.unwrap().unwrap();
     for key in keys {
         eventually("it is refused", async || status(&authenticator, key).await == 401).await;
     }

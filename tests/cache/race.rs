@@ -14,7 +14,7 @@ use tower_api_key::{
     management::IssuedKey,
     record::User,
     redis::RedisState,
-    store::{Answer, CacheSecret, ChangeStream, KeyRepository, KeyStore, Lookup},
+    store::{Answer, Attribution, CacheSecret, ChangeStream, KeyRepository, KeyStore, Lookup},
 };
 
 use crate::support::{
@@ -149,14 +149,14 @@ async fn accepted_after_a_race(count: usize, how: Revoke, has_feed: bool) -> usi
     match how {
         Revoke::Keys => {
             for key in &it.keys {
-                assert!(it.manager.revoke(&key.record().id).await.unwrap());
+                it.manager.revoke(&key.record().id).await.unwrap();
             }
         }
         Revoke::Owners => {
             for user in &it.users {
                 let mut user = user.clone();
                 user.is_active = false;
-                it.store.update_user(&user).await.unwrap();
+                it.store.update_user(&user, &Attribution::default()).await.unwrap();
             }
         }
     }
@@ -248,7 +248,7 @@ async fn accepted_after_late_fills(redis: &Redis) -> [usize; 2] {
     let before = ask_all(&a.0, &it.keys, 1);
     eventually("all to be held", async || at_a.held() == it.keys.len()).await;
     for key in &it.keys {
-        assert!(it.manager.revoke(&key.record().id).await.unwrap());
+        it.manager.revoke(&key.record().id).await.unwrap();
     }
     received(&b.0).await;
     let there = |key: &IssuedKey| redis.command(&["GET", &entry_of(key)]);

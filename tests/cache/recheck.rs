@@ -262,7 +262,7 @@ where
     assert_eq!(again.key().id, issued.record().id);
     // A context of a recheck can be rechecked, too.
     assert!(again.recheck().await.is_ok());
-    assert!(manager.revoke(&issued.record().id).await.unwrap());
+    manager.revoke(&issued.record().id).await.unwrap();
     assert_eq!(invalid(again.recheck().await), InvalidKey::Revoked);
 }
 
@@ -384,7 +384,7 @@ async fn a_recheck_counts_no_request_and_checks_no_address() {
         again.recheck().await.unwrap();
     }
     node.shutdown().await;
-    let key = fixture.store.find_key(&caller.key().id).await.unwrap().unwrap();
+    let key = fixture.store.find_key(&caller.key().id).await.unwrap().unwrap().into_record();
     assert_eq!(key.usage.requests, 1);
 }
 

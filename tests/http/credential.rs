@@ -9,7 +9,7 @@ use tower_api_key::{
     key::KeyHash,
     middleware::Credential,
     record::{KeyRecord, User},
-    store::{KeyRepository, StoredKey},
+    store::{Attribution, KeyRepository, StoredKey},
 };
 
 use crate::support::{
@@ -168,7 +168,7 @@ async fn what_is_no_b64token_behind_bearer_is_an_invalid_request() {
     let hash = KeyHash::bcrypt(key, 4).unwrap();
     let user = User::new(setting.user.clone(), "");
     let record = KeyRecord::new(0, &key[..8], user);
-    setting.store.insert_key(&StoredKey::new(record, hash)).await.unwrap();
+    setting.store.insert_key(&StoredKey::new(record, hash), &Attribution::default()).await.unwrap();
     let layer = setting.layer().scheme(scheme);
     for (key, expected) in [(key, Passes), ("another-key!{}", InvalidToken)] {
         let value = format!("Bearer {key}");

@@ -12,6 +12,7 @@ use tower_api_key::{
     denial::{Forbidden, InvalidKey, UnrecognizedKey},
     middleware::{Credential, InvalidRealm, openai_error},
     record::{KeyRecord, User},
+    store::Attribution,
     store::KeyRepository,
 };
 
@@ -59,7 +60,7 @@ async fn invalid_keys(fixture: &Fixture) -> Vec<(String, InvalidKey, &'static st
     let owner = leaver.id.clone();
     let orphaned = fixture.manager.issue(tower_api_key::NewKey::new(owner, "old")).await.unwrap();
     leaver.is_active = false;
-    assert!(fixture.store.update_user(&leaver).await.unwrap().is_some());
+    assert!(fixture.store.update_user(&leaver, &Attribution::default()).await.unwrap().is_some());
 
     let mut typo = fixture.key.clone();
     let last = if typo.pop() == Some('a') { 'b' } else { 'a' };

@@ -10,7 +10,7 @@ use tower_api_key::{
     ApiKeyAuthLayer, Authenticator, KeyManager, NewKey,
     key::{KeyHash, KeySchemeBuilder},
     record::KeyRecord,
-    store::{KeyRepository, StoredKey},
+    store::{Attribution, KeyRepository, StoredKey},
 };
 
 use crate::support::{self, alone::is_alone, checks::Checks, old_and_new_keys, send, store_of};
@@ -54,12 +54,12 @@ async fn checks_are_few_at_once_and_one_for_each_record() {
 async fn a_thousand_cold_keys_at_once(scheme: KeySchemeBuilder) {
     let prefix = |n: usize| format!("key-{n:04}");
     let store = store_of((SLOWEST..1000).map(prefix), 4).await;
-    let user = store.find_key(&2.into()).await.unwrap().unwrap().user;
+    let user = store.find_key(&2.into()).await.unwrap().unwrap().into_record().user;
     // The first to come are the ones that get a place in the queue.
     for n in 0..SLOWEST {
         let hash = KeyHash::bcrypt(&format!("{}-of-mine", prefix(n)), 10).unwrap();
         let key = StoredKey::new(KeyRecord::new(0, prefix(n), user.clone()), hash);
-        store.insert_key(&key).await.unwrap();
+        store.insert_key(&key, &Attribution::default()).await.unwrap();
     }
     let manager = KeyManager::new(store.clone());
     let fast = manager.issue(NewKey::new(user.id, "fast")).await.unwrap();

@@ -14,11 +14,14 @@ use tower_api_key::{
     denial::InvalidKey,
 };
 
+use crate::support::from_the_past;
+
 const HOUR: Duration = Duration::from_secs(3600);
 
 async fn key_until(store: &MemoryStore, expiry: SystemTime) -> String {
-    let manager = KeyManager::new(store.clone());
-    let email = format!("{expiry:?}@example.com");
+    let manager = from_the_past(&KeyManager::new(store.clone()));
+    let since = expiry.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+    let email = format!("{}@example.com", since.as_nanos());
     let user = manager.create_user(&email, "user").await.unwrap();
     let issued = manager.issue(NewKey::new(user.id, "k").expires_at(expiry.into())).await.unwrap();
     issued.expose_secret().to_owned()

@@ -45,7 +45,7 @@ async fn a_new_secret_keeps_limits_budget_and_usage() {
     assert_eq!(ask(&second, 400_001).await, (id.clone(), true, false));
     assert_eq!(ask(&second, 400_000).await, (id.clone(), false, true));
     node.shutdown().await;
-    let record = store.find_key(&id).await.unwrap().unwrap();
+    let record = store.find_key(&id).await.unwrap().unwrap().into_record();
     assert_eq!(record.usage.cost_micro_cents, 1_000_000);
     // As many as were let in.
     assert_eq!(record.usage.requests, 4);

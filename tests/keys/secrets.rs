@@ -13,7 +13,9 @@ use tower_api_key::{
     key::{KeyFormat, KeyHash},
     middleware::{Credential, RequestHead},
     record::{KeyRecord, User},
-    store::{Answer, CacheSecret, DynKeyStore, KeyRepository, KeyStore, Lookup, StoredKey},
+    store::{
+        Answer, Attribution, CacheSecret, DynKeyStore, KeyRepository, KeyStore, Lookup, StoredKey,
+    },
 };
 
 use crate::support::{
@@ -185,7 +187,7 @@ async fn a_question_and_its_answer_hide_the_key() {
     let (key, bytes) = ("prefix01-the-rest-of-an-old-key", "116, 104, 101, 45, 114");
     let hash = KeyHash::bcrypt(key, 4).unwrap();
     let record = KeyRecord::new(0, "prefix01", User::new(user, ""));
-    store.insert_key(&StoredKey::new(record, hash.clone())).await.unwrap();
+    store.insert_key(&StoredKey::new(record, hash.clone()), &Attribution::default()).await.unwrap();
 
     let spy = Spy(store, Arc::default());
     let authenticator = Authenticator::builder(spy.clone()).scheme(scheme).build();

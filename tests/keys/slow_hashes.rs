@@ -18,7 +18,8 @@ use tower_api_key::{
 };
 
 use crate::support::{
-    self, counted::Counted, eventually::eventually, fixture, old_and_new_keys, send, store_of,
+    self, counted::Counted, edit_key, eventually::eventually, fixture, old_and_new_keys, send,
+    store_of,
 };
 
 fn is_overloaded(denial: &Denial) -> bool {
@@ -165,7 +166,7 @@ async fn a_key_that_was_proven_before_the_attack_is_not_limited_even_when_it_is_
     // An edit, so that the key is looked up again, but not checked.
     let mut record = siege.store.list_keys(&ListKeys::default()).await.unwrap().keys.remove(0);
     record.name = "edited".into();
-    siege.store.update_key(&record, None).await.unwrap().unwrap();
+    edit_key(&siege.store, &record, None).await.unwrap().unwrap();
     eventually("the edit is seen", async || {
         let owner = siege.authenticator.authenticate_from("key-0001-of-mine", address(1)).await;
         owner.expect("200 all along").key().name == "edited"

@@ -9,8 +9,8 @@ use std::{
 };
 
 use tower_api_key::{
-    Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore,
-    clock::ManualClock,
+    Authenticator, Denial, KeyManager, NewKey, PostgresStore, SqliteStore,
+    clock::{Clock, ManualClock},
     management::IssuedKey,
     record::{Budget, BudgetPeriod, KeyId},
     store::{KeyRepository, KeyStore, KeyUsage, Lease, LeaseRequest, ListKeys, UsageBatch},

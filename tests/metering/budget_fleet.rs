@@ -157,7 +157,7 @@ async fn holds_never_pass_the_limit_and_a_dead_nodes_lease_comes_back() {
 
     let id = &key.record().id;
     let spent = async || {
-        let record = store.find_key(id).await.unwrap().unwrap();
+        let record = store.find_key(id).await.unwrap().unwrap().into_record();
         u64::try_from(record.usage.cost_micro_cents).unwrap()
     };
     eventually("what was settled is charged", async || spent().await >= of_nodes * ESTIMATE).await;

@@ -64,7 +64,9 @@ async fn fifteen_cents_are_fifteen_cents_and_thousands_of_half_cents_never_drift
         let server = Postgres::start();
         let (store, key) = key_in(&server, column).await;
         assert_eq!(half_cents_in_fifteen_cents(&store, &key).await, 30, "{column}");
-        let spent = async || store.find_key(&key).await.unwrap().unwrap().usage.cost_micro_cents;
+        let spent = async || {
+            store.find_key(&key).await.unwrap().unwrap().into_record().usage.cost_micro_cents
+        };
         assert_eq!(spent().await, 15_000_000, "{column}");
         // And one that is not a half.
         for sequence in 31..=half_cents {

@@ -80,7 +80,7 @@ async fn carry_out<R: KeyRepository + Clone>(
             }
         }
     }
-    let spent = store.find_key(id).await.unwrap().unwrap().usage.cost_micro_cents;
+    let spent = store.find_key(id).await.unwrap().unwrap().into_record().usage.cost_micro_cents;
     (granted, spent)
 }
 

@@ -206,7 +206,8 @@ async fn each_key_gets_its_own_policy() {
 #[tokio::test]
 async fn the_largest_numbers_fit_into_the_fields() {
     let limited = Limited::new().await;
-    let key = limited.key(limits(Some(u64::MAX), Some(100), Some(u64::MAX))).await;
+    let largest = i64::MAX.unsigned_abs();
+    let key = limited.key(limits(Some(largest), Some(100), Some(largest))).await;
     let answer = limited.ask(&key).await;
     // As large as an integer of a structured field may be.
     let policy = "\"minute\";q=999999999999999;w=60, \"hour\";q=100;w=3600, \

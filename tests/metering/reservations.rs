@@ -14,8 +14,8 @@ use http_body_util::Full;
 use tokio::task::JoinSet;
 use tower::{Service, ServiceBuilder, ServiceExt, limit::ConcurrencyLimit};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, KeyManager, KeyScheme, MemoryStore,
-    NewKey, StoreError,
+    ApiKeyAuthLayer, AuthContext, Authenticator, Denial, KeyManager, MemoryStore, NewKey,
+    StoreError,
     clock::ManualClock,
     denial::BudgetExceeded,
     middleware::BudgetLayer,
@@ -108,7 +108,7 @@ impl Node {
 
     async fn spent(&self) -> i64 {
         let id = &self.caller.key().id;
-        self.ledger.store.find_key(id).await.unwrap().unwrap().usage.cost_micro_cents
+        self.ledger.store.find_key(id).await.unwrap().unwrap().into_record().usage.cost_micro_cents
     }
 
     /// What another node is granted that wants this much and no less.
@@ -417,6 +417,6 @@ async fn lost_and_late_answers_never_let_more_through_than_there_is() {
     }
     let exposed = exposed.load(SeqCst);
     assert!(exposed > LIMIT * 9 / 10, "{exposed}");
-    let record = store.find_key(&key.record().id).await.unwrap().unwrap();
+    let record = store.find_key(&key.record().id).await.unwrap().unwrap().into_record();
     assert_eq!(record.usage.cost_micro_cents as u64, exposed);
 }

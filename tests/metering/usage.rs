@@ -10,12 +10,15 @@ use std::{
 
 use tower::{ServiceBuilder, ServiceExt};
 use tower_api_key::{
-    ApiKeyAuthLayer, AuthContext, Authenticator, KeyManager, KeyScheme, MemoryStore, NewKey,
-    PostgresStore, StoreError,
+    ApiKeyAuthLayer, AuthContext, Authenticator, KeyManager, MemoryStore, NewKey, PostgresStore,
+    StoreError,
     clock::ManualClock,
     metering::Usage,
     record::{KeyId, Revision},
-    store::{Answer, Change, KeyRepository, KeyStore, KeyUsage, ListKeys, Lookup, UsageBatch},
+    store::{
+        Answer, Attribution, Change, KeyRepository, KeyStore, KeyUsage, ListKeys, Lookup,
+        UsageBatch,
+    },
 };
 
 use crate::support::{
@@ -46,7 +49,7 @@ async fn new_key<R: KeyRepository + Clone>(store: &R) -> KeyId {
 }
 
 async fn totals<R: KeyRepository>(store: &R, key: &KeyId) -> (u64, u64, i64) {
-    let usage = store.find_key(key).await.unwrap().unwrap().usage;
+    let usage = store.find_key(key).await.unwrap().unwrap().into_record().usage;
     (usage.requests, usage.tokens, usage.cost_micro_cents)
 }
 
@@ -99,7 +102,7 @@ async fn the_last_use_is_written_once_a_minute<R: KeyRepository + Clone>(store: 
         let mut batch = batch("w", sequence, [usage]);
         batch.gathered_at = at;
         store.record_usage(&batch).await.unwrap();
-        let record = store.find_key(&key).await.unwrap().unwrap();
+        let record = store.find_key(&key).await.unwrap().unwrap().into_record();
         let expected = start + Duration::from_secs(written);
         assert_eq!(record.last_used_at, Some(expected.into()), "after {after} s");
     }
@@ -107,18 +110,21 @@ async fn the_last_use_is_written_once_a_minute<R: KeyRepository + Clone>(store: 
 
 async fn usage_is_no_change<R: KeyRepository + Clone>(store: R) {
     let (key, other) = (new_key(&store).await, new_key(&store).await);
-    let revoke = async |key| match store.revoke_key(key).await.unwrap() {
+    let revoke = async |key| match store.revoke_key(key, &Attribution::default()).await.unwrap() {
         Some(Change::Prefix(_, Revision(revision))) => revision,
         change => panic!("{change:?}"),
     };
     let before = revoke(&other).await;
     let recorder = FeedRecorder::listen(store.changes(SystemTime::now() + Duration::from_secs(60)));
     recorder.all().await;
-    let record = store.find_key(&key).await.unwrap().unwrap();
+    let record = store.find_key(&key).await.unwrap().unwrap().into_record();
     let mut usage = used(&key, 1, 1, 1);
     usage.last_used_at = Some(SystemTime::now());
     store.record_usage(&batch("w", 1, [usage])).await.unwrap();
-    assert_eq!(store.find_key(&key).await.unwrap().unwrap().updated_at, record.updated_at);
+    assert_eq!(
+        store.find_key(&key).await.unwrap().unwrap().into_record().updated_at,
+        record.updated_at
+    );
     assert!(recorder.all().await.is_empty());
     // Nothing has taken a number in between.
     assert_eq!(revoke(&key).await, before + 1);
@@ -269,7 +275,7 @@ async fn requests_that_are_let_in_count_and_handlers_add() {
         .await;
     // What was denied counts for nothing.
     assert_eq!(totals(&fixture.store, &limited.record().id).await, (0, 0, 0));
-    let last_used = fixture.store.find_key(&id).await.unwrap().unwrap().last_used_at;
+    let last_used = fixture.store.find_key(&id).await.unwrap().unwrap().into_record().last_used_at;
     assert!(last_used.is_some());
     // Later, when the response has long begun; and at the end all that is left.
     caller.record_usage(Usage::tokens(u64::MAX));

@@ -7,7 +7,7 @@ use tower_api_key::{
     Authenticator, KeyManager, NewKey, PostgresStore,
     metering::Usage,
     record::{Budget, BudgetPeriod, KeyId},
-    store::{KeyRepository, KeyStore, KeyUsage, LeaseRequest, UsageBatch},
+    store::{Attribution, KeyRepository, KeyStore, KeyUsage, LeaseRequest, UsageBatch},
 };
 
 use crate::support::{eventually::eventually, servers::Postgres};
@@ -63,7 +63,7 @@ fn batch(sequence: u64, keys: &[KeyId]) -> UsageBatch {
 }
 
 async fn totals(store: &PostgresStore, key: &KeyId) -> (u64, u64, i64) {
-    let usage = store.find_key(key).await.unwrap().unwrap().usage;
+    let usage = store.find_key(key).await.unwrap().unwrap().into_record().usage;
     (usage.requests, usage.tokens, usage.cost_micro_cents)
 }
 
@@ -100,7 +100,7 @@ async fn usage_of_a_key_whose_row_is_locked_arrives_later_in_any_language() {
         let request = LeaseRequest::new(keys[1].clone(), "w", 1, 100);
         let error = store.lease(&request).await.unwrap_err();
         assert!(error.is_transient(), "{error:?}");
-        let error = store.revoke_key(&keys[1]).await.unwrap_err();
+        let error = store.revoke_key(&keys[1], &Attribution::default()).await.unwrap_err();
         assert!(error.is_transient(), "{error:?}");
         lock.rollback().await.unwrap();
         for _ in 0..2 {
@@ -121,7 +121,7 @@ async fn a_node_writes_what_it_gathered_during_a_lock_once_the_lock_is_gone() {
         let role =
             "CREATE ROLE service LOGIN SUPERUSER; ALTER ROLE service SET lock_timeout = '50ms'";
         other.batch_execute(role).await.unwrap();
-        let user = owner.find_key(&keys[0]).await.unwrap().unwrap().user.id;
+        let user = owner.find_key(&keys[0]).await.unwrap().unwrap().into_record().user.id;
         let issued = KeyManager::new(owner.clone()).issue(NewKey::new(user, "k")).await.unwrap();
         let node = Authenticator::builder(store(&server, "service").await)
             .usage_interval(Duration::from_millis(10))

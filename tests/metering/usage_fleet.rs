@@ -170,7 +170,7 @@ async fn a_node_that_is_killed_loses_its_last_interval_at_most() {
         events.map(|event| (event, Instant::now())).collect::<Vec<_>>()
     });
     let id = keys[0].record().id.clone();
-    let tokens = async || store.find_key(&id).await.unwrap().unwrap().usage.tokens;
+    let tokens = async || store.find_key(&id).await.unwrap().unwrap().into_record().usage.tokens;
     eventually("many intervals are written", async || tokens().await > 4_000).await;
     node.kill().unwrap();
     node.wait().unwrap();

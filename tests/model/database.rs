@@ -1,6 +1,7 @@
 //! The database: the truth, the revisions that order it, and the table of changes.
 
 use crate::fork::Fork;
+use crate::secrets::{Edit, Row};
 
 pub(crate) type Revision = u8;
 /// Number of one change. Unlike a revision it is never given again, and changes without a trigger
@@ -12,18 +13,25 @@ pub(crate) type Tick = u8;
 pub(crate) const KEYS: usize = 2;
 pub(crate) const CHANGES: usize = 3;
 
-/// Whose row a change touches. All keys of a model belong to one owner.
+/// What a change is reported under: a lookup id, with the number of the key that is presented, or the owner. All keys of
+/// a model belong to one owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Subject {
     Key(u8),
     Owner,
+    /// The one lookup id of all secrets of a key.
+    SharedId,
+    /// The lookup ids of the first and of the later secrets. It is a row of the change table for each.
+    BothIds {
+        are_both_reported: bool,
+    },
 }
 
 impl Subject {
     pub(crate) fn touches(self, key: usize) -> bool {
         match self {
             Subject::Key(changed) => usize::from(changed) == key,
-            Subject::Owner => true,
+            Subject::Owner | Subject::SharedId | Subject::BothIds { .. } => true,
         }
     }
 }
@@ -39,6 +47,22 @@ pub(crate) struct Change {
     pub(crate) at: Tick,
     /// The time that its row bears, from which the life of its minimum revision counts.
     pub(crate) dated: Tick,
+    pub(crate) edit: Edit,
+}
+
+impl Change {
+    /// Its rows in the change table: none without a trigger, else one for each lookup id or owner.
+    fn rows(self) -> impl Iterator<Item = Self> {
+        let subjects = match self.subject {
+            Subject::BothIds { are_both_reported: true } => {
+                [Some(Subject::Key(0)), Some(Subject::Key(1))]
+            }
+            Subject::BothIds { are_both_reported: false } => [None, Some(Subject::Key(1))],
+            subject => [Some(subject), None],
+        };
+        let subjects = subjects.into_iter().filter(move |_| self.revision > 0);
+        subjects.flatten().map(move |subject| Self { subject, ..self })
+    }
 }
 
 /// How far something has come: a number for each key and one for the owner. What a node has
@@ -56,21 +80,19 @@ impl Progress {
     }
 
     pub(crate) fn has(&self, change: Change) -> bool {
-        change.revision <= *self.clone().slot(change.subject)
+        change.revision <= self.number(change.subject)
     }
 
     pub(crate) fn raise(&mut self, change: Change) {
-        let slot = self.slot(change.subject);
-        *slot = change.revision.max(*slot);
+        self.update(change.subject, |slot| *slot = change.revision.max(*slot));
     }
 
     pub(crate) fn has_identity(&self, change: Change) -> bool {
-        change.identity <= *self.clone().slot(change.subject)
+        change.identity <= self.number(change.subject)
     }
 
     pub(crate) fn raise_identity(&mut self, change: Change) {
-        let slot = self.slot(change.subject);
-        *slot = change.identity.max(*slot);
+        self.update(change.subject, |slot| *slot = change.identity.max(*slot));
     }
 
     pub(crate) fn raise_to(&mut self, key: usize, revisions: Revisions) {
@@ -80,10 +102,11 @@ impl Progress {
 
     /// Forgets what `change` has raised, if nothing has gone further since.
     pub(crate) fn forget(&mut self, change: Change) {
-        let slot = self.slot(change.subject);
-        if *slot == change.revision {
-            *slot = 0;
-        }
+        self.update(change.subject, |slot| {
+            if *slot == change.revision {
+                *slot = 0;
+            }
+        });
     }
 
     pub(crate) fn numbers(&self) -> impl Iterator<Item = u8> {
@@ -95,10 +118,20 @@ impl Progress {
         self.keys.iter().sum::<u8>() + self.owner
     }
 
-    fn slot(&mut self, subject: Subject) -> &mut Revision {
+    /// The numbers of two lookup ids that one change is reported under are equal, or one has gone further.
+    fn number(&self, subject: Subject) -> Revision {
         match subject {
-            Subject::Key(key) => &mut self.keys[usize::from(key)],
-            Subject::Owner => &mut self.owner,
+            Subject::Key(key) => self.keys[usize::from(key)],
+            Subject::Owner => self.owner,
+            Subject::SharedId | Subject::BothIds { .. } => self.keys[0].min(self.keys[1]),
+        }
+    }
+
+    fn update(&mut self, subject: Subject, mut update: impl FnMut(&mut Revision)) {
+        match subject {
+            Subject::Key(key) => update(&mut self.keys[usize::from(key)]),
+            Subject::Owner => update(&mut self.owner),
+            Subject::SharedId | Subject::BothIds { .. } => self.keys.iter_mut().for_each(update),
         }
     }
 }
@@ -134,6 +167,9 @@ pub(crate) struct Answer {
     /// properties look at it, because revisions can be given again.
     pub(crate) content: Revisions,
     pub(crate) as_of: Tick,
+    pub(crate) row: Row,
+    /// Whether the previous secret is among those that the answer lists.
+    pub(crate) lists_previous: bool,
 }
 
 /// Changes in the order of their commits, which is not always that of the revisions.
@@ -177,7 +213,12 @@ impl Database {
 
     /// What the change table holds.
     pub(crate) fn rows(&self) -> impl Iterator<Item = Change> + '_ {
-        self.changes().filter(|change| change.revision > 0)
+        self.changes().flat_map(Change::rows)
+    }
+
+    /// What the row of a key that is rotated says now.
+    pub(crate) fn row(&self) -> Row {
+        Row::of(self.changes())
     }
 
     /// The subject whose row a change that has not committed holds locked.
@@ -194,15 +235,16 @@ impl Database {
     pub(crate) fn commit_begun(&mut self, now: Tick, time: RowTime) {
         if let Some(Begun { subject, revision, identity, at }) = self.open.take() {
             let dated = if time == RowTime::Commit { now } else { at };
-            self.append(Change { subject, revision, identity, at: now, dated });
+            let edit = Edit::Other;
+            self.append(Change { subject, revision, identity, at: now, dated, edit });
         }
     }
 
     /// Draws a revision and commits at once.
-    pub(crate) fn commit(&mut self, subject: Subject, now: Tick) {
+    pub(crate) fn commit(&mut self, subject: Subject, edit: Edit, now: Tick) {
         let revision = if self.lacks_triggers { 0 } else { self.draw() };
         let identity = self.next_identity();
-        self.append(Change { subject, revision, identity, at: now, dated: now });
+        self.append(Change { subject, revision, identity, at: now, dated: now, edit });
     }
 
     /// After a failover the sequence goes on from what has survived: revisions are given again.
@@ -250,7 +292,9 @@ fn read(log: &[Option<Change>], key: usize, now: Tick) -> Answer {
         revisions.raise(*change);
         content.raise_identity(*change);
     }
-    Answer { revisions: revisions.of(key), content: content.of(key), as_of: now }
+    let row = Row::of(log.iter().flatten().copied());
+    let (revisions, content) = (revisions.of(key), content.of(key));
+    Answer { revisions, content, as_of: now, row, lists_previous: false }
 }
 
 /// Every answer for `key` that a read of a database with this log, between two times, has been able

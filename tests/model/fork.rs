@@ -89,8 +89,8 @@ impl Database {
     pub(crate) fn superseded_for(&self, key: usize, answer: Answer, now: Tick) -> Tick {
         let shared = self.shared(key, answer.content);
         let lacks = |change: &Change| match change.subject {
-            Subject::Key(_) => change.identity > shared.key,
             Subject::Owner => change.identity > shared.owner,
+            _ => change.identity > shared.key,
         };
         let first = self.changes().find(|change| change.subject.touches(key) && lacks(change));
         let parted = self.fork.filter(|_| self.is_strange(answer)).map(|fork| fork.at);

@@ -3,6 +3,7 @@
 use crate::database::{Answer, Database, Revisions, Tick};
 use crate::node::{Generation, Known, LocalEntry, Moment, Node};
 use crate::redis::{Entry, Redis};
+use crate::secrets::Standing;
 use crate::setup::{Detail, Mechanism};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,6 +27,7 @@ pub(crate) enum Stage {
     Checked {
         answer: Answer,
         origin: Origin,
+        is_accepted: bool,
     },
 }
 
@@ -34,6 +36,8 @@ pub(crate) struct LookUp {
     /// The bucket's, before anything was read.
     pub(crate) generation: Generation,
     pub(crate) began: Tick,
+    /// The clock by which it lists secrets.
+    pub(crate) listing_clock: Tick,
     pub(crate) stage: Stage,
     /// Not known to the look-up: what the node had processed when the last of those who wait for
     /// it arrived. The properties look at it.
@@ -98,6 +102,7 @@ impl Node {
         self.look_ups[key] = Some(LookUp {
             generation: self.generation(),
             began: moment.now,
+            listing_clock: self.listing_clock(moment),
             stage: if trusts_redis {
                 Stage::QueryRedis
             } else {
@@ -136,7 +141,7 @@ impl Node {
             }
             (Stage::QueryRedis, _) => Some(Stage::QueryDatabase { older: None }),
             (Stage::QueryDatabase { .. }, LookUpStep::ReadDatabase) => {
-                Some(Stage::Read(database.read(key, moment.now)))
+                Some(Stage::Read(database.read(key, moment.now).listed_by(look_up.listing_clock)))
             }
             (Stage::QueryDatabase { older }, _) => self.older_answer(key, older, moment),
             (Stage::Read(answer), _) => Some(self.after_database(key, answer, moment)),
@@ -144,17 +149,23 @@ impl Node {
         };
         self.set_look_up(key, lane, next.map(|stage| LookUp { stage, ..look_up }));
         match look_up.stage {
-            Stage::Checked { answer, origin } => self.deliver(key, look_up, answer, origin, moment),
+            Stage::Checked { answer, origin, is_accepted } if origin != Origin::Older => {
+                let is_read = origin == Origin::Database;
+                self.keep(key, look_up, (answer, is_accepted), moment);
+                // Only a match is filled into Redis.
+                let is_match = || answer.listed(moment.setup.secret(key)) != Standing::Unknown;
+                (is_read && is_match()).then_some(answer)
+            }
             _ => None,
         }
     }
 
     /// Uses an entry of Redis only above the minimum revision. A tombstone is a change that the feed may
     /// not have brought yet, so it raises the minimum revision.
-    fn after_redis(&mut self, key: usize, entry: Entry, moment: Moment<'_>) -> Stage {
+    pub(crate) fn after_redis(&mut self, key: usize, entry: Entry, moment: Moment<'_>) -> Stage {
         let answer = match entry {
             Entry::Data(answer)
-                if moment.entry_lives(answer.as_of) && self.is_from_after_reset(answer.as_of) =>
+                if moment.entry_lives(answer) && self.is_from_after_reset(answer.as_of) =>
             {
                 answer
             }
@@ -166,12 +177,15 @@ impl Node {
                 return Stage::QueryDatabase { older: None };
             }
         };
-        if !self.is_above_minimum(key, answer, moment) {
-            Stage::QueryDatabase { older: None }
-        } else if self.is_fresh(answer, moment) {
-            Stage::Checked { answer, origin: Origin::Redis }
-        } else {
-            Stage::QueryDatabase { older: Some(answer) }
+        match self.judge_copy(moment.setup.secret(key), answer, moment) {
+            Some(is_accepted) if self.is_above_minimum(key, answer, moment) => {
+                if self.is_fresh(answer, moment) {
+                    Stage::Checked { answer, origin: Origin::Redis, is_accepted }
+                } else {
+                    Stage::QueryDatabase { older: Some(answer) }
+                }
+            }
+            _ => Stage::QueryDatabase { older: None },
         }
     }
 
@@ -179,15 +193,20 @@ impl Node {
     /// asked again.
     fn after_database(&self, key: usize, answer: Answer, moment: Moment<'_>) -> Stage {
         if self.is_above_minimum(key, answer, moment) && self.is_fresh(answer, moment) {
-            Stage::Checked { answer, origin: Origin::Database }
+            let is_accepted = self.judge_read(moment.setup.secret(key), answer, moment);
+            Stage::Checked { answer, origin: Origin::Database, is_accepted }
         } else {
             Stage::QueryDatabase { older: None }
         }
     }
 
-    /// What is served while the database fails. Nothing means a 503.
+    /// What is served while the database fails: only what accepts the key. Nothing means a 503.
     fn older_answer(&self, key: usize, older: Option<Answer>, moment: Moment<'_>) -> Option<Stage> {
-        let local = self.live_entry(key, moment).map(|entry| entry.answer);
+        let secret = moment.setup.secret(key);
+        let local = self.live_entry(key, moment);
+        let local = local.filter(|it| it.is_accepted && self.applies(secret, *it, moment));
+        let local = local.map(|entry| entry.answer);
+        let older = older.filter(|it| self.judge_copy(secret, *it, moment) == Some(true));
         let allowed = |answer: &Answer| {
             self.is_above_minimum(key, *answer, moment)
                 && self.is_fresh_enough_in_outage(*answer, moment)
@@ -197,27 +216,22 @@ impl Node {
         };
         let older = older.filter(after_reset);
         let answer = local.filter(allowed).or(older.filter(allowed))?;
-        Some(Stage::Checked { answer, origin: Origin::Older })
+        Some(Stage::Checked { answer, origin: Origin::Older, is_accepted: true })
     }
 
     /// All who wait have their answer. What came from a server is kept, under the generation from
     /// before it was read.
-    fn deliver(
+    fn keep(
         &mut self,
         key: usize,
         look_up: LookUp,
-        answer: Answer,
-        origin: Origin,
+        (answer, is_accepted): (Answer, bool),
         moment: Moment<'_>,
-    ) -> Option<Answer> {
-        if origin == Origin::Older {
-            return None;
-        }
+    ) {
         let before = moment.has(Mechanism::GenerationBeforeRead);
         let generation = if before { look_up.generation } else { self.generation() };
-        self.local[key] = Some(LocalEntry { answer, generation });
+        self.local[key] = Some(LocalEntry { answer, generation, is_accepted });
         self.drop_dead_entries(moment);
-        (origin == Origin::Database).then_some(answer)
     }
 }
 

@@ -27,22 +27,31 @@
 //! node that starts after the break. A mark that a feed finds later (a row that resets, the timeline
 //! of the server) removes it.
 //!
+//! **Rotation.** A rotation is one change of a row, which is reported under its lookup ids before and after it. An entry
+//! lists the current and the previous secret; the end of the grace period is checked by the node's clock when a secret is
+//! looked up and on each serve. An entry of Redis without the presented secret is a miss. Clocks are wrong by a bound.
+//!
 //! **Where to read.** [`setup`] is what a run explores, [`database`], [`redis`] and [`node`] are
 //! the parts, [`fork`] is what breaks the history, [`feed`] is a read of the change table, [`look_up`]
-//! is a look-up, [`protocol`] puts them together for the checker, and
-//! [`properties`] defines what must hold. Each mechanism can be taken out; the tests then show what
+//! is a look-up, [`writes`] are the writes to Redis, [`protocol`] puts them together for the checker, and
+//! [`properties`] defines what must hold. [`secrets`] are those of a rotated key, [`grace`] what must hold of them, and
+//! [`rotations`] the tests. Each mechanism can be taken out; the tests then show what
 //! goes wrong without it. Not modelled: the time between a poll and its answer, a negative answer
-//! as other than an answer, several rows under one prefix, a failover during a read of the feed.
+//! as other than an answer (except of a rotated key), several rows under one prefix, a failover during a read of the feed.
 
 mod database;
 mod feed;
 mod fork;
+mod grace;
 mod look_up;
 mod node;
 mod properties;
 mod protocol;
 mod redis;
+mod rotations;
+mod secrets;
 mod setup;
+mod writes;
 
 use std::time::Instant;
 
@@ -327,7 +336,7 @@ fn without_the_name_of_the_database_a_change_in_a_clone_locks_a_key() {
 }
 
 /// Goes through every state. `reached` are the situations without which that would mean little.
-fn keeps_every_promise(setup: Setup, at_least: usize, reached: &[&str]) {
+pub(crate) fn keeps_every_promise(setup: Setup, at_least: usize, reached: &[&str]) {
     let began = Instant::now();
     // Depth first for its memory. Nodes are alike: worlds that differ in their order are one.
     let checker = setup.checker().threads(2).symmetry_fn(in_order).spawn_dfs().join();
@@ -353,7 +362,7 @@ fn in_order(world: &World) -> World {
 }
 
 /// Expects a counterexample, and prints the shortest: each round of the search goes a step deeper.
-fn breaks(setup: Setup, promise: &'static str) {
+pub(crate) fn breaks(setup: Setup, promise: &'static str) {
     let missing = setup.without;
     let mut depth = 1;
     let trace = loop {

@@ -16,14 +16,15 @@ impl Moment<'_> {
         self.setup.has(mechanism)
     }
 
-    /// Whether an entry of Redis that was read at `as_of` still lives.
-    pub(crate) fn entry_lives(&self, as_of: Tick) -> bool {
-        self.now - as_of <= self.setup.ages.entry_lifetime
+    /// Whether an entry of Redis still lives.
+    pub(crate) fn entry_lives(&self, answer: Answer) -> bool {
+        self.now - answer.as_of <= self.setup.ages.entry_lifetime
+            && self.setup.rotation.is_none_or(|rotation| rotation.entry_lives(answer, self.now))
     }
 
     /// Whether the minimum revision of a change dated so is still needed: a look-up may hold an entry that was
     /// read when it had just not expired.
-    fn minimum_lives(&self, dated: Tick) -> bool {
+    pub(crate) fn minimum_lives(&self, dated: Tick) -> bool {
         let ages = self.setup.ages;
         let look_up =
             if self.has(Mechanism::MinimumOutlivesLookUp) { ages.look_up_timeout } else { 0 };
@@ -38,6 +39,8 @@ pub(crate) type Generation = (u8, u8);
 pub(crate) struct LocalEntry {
     pub(crate) answer: Answer,
     pub(crate) generation: Generation,
+    /// Whether it is the entry of a valid key. Else it is a negative one.
+    pub(crate) is_accepted: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -65,6 +68,8 @@ pub(crate) struct Node {
     /// A look-up that was not joined, and goes on for those who wait for it.
     pub(crate) left: [Option<LookUp>; KEYS],
     pub(crate) last_sync: Tick,
+    /// How far its clock is ahead of the slowest.
+    pub(crate) ahead: Tick,
     /// Whether this life has read the changes of one entry lifetime. Until then Redis is a miss.
     pub(crate) caught_up: bool,
     /// Not known to the node: the identities of what it has processed in all its lives, and of what
@@ -83,7 +88,7 @@ pub(crate) struct Known {
 
 impl Node {
     /// A node that has been in sync from the start.
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(ahead: Tick) -> Self {
         Self {
             minimum: Progress::default(),
             processed: Progress::default(),
@@ -97,6 +102,7 @@ impl Node {
             look_ups: [None; KEYS],
             left: [None; KEYS],
             last_sync: 0,
+            ahead,
             caught_up: true,
             ever_processed: Progress::default(),
             knows_of_loss: false,
@@ -146,8 +152,8 @@ impl Node {
     /// Loses all it has in memory. A node without catch-up follows the feed from here on, and
     /// takes that for knowing all.
     pub(crate) fn crash(&mut self, database: &Database, moment: Moment<'_>) {
-        let Self { ever_processed, knows_of_loss, .. } = *self;
-        *self = Self { ever_processed, knows_of_loss, caught_up: false, ..Self::new() };
+        let Self { ever_processed, knows_of_loss, ahead, .. } = *self;
+        *self = Self { ever_processed, knows_of_loss, caught_up: false, ..Self::new(ahead) };
         if !moment.has(Mechanism::CatchUp) {
             self.caught_up = true;
             self.processed = database.progress();
@@ -167,9 +173,11 @@ impl Node {
     }
 
     /// What a request that arrives now is answered from the local cache.
-    pub(crate) fn hit(&self, key: usize, moment: Moment<'_>) -> Option<Answer> {
-        let answer = self.live_entry(key, moment)?.answer;
-        self.is_fresh(answer, moment).then_some(answer)
+    pub(crate) fn hit(&self, key: usize, moment: Moment<'_>) -> Option<LocalEntry> {
+        let entry = self.live_entry(key, moment)?;
+        let is_servable = self.applies(moment.setup.secret(key), entry, moment)
+            && self.is_fresh(entry.answer, moment);
+        is_servable.then_some(entry)
     }
 
     /// The local entry of the current generation, of whatever age.
@@ -181,7 +189,7 @@ impl Node {
     /// An entry of an older generation is dead, on arrival or later. Dropping it changes nothing
     /// but saves the checker states.
     pub(crate) fn drop_dead_entries(&mut self, moment: Moment<'_>) {
-        for key in 0..moment.setup.keys {
+        for key in moment.setup.keys.clone() {
             self.local[key] = self.live_entry(key, moment);
         }
     }

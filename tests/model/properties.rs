@@ -6,6 +6,7 @@
 use stateright::Property;
 
 use crate::database::{Answer, Database};
+use crate::grace;
 use crate::look_up::{Lane, LookUpStep, Origin, Stage};
 use crate::node::{Known, Moment, Node};
 use crate::protocol::World;
@@ -58,6 +59,9 @@ pub(crate) fn all(setup: &Setup) -> Vec<Property<Setup>> {
             Property::always(NOTHING_OF_CLONES, serves_nothing_of_clones),
         ],
     });
+    if let Some(rotation) = setup.rotation {
+        properties.extend(grace::all(setup, rotation));
+    }
     properties
 }
 
@@ -65,7 +69,7 @@ pub(crate) fn all(setup: &Setup) -> Vec<Property<Setup>> {
 /// in it is from before.
 fn serves_nothing_from_before(setup: &Setup, world: &World) -> bool {
     let database = &world.database;
-    answers(setup, world).all(|Given { key, answer, known_at_request }| {
+    answers(setup, world).all(|Given { key, answer, known_at_request, .. }| {
         let known = database.shared(key, known_at_request.identities);
         let is_lost = known_at_request.of_loss && database.is_strange(answer);
         !is_lost && database.shared(key, answer.content).covers(known)
@@ -87,21 +91,24 @@ fn serves_nothing_too_old(setup: &Setup, world: &World) -> bool {
 /// answer, and a request that comes then gets the truth, whatever Redis holds and whatever was under
 /// way.
 fn answers_again(setup: &Setup, world: &World) -> bool {
-    after_healing(setup, world).all(|(key, database, answer)| {
-        answer.is_some_and(|answer| answer.content == database.identities().of(key))
+    after_healing(setup, world).all(|Healed { node, key, database, given }| {
+        given.is_some_and(|(answer, is_accepted)| {
+            let clock = node.clock(setup.moment(world));
+            answer.content == database.identities().of(key)
+                && is_accepted == database.row().accepts(setup.secret(key), clock)
+        })
     })
 }
 
 /// The weaker half of that: it gets an answer.
 fn gets_answers_again(setup: &Setup, world: &World) -> bool {
-    after_healing(setup, world).all(|(_, _, answer)| answer.is_some())
+    after_healing(setup, world).all(|healed| healed.given.is_some())
 }
 
-fn after_healing<'a>(
-    setup: &'a Setup,
-    world: &'a World,
-) -> impl Iterator<Item = (usize, Database, Option<Answer>)> + 'a {
-    nodes_and_keys(setup).map(|(node, key)| {
+fn after_healing<'a>(setup: &'a Setup, world: &'a World) -> impl Iterator<Item = Healed> + 'a {
+    let current = usize::from(world.database.row().current);
+    let issued = nodes_and_keys(setup).filter(move |(_, key)| setup.secret(*key) <= current);
+    issued.map(|(node, key)| {
         let moment = setup.moment(world);
         let (mut node, mut database) = (world.nodes[node], world.database);
         node.finish_change(moment);
@@ -110,12 +117,21 @@ fn after_healing<'a>(
         }
         database.restore_triggers();
         node.poll(&database, moment);
-        (key, database, run_to_the_end(node, key, (&database, &world.redis), moment))
+        let given = run_to_the_end(node, key, (&database, &world.redis), moment);
+        Healed { node, key, database, given }
     })
 }
 
+/// What a request gets after the healing, and the parts as they are then.
+struct Healed {
+    node: Node,
+    key: usize,
+    database: Database,
+    given: Option<(Answer, bool)>,
+}
+
 fn keeps_tombstones(setup: &Setup, world: &World) -> bool {
-    (0..setup.keys).all(|key| match world.redis.entries[key] {
+    setup.keys.clone().all(|key| match world.redis.entries[key] {
         Entry::Data(answer) => answer.revisions.covers(world.redis.buried[key]),
         Entry::Empty | Entry::Tombstone(..) => true,
     })
@@ -136,7 +152,7 @@ fn minimum_discards(setup: &Setup, world: &World) -> bool {
 }
 
 fn compare_rejects(setup: &Setup, world: &World) -> bool {
-    (0..setup.keys).any(|key| setup.rejects_a_fill(world, key))
+    setup.keys.clone().any(|key| setup.rejects_a_fill(world, key))
 }
 
 fn leaves_a_look_up(setup: &Setup, world: &World) -> bool {
@@ -160,7 +176,7 @@ fn catches_up(setup: &Setup, world: &World) -> bool {
 
 fn serves_older(setup: &Setup, world: &World) -> bool {
     look_ups(setup, world).any(|(node, _, stage)| match stage {
-        Stage::Checked { answer, origin: Origin::Older } => {
+        Stage::Checked { answer, origin: Origin::Older, .. } => {
             !node.is_fresh(answer, setup.moment(world))
         }
         _ => false,
@@ -195,25 +211,31 @@ fn gives_a_revision_again(_: &Setup, world: &World) -> bool {
 }
 
 /// An answer that somebody gets in this state.
-struct Given {
-    key: usize,
-    answer: Answer,
+pub(crate) struct Given {
+    pub(crate) node: usize,
+    pub(crate) key: usize,
+    pub(crate) answer: Answer,
+    pub(crate) is_accepted: bool,
     /// What the node had processed when the asker arrived.
     known_at_request: Known,
 }
 
-fn answers<'a>(setup: &'a Setup, world: &'a World) -> impl Iterator<Item = Given> + 'a {
-    nodes_and_keys(setup).flat_map(move |(node, key)| {
-        let node = &world.nodes[node];
-        let hit = node.hit(key, setup.moment(world)).map(|answer| Given {
+pub(crate) fn answers<'a>(setup: &'a Setup, world: &'a World) -> impl Iterator<Item = Given> + 'a {
+    nodes_and_keys(setup).flat_map(move |(index, key)| {
+        let node = &world.nodes[index];
+        let given = move |answer, is_accepted, known_at_request| Given {
+            node: index,
             key,
             answer,
-            known_at_request: node.knows(key),
-        });
+            is_accepted,
+            known_at_request,
+        };
+        let hit = node.hit(key, setup.moment(world));
+        let hit = hit.map(|entry| given(entry.answer, entry.is_accepted, node.knows(key)));
         let delivered = [node.look_ups[key], node.left[key]].into_iter().flatten();
         let delivered = delivered.filter_map(move |look_up| match look_up.stage {
-            Stage::Checked { answer, .. } => {
-                Some(Given { key, answer, known_at_request: look_up.known_to_waiters })
+            Stage::Checked { answer, is_accepted, .. } => {
+                Some(given(answer, is_accepted, look_up.known_to_waiters))
             }
             _ => None,
         });
@@ -221,7 +243,7 @@ fn answers<'a>(setup: &'a Setup, world: &'a World) -> impl Iterator<Item = Given
     })
 }
 
-fn look_ups<'a>(
+pub(crate) fn look_ups<'a>(
     setup: &'a Setup,
     world: &'a World,
 ) -> impl Iterator<Item = (&'a Node, usize, Stage)> + 'a {
@@ -233,12 +255,12 @@ fn look_ups<'a>(
     })
 }
 
-fn nodes_and_keys(setup: &Setup) -> impl Iterator<Item = (usize, usize)> {
-    let keys = setup.keys;
-    (0..setup.nodes).flat_map(move |node| (0..keys).map(move |key| (node, key)))
+pub(crate) fn nodes_and_keys(setup: &Setup) -> impl Iterator<Item = (usize, usize)> {
+    let keys = setup.keys.clone();
+    (0..setup.nodes).flat_map(move |node| keys.clone().map(move |key| (node, key)))
 }
 
-fn is_below_minimum(node: &Node, key: usize, answer: Answer) -> bool {
+pub(crate) fn is_below_minimum(node: &Node, key: usize, answer: Answer) -> bool {
     !answer.revisions.covers(node.minimum.of(key))
 }
 
@@ -251,9 +273,9 @@ fn run_to_the_end(
     key: usize,
     servers: (&Database, &Redis),
     moment: Moment<'_>,
-) -> Option<Answer> {
-    if let Some(answer) = node.hit(key, moment) {
-        return Some(answer);
+) -> Option<(Answer, bool)> {
+    if let Some(entry) = node.hit(key, moment) {
+        return Some((entry.answer, entry.is_accepted));
     }
     node.request(key, moment);
     for _ in 0..STEPS_OF_A_LOOK_UP {
@@ -265,7 +287,7 @@ fn run_to_the_end(
             Stage::QueryRedis => LookUpStep::ReadRedis,
             Stage::QueryDatabase { .. } => LookUpStep::ReadDatabase,
             Stage::Read(_) => LookUpStep::Check,
-            Stage::Checked { answer, .. } => return Some(answer),
+            Stage::Checked { answer, is_accepted, .. } => return Some((answer, is_accepted)),
         };
         node.step((key, Lane::Joinable), step, servers, moment);
     }

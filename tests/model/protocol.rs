@@ -2,12 +2,14 @@
 
 use stateright::{Model, Property};
 
-use crate::database::{Answer, Change, Database, KEYS, Revisions, RowTime, Subject, Tick};
+use crate::database::{Answer, Change, Database, KEYS, RowTime, Subject, Tick};
 use crate::look_up::{Lane, LookUp, LookUpStep};
 use crate::node::{Moment, Node};
 use crate::properties;
-use crate::redis::{Entry, Redis, Script};
+use crate::redis::{Entry, Redis};
+use crate::secrets::Edit;
 use crate::setup::{Break, Detail, Mechanism, Setup, Writers};
+use crate::writes::bit;
 
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct World {
@@ -15,11 +17,11 @@ pub(crate) struct World {
     pub(crate) database: Database,
     /// A copy of the database that has parted from it. Its nodes are not modelled, only what they
     /// may write to Redis.
-    clone: Option<Database>,
+    pub(crate) clone: Option<Database>,
     pub(crate) redis: Redis,
     pub(crate) nodes: [Node; 2],
     /// For each key, the versions of the truth that the nodes have sent to Redis, as bits.
-    sent: [u16; KEYS],
+    pub(crate) sent: [u16; KEYS],
     /// How many faults there have been.
     pub(crate) faults: u8,
     /// Whether the break of this run has been.
@@ -31,6 +33,8 @@ pub(crate) struct World {
 pub(crate) enum Action {
     Tick,
     Commit(Subject),
+    /// Changes the row of the key that is rotated.
+    Edit(Edit),
     /// Draws a revision that commits later.
     Begin(Subject),
     CommitBegun,
@@ -83,6 +87,11 @@ pub(crate) enum Action {
     Crash {
         node: usize,
     },
+    /// The clock of a node is corrected, or goes wrong.
+    SetClock {
+        node: usize,
+        ahead: Tick,
+    },
 }
 
 impl Setup {
@@ -90,51 +99,8 @@ impl Setup {
         Moment { setup: self, now: world.now }
     }
 
-    fn script(&self) -> Script {
-        if !self.has(Mechanism::RevisionCompare) {
-            Script::Overwrites
-        } else if !self.has(Mechanism::RevisionPerSubject) {
-            Script::ComparesHighest
-        } else {
-            Script::Compares
-        }
-    }
-
     fn row_time(&self) -> RowTime {
         if self.has(Mechanism::RowTimeOfCommit) { RowTime::Commit } else { RowTime::Begin }
-    }
-
-    /// The answers that may be filled into Redis from now on. A write can be late, come twice or
-    /// never, so that once sent it is possible forever.
-    fn fills(&self, world: &World, key: usize) -> Vec<Answer> {
-        let mut fills = world.database.history(key, world.now);
-        if self.writers == Writers::Nodes {
-            fills.retain(|fill| world.sent[key] & bit(fill.content) != 0);
-        }
-        let of_clone = self.clone_that_shares_names(world);
-        fills.extend(of_clone.into_iter().flat_map(|clone| clone.history(key, world.now)));
-        fills
-    }
-
-    /// The changes whose tombstones may reach Redis from now on.
-    fn burials<'a>(&'a self, world: &'a World) -> impl Iterator<Item = Change> + 'a {
-        let sent = |change: &Change| {
-            self.writers == Writers::Fleet
-                || world.nodes.iter().any(|node| node.ever_processed.has_identity(*change))
-        };
-        let of_clone = self.clone_that_shares_names(world);
-        let of_clone = of_clone.into_iter().flat_map(Database::rows);
-        world.database.rows_ever().filter(sent).chain(of_clone)
-    }
-
-    /// Under names of its own, what the nodes of a clone write is never found.
-    fn clone_that_shares_names<'a>(&self, world: &'a World) -> Option<&'a Database> {
-        world.clone.as_ref().filter(|_| !self.has(Mechanism::BoundToDatabase))
-    }
-
-    pub(crate) fn rejects_a_fill(&self, world: &World, key: usize) -> bool {
-        let denied = |fill| world.redis.rejects(key, fill, self.script());
-        self.fills(world, key).into_iter().any(denied)
     }
 
     fn database_actions(&self, world: &World, actions: &mut Vec<Action>) {
@@ -149,7 +115,11 @@ impl Setup {
         if world.database.begun == self.changes {
             return;
         }
-        let keys = (0..self.keys).map(|key| Subject::Key(key as u8));
+        if let Some(rotation) = self.rotation {
+            let edits = rotation.edits(world.database.row(), world.now);
+            return actions.extend(edits.map(Action::Edit));
+        }
+        let keys = self.keys.clone().map(|key| Subject::Key(key as u8));
         let locked = world.database.locked();
         for subject in keys.chain(self.owner_changes.then_some(Subject::Owner)) {
             if locked != Some(subject) {
@@ -189,7 +159,7 @@ impl Setup {
     }
 
     fn redis_actions(&self, world: &World, actions: &mut Vec<Action>) {
-        for key in 0..self.keys {
+        for key in self.keys.clone() {
             let fills = self.fills(world, key).into_iter();
             let fills = fills.filter(|fill| !world.redis.rejects(key, *fill, self.script()));
             actions.extend(fills.map(|answer| Action::FillRedis { key, answer }));
@@ -204,35 +174,19 @@ impl Setup {
         }
         actions.push(Action::WipeRedis);
         actions.extend((0..self.nodes).map(|node| Action::Crash { node }));
-        let mut earlier = [Entry::Empty; KEYS];
-        for first in self.earlier_entries(world, 0) {
-            earlier[0] = first;
-            if self.keys == 1 {
+        let first = self.entries(self.keys.start);
+        for entry in self.earlier_entries(world, first.start) {
+            let mut earlier = [Entry::Empty; KEYS];
+            earlier[first.clone()].fill(entry);
+            if first.end == self.keys.end {
                 actions.push(Action::RewindRedis { earlier });
                 continue;
             }
-            for second in self.earlier_entries(world, 1) {
-                earlier[1] = second;
+            for second in self.earlier_entries(world, first.end) {
+                earlier[first.end] = second;
                 actions.push(Action::RewindRedis { earlier });
             }
         }
-    }
-
-    /// Only a reset looks at the time of a tombstone. Without one it would cost the checker states.
-    fn bury(&self, redis: &mut Redis, key: usize, change: Change) {
-        let at = if self.breaks.is_none() { 0 } else { change.at };
-        redis.bury(key, Change { at, ..change }, self.script());
-    }
-
-    fn earlier_entries(&self, world: &World, key: usize) -> Vec<Entry> {
-        let mut redis = Redis::default();
-        let mut entries = vec![Entry::Empty];
-        for change in self.burials(world).filter(|change| change.subject.touches(key)) {
-            self.bury(&mut redis, key, change);
-            entries.push(redis.entries[key]);
-        }
-        entries.extend(self.fills(world, key).into_iter().map(Entry::Data));
-        entries
     }
 
     fn node_actions(&self, world: &World, index: usize, actions: &mut Vec<Action>) {
@@ -247,10 +201,12 @@ impl Setup {
             actions.extend(changes.map(|change| Action::Notice { node: index, change }));
             actions.push(Action::Poll { node: index });
         }
-        for key in 0..self.keys {
+        for key in self.keys.clone() {
             let moment = self.moment(world);
             let joins = node.joins(key, moment);
-            if node.hit(key, moment).is_none() && (joins || node.left[key].is_none()) {
+            let is_issued = self.secret(key) <= usize::from(world.database.row().current);
+            let has_room = joins || node.left[key].is_none();
+            if is_issued && has_room && node.hit(key, moment).is_none() {
                 actions.push(Action::Ask { node: index, key });
             }
             for lane in [Lane::Joinable, Lane::Left] {
@@ -259,6 +215,17 @@ impl Setup {
                 let act = |&step| Action::LookUp { node: index, key, lane, step };
                 actions.extend(steps.iter().map(act));
             }
+        }
+    }
+
+    /// A clock is not set between the check of an answer and its delivery.
+    fn clock_actions(&self, world: &World, actions: &mut Vec<Action>) {
+        let are_set = self.rotation.is_some_and(|rotation| rotation.are_clocks_set);
+        for node in 0..if are_set { self.nodes } else { 0 } {
+            let Node { ahead: old, look_ups, left, .. } = &world.nodes[node];
+            let is_checked = look_ups.iter().chain(left).flatten().any(LookUp::is_checked);
+            let clocks = (0..=2 * self.skew()).filter(|ahead| !is_checked && ahead != old);
+            actions.extend(clocks.map(|ahead| Action::SetClock { node, ahead }));
         }
     }
 
@@ -281,7 +248,14 @@ impl Setup {
                 let later = Moment { now: world.now, ..moment };
                 nodes.iter_mut().for_each(|node| node.evict_old_minimums(database, later));
             }
-            Action::Commit(subject) => database.commit(subject, moment.now),
+            Action::Commit(subject) => database.commit(subject, Edit::Other, moment.now),
+            Action::Edit(edit) => {
+                if let Some(rotation) = self.rotation {
+                    let are_both_reported = self.has(Mechanism::BothIdsReported);
+                    let subject = rotation.subject(database.row(), edit, are_both_reported);
+                    database.commit(subject, edit, moment.now);
+                }
+            }
             Action::Begin(subject) => database.begin(subject, moment.now),
             Action::CommitBegun => database.commit_begun(moment.now, self.row_time()),
             Action::DropTriggers => {
@@ -299,7 +273,7 @@ impl Setup {
             }
             Action::CommitInClone(subject) => {
                 if let Some(clone) = &mut world.clone {
-                    clone.commit(subject, moment.now);
+                    clone.commit(subject, Edit::Other, moment.now);
                 }
             }
             Action::Ask { node, key } => nodes[node].request(key, moment),
@@ -317,8 +291,12 @@ impl Setup {
             }
             Action::FinishChange { node } => nodes[node].finish_change(moment),
             Action::Poll { node } => nodes[node].poll(database, moment),
-            Action::FillRedis { key, answer } => redis.fill(key, answer, self.script()),
-            Action::BuryInRedis { key, change } => self.bury(redis, key, change),
+            Action::FillRedis { key, answer } => {
+                self.entries(key).for_each(|entry| redis.fill(entry, answer, self.script()));
+            }
+            Action::BuryInRedis { key, change } => {
+                self.entries(key).for_each(|entry| self.bury(redis, entry, change));
+            }
             Action::WipeRedis => {
                 redis.become_again([Entry::Empty; KEYS]);
                 *faults += 1;
@@ -331,13 +309,9 @@ impl Setup {
                 nodes[node].crash(database, moment);
                 *faults += 1;
             }
+            Action::SetClock { node, ahead } => nodes[node].ahead = ahead,
         }
     }
-}
-
-/// Each identity is below 4: a clone's answers are not among those that the nodes send.
-fn bit(content: Revisions) -> u16 {
-    1 << (4 * content.key + content.owner)
 }
 
 impl Model for Setup {
@@ -345,16 +319,19 @@ impl Model for Setup {
     type Action = Action;
 
     fn init_states(&self) -> Vec<World> {
-        vec![World {
+        let world = |nodes| World {
             now: 0,
             database: Database::default(),
             clone: None,
             redis: Redis::default(),
-            nodes: [Node::new(); 2],
+            nodes,
             sent: [0; KEYS],
             faults: 0,
             is_broken: false,
-        }]
+        };
+        let clocks = 0..=2 * self.skew();
+        let nodes = clocks.clone().map(|ahead| [Node::new(ahead), Node::new(clocks.end() - ahead)]);
+        nodes.map(world).collect()
     }
 
     fn actions(&self, world: &World, actions: &mut Vec<Action>) {
@@ -364,6 +341,7 @@ impl Model for Setup {
         self.database_actions(world, actions);
         self.break_actions(world, actions);
         (0..self.nodes).for_each(|node| self.node_actions(world, node, actions));
+        self.clock_actions(world, actions);
         self.redis_actions(world, actions);
         self.fault_actions(world, actions);
     }

@@ -69,8 +69,8 @@ impl Redis {
     /// A delete: leaves a tombstone, unless the entry has the change in it.
     pub(crate) fn bury(&mut self, key: usize, change: Change, script: Script) {
         let grave = match change.subject {
-            Subject::Key(_) => Revisions { key: change.revision, owner: 0 },
             Subject::Owner => Revisions { key: 0, owner: change.revision },
+            _ => Revisions { key: change.revision, owner: 0 },
         };
         let held = self.entries[key].revisions();
         self.buried[key] = self.buried[key].max(grave);

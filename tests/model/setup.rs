@@ -1,7 +1,10 @@
 //! What one run of the checker explores: how many nodes, keys and changes, which faults, and which
 //! mechanism is taken out to see what it was for.
 
-use crate::database::Tick;
+use std::ops::Range;
+
+use crate::database::{Answer, Tick};
+use crate::secrets::{LookupIds, Rotation};
 
 /// The parts of the protocol that a test can do without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +46,21 @@ pub(crate) enum Mechanism {
     EveryRowChecked,
     /// Names and MACs in Redis are bound to the database.
     BoundToDatabase,
+    /// A hit of the previous secret checks the end of the grace period.
+    EndInLocalCache,
+    /// So does the use of an entry of Redis.
+    EndInRedis,
+    /// So does a look-up when the database has answered, however long that took.
+    EndAfterLookUp,
+    /// A read of the database lists the previous secret also after its end, so that a denial is one for that reason,
+    /// and applies from the end on. Without it the secret is unknown to a node whose clock has passed the end.
+    ListedAfterTheEnd,
+    /// A change is reported under the lookup ids of both secrets. Without it only under the new one.
+    BothIdsReported,
+    /// An entry of Redis lists the previous secret beside the current one.
+    PreviousListed,
+    /// An entry of Redis that does not list the secret is a miss. Without it the secret is denied.
+    CopyNeverDenies,
 }
 
 /// What may happen to the database once in a run.
@@ -96,7 +114,8 @@ pub(crate) enum Detail {
 #[derive(Clone, Debug)]
 pub(crate) struct Setup {
     pub(crate) nodes: usize,
-    pub(crate) keys: usize,
+    /// The keys that requests present, at most two. If the key is rotated, its secrets: the first, the second, or both.
+    pub(crate) keys: Range<usize>,
     pub(crate) changes: u8,
     /// Whether changes of the owner that all keys share are among the changes.
     pub(crate) owner_changes: bool,
@@ -118,6 +137,8 @@ pub(crate) struct Setup {
     /// The last tick of the clock; 0 stops it, and with it the rule of age.
     pub(crate) ticks: Tick,
     pub(crate) ages: Ages,
+    /// Whether the changes are those of one key that is rotated.
+    pub(crate) rotation: Option<Rotation>,
     pub(crate) without: Option<Mechanism>,
 }
 
@@ -126,7 +147,7 @@ impl Setup {
     pub(crate) fn one_key() -> Self {
         Self {
             nodes: 1,
-            keys: 1,
+            keys: 0..1,
             changes: 2,
             owner_changes: false,
             late_commits: false,
@@ -143,6 +164,7 @@ impl Setup {
                 entry_lifetime: 2,
                 look_up_timeout: 1,
             },
+            rotation: None,
             without: None,
         }
     }
@@ -171,7 +193,7 @@ impl Setup {
     /// Two keys of one owner in one bucket.
     pub(crate) fn two_keys() -> Self {
         let (writers, detail) = (Writers::Nodes, Detail::Coarse);
-        Self { keys: 2, owner_changes: true, writers, detail, faults: 0, ..Self::one_key() }
+        Self { keys: 0..2, owner_changes: true, writers, detail, faults: 0, ..Self::one_key() }
     }
 
     /// One key whose change leaves no row while the triggers are missing.
@@ -205,6 +227,58 @@ impl Setup {
 
     pub(crate) fn with_marks(self) -> Self {
         Self { reads_marks: true, ..self }
+    }
+
+    /// One key that is rotated, and changed once more, and requests with some of its secrets. Time stands still, but a
+    /// clock that is ahead passes the end of the grace period.
+    pub(crate) fn rotated(ids: LookupIds, keys: Range<usize>) -> Self {
+        let rotation = Some(Rotation { ids, grace: 1, skew: 1, are_clocks_set: true });
+        Self { keys, rotation, detail: Detail::Coarse, faults: 0, ..Self::one_key() }
+    }
+
+    /// One key that is rotated once, with time. An answer is out of date for less time than the grace period takes by the
+    /// fastest clock.
+    pub(crate) fn rotated_in_time(ids: LookupIds, keys: Range<usize>) -> Self {
+        let ages = Ages { stale_if_error: 1, look_up_timeout: 1, ..Ages::LEAST };
+        Self { changes: 1, ticks: 2, ages, ..Self::rotated(ids, keys) }
+    }
+
+    /// The same with clocks that are wrong by the same all the time.
+    pub(crate) fn with_steady_clocks(self) -> Self {
+        let rotation = self.rotation.map(|it| Rotation { are_clocks_set: false, ..it });
+        Self { rotation, ..self }
+    }
+
+    /// The secret that a request with a key presents.
+    pub(crate) fn secret(&self, key: usize) -> usize {
+        if self.rotation.is_some() { key } else { 0 }
+    }
+
+    /// The most that a clock may be ahead or behind.
+    pub(crate) fn skew(&self) -> Tick {
+        self.rotation.map_or(0, |rotation| rotation.skew)
+    }
+
+    /// The entries of Redis that a write for a key changes. Secrets with one lookup id have one entry, which the model
+    /// keeps under each of them.
+    pub(crate) fn entries(&self, key: usize) -> Range<usize> {
+        match self.rotation {
+            Some(Rotation { ids: LookupIds::Same, .. }) => self.keys.clone(),
+            _ => key..key + 1,
+        }
+    }
+
+    /// The entries of Redis that nodes can have made of an answer.
+    pub(crate) fn entries_of(&self, key: usize, answer: Answer) -> Vec<Answer> {
+        let Some(rotation) = self.rotation else { return vec![answer] };
+        let lists = if !self.has(Mechanism::PreviousListed) {
+            [Some(answer), None]
+        } else if self.has(Mechanism::ListedAfterTheEnd) {
+            [Some(answer.listed_by(0)), None]
+        } else {
+            rotation.lists(answer, self.ages.look_up_timeout)
+        };
+        lists.into_iter().flatten().filter(|list| rotation.has_entry(key, *list)).collect()
     }
 
     pub(crate) fn has(&self, mechanism: Mechanism) -> bool {

@@ -7,10 +7,10 @@ use tower_api_key::{
     denial::InvalidKey,
     key::{KeyFormat, KeyHash},
     record::{Budget, BudgetPeriod},
-    store::{KeyRepository, KeyStore},
+    store::{Attribution, KeyRepository, KeyStore},
 };
 
-use crate::support::{eventually::eventually, servers::Postgres, stores::question};
+use crate::support::{edit_key, eventually::eventually, servers::Postgres, stores::question};
 
 /// As SQLAlchemy makes them for the service that this crate takes over from: defaults in the ORM and
 /// not in the database, JSON, time stamps without a zone, an enum.
@@ -197,7 +197,7 @@ async fn the_statements_of_the_orm_go_on_working_beside_the_crate() {
         .unwrap();
     let denial = authenticator(&store).authenticate(issued.expose_secret()).await.unwrap_err();
     assert!(matches!(denial, Denial::InvalidKey(InvalidKey::OwnerInactive)), "{denial}");
-    assert!(store.update_user(&user).await.unwrap().is_some());
+    assert!(store.update_user(&user, &Attribution::default()).await.unwrap().is_some());
     assert!(authenticator(&store).authenticate(issued.expose_secret()).await.is_ok());
     orm.batch_execute("DELETE FROM api_keys WHERE name = 'new'").await.unwrap();
     let denial = authenticator(&store).authenticate(issued.expose_secret()).await.unwrap_err();
@@ -326,12 +326,13 @@ async fn ten_nodes_that_start_at_once_migrate_once() {
     }
     let orm = server.client().await;
     let count = "SELECT count(*)::text FROM __diesel_schema_migrations";
-    assert_eq!(text(&orm, count).await, "4");
+    assert_eq!(text(&orm, count).await, "5");
     assert_eq!(text(&orm, "SELECT count(*)::text FROM api_key_cache_secrets").await, "1");
 }
 
 /// From the newest migration to the oldest.
-const DOWN: [&str; 4] = [
+const DOWN: [&str; 5] = [
+    include_str!("../../schema/postgres/2026-11-26-000005_management/down.sql"),
     include_str!("../../schema/postgres/2026-11-23-000004_budgets/down.sql"),
     include_str!("../../schema/postgres/2026-11-23-000003_usage/down.sql"),
     include_str!("../../schema/postgres/2026-11-22-000002_revisions/down.sql"),
@@ -466,7 +467,8 @@ async fn metadata_survives_in_columns_of_every_type() {
         orm.batch_execute(&tables).await.unwrap();
         let store = PostgresStore::new(&server.url()).unwrap();
         store.migrate().await.unwrap();
-        let user = store.insert_user("ada@example.com", "user").await.unwrap().id;
+        let user =
+            store.insert_user("ada@example.com", "user", &Attribution::default()).await.unwrap().id;
         let manager = KeyManager::new(store.clone());
         for value in
             [json!("12"), json!("a \"b\""), json!(""), json!(12), json!(true), json!({"a": [1]})]
@@ -475,9 +477,9 @@ async fn metadata_survives_in_columns_of_every_type() {
             let mut record = manager.issue(new).await.unwrap().record().clone();
             assert_eq!(record.metadata, value, "{column}");
             record.name = "edited".into();
-            store.update_key(&record, None).await.unwrap().unwrap();
+            edit_key(&store, &record, None).await.unwrap().unwrap();
             assert_eq!(
-                store.find_key(&record.id).await.unwrap().unwrap().metadata,
+                store.find_key(&record.id).await.unwrap().unwrap().into_record().metadata,
                 value,
                 "{column}"
             );

@@ -150,7 +150,7 @@ async fn a_dump_into_a_schema_that_was_used_meanwhile_keeps_no_key_out() {
     target.run("SELECT setval('api_key_revisions', 5000)").await;
     target.server.script("postgres", &dump);
     let node = caches(Authenticator::new(store_at(&target.server.url(), POLL)), &keys[0]).await;
-    target.run("DELETE FROM users").await;
+    target.run("DELETE FROM api_keys; DELETE FROM users").await;
     eventually("the deletion", async || denial_of(&node, &keys[0]).await.is_some()).await;
     target.server.script("postgres", &dump);
     for key in &keys {

@@ -10,7 +10,7 @@ use tower_api_key::{
     key::{KeyFormat, KeyHash},
     record::KeyRecord,
     redis::RedisState,
-    store::{Change, KeyRepository, KeyStore, StoredKey},
+    store::{Attribution, Change, KeyRepository, KeyStore, StoredKey},
 };
 
 use crate::support::{
@@ -69,10 +69,19 @@ async fn as_role(server: &Postgres, role: &str) -> Client {
 }
 
 impl Database {
+    /// Makes the deletion of a user delete its keys, as in many adopted tables.
+    async fn cascade(&self) {
+        self.run(
+            "ALTER TABLE api_keys DROP CONSTRAINT api_keys_user_id_fkey,
+            ADD CONSTRAINT api_keys_user_id_fkey FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE",
+        )
+        .await;
+    }
+
     /// A key of a user of its own.
     async fn key(&self) -> Key {
         let manager = KeyManager::new(self.store.clone());
-        let email = format!("{:?}@example.com", Instant::now());
+        let email = format!("{:?}@example.com", Instant::now()).replace(' ', "");
         let owner = manager.create_user(&email, "user").await.unwrap().id;
         let issued = manager.issue(NewKey::new(owner.clone(), "k").scopes(["read"])).await.unwrap();
         Key {
@@ -124,6 +133,7 @@ async fn is_denied(node: &Authenticator, key: &Key, expected: InvalidKey) -> Dur
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_is_changed_by_hand_reaches_a_node_that_has_it_in_its_cache() {
     let db = database().await;
+    db.cascade().await;
     let node = node_with(db.store.clone(), &db.key().await).await;
     let other_hash = KeyHash::bcrypt("tak_live_another", 4).unwrap().expose_hash();
     for (change, expected) in [
@@ -426,13 +436,15 @@ async fn a_transaction_that_commits_late_is_not_missed() {
 /// Two keys that share a lookup prefix, as those from before may.
 async fn twins(db: &Database) -> (KeyScheme, [Key; 2]) {
     let scheme = KeyScheme::builder().format(KeyFormat::first_chars(8).unwrap()).build().unwrap();
-    let owner = db.store.insert_user("twins@example.com", "user").await.unwrap();
+    let owner =
+        db.store.insert_user("twins@example.com", "user", &Attribution::default()).await.unwrap();
     let mut keys = Vec::new();
     for name in ["one", "two"] {
         let secret = format!("sk-12345-{name}");
         let hash = KeyHash::bcrypt(&secret, 4).unwrap();
         let key = StoredKey::new(KeyRecord::new(0, "sk-12345", owner.clone()), hash);
-        let id = db.store.insert_key(&key).await.unwrap().id.as_i64().unwrap();
+        let id =
+            db.store.insert_key(&key, &Attribution::default()).await.unwrap().id.as_i64().unwrap();
         keys.push(Key { id, prefix: "sk-12345".into(), secret, owner: owner.id.as_i64().unwrap() });
     }
     (scheme, keys.try_into().ok().unwrap())
@@ -472,7 +484,7 @@ async fn two_keys_of_one_prefix_that_are_changed_in_transactions_that_overlap() 
     tokio::time::sleep(Duration::from_millis(1200)).await;
     let revision = db.number("SELECT max(revision) FROM api_key_changes").await;
     let secret = db.number("SELECT max(id) FROM api_key_cache_secrets").await;
-    let wanted = format!("tak1n{secret:020}{revision:020}");
+    let wanted = format!("tak1r{secret:020}{revision:020}");
     eventually("an entry", async || {
         for key in [&keys[1], &keys[0]] {
             first_node.invalidate("sk-12345");
@@ -783,6 +795,7 @@ async fn node_with_nothing(node: Authenticator, key: &Key) -> Authenticator {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_starts_receives_what_became_visible_in_the_last_hour_before_its_first_sync() {
     let db = database().await;
+    db.cascade().await;
     let (key, old, long) = (db.key().await, db.key().await, db.key().await);
     db.run(&format!("UPDATE api_keys SET name = 'x' WHERE id = {}", old.id)).await;
     // Begun before the hour, and committed within it: two hours after the trigger ran.
@@ -850,6 +863,7 @@ async fn more_changes_at_once_than_can_be_reported_are_a_reset() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_who_is_deleted_and_put_back_can_be_let_in_again() {
     let db = database().await;
+    db.cascade().await;
     let key = db.key().await;
     let node = node_with(db.store.clone(), &key).await;
     db.run(

@@ -8,6 +8,7 @@ mod feed_failover;
 mod feed_postgres;
 mod feed_triggers;
 mod foreign_migrations;
+mod management;
 mod notifications;
 mod pooler;
 mod postgres_hosts;

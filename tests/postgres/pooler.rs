@@ -66,7 +66,7 @@ async fn other_clients_of_the_pooler_keep_their_settings(settings: &str) {
     let mut batch = UsageBatch::new("node", 1, SystemTime::now());
     batch.entries.push(usage);
     store.record_usage(&batch).await.unwrap();
-    let spent = store.find_key(&id).await.unwrap().unwrap().usage.cost_micro_cents;
+    let spent = store.find_key(&id).await.unwrap().unwrap().into_record().usage.cost_micro_cents;
     assert_eq!(spent, 10);
 
     for (setting, default) in

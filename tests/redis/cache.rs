@@ -19,13 +19,15 @@ use tower_api_key::{
     record::{Budget, BudgetPeriod, KeyRecord},
     redis::{RedisServers, RedisState},
     store::{
-        Answer, CacheSecret, DynKeyStore, KeyRepository, KeyStore, ListKeys, Lookup, StoredKey,
+        Answer, Attribution, CacheSecret, DynKeyStore, KeyRepository, KeyStore, ListKeys, Lookup,
+        StoredKey,
     },
 };
 use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::support::{
-    self, checks::Checks, fleet::*, key_checker::Outcome, servers::Redis, with_wrong_secret,
+    self, checks::Checks, edit_key, fleet::*, key_checker::Outcome, servers::Redis,
+    with_wrong_secret,
 };
 
 #[tokio::test]
@@ -192,7 +194,7 @@ async fn a_copy_of_a_key_that_is_not_valid_yet_lets_it_in_when_it_becomes_valid(
     let early = keys.manager.issue(new).await.unwrap();
     let early = early.expose_secret();
     let [a, b, c] = [(); 3].map(|()| manual(&keys, &redis, &clock));
-    let not_yet = Told::Invalid(InvalidKey::NotYetValid);
+    let not_yet = Outcome::Invalid(InvalidKey::NotYetValid);
     assert_eq!(a.try_key(early).await, (not_yet, 1));
     // The answer is in Redis, as that of a valid key is.
     eventually("Redis answers", async || b.try_key(early).await == (not_yet, 0)).await;
@@ -204,7 +206,7 @@ async fn a_copy_of_a_key_that_is_not_valid_yet_lets_it_in_when_it_becomes_valid(
     // No change is notified.
     clock.advance(Duration::from_secs(1));
     for node in [&a, &b, &c] {
-        assert_eq!(node.try_key(early).await, (Told::Passes, 0));
+        assert_eq!(node.try_key(early).await, (Outcome::Passes, 0));
     }
 }
 
@@ -250,7 +252,7 @@ async fn the_keys_of_a_deactivated_owner_stay_denied_though_their_entries_are_pu
     both.iter().for_each(|name| keep(&redis, name));
     let mut owner = keys.record.user.clone();
     owner.is_active = false;
-    keys.store.update_user(&owner).await.unwrap();
+    keys.store.update_user(&owner, &Attribution::default()).await.unwrap();
     for node in [&a, &b] {
         node.until_denied(&keys.key, InvalidKey::OwnerInactive).await;
     }
@@ -263,7 +265,7 @@ async fn the_keys_of_a_deactivated_owner_stay_denied_though_their_entries_are_pu
         }
     }
     owner.is_active = true;
-    keys.store.update_user(&owner).await.unwrap();
+    keys.store.update_user(&owner, &Attribution::default()).await.unwrap();
     for node in [&a, &b, &c] {
         eventually("it passes again", async || node.try_key(&keys.key).await.0 == Outcome::Passes)
             .await;
@@ -383,7 +385,7 @@ async fn a_handler_sees_the_same_whether_redis_or_the_store_answered() {
     let key = keys.issue().await;
     record.prefix = key.record().prefix.clone();
     record.id = key.record().id.clone();
-    keys.store.update_key(&record, None).await.unwrap();
+    edit_key(&keys.store, &record, None).await.unwrap();
 
     let node = secret_node(&keys, &redis);
     let address = "10.1.2.3".parse().unwrap();
@@ -396,11 +398,14 @@ async fn a_handler_sees_the_same_whether_redis_or_the_store_answered() {
     let texts = ["12", "hello", "", "null"].map(serde_json::Value::from);
     for metadata in texts.into_iter().chain([true.into(), 12.into(), record.metadata.clone()]) {
         record.metadata = metadata;
-        keys.store.update_key(&record, None).await.unwrap();
+        edit_key(&keys.store, &record, None).await.unwrap();
         let is_seen = async || ask().await.0.metadata == record.metadata;
         eventually("the edit is seen", is_seen).await;
         eventually("Redis answers", async || ask().await.1 == 0).await;
-        assert_eq!(ask().await.0, keys.store.find_key(&record.id).await.unwrap().unwrap());
+        assert_eq!(
+            ask().await.0,
+            keys.store.find_key(&record.id).await.unwrap().unwrap().into_record()
+        );
     }
 
     // Its rules hold for an answer from Redis, too.
@@ -444,7 +449,7 @@ async fn a_change_to_a_store_without_a_feed_reaches_other_nodes_through_redis() 
     both.iter().for_each(|name| keep(&redis, name));
 
     let asked = Instant::now();
-    assert!(manager.revoke(&keys.record.id).await.unwrap());
+    manager.revoke(&keys.record.id).await.unwrap();
     b.until_denied(&keys.key, InvalidKey::Revoked).await;
     assert!(asked.elapsed() < Duration::from_millis(500), "it took {:?}", asked.elapsed());
     both.iter().for_each(|name| replay(&redis, name));
@@ -460,7 +465,7 @@ async fn a_change_to_a_store_without_a_feed_reaches_other_nodes_through_redis() 
 
     let mut owner = keys.record.user.clone();
     owner.is_active = false;
-    a.cache.update_user(&owner).await.unwrap();
+    a.cache.update_user(&owner, &Attribution::default()).await.unwrap();
     b.until_denied(other.expose_secret(), InvalidKey::OwnerInactive).await;
 }
 
@@ -807,7 +812,7 @@ fn manual(keys: &Keys<MemoryStore>, redis: &Redis, clock: &Arc<ManualClock>) -> 
     let store = Counting::over(keys.store.clone()).by_clock(clock);
     let cache =
         |it: tower_api_key::backend::RedisCacheBuilder<_>| it.secret(secret()).clock(clock.clone());
-    Node::with(store, redis.servers(), cache, |door| door.clock(clock.clone()))
+    Node::with(store, redis.servers(), cache, |authenticator| authenticator.clock(clock.clone()))
 }
 
 /// A node whose store emits no change event by itself.
@@ -834,7 +839,10 @@ async fn import<S: KeyRepository>(keys: &Keys<S>, prefix: &str, key: &str) -> Ke
     let mut record = KeyRecord::new(0, prefix, keys.record.user.clone());
     record.name = key.chars().last().unwrap().to_string();
     let hash = KeyHash::bcrypt(key, 4).unwrap();
-    keys.store.insert_key(&StoredKey::new(record, hash.clone())).await.unwrap();
+    keys.store
+        .insert_key(&StoredKey::new(record, hash.clone()), &Attribution::default())
+        .await
+        .unwrap();
     hash
 }
 

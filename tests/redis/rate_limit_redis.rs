@@ -11,6 +11,7 @@ use std::{
 
 use tokio::{sync::Barrier, task::JoinSet};
 use tower_api_key::{
+    clock::ManualClock,
     rate_limit::{OnRedisFailure, RateLimiter, RedisRateLimiter},
     record::{KeyId, RateLimits},
     redis::RedisState,

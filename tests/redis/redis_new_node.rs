@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use tower_api_key::{PostgresStore, SqliteStore, store::KeyRepository};
+use tower_api_key::{PostgresStore, SqliteStore, store::Attribution, store::KeyRepository};
 
 use crate::support::{
+    edit_key,
     fleet::{Counting, Keys, Node},
     key_checker::Outcome,
     servers::{Postgres, Redis},
@@ -17,12 +18,12 @@ async fn a_node_that_starts_hits<S: KeyRepository + Clone>(store: S) {
     let keys = Keys::over(store.clone()).await;
     let warm = keys.issue().await;
     for n in 0..3 {
-        let mut record = store.find_key(&keys.record.id).await.unwrap().unwrap();
+        let mut record = store.find_key(&keys.record.id).await.unwrap().unwrap().into_record();
         record.name = format!("edit {n}");
-        store.update_key(&record, None).await.unwrap().unwrap();
+        edit_key(&store, &record, None).await.unwrap().unwrap();
         let mut owner = record.user.clone();
         owner.role = format!("role {n}");
-        store.update_user(&owner).await.unwrap().unwrap();
+        store.update_user(&owner, &Attribution::default()).await.unwrap().unwrap();
     }
     let node = || Node::new(Counting::over(store.clone()), redis.url());
     let first = node();

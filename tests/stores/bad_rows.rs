@@ -9,7 +9,7 @@ use tower_api_key::{
     error::StoreErrorKind,
     key::{KeyFormat, KeyHash},
     record::{KeyId, KeyRecord},
-    store::{KeyRepository, KeyStore, ListKeys, StoredKey},
+    store::{Attribution, KeyRepository, KeyStore, ListKeys, StoredKey},
 };
 
 use crate::support::{self, log::capture, servers::Postgres};
@@ -142,7 +142,8 @@ async fn bytes_in_sqlite_where_a_text_or_a_number_should_be_are_a_bad_row_too() 
     let file = folder.path().join("keys.db");
     let store = SqliteStore::open(&file).unwrap();
     store.migrate().await.unwrap();
-    let user = store.insert_user("ada@example.com", "user").await.unwrap().id;
+    let user =
+        store.insert_user("ada@example.com", "user", &Attribution::default()).await.unwrap().id;
     let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
     let mut other = SqliteConnection::establish(file.to_str().unwrap()).unwrap();
     let (log, _guard) = capture();
@@ -167,11 +168,11 @@ async fn a_bad_row_beside_a_good_one_is_logged_and_does_not_stop_it() {
     let server = Postgres::start();
     let store = PostgresStore::new(&server.url()).unwrap();
     store.migrate().await.unwrap();
-    let user = store.insert_user("ada@example.com", "user").await.unwrap();
+    let user = store.insert_user("ada@example.com", "user", &Attribution::default()).await.unwrap();
     for n in 0..2 {
         let hash = KeyHash::bcrypt(&format!("sk-proj-{n}"), 4).unwrap();
         let key = StoredKey::new(KeyRecord::new(0, "sk-proj-", user.clone()), hash);
-        store.insert_key(&key).await.unwrap();
+        store.insert_key(&key, &Attribution::default()).await.unwrap();
     }
     let break_first =
         "UPDATE api_keys SET budget_type = 'hourly', budget_limit_cents = 5 WHERE id = 1";

@@ -22,13 +22,14 @@ use tower_api_key::{
         Budget, BudgetPeriod, KeyId, KeyRecord, RateLimits, Revision, Revisions, UsageTotals, User,
     },
     store::{
-        Answer, Change, ChangeStream, DynKeyStore, KeyRepository, KeyStore, KeyUsage, LeaseRequest,
-        ListKeys, Lookup, StoredKey, UsageBatch,
+        Answer, Attribution, Change, ChangeStream, DynKeyStore, KeyRepository, KeyStore, KeyUsage,
+        LeaseRequest, ListKeys, Lookup, StoredKey, UsageBatch,
     },
 };
 
 use crate::support::{
-    self, eventually::eventually, every_store::on_every_store, some_user, stores::question,
+    self, edit_key, eventually::eventually, every_store::on_every_store, from_the_past, some_user,
+    stores::question,
 };
 
 on_every_store! {
@@ -115,7 +116,10 @@ async fn an_issued_key_comes_back_with_all_that_was_set(store: impl KeyRepositor
     );
     assert!(issued.expose_secret().contains(&key.prefix) && key.prefix.len() == 10);
     assert_eq!(key, issued.record());
-    assert_eq!(store.find_key(&key.id).await.unwrap().as_ref(), Some(key));
+    assert_eq!(
+        store.find_key(&key.id).await.unwrap().map(StoredKey::into_record).as_ref(),
+        Some(key)
+    );
 }
 
 async fn a_key_is_denied_for_what_is_wrong_with_it(store: impl KeyRepository + Clone) {
@@ -134,50 +138,97 @@ async fn a_key_is_denied_for_what_is_wrong_with_it(store: impl KeyRepository + C
     assert_eq!(reason(other.expose_secret()).await, Some(InvalidKey::Unknown));
 
     let forged = KeyRecord::new(0, &*other.record().prefix, user.clone());
-    store.insert_key(&StoredKey::new(forged, KeyHash::sha256("something else"))).await.unwrap();
+    store
+        .insert_key(
+            &StoredKey::new(forged, KeyHash::sha256("something else")),
+            &Attribution::default(),
+        )
+        .await
+        .unwrap();
     assert_eq!(reason(other.expose_secret()).await, Some(InvalidKey::WrongSecret));
 
     let revoked = issue().await;
-    assert!(manager.revoke(&revoked.record().id).await.unwrap());
-    assert!(manager.revoke(&revoked.record().id).await.unwrap(), "twice is fine");
+    manager.revoke(&revoked.record().id).await.unwrap();
+    manager.revoke(&revoked.record().id).await.unwrap();
     assert_eq!(reason(revoked.expose_secret()).await, Some(InvalidKey::Revoked));
 
     let past = Utc::now() - Duration::from_secs(1);
-    let expired = manager.issue(NewKey::new(user.id.clone(), "k").expires_at(past)).await.unwrap();
+    let expired = NewKey::new(user.id.clone(), "k").expires_at(past);
+    let expired = from_the_past(&manager).issue(expired).await.unwrap();
     assert_eq!(reason(expired.expose_secret()).await, Some(InvalidKey::Expired));
 
     let mut inactive = user.clone();
     inactive.is_active = false;
-    assert!(store.update_user(&inactive).await.unwrap().is_some());
+    assert!(store.update_user(&inactive, &Attribution::default()).await.unwrap().is_some());
     assert_eq!(reason(good.expose_secret()).await, Some(InvalidKey::OwnerInactive));
-    assert!(store.update_user(&user).await.unwrap().is_some());
+    assert!(store.update_user(&user, &Attribution::default()).await.unwrap().is_some());
     assert_eq!(reason(good.expose_secret()).await, None);
 }
 
 async fn what_is_not_there_can_be_neither_revoked_nor_updated_nor_found(store: impl KeyRepository) {
     for id in [KeyId::from(4711), KeyId::from("text")] {
-        assert!(store.revoke_key(&id).await.unwrap().is_none());
-        assert_eq!(store.find_key(&id).await.unwrap(), None);
+        assert!(store.revoke_key(&id, &Attribution::default()).await.unwrap().is_none());
+        assert!(store.find_key(&id).await.unwrap().is_none());
         let record = KeyRecord::new(id, "prefix", User::new(1, ""));
-        assert!(store.update_key(&record, None).await.unwrap().is_none());
+        assert!(edit_key(&store, &record, None).await.unwrap().is_none());
     }
-    assert!(store.update_user(&User::new(4711, "a@b.c")).await.unwrap().is_none());
-    assert!(store.update_user(&User::new("text", "a@b.c")).await.unwrap().is_none());
+    assert!(
+        store
+            .update_user(&User::new(4711, "a@b.c"), &Attribution::default())
+            .await
+            .unwrap()
+            .is_none()
+    );
+    assert!(
+        store
+            .update_user(&User::new("text", "a@b.c"), &Attribution::default())
+            .await
+            .unwrap()
+            .is_none()
+    );
 }
 
 async fn what_contradicts_the_store_is_a_conflict(store: impl KeyRepository + Clone) {
     let kind = |error: StoreError| (error.kind(), error.is_transient());
     let conflict = (StoreErrorKind::Conflict, false);
-    let user = store.insert_user("ada@example.com", "admin").await.unwrap();
-    assert_eq!(kind(store.insert_user("ada@example.com", "user").await.unwrap_err()), conflict);
+    let user =
+        store.insert_user("ada@example.com", "admin", &Attribution::default()).await.unwrap();
+    assert_eq!(
+        kind(
+            store
+                .insert_user("ada@example.com", "user", &Attribution::default())
+                .await
+                .unwrap_err()
+        ),
+        conflict
+    );
 
     let key = |user: &User| {
         StoredKey::new(KeyRecord::new(0, "prefix", user.clone()), KeyHash::sha256("secret"))
     };
-    assert_eq!(kind(store.insert_key(&key(&User::new(4711, ""))).await.unwrap_err()), conflict);
-    assert_eq!(kind(store.insert_key(&key(&User::new("text", ""))).await.unwrap_err()), conflict);
-    store.insert_key(&key(&user)).await.unwrap();
-    assert_eq!(kind(store.insert_key(&key(&user)).await.unwrap_err()), conflict);
+    assert_eq!(
+        kind(
+            store
+                .insert_key(&key(&User::new(4711, "")), &Attribution::default())
+                .await
+                .unwrap_err()
+        ),
+        conflict
+    );
+    assert_eq!(
+        kind(
+            store
+                .insert_key(&key(&User::new("text", "")), &Attribution::default())
+                .await
+                .unwrap_err()
+        ),
+        conflict
+    );
+    store.insert_key(&key(&user), &Attribution::default()).await.unwrap();
+    assert_eq!(
+        kind(store.insert_key(&key(&user), &Attribution::default()).await.unwrap_err()),
+        conflict
+    );
 }
 
 async fn an_edit_changes_what_can_be_edited_and_nothing_else(store: impl KeyRepository + Clone) {
@@ -198,9 +249,9 @@ async fn an_edit_changes_what_can_be_edited_and_nothing_else(store: impl KeyRepo
     edited.user.email = "eve@example.com".into();
     edited.usage.requests = 99;
     edited.is_active = false;
-    assert!(store.update_key(&edited, None).await.unwrap().is_some());
+    assert!(edit_key(&store, &edited, None).await.unwrap().is_some());
 
-    let mut found = store.find_key(&edited.id).await.unwrap().unwrap();
+    let mut found = store.find_key(&edited.id).await.unwrap().unwrap().into_record();
     assert!(found.updated_at >= wanted.updated_at && found.revision > wanted.revision);
     (found.updated_at, found.revision) = (wanted.updated_at, wanted.revision);
     assert_eq!(found, wanted);
@@ -229,9 +280,9 @@ async fn keys_are_listed_in_pages_and_by_owner(store: impl KeyRepository + Clone
     assert_eq!(first, ["key 0", "key 1"]);
     page.after = last;
     assert_eq!(names(&page).await.0, ["key 2", "key 3"]);
-    page.owner = Some(ada);
+    page.filter.owner = Some(ada);
     assert_eq!(names(&page).await.0, ["key 2", "key 4"]);
-    page.owner = Some("text".into());
+    page.filter.owner = Some("text".into());
     assert_eq!(names(&page).await.0, [""; 0]);
 }
 
@@ -263,13 +314,13 @@ async fn metadata_of_every_type_comes_back_as_it_was_stored(store: impl KeyRepos
         let caller = authenticator.authenticate(issued.expose_secret()).await.unwrap();
         assert_eq!(caller.metadata(), value);
         // And by an edit.
-        let mut record = store.find_key(id).await.unwrap().unwrap();
+        let mut record = store.find_key(id).await.unwrap().unwrap().into_record();
         assert_eq!(&record.metadata, value);
         record.metadata = json!({ "another": 1 });
-        store.update_key(&record, None).await.unwrap().unwrap();
+        edit_key(&store, &record, None).await.unwrap().unwrap();
         record.metadata = value.clone();
-        store.update_key(&record, None).await.unwrap().unwrap();
-        assert_eq!(&store.find_key(id).await.unwrap().unwrap().metadata, value);
+        edit_key(&store, &record, None).await.unwrap().unwrap();
+        assert_eq!(&store.find_key(id).await.unwrap().unwrap().into_record().metadata, value);
     }
     let page = store.list_keys(&ListKeys::default()).await.unwrap();
     let listed: Vec<_> = page.keys.iter().map(|key| key.metadata.clone()).collect();
@@ -281,13 +332,16 @@ async fn an_edit_of_a_record_from_before_a_revocation_does_not_undo_it(
 ) {
     let user = some_user(store.clone()).await;
     let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
-    let mut found = store.find_key(&issued.record().id).await.unwrap().unwrap();
-    store.revoke_key(&found.id).await.unwrap().unwrap();
-    found.name = "another".into();
-    assert!(found.is_active);
-    store.update_key(&found, None).await.unwrap().unwrap();
-    let now = store.find_key(&found.id).await.unwrap().unwrap();
-    assert_eq!((now.name.as_str(), now.is_active), ("another", false));
+    let old = store.find_key(&issued.record().id).await.unwrap().unwrap();
+    let mut record = old.record().clone();
+    store.revoke_key(&record.id, &Attribution::default()).await.unwrap().unwrap();
+    record.name = "another".into();
+    assert!(record.is_active);
+    let new = old.clone().with_record(record);
+    let error = store.replace_key(&old, &new, &Attribution::default()).await.unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::Conflict);
+    let now = store.find_key(&issued.record().id).await.unwrap().unwrap().into_record();
+    assert_eq!((now.name.as_str(), now.is_active), ("k", false));
     let authenticator = asking(store).build();
     assert_eq!(fault(&authenticator, issued.expose_secret()).await, Some(InvalidKey::Revoked));
 }
@@ -297,30 +351,30 @@ async fn an_edit_that_requires_a_revision_is_a_conflict_after_another_change(
 ) {
     let user = some_user(store.clone()).await;
     let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
-    let mut found = store.find_key(&issued.record().id).await.unwrap().unwrap();
+    let mut found = store.find_key(&issued.record().id).await.unwrap().unwrap().into_record();
     assert_eq!(found.revision, issued.record().revision);
     found.name = "first".into();
     let Some(Change::Prefix(_, revision)) =
-        store.update_key(&found, Some(found.revision)).await.unwrap()
+        edit_key(&store, &found, Some(found.revision)).await.unwrap()
     else {
         panic!("the row has the revision")
     };
-    assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().revision, revision);
+    assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().into_record().revision, revision);
 
     found.name = "second".into();
-    let error = store.update_key(&found, Some(found.revision)).await.unwrap_err();
+    let error = edit_key(&store, &found, Some(found.revision)).await.unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Conflict);
     // A revocation counts as a change, and usage does not.
     let mut batch = UsageBatch::new("w", 1, SystemTime::now());
     batch.entries.push(KeyUsage::new(found.id.clone()));
     store.record_usage(&batch).await.unwrap();
-    assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().revision, revision);
-    store.revoke_key(&found.id).await.unwrap().unwrap();
-    let error = store.update_key(&found, Some(revision)).await.unwrap_err();
+    assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().into_record().revision, revision);
+    store.revoke_key(&found.id, &Attribution::default()).await.unwrap().unwrap();
+    let error = edit_key(&store, &found, Some(revision)).await.unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::Conflict);
-    assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().name, "first");
+    assert_eq!(store.find_key(&found.id).await.unwrap().unwrap().into_record().name, "first");
     let nobody = KeyRecord::new(4711, "", User::new(1, ""));
-    assert!(store.update_key(&nobody, Some(Revision(1))).await.unwrap().is_none());
+    assert!(edit_key(&store, &nobody, Some(Revision(1))).await.unwrap().is_none());
 }
 
 fn first_chars() -> KeySchemeBuilder {
@@ -330,12 +384,12 @@ fn first_chars() -> KeySchemeBuilder {
 async fn keys_that_share_a_prefix_are_each_tried_up_to_eight(store: impl KeyRepository + Clone) {
     let scheme = first_chars().build().unwrap();
     let authenticator = asking(store.clone()).scheme(scheme).build();
-    let user = store.insert_user("ada@example.com", "user").await.unwrap();
+    let user = store.insert_user("ada@example.com", "user", &Attribution::default()).await.unwrap();
     let add = async |n: usize| {
         let mut record = KeyRecord::new(0, "sk-proj-", user.clone());
         record.name = format!("key {n}");
         let hash = KeyHash::bcrypt(&format!("sk-proj-{n}"), 4).unwrap();
-        store.insert_key(&StoredKey::new(record, hash)).await.unwrap();
+        store.insert_key(&StoredKey::new(record, hash), &Attribution::default()).await.unwrap();
     };
     for n in 0..8 {
         add(n).await;
@@ -353,9 +407,15 @@ async fn keys_that_share_a_prefix_are_each_tried_up_to_eight(store: impl KeyRepo
 }
 
 async fn a_bcrypt_key_is_upgraded_and_never_costs_bcrypt_again(store: impl KeyRepository + Clone) {
-    let user = store.insert_user("ada@example.com", "user").await.unwrap();
+    let user = store.insert_user("ada@example.com", "user", &Attribution::default()).await.unwrap();
     let hash = KeyHash::bcrypt("old-key-of-mine", 4).unwrap();
-    store.insert_key(&StoredKey::new(KeyRecord::new(0, "old-key-", user), hash)).await.unwrap();
+    store
+        .insert_key(
+            &StoredKey::new(KeyRecord::new(0, "old-key-", user), hash),
+            &Attribution::default(),
+        )
+        .await
+        .unwrap();
     let clock = Arc::new(ManualClock::at(SystemTime::now()));
     // A scheme of its own each time, so that the limit of failed checks is fresh.
     let authenticator = |upgrade| {
@@ -429,12 +489,12 @@ async fn an_answer_has_the_revision_of_the_change_before_it(store: impl KeyRepos
 
     let mut record = issued.record().clone();
     record.name = "another".into();
-    let edited = of_key(store.update_key(&record, None).await.unwrap());
+    let edited = of_key(edit_key(&store, &record, None).await.unwrap());
     assert!(edited > first.key);
     assert_eq!(revisions().await, Revisions { key: edited, ..first });
 
     user.role = "user".into();
-    let owner = match store.update_user(&user).await.unwrap() {
+    let owner = match store.update_user(&user, &Attribution::default()).await.unwrap() {
         Some(Change::Owner(id, revision)) if id == user.id => revision,
         other => panic!("{other:?}"),
     };
@@ -442,9 +502,10 @@ async fn an_answer_has_the_revision_of_the_change_before_it(store: impl KeyRepos
     assert_eq!(revisions().await, Revisions { key: edited, owner });
 
     // Another key's change is none of this one's.
-    store.revoke_key(&other.record().id).await.unwrap().unwrap();
+    store.revoke_key(&other.record().id, &Attribution::default()).await.unwrap().unwrap();
     assert_eq!(revisions().await, Revisions { key: edited, owner });
-    let revoked = of_key(store.revoke_key(&issued.record().id).await.unwrap());
+    let revoked =
+        of_key(store.revoke_key(&issued.record().id, &Attribution::default()).await.unwrap());
     assert!(revoked > edited);
     assert_eq!(revisions().await, Revisions { key: revoked, owner });
 
@@ -457,7 +518,10 @@ async fn an_answer_has_the_revision_of_the_change_before_it(store: impl KeyRepos
     let before = store.resolve(&lookup).await.unwrap();
     assert!(before.record().is_none());
     let record = KeyRecord::new(0, lookup.id(), user);
-    store.insert_key(&StoredKey::new(record, KeyHash::sha256(&unknown))).await.unwrap();
+    store
+        .insert_key(&StoredKey::new(record, KeyHash::sha256(&unknown)), &Attribution::default())
+        .await
+        .unwrap();
     let after = store.resolve(&lookup).await.unwrap();
     assert!(after.record().is_some());
     assert!(after.revisions().key > before.revisions().key);
@@ -502,7 +566,7 @@ async fn an_arc_and_a_dyn_store_answer_like_the_store(
         assert!(changes.has_feed() && changes.is_complete());
         while !matches!(next(&mut changes).await, Change::Synced(_)) {}
         user.role.push('x');
-        let change = store.update_user(&user).await.unwrap().unwrap();
+        let change = store.update_user(&user, &Attribution::default()).await.unwrap().unwrap();
         loop {
             match next(&mut changes).await {
                 Change::Synced(_) | Change::Status(_) => {}
@@ -533,7 +597,8 @@ async fn changes_since_a_moment_are_all_those_after_it_however_late_somebody_lis
     let user = some_user(store.clone()).await;
     let issued = manager.issue(NewKey::new(user, "k")).await.unwrap();
     let mut changes = store.changes(SystemTime::now());
-    let revoked = store.revoke_key(&issued.record().id).await.unwrap().unwrap();
+    let revoked =
+        store.revoke_key(&issued.record().id, &Attribution::default()).await.unwrap().unwrap();
     let mut received = Vec::new();
     while !matches!(received.last(), Some(Change::Synced(_))) {
         received.push(next(&mut changes).await);
@@ -556,14 +621,14 @@ async fn an_authenticator_that_caches_receives_each_change(store: impl KeyReposi
 
     let mut inactive = user.clone();
     inactive.is_active = false;
-    store.update_user(&inactive).await.unwrap().unwrap();
+    store.update_user(&inactive, &Attribution::default()).await.unwrap().unwrap();
     becomes(key, Some(InvalidKey::OwnerInactive)).await;
-    store.update_user(&user).await.unwrap().unwrap();
+    store.update_user(&user, &Attribution::default()).await.unwrap().unwrap();
     becomes(key, None).await;
 
     let mut record = issued.record().clone();
     record.scopes = vec!["chat".into()];
-    store.update_key(&record, None).await.unwrap().unwrap();
+    edit_key(&store, &record, None).await.unwrap().unwrap();
     eventually("the new scope", async || {
         authenticator.authenticate(key).await.unwrap().has_scope("chat")
     })
@@ -574,7 +639,10 @@ async fn an_authenticator_that_caches_receives_each_change(store: impl KeyReposi
     assert_eq!(fault(&authenticator, &early).await, Some(InvalidKey::Unknown));
     let lookup = question(&early).await;
     let record = KeyRecord::new(0, lookup.id(), user.clone());
-    store.insert_key(&StoredKey::new(record, KeyHash::sha256(&early))).await.unwrap();
+    store
+        .insert_key(&StoredKey::new(record, KeyHash::sha256(&early)), &Attribution::default())
+        .await
+        .unwrap();
     becomes(&early, None).await;
 
     manager.revoke(&issued.record().id).await.unwrap();

@@ -13,7 +13,7 @@ use tower_api_key::{
     clock::{Clock, ManualClock},
     denial::InvalidKey,
     key::{KeyFormat, KeyHash},
-    store::{Change, KeyRepository, KeyStore},
+    store::{Attribution, Change, KeyRepository, KeyStore},
 };
 
 use crate::support::feed::{FeedRecorder, in_sync, within};
@@ -51,7 +51,7 @@ fn shell(file: &Path) -> SqliteConnection {
 impl Database {
     async fn key(&self) -> Key {
         let manager = KeyManager::new(self.store.clone());
-        let email = format!("{:?}@example.com", std::time::Instant::now());
+        let email = format!("{:?}@example.com", std::time::Instant::now()).replace(' ', "");
         let owner = manager.create_user(&email, "user").await.unwrap().id;
         let issued = manager.issue(NewKey::new(owner.clone(), "k").scopes(["read"])).await.unwrap();
         Key {
@@ -99,7 +99,8 @@ async fn whatever_another_process_changes_reaches_a_node_that_has_it_in_its_cach
         // Without foreign keys, as in the shell.
         ("DELETE FROM users WHERE id = $OWNER", InvalidKey::Unknown),
         (
-            "PRAGMA foreign_keys = ON; DELETE FROM users WHERE id = $OWNER; PRAGMA foreign_keys = OFF",
+            "PRAGMA foreign_keys = ON; DELETE FROM api_keys WHERE user_id = $OWNER;
+                DELETE FROM users WHERE id = $OWNER; PRAGMA foreign_keys = OFF",
             InvalidKey::Unknown,
         ),
         (
@@ -165,7 +166,7 @@ async fn another_store_at_the_same_file_and_this_one_are_received_too() {
         for node in &nodes {
             has_cached(node, &key).await;
         }
-        store.revoke_key(&key.id.into()).await.unwrap();
+        store.revoke_key(&key.id.into(), &Attribution::default()).await.unwrap();
         for node in &nodes {
             within(NOTIFIED_WITHIN, "the revoke", async || denial_of(node, &key).await.is_some())
                 .await;
@@ -198,6 +199,8 @@ async fn usage_and_columns_of_others_say_nothing_and_every_column_of_a_decision_
         "UPDATE api_keys SET total_requests = total_requests + 1, total_tokens = 5, total_cost = 1.5",
         "UPDATE api_keys SET last_used_at = '2026-01-01 00:00:00', updated_at = '2026-01-01 00:00:00'",
         "UPDATE api_keys SET fast_hash = 'x', fast_hash_of = key_hash",
+        "UPDATE api_keys SET previous_fast_hash = 'x', previous_fast_hash_of = 'y'",
+        "UPDATE api_keys SET previous_last_used_at = '2026-01-01 00:00:00'",
         "UPDATE api_keys SET department = 'research'; UPDATE users SET phone = '1'",
         "UPDATE api_keys SET name = name, is_active = is_active, scopes = scopes, key_hash = key_hash",
         "UPDATE users SET email = email, role = role, is_active = is_active",
@@ -223,6 +226,15 @@ async fn usage_and_columns_of_others_say_nothing_and_every_column_of_a_decision_
         "budget_limit_cents = 1",
         "budget_type = 'daily'",
         "expires_at = '2026-01-01'",
+        "not_before = '2026-01-01'",
+        "description = 'x'",
+        "created_by = 'x'",
+        "created_by_key = 1",
+        "revoked_at = '2026-01-01'",
+        "revoked_by = 'x'",
+        "revoke_reason = 'x'",
+        "previous_key_hash = 'x'",
+        "previous_expires_at = '2026-01-01'",
         "metadata = '{}'",
         "user_id = 77",
         "id = id + 1000",
@@ -234,10 +246,32 @@ async fn usage_and_columns_of_others_say_nothing_and_every_column_of_a_decision_
         db.run(&format!("UPDATE users SET {column} WHERE id = {}", key.owner));
         assert_eq!(recorder.take().await, [format!("owner {}", key.owner)], "{column}");
     }
-    db.run("UPDATE api_keys SET key_prefix = 'moved'");
-    let mut both = [prefix, "prefix moved".to_owned()];
-    both.sort();
-    assert_eq!(recorder.take().await, both);
+    // Each lookup id that the row has before or after: once, although it is the id of both secrets.
+    let same = format!("UPDATE api_keys SET previous_key_prefix = '{}'", key.prefix);
+    db.run(&same);
+    assert_eq!(recorder.take().await, std::slice::from_ref(&prefix));
+    for (change, ids) in [
+        ("key_prefix = 'moved'", vec![&*key.prefix, "moved"]),
+        ("previous_key_prefix = 'before'", vec![&*key.prefix, "before", "moved"]),
+        ("name = 'y'", vec!["before", "moved"]),
+        ("previous_key_prefix = NULL", vec!["before", "moved"]),
+        ("key_prefix = x'ff00'", vec!["FF00", "moved"]),
+    ] {
+        db.run(&format!("UPDATE api_keys SET {change}"));
+        let mut expected: Vec<_> = ids.iter().map(|id| format!("prefix {id}")).collect();
+        expected.sort();
+        assert_eq!(recorder.take().await, expected, "{change}");
+    }
+    db.run("UPDATE api_keys SET key_prefix = 'a', previous_key_prefix = 'b'");
+    recorder.take().await;
+    for gone in [
+        "REPLACE INTO api_keys (id, user_id, key_prefix, key_hash, previous_key_prefix)
+            SELECT id, user_id, key_prefix, key_hash, previous_key_prefix FROM api_keys",
+        "DELETE FROM api_keys",
+    ] {
+        db.run(gone);
+        assert_eq!(recorder.take().await, ["prefix a", "prefix b"], "{gone}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -247,7 +281,8 @@ async fn the_id_of_a_user_who_was_deleted_is_not_given_again() {
     let node = Authenticator::new(db.store.clone());
     has_cached(&node, &key).await;
     db.run(&format!(
-        "PRAGMA foreign_keys = ON; DELETE FROM users WHERE id = {}; PRAGMA foreign_keys = OFF",
+        "PRAGMA foreign_keys = ON; DELETE FROM api_keys; DELETE FROM users WHERE id = {};
+        PRAGMA foreign_keys = OFF",
         key.owner
     ));
     within(NOTIFIED_WITHIN, "the end", async || denial_of(&node, &key).await.is_some()).await;
@@ -322,25 +357,25 @@ async fn the_feed_is_in_sync_as_of_the_clock_of_the_store() {
 
     // A node that starts reads the changes of the last two hours.
     let mut changes = store.changes(clock.now() - 2 * hour);
-    let mut heard = Vec::new();
+    let mut recorder = Vec::new();
     let mut until_synced = async || loop {
         match changes.next().await.unwrap() {
-            Change::Synced(as_of) => return (as_of, std::mem::take(&mut heard)),
-            Change::Prefix(prefix, _) => heard.push(prefix),
+            Change::Synced(as_of) => return (as_of, std::mem::take(&mut recorder)),
+            Change::Prefix(prefix, _) => recorder.push(prefix),
             _ => {}
         }
     };
     let prefix = &issued.record().prefix;
-    let (as_of, heard) = until_synced().await;
-    assert_eq!((as_of, heard.last()), (clock.now(), Some(prefix)));
+    let (as_of, recorder) = until_synced().await;
+    assert_eq!((as_of, recorder.last()), (clock.now(), Some(prefix)));
     clock.advance(hour);
     manager.revoke(&issued.record().id).await.unwrap();
-    let (as_of, heard) = until_synced().await;
-    assert_eq!((as_of, heard), (clock.now(), vec![prefix.clone()]));
+    let (as_of, recorder) = until_synced().await;
+    assert_eq!((as_of, recorder), (clock.now(), vec![prefix.clone()]));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn more_changes_at_once_than_can_be_told_are_a_reset() {
+async fn more_changes_at_once_than_can_be_reported_are_a_reset() {
     let mut db = database().await;
     let key = db.key().await;
     let node = Authenticator::new(db.store.clone());

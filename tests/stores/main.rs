@@ -5,6 +5,7 @@ mod bad_rows;
 mod every_store;
 mod feed_sqlite;
 mod hand_written_changes;
+mod management_sqlite;
 mod sqlite;
 mod store_errors;
 #[path = "../support/mod.rs"]

@@ -175,6 +175,10 @@ async fn migrating_makes_whatever_is_missing_anew() {
         "api_key_usage",
         "api_key_leases",
         "api_key_deleted_users",
+        "api_key_audit",
+        "api_key_attribution",
+        "api_key_replaced",
+        "api_key_owners",
     ] {
         other.run(&format!("DROP TABLE {table}"));
         store.migrate().await.unwrap();

@@ -77,7 +77,7 @@ pub async fn number(client: &Client, sql: &str) -> i64 {
 /// A key of a user of its own.
 pub async fn key_in(store: &PostgresStore) -> Key {
     let manager = KeyManager::new(store.clone());
-    let email = format!("{:?}@example.com", Instant::now());
+    let email = format!("{:?}@example.com", Instant::now()).replace(' ', "");
     let owner = manager.create_user(&email, "user").await.unwrap().id;
     let issued = manager.issue(NewKey::new(owner.clone(), "k").scopes(["read"])).await.unwrap();
     Key {

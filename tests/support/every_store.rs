@@ -40,7 +40,8 @@ macro_rules! on_every_store {
                     let url = server.database_url(database);
                     let store = ::tower_api_key::PostgresStore::new(&url).unwrap();
                     store.migrate().await.unwrap();
-                    super::$behaviour(store).await;
+                    // Boxed: together, the futures would overflow the stack.
+                    Box::pin(super::$behaviour(store)).await;
                 })*
             }
         }

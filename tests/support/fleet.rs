@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use chrono::{DateTime, NaiveDate, Utc};
 use futures_util::StreamExt;
 use tower_api_key::{
     Authenticator, Denial, KeyManager, MemoryStore, NewKey, RedisCache, SqliteStore, StoreError,
@@ -16,11 +17,12 @@ use tower_api_key::{
     clock::{Clock, ManualClock},
     denial::InvalidKey,
     management::IssuedKey,
-    record::{KeyId, KeyRecord, Revision, User, UserId},
+    record::{KeyId, KeyRecord, User, UserId},
     redis::{RedisServers, RedisState},
     store::{
-        Answer, CacheSecret, Change, ChangeStream, KeyPage, KeyRepository, KeyStore, ListKeys,
-        Lookup, StoredKey,
+        Answer, Attribution, AuditPage, CacheSecret, Change, ChangeStream, DailyUsage, Inserted,
+        KeyFilter, KeyPage, KeyRepository, KeyStore, ListAudit, ListKeys, ListUsers, Lookup,
+        StoredKey, UserPage,
     },
 };
 
@@ -123,7 +125,7 @@ impl<S: KeyRepository + Clone> Keys<S> {
     }
 
     pub async fn revoke(&self) {
-        assert!(self.manager.revoke(&self.record.id).await.unwrap());
+        self.manager.revoke(&self.record.id).await.unwrap();
     }
 
     /// Where the key's data lie.
@@ -259,19 +261,56 @@ impl<S: KeyStore> KeyStore for Counting<S> {
 }
 
 impl<S: KeyRepository> KeyRepository for Counting<S> {
-    async fn insert_user(&self, email: &str, role: &str) -> Result<User, StoreError> {
-        self.store.insert_user(email, role).await
+    async fn insert_user(
+        &self,
+        email: &str,
+        role: &str,
+        by: &Attribution,
+    ) -> Result<User, StoreError> {
+        self.store.insert_user(email, role, by).await
     }
 
-    async fn update_user(&self, user: &User) -> Result<Option<Change>, StoreError> {
-        self.store.update_user(user).await
+    async fn find_user(&self, id: &UserId) -> Result<Option<User>, StoreError> {
+        self.store.find_user(id).await
     }
 
-    async fn insert_key(&self, key: &StoredKey) -> Result<KeyRecord, StoreError> {
-        self.store.insert_key(key).await
+    async fn find_user_by_email(&self, email: &str) -> Result<Option<User>, StoreError> {
+        self.store.find_user_by_email(email).await
     }
 
-    async fn find_key(&self, id: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
+    async fn list_users(&self, page: &ListUsers) -> Result<UserPage, StoreError> {
+        self.store.list_users(page).await
+    }
+
+    async fn update_user(
+        &self,
+        user: &User,
+        by: &Attribution,
+    ) -> Result<Option<Change>, StoreError> {
+        self.store.update_user(user, by).await
+    }
+
+    async fn delete_user(
+        &self,
+        id: &UserId,
+        by: &Attribution,
+    ) -> Result<Option<Change>, StoreError> {
+        self.store.delete_user(id, by).await
+    }
+
+    async fn insert_key(&self, key: &StoredKey, by: &Attribution) -> Result<KeyRecord, StoreError> {
+        self.store.insert_key(key, by).await
+    }
+
+    async fn insert_keys(
+        &self,
+        keys: &[StoredKey],
+        by: &Attribution,
+    ) -> Result<Vec<Inserted>, StoreError> {
+        self.store.insert_keys(keys, by).await
+    }
+
+    async fn find_key(&self, id: &KeyId) -> Result<Option<StoredKey>, StoreError> {
         self.store.find_key(id).await
     }
 
@@ -279,16 +318,46 @@ impl<S: KeyRepository> KeyRepository for Counting<S> {
         self.store.list_keys(page).await
     }
 
-    async fn update_key(
+    async fn replace_key(
         &self,
-        record: &KeyRecord,
-        expected: Option<Revision>,
-    ) -> Result<Option<Change>, StoreError> {
-        self.store.update_key(record, expected).await
+        old: &StoredKey,
+        new: &StoredKey,
+        by: &Attribution,
+    ) -> Result<Option<KeyRecord>, StoreError> {
+        self.store.replace_key(old, new, by).await
     }
 
-    async fn revoke_key(&self, id: &KeyId) -> Result<Option<Change>, StoreError> {
-        self.store.revoke_key(id).await
+    async fn revoke_key(&self, id: &KeyId, by: &Attribution) -> Result<Option<Change>, StoreError> {
+        self.store.revoke_key(id, by).await
+    }
+
+    async fn revoke_keys(
+        &self,
+        filter: &KeyFilter,
+        by: &Attribution,
+    ) -> Result<Vec<(KeyId, Change)>, StoreError> {
+        self.store.revoke_keys(filter, by).await
+    }
+
+    async fn delete_key(&self, id: &KeyId, by: &Attribution) -> Result<Option<Change>, StoreError> {
+        self.store.delete_key(id, by).await
+    }
+
+    async fn list_usage(
+        &self,
+        key: &KeyId,
+        from: NaiveDate,
+        to: NaiveDate,
+    ) -> Result<Vec<DailyUsage>, StoreError> {
+        self.store.list_usage(key, from, to).await
+    }
+
+    async fn list_audit(&self, page: &ListAudit) -> Result<AuditPage, StoreError> {
+        self.store.list_audit(page).await
+    }
+
+    async fn prune_audit(&self, before: DateTime<Utc>) -> Result<u64, StoreError> {
+        self.store.prune_audit(before).await
     }
 }
 
@@ -503,7 +572,7 @@ pub async fn nodes_notify_each_other(redis: &impl Shared) {
         node.until_hit(&keys.key).await;
     }
     let manager = KeyManager::new(a.cache.clone());
-    assert!(manager.revoke(&keys.record.id).await.unwrap());
+    manager.revoke(&keys.record.id).await.unwrap();
     let asked = Instant::now();
     for node in [&a, &b] {
         node.until_denied(&keys.key, InvalidKey::Revoked).await;

@@ -5,7 +5,7 @@ use tower_api_key::{
     denial::{InvalidKey, MalformedCredential},
     key::{KeyFormat, KeySchemeBuilder},
     record::{KeyRecord, User, UserId},
-    store::{KeyRepository, StoredKey},
+    store::{Attribution, KeyRepository, StoredKey},
 };
 
 use super::{counted::Counted, some_user};
@@ -60,7 +60,7 @@ impl KeyChecker {
     pub async fn store(&self, prefix: &str, hash: &str) {
         let record = KeyRecord::new(0, prefix, User::new(self.user.clone(), ""));
         let key = StoredKey::new(record, hash.parse().unwrap());
-        self.keys.insert_key(&key).await.unwrap();
+        self.keys.insert_key(&key, &Attribution::default()).await.unwrap();
     }
 
     /// Tries a key. Returns the outcome and the number of look-ups in the store for it.

@@ -20,7 +20,7 @@ pub mod servers;
 pub mod stores;
 pub mod wire;
 
-use std::convert::Infallible;
+use std::{convert::Infallible, sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use http::{Request, Response};
@@ -28,11 +28,39 @@ use http_body_util::{BodyExt, Full};
 use tower::{Service, ServiceExt, service_fn};
 use tower_api_key::{
     ApiKeyAuthLayer, AuthContext, KeyManager, KeyScheme, MemoryStore, NewKey,
+    clock::ManualClock,
+    error::StoreError,
     key::{KeyFormat, KeyHash, KeySchemeBuilder},
     management::IssuedKey,
-    record::{KeyRecord, UserId},
-    store::{KeyRepository, StoredKey},
+    record::{KeyRecord, Revision, Revisions, UserId},
+    store::{Attribution, Change, KeyRepository, StoredKey},
 };
+
+/// The manager, with a clock that reads 1970: it issues keys that have expired.
+pub fn from_the_past<R: KeyRepository + Clone>(manager: &KeyManager<R>) -> KeyManager<R> {
+    manager.clone().clock(Arc::new(ManualClock::at(SystemTime::UNIX_EPOCH)))
+}
+
+/// Sets the editable fields of a key, if the row has the expected revision.
+pub async fn edit_key(
+    store: &impl KeyRepository,
+    record: &KeyRecord,
+    expected: Option<Revision>,
+) -> Result<Option<Change>, StoreError> {
+    let Some(old) = store.find_key(&record.id).await? else { return Ok(None) };
+    let (kept, mut record) = (old.record(), record.clone());
+    record.user.clone_from(&kept.user);
+    record.prefix.clone_from(&kept.prefix);
+    record.is_active = kept.is_active;
+    record.last_used_at = kept.last_used_at;
+    let old = match expected {
+        Some(key) => old.clone().with_revisions(Revisions { key, ..old.revisions() }),
+        None => old,
+    };
+    let new = old.clone().with_record(record);
+    let replaced = store.replace_key(&old, &new, &Attribution::default()).await?;
+    Ok(replaced.map(|it| Change::Prefix(it.prefix, it.revision)))
+}
 
 /// A store with a user and one key of theirs that may do everything.
 pub struct Fixture {
@@ -52,7 +80,8 @@ pub async fn fixture() -> Fixture {
 
 impl Fixture {
     pub async fn issue(&self, change: impl FnOnce(NewKey) -> NewKey) -> IssuedKey {
-        self.manager.issue(change(NewKey::new(self.user.clone(), "another"))).await.unwrap()
+        let manager = from_the_past(&self.manager);
+        manager.issue(change(NewKey::new(self.user.clone(), "another"))).await.unwrap()
     }
 
     pub fn layer(&self) -> ApiKeyAuthLayer {
@@ -68,11 +97,11 @@ pub async fn some_user(repository: impl KeyRepository) -> UserId {
 /// Keys `PREFIX-of-mine`, one for each prefix of 8 characters, in a store of their own.
 pub async fn store_of(prefixes: impl IntoIterator<Item = String>, cost: u32) -> MemoryStore {
     let store = MemoryStore::new();
-    let user = store.insert_user("ada@example.com", "user").await.unwrap();
+    let user = store.insert_user("ada@example.com", "user", &Attribution::default()).await.unwrap();
     for prefix in prefixes {
         let hash = KeyHash::bcrypt(&format!("{prefix}-of-mine"), cost).unwrap();
         let record = KeyRecord::new(0, prefix, user.clone());
-        store.insert_key(&StoredKey::new(record, hash)).await.unwrap();
+        store.insert_key(&StoredKey::new(record, hash), &Attribution::default()).await.unwrap();
     }
     store
 }
