@@ -1,5 +1,6 @@
 //! Code that the two SQL stores share.
 
+mod column;
 pub(super) mod columns;
 pub(super) mod fault;
 pub(super) mod filter;
