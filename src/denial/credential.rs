@@ -47,6 +47,8 @@ impl fmt::Display for MalformedCredential {
     }
 }
 
+impl std::error::Error for MalformedCredential {}
+
 /// Reason for which a well-formed credential is not a key of an accepted format: 401 `invalid_token`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -71,3 +73,5 @@ impl fmt::Display for UnrecognizedKey {
         })
     }
 }
+
+impl std::error::Error for UnrecognizedKey {}
