@@ -41,11 +41,11 @@ pub struct AuthContext(Arc<ContextInner>);
 struct ContextInner {
     /// Whether the key has rules for addresses or endpoints.
     is_restricted: bool,
+    /// The secret that was presented.
+    secret: Secret,
     /// `None` for a context that was not created by an authenticator.
     provenance: Option<Provenance>,
     record: KeyRecord,
-    /// The secret that was presented.
-    secret: Secret,
     /// Used for a recheck. Last, because a hit does not read it. `None` if `provenance` is `None`.
     verified: Option<Verified>,
 }
