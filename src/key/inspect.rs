@@ -62,7 +62,7 @@ pub(super) struct StructuredText<'a> {
 
 impl KeyScheme {
     /// Reads what a key shows without a store: format, brand, environment, lookup id, and the check with the mint secret
-    /// that it was made under. It does not tell whether the key exists.
+    /// that it was made under. It does not show whether the key exists.
     ///
     /// ```
     /// use tower_api_key::{KeyScheme, key::KeyCheck};

@@ -147,7 +147,7 @@ fn validity_rules(key: &KeyRecord, at: DateTime<Utc>) -> Vec<RuleOutcome> {
     ]
 }
 
-/// Tells whether the previous secret of a rotated key is accepted. It denies nothing, because the request may have either
+/// Returns whether the previous secret of a rotated key is accepted. It denies nothing, because the request may have either
 /// secret.
 fn previous_secret_rule(key: &KeyRecord, at: DateTime<Utc>) -> Option<RuleOutcome> {
     let grace = key.grace.as_ref()?;

@@ -85,7 +85,7 @@ impl<R: KeyRepository> KeyManager<R> {
 
     /// Returns a manager that acts for an authenticated caller. It sees only the caller's own keys, and no key that it
     /// issues, changes, rotates, imports or reactivates grants more than the caller's key does (its ceiling). A key of
-    /// somebody else does not exist for it. Callers with the [admin role](Self::admin_role) manage the users, and the keys
+    /// another user does not exist for it. Callers with the [admin role](Self::admin_role) manage the users, and the keys
     /// of all users, within the same ceiling.
     ///
     /// A key that grants more than the caller's key can't be changed or rotated, not even in a field that grants nothing,

@@ -50,7 +50,7 @@
 //! ```
 //!
 //! Both secrets are the same key: limits, budget and usage count together.
-//! [`AuthContext::secret`](crate::AuthContext::secret) tells them apart, and
+//! [`AuthContext::secret`](crate::AuthContext::secret) distinguishes them, and
 //! [`GracePeriod::last_used_at`](crate::record::GracePeriod::last_used_at) shows whether the previous one is still in use. A
 //! node logs a warning once a day for each key whose previous secret is in use. The grace period ends by the clock of each
 //! node, without an event, also on a node that is cut off: a node whose clock is behind by *s* accepts the secret *s* longer.

@@ -32,7 +32,7 @@ pub(crate) enum Database {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Missing {
     Create,
-    /// An empty database in memory stands for the missing one.
+    /// An empty database in memory is used in place of the missing one.
     InMemory,
     Fail,
 }

@@ -31,7 +31,7 @@ pub(crate) const EXIT_CODES: [(u8, &str); 7] = [
     (6, "the database or Redis is unavailable"),
 ];
 
-/// The reason why a command did not succeed: one sentence that says what to do.
+/// The reason why a command did not succeed: one sentence, with what to do.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) exit: Exit,

@@ -106,7 +106,7 @@ pub(crate) enum Command {
     Key(KeyCommand),
     /// Lists the changes of users and keys, the latest first
     Audit(AuditArgs),
-    /// Checks the database, Redis and the change feed, and says what to do
+    /// Checks the database, Redis and the change feed, and prints what to do
     Doctor(DoctorArgs),
     /// Shows why a request with a key is allowed or denied, rule by rule
     Explain(ExplainArgs),

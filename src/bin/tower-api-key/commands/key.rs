@@ -172,7 +172,7 @@ impl<R: KeyRepository + Clone> Session<R> {
         }
         let days = self.manager.usage(&args.id.into(), from, to).await?;
         if days.is_empty() {
-            // Tells a key without usage from one that does not exist. A deleted key may have usage.
+            // Distinguishes a key without usage from one that does not exist. A deleted key may have usage.
             self.manager.find(&args.id.into()).await?;
         }
         let mut list = self.output.list()?;

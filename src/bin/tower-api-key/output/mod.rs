@@ -27,7 +27,7 @@ pub(crate) fn count(number: u64, noun: &str) -> String {
 
 /// Prints a line for people on standard error, where it is not in the way of the output.
 pub(crate) fn note(text: fmt::Arguments<'_>) {
-    // Nobody reads it if standard error is closed.
+    // It is not read if standard error is closed.
     let _ = writeln!(io::stderr(), "{text}");
 }
 
@@ -91,7 +91,7 @@ impl Output {
                 self.value(&record.id.to_string(), &value)
             }
         };
-        // Nobody else has the secret.
+        // There is no other copy of the secret.
         printed.map_err(|failure| {
             Failure::failed(format!(
                 "{what}, but the secret could not be printed ({failure}): rotate the key with --grace 0"

@@ -153,7 +153,7 @@ impl Fields {
             Some(Value::String(text)) => {
                 let entries = text.split([';', ',']).map(str::trim).filter(|it| !it.is_empty());
                 let entries: Vec<_> = entries.map(str::to_owned).collect();
-                // An empty list may mean that everything is allowed, which separators alone don't say.
+                // An empty list may mean that everything is allowed, which separators alone do not express.
                 return if entries.is_empty() { Err(wrong()) } else { Ok(entries) };
             }
             Some(value) => value,
