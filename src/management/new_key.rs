@@ -10,6 +10,7 @@ use crate::{
     record::{
         AllowedNetwork, Budget, EndpointRule, GracePeriod, KeyRecord, RateLimits, User, UserId,
     },
+    store::import_lane,
 };
 
 /// Settings of a new key. Settings that are not set allow everything.
@@ -167,6 +168,16 @@ impl ImportedKey {
         let mut record = key.record;
         record.prefix = lookup_id.into();
         Self { record, hash }
+    }
+
+    /// Returns the lane of the key, below `lanes`, which is at most 16: a hash of the lookup id.
+    ///
+    /// Imports of keys with the same lookup id wait for each other. To import a large file in concurrent calls of
+    /// [`KeyManager::import`], divide its keys by lane.
+    ///
+    /// [`KeyManager::import`]: crate::KeyManager::import
+    pub fn lane(&self, lanes: usize) -> usize {
+        usize::from(import_lane(&self.record.prefix)) % lanes.max(1)
     }
 
     /// Sets that the key is imported as revoked.

@@ -75,7 +75,7 @@ pub(crate) use self::{
     waiting::Waiting,
 };
 #[cfg(feature = "_sql")]
-pub(crate) use self::{lookup::MAX_CANDIDATES, waiting::Left};
+pub(crate) use self::{lookup::MAX_CANDIDATES, repository::import_lane, waiting::Left};
 use crate::error::StoreError;
 
 /// Message of the conflict if an update requires a revision that the row no longer has.

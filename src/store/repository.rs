@@ -271,6 +271,15 @@ pub enum Inserted {
     NoUser,
 }
 
+/// Returns the lane of a lookup id, below 16: a hash. Insertions of keys of one lane wait for each other.
+pub(crate) fn import_lane(lookup_id: &str) -> u8 {
+    // FNV-1a. Nodes of different versions compute the same one.
+    let hash = lookup_id
+        .bytes()
+        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    ((hash >> 24) & 0xf) as u8
+}
+
 impl<S: KeyRepository> KeyRepository for Arc<S> {
     async fn insert_user(
         &self,

@@ -124,7 +124,7 @@ fn files_that_can_not_be_imported_are_reported() {
 #[tokio::test]
 async fn an_interrupted_import_is_complete_after_a_repetition() {
     let program = Program::with_user();
-    let rows = 12_000;
+    let rows = 40_000;
     let file = program.file("keys.csv", &csv(0..rows));
     let words = ["key", "import", file.to_str().unwrap(), "-o", "json"];
     let mut process = program.start(&words);

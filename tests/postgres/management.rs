@@ -96,6 +96,90 @@ async fn a_hand_written_statement_leaves_one_entry_for_each_changed_key_with_the
 }
 
 #[tokio::test]
+async fn each_inserted_row_is_recorded_once_whatever_the_statement() {
+    let db = database().await;
+    let owner = db.key().await.owner;
+    let rows = |from: i64, to: i64| {
+        format!(
+            "INSERT INTO api_keys (id, user_id, key_prefix, key_hash)
+            SELECT n, {owner}, 'p' || n, 'x' FROM generate_series({from}, {to}) AS n"
+        )
+    };
+    let one_by_one = format!(
+        "DO $$ BEGIN FOR n IN 101..300 LOOP
+            INSERT INTO api_keys (id, user_id, key_prefix, key_hash) VALUES (n, {owner}, 'p' || n, 'x');
+        END LOOP; END $$"
+    );
+    let json =
+        "ALTER TABLE api_keys ALTER metadata TYPE json USING metadata::text::json".to_owned();
+    let transactions = "SELECT txid_snapshot_xmax(txid_current_snapshot())";
+    for (statement, added, updated) in [
+        (rows(11, 13), 3, 0),
+        (rows(1, 0), 0, 0),
+        (format!("{} ON CONFLICT (id) DO UPDATE SET name = 'again'", rows(12, 15)), 2, 2),
+        (format!("{} ON CONFLICT (id) DO NOTHING", rows(14, 16)), 1, 0),
+        (
+            format!(
+                "SET session_replication_role = replica; {}; RESET session_replication_role",
+                rows(21, 22)
+            ),
+            2,
+            0,
+        ),
+        (one_by_one, 200, 0),
+        (rows(1_001, 1_001 + 10_000), 10_001, 0),
+        (format!("ALTER TABLE api_keys DROP COLUMN description; {}", rows(31, 32)), 2, 0),
+        (format!("{json}; {}; UPDATE api_keys SET name = 'x' WHERE id = 11", rows(33, 34)), 2, 1),
+        (
+            format!(
+                r#"INSERT INTO api_keys (id, user_id, key_prefix, key_hash, metadata)
+                VALUES (41, {owner}, 'p41', 'x', '"\u0000"'), (42, {owner}, 'p42', 'x', '{{}}')"#
+            ),
+            2,
+            0,
+        ),
+    ] {
+        forget(&db).await;
+        db.run("DELETE FROM api_key_changes").await;
+        let before = db.number(transactions).await;
+        db.run(&statement).await;
+        let spent = db.number(transactions).await - before;
+        let entries =
+            |action: &str| format!("SELECT count(*) FROM api_key_audit WHERE action = '{action}'");
+        let recorded = [
+            db.number(&entries("issue")).await,
+            db.number(&entries("update")).await,
+            db.number("SELECT count(DISTINCT api_key_id) FROM api_key_audit").await,
+            db.number("SELECT count(*) FROM api_key_changes WHERE key_prefix = 'p' || api_key_id")
+                .await,
+        ];
+        assert_eq!(recorded, [added, updated, added + updated, added + updated], "{statement}");
+        let wrong = "SELECT count(*) FROM api_key_changes c JOIN api_keys k ON k.id = c.api_key_id
+            WHERE c.revision <> k.api_key_revision OR c.key_prefix <> k.key_prefix";
+        assert_eq!(db.number(wrong).await, 0, "{statement}");
+        // A handler of errors around a write would take a transaction id for each statement.
+        assert!(spent < 50, "{statement}: {spent} transactions");
+    }
+    // The row whose JSON can't be converted has an entry without values.
+    let values = "SELECT count(*) FROM api_key_audit WHERE api_key_id = 41 AND after IS NULL";
+    assert_eq!(db.number(values).await, 1);
+    let values = "SELECT count(*) FROM api_key_audit
+        WHERE after ->> 'key_prefix' = 'p42' AND (after -> 'user_id')::bigint = user_id";
+    assert_eq!(db.number(values).await, 1);
+    // Both lookup ids of a row.
+    db.run("DELETE FROM api_key_changes").await;
+    db.run(&format!(
+        "INSERT INTO api_keys (id, user_id, key_prefix, key_hash, previous_key_prefix)
+        VALUES (51, {owner}, 'p51', 'x', 'old51'), (52, {owner}, 'p52', 'x', 'p52')"
+    ))
+    .await;
+    let recorded =
+        "SELECT count(*) FROM api_key_changes WHERE key_prefix IN ('p51', 'old51', 'p52')";
+    assert_eq!(db.number(recorded).await, 3);
+    assert_eq!(db.number("SELECT count(*) FROM api_key_changes").await, 3);
+}
+
+#[tokio::test]
 async fn a_role_without_rights_on_the_audit_changes_keys_and_cannot_write_entries() {
     let db = database().await;
     let key = db.key().await;

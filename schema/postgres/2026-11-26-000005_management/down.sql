@@ -1,7 +1,8 @@
 -- The functions and triggers of this version refer to the audit. The comment holds their version: without it, migrate()
 -- of an earlier version makes its own.
 DROP FUNCTION IF EXISTS
-    api_key_next_revision, api_key_revise_key, api_key_revise_user, api_key_note_key, api_key_note_user, api_key_note_all, api_key_notify,
+    api_key_next_revision, api_key_revise_key, api_key_revise_user, api_key_note_key, api_key_note_row, api_key_note_added,
+    api_key_note_user, api_key_note_all, api_key_notify,
     api_key_skip_foreign, api_key_cluster, api_key_horizon, api_key_prune, api_key_renumber, api_key_write_audit, api_key_audited,
     api_key_audit_user CASCADE;
 COMMENT ON TABLE api_key_changes IS NULL;

@@ -1,24 +1,24 @@
 //! Changes of many keys in one transaction.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::{
     PostgresStore,
     audit::{self, BY},
-    repository::{REVOKE, inserted_columns, key_rows, revocation, values, without_nulls},
+    repository::{REVOKE, inserted_columns, key_rows, revocation, values},
     select::{FILTER, KEY_TABLES, SELECT_KEY},
 };
 use crate::{
     backend::sql::{
-        row,
+        row::EncodedKey,
         statement::{Bind, KeyRow, Statement, TextRow},
     },
     error::StoreError,
     record::{KeyId, Revision},
     runtime::within,
-    store::{Attribution, Change, Inserted, KeyFilter, StoredKey},
+    store::{Attribution, Change, Inserted, KeyFilter, StoredKey, import_lane},
 };
 
 /// Deadline of a change of many keys.
@@ -34,9 +34,12 @@ pub(super) async fn insert(
         return Ok(Vec::new());
     }
     // Of two insertions of the same keys, the second one sees those of the first. There may be no unique index, and a
-    // statement whose client was killed may still run.
-    let lock = "SELECT pg_advisory_xact_lock(
-        hashtextextended('api_key_import ' || 'api_keys'::regclass::oid, 0))::text AS row";
+    // statement whose client was killed may still run. The locks are taken in one order, so that none deadlock.
+    let lanes: BTreeSet<_> = keys.iter().map(|key| import_lane(&key.record.prefix)).collect();
+    let lock = "SELECT count(pg_advisory_xact_lock(hashtextextended(
+            'api_key_import ' || 'api_keys'::regclass::oid || ' ' || lane, 0)))::text AS row
+        FROM (SELECT lane FROM jsonb_array_elements_text($1::jsonb) WITH ORDINALITY AS l (lane, number)
+            ORDER BY number) AS lanes";
     let columns = inserted_columns();
     let insert = format!(
         "WITH {BY}, n AS MATERIALIZED (
@@ -63,9 +66,11 @@ pub(super) async fn insert(
         columns.join(", "),
         columns.join(", n."),
     );
-    let encoded = keys.iter().map(|key| Value::Object(without_nulls(row::encode(key))));
-    let binds = [audit::attribution(by), Bind::Text(Value::from_iter(encoded).to_string())];
-    let (lock, insert) = (Statement::new(lock, []), Statement::new(insert, binds));
+    let encoded: Vec<_> = keys.iter().map(EncodedKey).collect();
+    let encoded = serde_json::to_string(&encoded).map_err(StoreError::rejected)?;
+    let binds = [audit::attribution(by), Bind::Text(encoded)];
+    let lock = Statement::new(lock, [Bind::Text(json!(lanes).to_string())]);
+    let insert = Statement::new(insert, binds);
     let work = store.0.management.transact::<TextRow>(DEADLINE, Some(&lock), |_| insert);
     let outcomes = in_time(work).await?.into_iter().next().map(|found| found.row);
     let outcomes = outcomes.unwrap_or_default().into_bytes().into_iter();

@@ -24,7 +24,7 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/postgres");
 const TRIGGERS: &str = include_str!("../../../schema/triggers/postgres.sql");
 /// Version in the comment on `api_key_changes`. Increment it whenever a file of the schema changes: a database with a
 /// lower version is brought up to date, and one with a higher version is left to the newer nodes.
-const VERSION: i64 = 2;
+const VERSION: i64 = 3;
 
 /// Advisory lock ("tower-ap" in ASCII) under which nodes that start at the same time wait for each other.
 const LOCK: i64 = 0x746f_7765_722d_6170;
@@ -126,19 +126,23 @@ const TABLES: [&str; 9] = [
 const OWN_COLUMNS: [(&str, &str); 2] =
     [("users", "api_key_revision"), ("api_keys", "total_cost_rest")];
 
-/// The triggers that record changes and write the audit: table, name, events as in `pg_trigger.tgtype`, and function.
-const CHANGE_TRIGGERS: [(&str, &str, u8, &str); 11] = [
-    ("api_keys", "zzz_api_key_revision", 23, "api_key_revise_key"),
-    ("api_keys", "api_key_note_new", 13, "api_key_note_key"),
-    ("api_keys", "api_key_note", 17, "api_key_note_key"),
-    ("api_keys", "api_key_note_all", 32, "api_key_note_all"),
-    ("users", "zzz_api_key_revision", 19, "api_key_revise_user"),
-    ("users", "api_key_audit_new", 5, "api_key_audit_user"),
-    ("users", "api_key_audit", 17, "api_key_audit_user"),
-    ("users", "zzz_api_key_audit", 11, "api_key_audit_user"),
-    ("users", "api_key_note_gone", 9, "api_key_note_user"),
-    ("users", "api_key_note", 17, "api_key_note_user"),
-    ("users", "api_key_note_all", 32, "api_key_note_all"),
+/// The triggers that record changes and write the audit: table, name, events as in `pg_trigger.tgtype`, function, and
+/// mode as in `pg_trigger.tgenabled`. Of the two on inserted keys, one is for statements (`O`), the other for the rows of
+/// replication (`R`), which fires no triggers of statements.
+const CHANGE_TRIGGERS: [(&str, &str, u8, &str, char); 13] = [
+    ("api_keys", "zzz_api_key_revision", 23, "api_key_revise_key", 'A'),
+    ("api_keys", "api_key_note_added", 4, "api_key_note_added", 'O'),
+    ("api_keys", "api_key_note_new", 5, "api_key_note_key", 'R'),
+    ("api_keys", "api_key_note_gone", 9, "api_key_note_key", 'A'),
+    ("api_keys", "api_key_note", 17, "api_key_note_key", 'A'),
+    ("api_keys", "api_key_note_all", 32, "api_key_note_all", 'A'),
+    ("users", "zzz_api_key_revision", 19, "api_key_revise_user", 'A'),
+    ("users", "api_key_audit_new", 5, "api_key_audit_user", 'A'),
+    ("users", "api_key_audit", 17, "api_key_audit_user", 'A'),
+    ("users", "zzz_api_key_audit", 11, "api_key_audit_user", 'A'),
+    ("users", "api_key_note_gone", 9, "api_key_note_user", 'A'),
+    ("users", "api_key_note", 17, "api_key_note_user", 'A'),
+    ("users", "api_key_note_all", 32, "api_key_note_all", 'A'),
 ];
 
 /// Returns an SQL expression: why changes may be missing, or NULL. It checks the tables that look-ups read, and the
@@ -146,19 +150,20 @@ const CHANGE_TRIGGERS: [(&str, &str, u8, &str); 11] = [
 pub(super) fn incompleteness() -> String {
     let wanted: Vec<_> = CHANGE_TRIGGERS
         .iter()
-        .map(|(table, name, events, function)| {
-            format!("('{table}', '{name}', {events}, '{function}')")
+        .map(|(table, name, events, function, mode)| {
+            format!("('{table}', '{name}', {events}, '{function}', '{mode}')")
         })
         .collect();
     let columns = column_list();
     format!(
         "(SELECT string_agg(fault, '; ') FROM (
-            SELECT format('trigger %s on %s is missing, disabled or not ENABLE ALWAYS', w.name, w.in_table) AS fault
-            FROM (VALUES {}) AS w (in_table, name, events, function)
+            SELECT format('trigger %s on %s is missing, disabled or not %s', w.name, w.in_table, CASE w.mode
+                WHEN 'A' THEN 'ENABLE ALWAYS' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE' END) AS fault
+            FROM (VALUES {}) AS w (in_table, name, events, function, mode)
             WHERE NOT EXISTS (
                 SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
                 WHERE t.tgrelid = to_regclass(w.in_table) AND t.tgname = w.name AND t.tgtype = w.events
-                    AND t.tgenabled = 'A' AND p.proname = w.function AND p.pronamespace = (
+                    AND t.tgenabled = w.mode AND p.proname = w.function AND p.pronamespace = (
                         SELECT relnamespace FROM pg_class WHERE oid = to_regclass('api_key_changes')))
             UNION ALL
             SELECT 'trigger api_key_note_new on users is missing or disabled'
@@ -224,15 +229,17 @@ struct SchemaVersion {
     is_intact: Option<bool>,
 }
 
-const FUNCTIONS: [&str; 17] = [
+const FUNCTIONS: [&str; 19] = [
     "api_key_audit_user",
     "api_key_audited",
     "api_key_cluster",
     "api_key_horizon",
     "api_key_lease",
     "api_key_next_revision",
+    "api_key_note_added",
     "api_key_note_all",
     "api_key_note_key",
+    "api_key_note_row",
     "api_key_note_user",
     "api_key_notify",
     "api_key_prune",

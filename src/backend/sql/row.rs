@@ -5,6 +5,7 @@
 //! and names the columns that it can't decode.
 
 use chrono::{DateTime, NaiveDateTime, Utc};
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
 #[cfg(any(feature = "postgres", test))]
@@ -22,6 +23,24 @@ use crate::{
 pub(in crate::backend) fn encode(key: &StoredKey) -> Map<String, Value> {
     let written = KEY_COLUMNS.iter().filter(|column| column.written != Written::Elsewhere);
     written.map(|column| (column.name.to_owned(), column.encode(key))).collect()
+}
+
+/// A key that is serialized as an object of its columns, without those that are NULL.
+#[cfg(feature = "postgres")]
+pub(in crate::backend) struct EncodedKey<'a>(pub(in crate::backend) &'a StoredKey);
+
+#[cfg(feature = "postgres")]
+impl Serialize for EncodedKey<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut columns = serializer.serialize_map(None)?;
+        for column in KEY_COLUMNS.iter().filter(|column| column.written != Written::Elsewhere) {
+            match column.encode(self.0) {
+                Value::Null => {}
+                value => columns.serialize_entry(column.name, &value)?,
+            }
+        }
+        columns.end()
+    }
 }
 
 /// Decodes a key's row, joined with its owner's row.

@@ -33,15 +33,26 @@ const CHECK: &str = "
             WHEN NOT EXISTS (SELECT 1 FROM users AS u WHERE u.id = n.value ->> 2) THEN 2 ELSE 0 END AS outcome
         FROM json_each($1) AS n ORDER BY n.key)";
 
-/// Inserts a key at the time `$1`. JSON would have to be parsed for each of the columns.
-static INSERT: LazyLock<String> = LazyLock::new(|| {
-    let values: Vec<_> = (2..).take(INSERTED.len()).map(|at| format!("${at}")).collect();
+/// Number of keys per statement. SQLite journals the pages of each statement that has triggers.
+const ROWS: usize = 100;
+
+static INSERT_ONE: LazyLock<String> = LazyLock::new(|| insert_rows(1));
+static INSERT_MANY: LazyLock<String> = LazyLock::new(|| insert_rows(ROWS));
+
+/// Returns the statement that inserts keys at the time `$1`. JSON would have to be parsed for each of the columns.
+fn insert_rows(count: usize) -> String {
+    let row = |row: usize| {
+        let first = 2 + row * INSERTED.len();
+        let values: Vec<_> = (first..).take(INSERTED.len()).map(|at| format!("${at}")).collect();
+        format!("($1, $1, {})", values.join(", "))
+    };
+    let rows: Vec<_> = (0..count).map(row).collect();
     format!(
-        "INSERT INTO api_keys (created_at, updated_at, {}) VALUES ($1, $1, {})",
+        "INSERT INTO api_keys (created_at, updated_at, {}) VALUES {}",
         INSERTED.join(", "),
-        values.join(", "),
+        rows.join(", ")
     )
-});
+}
 
 impl SqliteStore {
     pub(super) async fn add_key(
@@ -104,6 +115,7 @@ fn insert(
         .and_then(|checked| serde_json::from_str(&checked.row).ok())
         .ok_or_else(|| StoreError::rejected("the keys to insert can't be checked"))?;
     let (mut inserted, mut seen) = (Vec::with_capacity(keys.len()), HashSet::new());
+    let mut stored = Vec::with_capacity(keys.len());
     for ((key, (prefix, hash, _)), checked) in keys.iter().zip(&identities).zip(checked) {
         let outcome = match checked {
             0 if seen.insert((prefix, hash)) => Inserted::Stored,
@@ -111,14 +123,30 @@ fn insert(
             _ => Inserted::Duplicate,
         };
         if outcome == Inserted::Stored {
-            let time = std::iter::once(Bind::Text(now.to_owned()));
-            let written = KEY_COLUMNS.iter().filter(|column| column.written != Written::Elsewhere);
-            let binds = time.chain(written.map(|column| bind(column, key)));
-            execute(connection, &Statement::new(INSERT.as_str(), binds))?;
+            stored.push(key);
         }
         inserted.push(outcome);
     }
+    let (many, rest) = stored.as_chunks::<ROWS>();
+    for keys in many {
+        write(connection, &INSERT_MANY, keys, now)?;
+    }
+    for key in rest {
+        write(connection, &INSERT_ONE, &[key], now)?;
+    }
     Ok(inserted)
+}
+
+fn write(
+    connection: &mut SqliteConnection,
+    insert: &'static str,
+    keys: &[&StoredKey],
+    now: &str,
+) -> Result<(), StoreError> {
+    let written = || KEY_COLUMNS.iter().filter(|column| column.written != Written::Elsewhere);
+    let values = keys.iter().flat_map(|key| written().map(|column| bind(column, key)));
+    let binds = std::iter::once(Bind::Text(now.to_owned())).chain(values);
+    execute(connection, &Statement::new(insert, binds)).map(|_| ())
 }
 
 /// Encodes a column of a key as [`field`] reads it from JSON.

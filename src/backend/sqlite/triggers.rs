@@ -75,13 +75,14 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
         let differs = |column: &&str| format!("OLD.{column} IS NOT NEW.{column} COLLATE BINARY");
         columns.iter().map(differs).collect::<Vec<_>>().join(" OR ")
     };
-    // Records a lookup id of a row; NULL means none.
-    let note_key = |id: &str, filter: &str| {
+    // Selects a lookup id of a row; NULL means none.
+    let select_key = |id: &str, filter: &str| {
         let row = &id[..3];
-        format!(
-            "INSERT INTO api_key_changes (key_prefix, api_key_id)
-                SELECT {id}, {row}.id WHERE {id} IS NOT NULL AND {filter};"
-        )
+        format!("SELECT {id}, {row}.id WHERE {id} IS NOT NULL AND {filter}")
+    };
+    // Records two of them. Each statement takes its time, also if it writes nothing.
+    let note_keys = |one: String, other: String| {
+        format!("INSERT INTO api_key_changes (key_prefix, api_key_id) {one} UNION ALL {other};")
     };
     // A lookup id that is recorded once is not recorded again as another one of the same row.
     let is_other = |id: &str, others: &[&str]| {
@@ -90,10 +91,18 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
     };
     let [old, old_previous] = ["OLD.key_prefix", "OLD.previous_key_prefix"];
     let [new, new_previous] = ["NEW.key_prefix", "NEW.previous_key_prefix"];
-    let note_old = note_key(old, "TRUE") + &note_key(old_previous, &is_other(old_previous, &[old]));
-    let note_new = note_key(new, "TRUE") + &note_key(new_previous, &is_other(new_previous, &[new]));
-    let note_lost = note_key(old, &is_other(old, &[new, new_previous]))
-        + &note_key(old_previous, &is_other(old_previous, &[old, new, new_previous]));
+    let note_old = note_keys(
+        select_key(old, "TRUE"),
+        select_key(old_previous, &is_other(old_previous, &[old])),
+    );
+    let note_new = note_keys(
+        select_key(new, "TRUE"),
+        select_key(new_previous, &is_other(new_previous, &[new])),
+    );
+    let note_lost = note_keys(
+        select_key(old, &is_other(old, &[new, new_previous])),
+        select_key(old_previous, &is_other(old_previous, &[old, new, new_previous])),
+    );
     let revise_key =
         "UPDATE api_keys SET api_key_revision = (SELECT max(revision) FROM api_key_changes)";
     let revise_user =
@@ -131,7 +140,14 @@ fn wanted(connection: &mut SqliteConnection) -> QueryResult<Vec<Trigger>> {
                 audit::update_key(),
             ),
         ),
-        trigger("api_key_note_replaced", format!("BEFORE INSERT ON api_keys BEGIN {} END", keys.note_replaced(false))),
+        trigger(
+            "api_key_note_replaced",
+            format!(
+                "BEFORE INSERT ON api_keys WHEN {} BEGIN {} END",
+                keys.replaces(),
+                keys.note_replaced(false)
+            ),
+        ),
         trigger(
             "api_key_note_overwritten",
             format!(

@@ -22,7 +22,9 @@ use self::{args::Args, failure::Failure};
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    // The worker stores a batch of an import while this thread reads the next one.
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
     let outcome = match runtime {
         Ok(runtime) => runtime.block_on(commands::run(args)),
         Err(error) => Err(Failure::failed(format!("the runtime can't be started: {error}"))),

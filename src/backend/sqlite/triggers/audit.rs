@@ -38,16 +38,23 @@ const AUDITED: [&str; 27] = [
 /// Returns the statements that audit a new key, and the keys that it replaced.
 pub(super) fn insert_key() -> String {
     let action = "coalesce(r.action, 'issue')";
-    let new = write(
+    let new = select(
         ["NEW.id", "NEW.user_id", "r.\"before\"", &key("NEW")],
         action,
         "LEFT JOIN api_key_replaced AS r ON NOT r.is_user AND r.id = NEW.id",
     );
+    let replaced =
+        "r.id IS NOT NEW.id AND NOT EXISTS (SELECT 1 FROM api_keys AS k WHERE k.id = r.id)";
+    let replaced = select(
+        ["r.id", "r.user_id", "r.\"before\"", "NULL"],
+        "'delete'",
+        &format!("JOIN api_key_replaced AS r ON NOT r.is_user WHERE {replaced}"),
+    );
     format!(
-        "{} {new} {} {FORGET_KEYS}
+        "{} {} {FORGET_KEYS}
         INSERT INTO api_key_owners (user_id) SELECT NEW.user_id WHERE NEW.user_id IS NOT NULL
             AND NOT EXISTS (SELECT 1 FROM api_key_owners WHERE user_id = NEW.user_id);",
-        delete_replaced_keys(),
+        insert(&format!("{replaced} UNION ALL {new}")),
         disown("user_id IN (SELECT user_id FROM api_key_replaced WHERE NOT is_user)"),
     )
 }
@@ -142,12 +149,6 @@ const FORGET_USERS: &str = "DELETE FROM api_key_replaced WHERE is_user;";
 
 /// Returns the statement that audits the noted keys that an insertion deleted. One with the id of the new key became
 /// that key.
-fn delete_replaced_keys() -> String {
-    let is_deleted = "r.id IS NOT NEW.id
-        AND NOT EXISTS (SELECT 1 FROM api_keys AS k WHERE k.id = r.id)";
-    delete_noted(["r.id", "r.user_id"], "'delete'", "NOT r.is_user", is_deleted)
-}
-
 fn delete_replaced_users() -> String {
     let is_deleted = "r.id IS NOT NEW.id
         AND NOT EXISTS (SELECT 1 FROM users AS k WHERE k.id = r.id)";
@@ -191,13 +192,23 @@ fn is_audited_by(id: &str, is_attributed: &str) -> String {
 }
 
 /// Returns the statement that writes a row of the audit with the ids of key and user, and the row before and after.
-fn write([key, user, before, after]: [&str; 4], action: &str, joins: &str) -> String {
+fn write(values: [&str; 4], action: &str, joins: &str) -> String {
+    insert(&select(values, action, joins))
+}
+
+fn insert(selected: &str) -> String {
     format!(
         "INSERT INTO api_key_audit
             (at, action, actor, actor_key, api_key_id, user_id, \"before\", \"after\", reason, request_id)
-            SELECT coalesce(a.at, strftime('%Y-%m-%d %H:%M:%f') || '000'), {action}, a.actor, a.actor_key,
-                {key}, {user}, {before}, {after}, a.reason, a.request_id
-            FROM (SELECT 1) LEFT JOIN api_key_attribution AS a ON TRUE {joins};"
+            {selected};"
+    )
+}
+
+fn select([key, user, before, after]: [&str; 4], action: &str, joins: &str) -> String {
+    format!(
+        "SELECT coalesce(a.at, strftime('%Y-%m-%d %H:%M:%f') || '000'), {action}, a.actor, a.actor_key,
+            {key}, {user}, {before}, {after}, a.reason, a.request_id
+            FROM (SELECT 1) LEFT JOIN api_key_attribution AS a ON TRUE {joins}"
     )
 }
 

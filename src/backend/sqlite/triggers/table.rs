@@ -87,6 +87,15 @@ impl Table {
         }
     }
 
+    /// Returns the condition under which an insertion replaces keys, or one that was ignored would have.
+    pub(super) fn replaces(&self) -> String {
+        format!(
+            "EXISTS (SELECT 1 FROM {} AS o WHERE {}) OR EXISTS (SELECT 1 FROM api_key_replaced WHERE NOT is_user)",
+            self.name,
+            self.is_replaced(false)
+        )
+    }
+
     /// Returns the statements that record the rows that a statement is about to replace.
     pub(super) fn note_replaced(&self, is_update: bool) -> String {
         let is_replaced = self.is_replaced(is_update);

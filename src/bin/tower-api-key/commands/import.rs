@@ -1,5 +1,6 @@
 //! Import of keys of another service, in batches.
 
+mod lanes;
 mod reader;
 mod row;
 
@@ -16,13 +17,10 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
-use tower_api_key::{
-    management::{Imported, ImportedKey, ManageError},
-    record::UserId,
-    store::KeyRepository,
-};
+use tower_api_key::{management::ImportedKey, record::UserId, store::KeyRepository};
 
 use self::{
+    lanes::Lanes,
     reader::{RowError, Rows},
     row::parse,
 };
@@ -34,8 +32,8 @@ use crate::{
     values::UserRef,
 };
 
-/// Number of keys per transaction. The memory of an import does not depend on the size of the file.
-const BATCH: usize = 5_000;
+/// Number of rows that are read at once.
+const ROWS: usize = 500;
 /// Maximum number of broken rows that are shown.
 const MAX_SHOWN: u64 = 100;
 /// Maximum number of users whose ids are kept.
@@ -153,35 +151,35 @@ impl<R: KeyRepository + Clone> Session<R> {
         let mut rows = Rows::new(progress.wrap_read(file), format)?;
         let mut summary = Summary::default();
         let mut users = HashMap::new();
-        loop {
-            let mut batch = Vec::with_capacity(BATCH);
-            let mut is_end = false;
-            while batch.len() < BATCH {
-                let Some(row) = rows.next()? else {
-                    is_end = true;
-                    break;
-                };
-                summary.rows += 1;
-                match row.and_then(|row| parse(row, owner)) {
-                    Ok(row) => batch.push(row),
-                    Err(error) => summary.reject(&error, &progress),
-                }
+        let mut lanes = Lanes::new(&self.manager);
+        let outcome = loop {
+            let batch = match read_batch(&mut rows, owner, &mut summary, &progress) {
+                Ok(batch) => batch,
+                Err(failure) => break Err(failure),
+            };
+            let keys = self.with_owners(batch.rows, &mut users, mode, &mut summary, &progress);
+            let keys = match keys.await {
+                Ok(keys) => keys,
+                Err(failure) => break Err(failure),
+            };
+            if mode == Mode::Check {
+                self.check(keys, &mut summary, &progress);
+            } else if let Err(failure) =
+                lanes.store(keys, batch.is_end, &mut summary, &progress).await
+            {
+                break Err(failure);
             }
-            let batch = self.with_owners(batch, &mut users, mode, &mut summary, &progress).await?;
-            match mode {
-                Mode::Check => self.check(batch, &mut summary, &progress),
-                Mode::Store => self.store(batch, &mut summary, &progress).await?,
-            }
-            if is_end {
-                break;
+            if batch.is_end {
+                break Ok(());
             }
             if interrupted.load(Ordering::Relaxed) {
                 summary.is_interrupted = true;
-                break;
+                break Ok(());
             }
-        }
+        };
+        let stored = lanes.finish(&mut summary, &progress).await;
         progress.finish_and_clear();
-        Ok(summary)
+        outcome.and(stored).map(|()| summary)
     }
 
     /// Adds the ids of owners that are named by e-mail address. A check also looks for those that are named by id.
@@ -239,43 +237,33 @@ impl<R: KeyRepository + Clone> Session<R> {
             }
         }
     }
+}
 
-    async fn store(
-        &self,
-        keys: Vec<(u64, ImportedKey)>,
-        summary: &mut Summary,
-        progress: &ProgressBar,
-    ) -> Result<(), Failure> {
-        let (lines, keys): (Vec<_>, Vec<_>) = keys.into_iter().unzip();
-        if keys.is_empty() {
-            return Ok(());
+/// Rows that were read, and whether they are the last ones.
+struct Batch {
+    rows: Vec<row::ParsedRow>,
+    is_end: bool,
+}
+
+fn read_batch<I: Read>(
+    rows: &mut Rows<I>,
+    owner: Option<&UserId>,
+    summary: &mut Summary,
+    progress: &ProgressBar,
+) -> Result<Batch, Failure> {
+    let mut batch = Batch { rows: Vec::with_capacity(ROWS), is_end: false };
+    while batch.rows.len() < ROWS {
+        let Some(row) = rows.next()? else {
+            batch.is_end = true;
+            break;
+        };
+        summary.rows += 1;
+        match row.and_then(|row| parse(row, owner)) {
+            Ok(row) => batch.rows.push(row),
+            Err(error) => summary.reject(&error, progress),
         }
-        let imported = self.manager.import(keys).await.map_err(|error| {
-            let mut failure = Failure::from(error);
-            failure.message = format!(
-                "{failure}; {} stored before: repeat the command to import the others",
-                count(summary.stored, "row")
-            );
-            failure
-        })?;
-        for (line, outcome) in lines.into_iter().zip(imported) {
-            match outcome {
-                Imported::Stored => summary.stored += 1,
-                Imported::Duplicate => summary.duplicates += 1,
-                Imported::Rejected(error) => {
-                    let reason = match error {
-                        ManageError::NotFound(what) => {
-                            format!("there is no such {what}: create the user first")
-                        }
-                        error => error.to_string(),
-                    };
-                    summary.reject(&RowError { line, reason }, progress);
-                }
-                _ => {}
-            }
-        }
-        Ok(())
     }
+    Ok(batch)
 }
 
 /// The rows, and their size if it is known.
