@@ -229,6 +229,22 @@ pub(crate) fn schema_made(missing: &[String]) {
     tracing::info!(made = missing.join("; "), "the API key schema was brought up to date");
 }
 
+/// Logs that the schema is older than this crate. A service that calls migrate() next needs no warning.
+#[cfg(feature = "_sql")]
+pub(crate) fn schema_is_older() {
+    tracing::info!(
+        "the API key schema was made by an older version of this crate; migrate() of the store brings it up to date"
+    );
+}
+
+/// Logs that the schema is newer than this crate.
+#[cfg(feature = "_sql")]
+pub(crate) fn schema_is_newer() {
+    tracing::warn!(
+        "the API key schema was made by a newer version of this crate; deploy that version to every node"
+    );
+}
+
 /// Logs that old rows could not be deleted.
 #[cfg(feature = "_sql")]
 pub(crate) fn not_pruned(error: &StoreError) {

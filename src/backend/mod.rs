@@ -103,7 +103,7 @@ pub use self::redis::{RedisCache, RedisCacheBuilder, RedisCacheError};
 #[cfg(feature = "_sql")]
 pub use self::sql::{
     ClockReading, ColumnFault, DatabaseHealth, FeedCheck, FindingKind, KeyFinding, KeyReview,
-    MigrateError, MigrationReport, MissingPrivilege, PrivilegePurpose,
+    MigrateError, MigrationReport, MissingPrivilege, PrivilegePurpose, SchemaVersion,
 };
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteStore, SqliteStoreBuilder};

@@ -12,6 +12,7 @@ mod key_edits;
 mod ledger;
 mod repository;
 mod run;
+mod schema_version;
 mod select;
 mod threads;
 mod triggers;
@@ -268,6 +269,10 @@ impl SqliteStoreBuilder {
             let mut connection = open()?;
             let cache = format!("PRAGMA cache_size = -{WRITER_CACHE}");
             connection.batch_execute(&cache).map_err(store_error)?;
+            // A file that can't be read fails at the first query.
+            if let Ok(version) = schema_version::read(&mut connection) {
+                version.log();
+            }
             Ok(connection)
         };
         let writer = Threads::start(1, &open_writer)?;

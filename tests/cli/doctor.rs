@@ -47,6 +47,106 @@ fn a_file_that_can_not_be_written_is_found() {
     }
 }
 
+const DOWN_SQLITE: &str = include_str!("../../schema/sqlite/2026-11-26-000005_management/down.sql");
+const DOWN_POSTGRES: &str =
+    include_str!("../../schema/postgres/2026-11-26-000005_management/down.sql");
+
+/// Asserts what the program says of a database that is one version behind, and brings it up to date.
+#[track_caller]
+fn is_behind(program: &Program) {
+    let older = "made by an older version";
+    finds(&program.run("doctor"), 1, "error", &["schema", older]);
+    let check = program.run("migrate --check");
+    assert_eq!((check.code, check.out.contains(older)), (1, true), "{check:?}");
+    assert!(program.run("migrate --check -o id").out.trim().parse::<u32>().unwrap() > 0);
+    let secret = ["key", "issue", "--user", "1", "--name", "a", "-o", "secret"];
+    for words in [&["user", "create", "bob@example.com"][..], &["key", "list"], &secret] {
+        program
+            .run_words(words, "")
+            .fails(1, "older version of tower-api-key: run `tower-api-key migrate`");
+    }
+    program.run("migrate").ok();
+    assert_eq!(program.run("migrate --check").ok(), "The schema is up to date.\n");
+    finds(&program.run("doctor"), 0, "ok", &["schema"]);
+    assert_eq!(program.run("user list -o id").ok(), "1\n", "nothing was created");
+}
+
+/// Asserts what the program says of a database that is one version ahead. It changes no object of it.
+#[track_caller]
+fn is_ahead(program: &Program) {
+    let newer = "made by a newer version";
+    finds(&program.run("doctor"), 0, "warning", &["schema", newer]);
+    for line in ["migrate --check", "migrate"] {
+        let run = program.run(line);
+        assert!(run.out.contains(newer), "{run:?}");
+        run.ok();
+    }
+    let listed = program.run("user list -o id");
+    assert_eq!((listed.code, &*listed.out), (0, "1\n"), "{listed:?}");
+    assert_eq!(listed.err.lines().count(), 1, "{listed:?}");
+    assert!(listed.err.contains("use that version of this program"), "{listed:?}");
+}
+
+#[test]
+fn a_file_of_another_version_is_found() {
+    let program = Program::with_user();
+    program.sql(DOWN_SQLITE);
+    is_behind(&program);
+    // Only the triggers differ, as after a release without a new table.
+    program.sql("UPDATE api_key_schema SET version = 1; DROP TRIGGER api_key_note");
+    is_behind(&program);
+    // The number alone.
+    program.sql("UPDATE api_key_schema SET version = 1");
+    is_behind(&program);
+    // A newer version has other triggers and columns.
+    program.sql(
+        "UPDATE api_key_schema SET version = 3;
+        ALTER TABLE api_keys ADD COLUMN quota INTEGER;
+        DROP TRIGGER api_key_note_user_gone;
+        CREATE TRIGGER api_key_note_user_gone AFTER DELETE ON users BEGIN
+            INSERT INTO api_key_changes (user_id) VALUES (OLD.id); END",
+    );
+    is_ahead(&program);
+    // An adopted file may use these for itself.
+    program.sql("PRAGMA user_version = 7; UPDATE api_key_schema SET version = 2");
+    program.run("migrate").ok();
+    finds(&program.run("doctor"), 0, "ok", &["schema"]);
+}
+
+#[tokio::test]
+async fn a_server_of_another_version_is_found() {
+    let server = Postgres::start();
+    let admin = server.client().await;
+    let program = Program::at(&server.url());
+    program.run("migrate").ok();
+    program.run("user create ada@example.com").ok();
+    let version =
+        |number: u8| format!("COMMENT ON TABLE api_key_changes IS 'tower-api-key {number} abc'");
+    run(&admin, DOWN_POSTGRES).await;
+    run(&admin, &version(1)).await;
+    is_behind(&program);
+    run(&admin, &version(1)).await;
+    is_behind(&program);
+    run(&admin, &version(3)).await;
+    is_ahead(&program);
+}
+
+#[test]
+fn a_clock_that_is_wrong_is_found() {
+    let doctor = |offset: &str| {
+        let server = Postgres::with_clock(offset);
+        let program = Program::at(&server.url());
+        program.run("migrate").ok();
+        program.run("doctor")
+    };
+    finds(&doctor("+0s"), 0, "ok", &["clock", "within 1 s"]);
+    finds(&doctor("+10s"), 1, "error", &["clock", "10.0 s ahead of"]);
+    finds(&doctor("+3s"), 0, "warning", &["clock", "3.0 s ahead of"]);
+    let behind = doctor("-10s");
+    finds(&behind, 1, "error", &["clock", "s behind"]);
+    assert!(behind.out.contains("synchronize both clocks with NTP"), "{behind:?}");
+}
+
 #[tokio::test]
 async fn faults_of_a_server_are_found() {
     let server = Postgres::start();

@@ -6,6 +6,7 @@ use chrono::Utc;
 use serde_json::{Value, json};
 use tower_api_key::{
     Authenticator, KeyManager, KeyScheme, NewKey, PostgresStore, StoreError,
+    backend::SchemaVersion,
     error::StoreErrorKind,
     key::{KeyFormat, KeyHash},
     management::{KeyPatch, ManageError, Rotation},
@@ -19,6 +20,7 @@ use tower_api_key::{
 use crate::support::{
     database::{Database, connect, database, node_with, number, run, store_at, url_of_role},
     feed::{eventually, in_sync},
+    log,
     servers::{PgBouncer, Postgres},
     stores::question,
 };
@@ -572,4 +574,24 @@ async fn an_import_tells_duplicates_of_the_batch_and_of_the_table_from_missing_u
         assert_eq!(outcome.unwrap().len(), 500);
     }
     assert_eq!(db.number("SELECT count(*) FROM api_keys WHERE key_prefix LIKE 'm%'").await, 500);
+}
+
+#[tokio::test]
+async fn a_schema_of_another_version_is_logged_when_the_feed_starts() {
+    let db = database().await;
+    assert_eq!(db.store.schema_version().await.unwrap(), SchemaVersion::Current);
+    let (log, _guard) = log::capture();
+    let messages = [
+        (1, SchemaVersion::Older, "made by an older version of this crate; migrate()"),
+        (99, SchemaVersion::Newer, "made by a newer version of this crate"),
+    ];
+    for (number, version, message) in messages {
+        db.run(&format!("COMMENT ON TABLE api_key_changes IS 'tower-api-key {number} abc'")).await;
+        assert_eq!(db.store.schema_version().await.unwrap(), version);
+        let feed = db.listen(Duration::from_secs(1));
+        feed.all().await;
+        assert!(log.take().contains(message), "{version:?}");
+    }
+    db.run("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
+    assert_eq!(db.store.schema_version().await.unwrap(), SchemaVersion::None);
 }

@@ -9,10 +9,16 @@ use diesel::{
 use serde_json::Value;
 use tower_api_key::{
     Authenticator, KeyManager, NewKey, SqliteStore,
+    backend::SchemaVersion,
     error::StoreErrorKind,
     key::KeyHash,
     management::{IssuedKey, KeyPatch, ManageError, Rotation, UserPatch},
     store::{Attribution, AuditEntry, KeyRepository, ListAudit},
+};
+
+use crate::support::{
+    feed::{eventually, in_sync},
+    log,
 };
 
 /// A program beside this crate, with the settings of the `sqlite3` shell.
@@ -452,4 +458,45 @@ async fn users_of_an_adopted_table_keep_their_own_representation() {
     assert_eq!(other.text("SELECT role FROM users WHERE id = 1"), "NULL");
     manager.update_user(&3.into(), &UserPatch::default().role("admin")).await.unwrap();
     assert_eq!(other.text("SELECT hex(email) || role FROM users WHERE id = 3"), "FFadmin");
+}
+
+#[tokio::test]
+async fn a_file_of_another_version_is_logged_and_a_newer_one_is_served() {
+    let folder = tempfile::tempdir().unwrap();
+    let issued = key_of(&store(folder.path()).await, "ada@example.com").await;
+    let mut other = Other::at(folder.path());
+    let path = folder.path().join("keys.db");
+    let (log, _guard) = log::capture();
+    let opened = SqliteStore::open(&path).unwrap();
+    assert_eq!(log.take(), "");
+    assert_eq!(opened.schema_version().await.unwrap(), SchemaVersion::Current);
+
+    other.run("UPDATE api_key_schema SET version = 1");
+    let older = SqliteStore::open(&path).unwrap();
+    assert!(log.take().contains("made by an older version of this crate; migrate()"));
+    assert_eq!(older.schema_version().await.unwrap(), SchemaVersion::Older);
+    assert_eq!(older.pending_migrations().await.unwrap(), ["version 2 of the schema"]);
+    let sql = older.migration_sql().await.unwrap();
+    assert!(sql.contains("INSERT INTO api_key_schema"), "{sql}");
+    older.migrate().await.unwrap();
+    assert_eq!(older.schema_version().await.unwrap(), SchemaVersion::Current);
+
+    // A newer version has changed a trigger. Nodes of this version leave it, and their feeds are complete.
+    let trigger = "CREATE TRIGGER api_key_note_user_gone AFTER DELETE ON users BEGIN
+        INSERT INTO api_key_changes (user_id) VALUES (OLD.id); END";
+    other.run(&format!(
+        "UPDATE api_key_schema SET version = 3; DROP TRIGGER api_key_note_user_gone; {trigger}"
+    ));
+    let newer = SqliteStore::open(&path).unwrap();
+    assert!(log.take().contains("made by a newer version of this crate"));
+    assert!(newer.pending_migrations().await.unwrap().is_empty());
+    newer.migrate().await.unwrap();
+    let sql = "SELECT sql FROM sqlite_master WHERE name = 'api_key_note_user_gone'";
+    assert_eq!(other.text(sql), trigger);
+    let node = Authenticator::new(newer.clone());
+    node.authenticate(issued.expose_secret()).await.unwrap();
+    in_sync(&node).await;
+    // A trigger that is missing is found all the same.
+    other.run("DROP TRIGGER api_key_note");
+    eventually("a fault", async || node.health().feed.fault.is_some()).await;
 }

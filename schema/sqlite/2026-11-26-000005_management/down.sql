@@ -16,6 +16,7 @@ DROP TABLE api_key_audit;
 DROP TABLE api_key_attribution;
 DROP TABLE api_key_replaced;
 DROP TABLE api_key_owners;
+DROP TABLE api_key_schema;
 DROP INDEX api_keys_previous_lookup;
 DROP INDEX api_keys_creator;
 DROP INDEX api_keys_expiry;

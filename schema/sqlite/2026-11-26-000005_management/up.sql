@@ -60,3 +60,9 @@ CREATE TABLE IF NOT EXISTS api_key_owners (
 ) WITHOUT ROWID;
 INSERT INTO api_key_owners (user_id) SELECT DISTINCT k.user_id FROM api_keys AS k
     WHERE k.user_id IS NOT NULL AND NOT EXISTS (SELECT 1 FROM api_key_owners AS o WHERE o.user_id = k.user_id);
+
+-- The version of the schema, which migrate() writes. Earlier versions have no such table.
+CREATE TABLE IF NOT EXISTS api_key_schema (
+    id      INTEGER PRIMARY KEY CHECK (id = 1),
+    version INTEGER NOT NULL
+);

@@ -17,7 +17,10 @@ use self::{
     completeness::Completeness, listener::Listener, position::Position, prune::Pruning,
     read::FeedRead,
 };
-use super::{Inner, PostgresStore};
+use super::{
+    Inner, PostgresStore,
+    schema::pending::{STORED_VERSION, schema_version},
+};
 use crate::{
     error::StoreError,
     runtime::later,
@@ -106,6 +109,11 @@ impl Feed {
             None => {
                 // The age is sent, not the time: the clocks of this machine and of the database may differ.
                 let age = self.store.clock.now().duration_since(self.since).unwrap_or_default();
+                // A schema that can't be read fails at the start.
+                let select = format!("SELECT coalesce(to_json({STORED_VERSION}), 'null')");
+                if let Ok(stored) = listener.run_json(&select).await {
+                    schema_version(stored).log();
+                }
                 listener.start(age).await?
             }
         };

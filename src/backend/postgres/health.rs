@@ -14,7 +14,9 @@ use super::{
 };
 use crate::{
     backend::sql::{
-        health::{ClockReading, DatabaseHealth, FeedCheck, MissingPrivilege, check_feed},
+        health::{
+            ClockReading, DatabaseHealth, FeedCheck, MissingPrivilege, SchemaVersion, check_feed,
+        },
         migrate::MigrateError,
         statement::{Statement, TextRow},
     },
@@ -52,7 +54,7 @@ struct State {
 impl PostgresStore {
     /// Returns what [`migrate`](Self::migrate) would create; empty if the schema is up to date. It changes nothing, and
     /// needs only the right to read. A schema of a newer version of this crate is up to date
-    /// ([`DatabaseHealth::is_newer`]).
+    /// ([`SchemaVersion::Newer`]).
     ///
     /// # Errors
     ///
@@ -73,6 +75,18 @@ impl PostgresStore {
     /// database.
     pub fn migration_sql() -> String {
         schema::pending::script()
+    }
+
+    /// Compares the version of the schema with that of this crate.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn schema_version(&self) -> Result<SchemaVersion, StoreError> {
+        let select = format!("SELECT ({})::text AS row", schema::pending::STORED_VERSION);
+        let select = format!("SELECT coalesce(row, '') AS row FROM ({select}) AS s");
+        let rows: Vec<TextRow> = self.load(&self.0.management, &Statement::new(select, [])).await?;
+        Ok(schema::pending::schema_version(rows.first().and_then(|row| row.row.parse().ok())))
     }
 
     /// Reads the state of the database: version, clock, TLS, rights.
@@ -98,10 +112,9 @@ impl PostgresStore {
                 'can_migrate', coalesce(has_schema_privilege(current_schema(), 'CREATE'), FALSE) AND NOT EXISTS (
                     SELECT FROM pg_class WHERE NOT pg_has_role(relowner, 'USAGE')
                         AND oid IN (to_regclass('users'), to_regclass('api_keys'), to_regclass('api_key_changes'))),
-                'version', (SELECT split_part(tag, ' ', 2)::bigint FROM (
-                    SELECT obj_description(to_regclass('api_key_changes'), 'pg_class') AS tag) AS s
-                    WHERE tag ~ '^tower-api-key \\d+ \\w+$')
-            )::text AS row"
+                'version', {}
+            )::text AS row",
+            schema::pending::STORED_VERSION
         );
         let rows: Vec<TextRow> = self.load(&self.0.management, &Statement::new(select, [])).await?;
         let after = self.0.clock.now();
@@ -115,7 +128,7 @@ impl PostgresStore {
             is_encrypted: state.is_encrypted,
             missing_privileges: state.missing_privileges,
             can_migrate: state.can_migrate,
-            is_newer: state.version.is_some_and(schema::pending::is_newer),
+            schema: schema::pending::schema_version(state.version),
         })
     }
 

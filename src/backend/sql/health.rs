@@ -1,6 +1,7 @@
 //! State of a database, for operators: [`DatabaseHealth`] and [`FeedCheck`].
 
 use std::{
+    cmp::Ordering,
     future::poll_fn,
     pin::Pin,
     time::{Duration, Instant},
@@ -13,6 +14,7 @@ use crate::{
     error::StoreError,
     runtime::{hex, within},
     store::{Change, ChangeStream, FeedFault},
+    telemetry,
 };
 
 /// State of the database of a store. It is read without changing anything.
@@ -31,8 +33,41 @@ pub struct DatabaseHealth {
     pub missing_privileges: Vec<MissingPrivilege>,
     /// Whether the role may migrate: it may create tables, and owns those that exist.
     pub can_migrate: bool,
-    /// Whether the schema was made by a newer version of this crate.
-    pub is_newer: bool,
+    /// Version of the schema.
+    pub schema: SchemaVersion,
+}
+
+/// Version of the schema in a database, compared with that of this crate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SchemaVersion {
+    /// There is no schema yet: `migrate()` creates it.
+    None,
+    /// An older version of this crate made the schema: `migrate()` brings it up to date.
+    Older,
+    /// The schema has the version of this crate. Objects may be missing all the same.
+    Current,
+    /// A newer version of this crate made the schema. `migrate()` leaves it as it is.
+    Newer,
+}
+
+impl SchemaVersion {
+    pub(in crate::backend) fn of(stored: i64, known: i64) -> Self {
+        match stored.cmp(&known) {
+            Ordering::Less => Self::Older,
+            Ordering::Equal => Self::Current,
+            Ordering::Greater => Self::Newer,
+        }
+    }
+
+    /// Logs a difference from this crate.
+    pub(in crate::backend) fn log(self) {
+        match self {
+            Self::Older => telemetry::schema_is_older(),
+            Self::Newer => telemetry::schema_is_newer(),
+            Self::None | Self::Current => {}
+        }
+    }
 }
 
 /// A time of the database, and the times of this machine before and after it was read.

@@ -13,7 +13,9 @@ pub(super) mod statement;
 pub(super) mod values;
 
 pub use self::{
-    health::{ClockReading, DatabaseHealth, FeedCheck, MissingPrivilege, PrivilegePurpose},
+    health::{
+        ClockReading, DatabaseHealth, FeedCheck, MissingPrivilege, PrivilegePurpose, SchemaVersion,
+    },
     migrate::{ColumnFault, MigrateError, MigrationReport},
     review::{FindingKind, KeyFinding, KeyReview},
 };

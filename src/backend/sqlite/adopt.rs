@@ -10,11 +10,12 @@ use diesel::{
 };
 use diesel_migrations::{EmbeddedMigrations, MigrationHarness, embed_migrations};
 
-use super::triggers;
+use super::{schema_version, triggers};
 use crate::{
     backend::sql::{
         columns::KEY_COLUMNS,
         fault::Failure,
+        health::SchemaVersion,
         migrate::{ColumnFault, MigrateError},
     },
     error::StoreError,
@@ -27,6 +28,10 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("schema/sqlite");
 pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<bool, MigrateError> {
     // IMMEDIATE acquires the write lock first, so that only one of several processes migrates.
     let outcome = connection.immediate_transaction(|connection| {
+        // Newer programs maintain these objects. This one would create older ones.
+        if schema_version::read(connection)? == SchemaVersion::Newer {
+            return Ok(false);
+        }
         let tables = foreign_tables(connection)?;
         let faults = faults(&tables, &columns(connection)?);
         if !faults.is_empty() {
@@ -42,6 +47,7 @@ pub(super) fn migrate(connection: &mut SqliteConnection) -> Result<bool, Migrate
         if !made.is_empty() {
             telemetry::schema_made(&made);
         }
+        schema_version::write(connection)?;
         Ok(tables.iter().any(|table| table.name == "api_keys"))
     });
     outcome.map_err(|Failure(error)| error)

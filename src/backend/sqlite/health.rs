@@ -12,11 +12,11 @@ use diesel::{
     sql_types::Text,
 };
 
-use super::{MIGRATION_DEADLINE, SqliteStore, adopt};
+use super::{MIGRATION_DEADLINE, SqliteStore, adopt, schema_version};
 use crate::{
     backend::sql::{
         fault::store_error,
-        health::{DatabaseHealth, FeedCheck, check_feed},
+        health::{DatabaseHealth, FeedCheck, SchemaVersion, check_feed},
         migrate::MigrateError,
         statement::{Bind, Statement},
     },
@@ -41,6 +41,14 @@ struct Word {
     word: String,
 }
 
+/// What a migration depends on.
+struct DatabaseCopy {
+    objects: Vec<Object>,
+    /// Names in the list of adopted tables.
+    adopted: Vec<String>,
+    version: Option<i64>,
+}
+
 /// The result of a migration of a copy of the schema.
 struct Rehearsal {
     /// What the migration created or altered.
@@ -51,7 +59,7 @@ struct Rehearsal {
 
 impl SqliteStore {
     /// Returns what [`migrate`](Self::migrate) would create or alter; empty if the schema is up to date. It changes
-    /// nothing.
+    /// nothing. A schema of a newer version of this crate is up to date ([`SchemaVersion::Newer`]).
     ///
     /// # Errors
     ///
@@ -75,11 +83,23 @@ impl SqliteStore {
     async fn rehearsed(&self) -> Result<Rehearsal, MigrateError> {
         let threads = self.0.readers.as_ref().unwrap_or(&self.0.writer);
         let rehearse = |connection: &mut SqliteConnection| {
-            let objects = objects(connection).map_err(store_error)?;
-            let adopted = adopted(connection).map_err(store_error)?;
-            Ok(rehearse(objects, &adopted))
+            let state = DatabaseCopy {
+                objects: objects(connection).map_err(store_error)?,
+                adopted: adopted(connection).map_err(store_error)?,
+                version: schema_version::stored(connection).map_err(store_error)?,
+            };
+            Ok(rehearse(state))
         };
         threads.run(MIGRATION_DEADLINE, rehearse).await?
+    }
+
+    /// Compares the version of the schema with that of this crate.
+    ///
+    /// # Errors
+    ///
+    /// If the database fails.
+    pub async fn schema_version(&self) -> Result<SchemaVersion, StoreError> {
+        self.0.run(|connection| schema_version::read(connection).map_err(store_error)).await
     }
 
     /// Reads the state of the database.
@@ -90,6 +110,7 @@ impl SqliteStore {
     pub async fn health(&self) -> Result<DatabaseHealth, StoreError> {
         let rows = self.read(Statement::new("SELECT sqlite_version() AS row", [])).await?;
         let version = rows.first().map(|row| row.row.clone()).unwrap_or_default();
+        let schema = self.schema_version().await?;
         // The write is rolled back by its error.
         let written = self.in_silent_transaction(|connection| {
             let create = connection.batch_execute("CREATE TABLE api_key_write_check (x)");
@@ -104,7 +125,7 @@ impl SqliteStore {
             is_encrypted: None,
             missing_privileges: Vec::new(),
             can_migrate: is_written,
-            is_newer: false,
+            schema,
         })
     }
 
@@ -145,15 +166,20 @@ fn adopted(connection: &mut SqliteConnection) -> QueryResult<Vec<String>> {
     Ok(names.into_iter().map(|name| name.word).collect())
 }
 
-fn rehearse(before: Vec<Object>, adopted: &[String]) -> Result<Rehearsal, MigrateError> {
+fn rehearse(state: DatabaseCopy) -> Result<Rehearsal, MigrateError> {
+    let DatabaseCopy { objects: before, adopted, version } = state;
     let mut copy = SqliteConnection::establish(":memory:").map_err(StoreError::unavailable)?;
     for object in &before {
         copy.batch_execute(&object.sql).map_err(store_error)?;
     }
-    for name in adopted {
+    for name in &adopted {
         let insert = sql_query("INSERT INTO api_key_adopted (name) VALUES ($1)");
         insert.bind::<Text, _>(name).execute(&mut copy).map_err(store_error)?;
     }
+    if let Some(version) = version {
+        schema_version::store(&mut copy, version).map_err(store_error)?;
+    }
+    let version_before = schema_version::read(&mut copy).map_err(store_error)?;
     let columns_before = columns(&mut copy).map_err(store_error)?;
     let statements = Arc::new(Mutex::new(Vec::new()));
     let log = Arc::clone(&statements);
@@ -184,6 +210,9 @@ fn rehearse(before: Vec<Object>, adopted: &[String]) -> Result<Rehearsal, Migrat
             [] => pending.push(format!("another definition of {} {}", object.kind, object.name)),
             added => pending.extend(added.iter().map(|column| format!("column {column}"))),
         }
+    }
+    if version_before == SchemaVersion::Older {
+        pending.push(schema_version::label());
     }
     Ok(Rehearsal { pending, sql: sql.into_iter().filter_map(|sql| written(&sql)).collect() })
 }

@@ -18,7 +18,8 @@ use diesel::{
 };
 
 use self::table::Table;
-use crate::backend::sql::columns::KEY_COLUMNS;
+use super::schema_version;
+use crate::backend::sql::{columns::KEY_COLUMNS, health::SchemaVersion};
 
 #[derive(QueryableByName)]
 struct Trigger {
@@ -31,8 +32,11 @@ struct Trigger {
 /// Returns the names of the triggers that are missing or different. Without them, changes may be missing.
 pub(super) fn missing(connection: &mut SqliteConnection) -> QueryResult<Vec<String>> {
     let present = present(connection)?;
+    // The triggers of a newer version record what those of this version do, and more.
+    let is_newer = schema_version::read(connection)? == SchemaVersion::Newer;
     let is_missing = |wanted: &&Trigger| {
-        !present.iter().any(|it| it.name == wanted.name && it.sql == wanted.sql)
+        let is_same = |it: &Trigger| it.name == wanted.name && (is_newer || it.sql == wanted.sql);
+        !present.iter().any(is_same)
     };
     let wanted = wanted(connection)?;
     Ok(wanted.iter().filter(is_missing).map(|trigger| trigger.name.clone()).collect())

@@ -4,7 +4,7 @@ use std::{path::Path, time::Duration};
 
 use tower_api_key::{
     PostgresStore, RedisCache, SqliteStore,
-    backend::{DatabaseHealth, FeedCheck, MigrateError, MigrationReport},
+    backend::{DatabaseHealth, FeedCheck, MigrateError, MigrationReport, SchemaVersion},
     redis::RedisServers,
     store::KeyRepository,
 };
@@ -104,6 +104,29 @@ impl Database {
         }
     }
 
+    /// Compares the schema with this program, before a command uses it.
+    pub(crate) async fn check_schema(&self) -> Result<(), Failure> {
+        let version = match self {
+            Self::Sqlite(store) => store.schema_version().await?,
+            Self::Postgres(store) => store.schema_version().await?,
+        };
+        match version {
+            SchemaVersion::None => Err(Failure::failed(
+                "the database has no tables of this program: run `tower-api-key migrate`",
+            )),
+            SchemaVersion::Older => Err(Failure::failed(
+                "the schema was made by an older version of tower-api-key: run `tower-api-key migrate`",
+            )),
+            SchemaVersion::Newer => {
+                crate::output::note(format_args!(
+                    "warning: the schema was made by a newer version of tower-api-key: use that version of this program"
+                ));
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(crate) async fn health(&self) -> Result<DatabaseHealth, Failure> {
         Ok(match self {
             Self::Sqlite(store) => store.health().await?,
@@ -124,7 +147,7 @@ impl Database {
                 "the database is read-only, as a standby is: use the URL of the primary".to_owned();
             return None;
         }
-        if health.is_newer {
+        if health.schema == SchemaVersion::Newer {
             failure.message +=
                 "; the schema was made by a newer version: use that version of tower-api-key";
             return None;

@@ -19,6 +19,8 @@ pub struct Postgres {
     settings: Vec<String>,
     /// The folder of the locales that were made for it alone.
     locales: Option<PathBuf>,
+    /// What the clock of the server is off by, as libfaketime reads it.
+    clock: Option<String>,
 }
 
 impl Postgres {
@@ -31,19 +33,30 @@ impl Postgres {
         Self::with_files(&[], settings)
     }
 
+    /// A server whose clock is off by `offset`, for example `+10s`. Only its processes have that clock. The program's own
+    /// clock can't be set in this way: it is read without the C library.
+    pub fn with_clock(offset: &str) -> Self {
+        Self::with(&[], &[], None, Some(offset))
+    }
+
     /// A server whose messages are in German. `None` where the system lacks the sources of locales (Debian's package
     /// `locales`). It is for the caller to see whether the server has its translations.
     pub fn in_german() -> Option<Self> {
         let is_there = Path::new("/usr/share/i18n/locales/de_DE").exists();
-        is_there.then(|| Self::with(&[], &["lc_messages=de_DE.UTF-8"], Some("de_DE")))
+        is_there.then(|| Self::with(&[], &["lc_messages=de_DE.UTF-8"], Some("de_DE"), None))
     }
 
     /// A server with settings whose values are files, given by name and content.
     pub fn with_files(files: &[(&str, &str)], settings: &[&str]) -> Self {
-        Self::with(files, settings, None)
+        Self::with(files, settings, None, None)
     }
 
-    fn with(files: &[(&str, &str)], settings: &[&str], locale: Option<&str>) -> Self {
+    fn with(
+        files: &[(&str, &str)],
+        settings: &[&str],
+        locale: Option<&str>,
+        clock: Option<&str>,
+    ) -> Self {
         on_free_ports(|| {
             let server = Server::new("tak-pg-");
             let mut initdb = unprivileged(&bin("initdb"));
@@ -56,8 +69,9 @@ impl Postgres {
                 .iter()
                 .map(|(name, text)| format!("{name}={}", server.write_file(name, text).display()));
             let settings = settings.chain(files).collect();
+            let clock = clock.map(str::to_owned);
             let locales = locale.map(|locale| define(locale, &server.folder().join("locales")));
-            let mut postgres = Self { server, port: Port::claim(), settings, locales };
+            let mut postgres = Self { server, port: Port::claim(), settings, locales, clock };
             postgres.launch().map(|()| postgres)
         })
     }
@@ -71,8 +85,8 @@ impl Postgres {
             copy.arg(port.to_string()).arg("-D").arg(server.folder().join("data"));
             assert!(copy.status().unwrap().success(), "pg_basebackup failed");
             let settings = self.settings.clone();
-            let locales = self.locales.clone();
-            let mut postgres = Self { server, port: Port::claim(), settings, locales };
+            let (locales, clock) = (self.locales.clone(), self.clock.clone());
+            let mut postgres = Self { server, port: Port::claim(), settings, locales, clock };
             postgres.launch().map(|()| postgres)
         })
     }
@@ -221,6 +235,11 @@ impl Postgres {
         if let Some(locales) = &self.locales {
             command.env("LOCPATH", locales);
         }
+        if let Some(offset) = &self.clock {
+            command.env("LD_PRELOAD", libfaketime()).env("FAKETIME", offset);
+            // Time-outs of the server use the monotonic clock.
+            command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        }
         command.arg("-D").arg(folder.join("data")).args(["-p", &port, "-k"]).arg(folder);
         let common = [
             "fsync=off",
@@ -244,6 +263,16 @@ impl Drop for Postgres {
             self.kill();
         }
     }
+}
+
+/// Returns libfaketime for programs with threads, which `tests/run` installs.
+fn libfaketime() -> PathBuf {
+    let library = Path::new("faketime/libfaketimeMT.so.1");
+    let folders = fs::read_dir("/usr/lib").unwrap().flatten();
+    let mut libraries = folders.map(|folder| folder.path().join(library));
+    libraries
+        .find(|library| library.exists())
+        .expect("libfaketime is missing: install the package libfaketime, as tests/run does")
 }
 
 /// Compiles a locale into a folder, which is returned.

@@ -5,7 +5,7 @@ use diesel::{Connection, connection::SimpleConnection};
 use super::{BlockingConnection, LOCK, SET_SEARCH_PATH, TRIGGERS, VERSION, missing, tag};
 use crate::backend::{
     postgres::adopt,
-    sql::{fault::Failure, migrate::MigrateError},
+    sql::{fault::Failure, health::SchemaVersion, migrate::MigrateError},
 };
 
 /// The text of each migration, in their order.
@@ -59,9 +59,21 @@ pub(in crate::backend::postgres) fn script() -> String {
     script
 }
 
-/// Returns whether a version of the schema is newer than this crate.
-pub(in crate::backend::postgres) fn is_newer(version: i64) -> bool {
-    version > VERSION
+/// An SQL expression: the version of the schema, -1 without a schema, or NULL if the comment with the version was removed.
+pub(in crate::backend::postgres) const STORED_VERSION: &str = r"
+    CASE WHEN to_regclass('api_key_changes') IS NULL THEN -1 ELSE (
+        SELECT split_part(tag, ' ', 2)::bigint
+        FROM (SELECT obj_description(to_regclass('api_key_changes'), 'pg_class') AS tag) AS s
+        WHERE tag ~ '^tower-api-key \d+ \w+$') END";
+
+/// Returns what the value of [`STORED_VERSION`] means.
+pub(in crate::backend::postgres) fn schema_version(stored: Option<i64>) -> SchemaVersion {
+    match stored {
+        Some(-1) => SchemaVersion::None,
+        Some(stored) => SchemaVersion::of(stored, VERSION),
+        // A migration writes the comment again.
+        None => SchemaVersion::Current,
+    }
 }
 
 #[cfg(test)]

@@ -54,7 +54,7 @@ async fn check_database(database: &Database, limit: Duration, checks: &mut Vec<C
     let pending = database.pending().await;
     let is_complete = matches!(&pending, Ok(pending) if pending.is_empty());
     match pending {
-        Ok(pending) => checks.extend(check::schema(&pending, health.is_newer)),
+        Ok(pending) => checks.extend(check::schema(&pending, health.schema)),
         Err(MigrateError::NotAdoptable(faults)) => checks.extend(faults.iter().map(|fault| {
             Check::error(
                 "columns",

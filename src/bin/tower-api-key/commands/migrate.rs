@@ -1,7 +1,7 @@
 //! The schema.
 
 use serde_json::json;
-use tower_api_key::backend::KeyReview;
+use tower_api_key::backend::{KeyReview, SchemaVersion};
 
 use crate::{
     args::{MigrateArgs, Options},
@@ -42,7 +42,12 @@ async fn check(database: &Database, output: &mut Output) -> Result<(), Failure> 
         match pending.as_slice() {
             [] => output.line(up_to_date(database).await?)?,
             pending => {
-                output.line("Missing; run `tower-api-key migrate`:")?;
+                output.line(match database.health().await?.schema {
+                    SchemaVersion::Older => {
+                        "The schema was made by an older version; run `tower-api-key migrate`. Missing:"
+                    }
+                    _ => "Missing; run `tower-api-key migrate`:",
+                })?;
                 pending.iter().try_for_each(|what| output.line(&format!("  {what}")))?;
             }
         }
@@ -74,9 +79,11 @@ async fn migrate(database: &Database, output: &mut Output) -> Result<(), Failure
 
 /// Returns what is printed if there is nothing to do.
 async fn up_to_date(database: &Database) -> Result<&'static str, Failure> {
-    Ok(match database.health().await?.is_newer {
-        true => "The schema was made by a newer version of tower-api-key, and is left as it is.",
-        false => "The schema is up to date.",
+    Ok(match database.health().await?.schema {
+        SchemaVersion::Newer => {
+            "The schema was made by a newer version of tower-api-key, and is left as it is."
+        }
+        _ => "The schema is up to date.",
     })
 }
 

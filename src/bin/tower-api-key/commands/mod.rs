@@ -58,6 +58,8 @@ pub(crate) async fn run(Args { command, options }: Args) -> Result<(), Failure> 
             // What is wrong with the options is reported before anything is opened.
             let scheme = scheme::scheme(&options)?;
             let database = Database::open(&options, Missing::Fail)?;
+            // Before Redis, which needs the secret in the database.
+            database.check_schema().await?;
             let outcome = with_database(&database, scheme, output, &command, &options).await;
             match outcome {
                 Ok(()) => Ok(()),

@@ -2,7 +2,7 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tower_api_key::{
-    backend::{FeedCheck, MissingPrivilege, PrivilegePurpose},
+    backend::{FeedCheck, MissingPrivilege, PrivilegePurpose, SchemaVersion},
     chrono,
     redis::{RedisHealth, RedisHealthError},
 };
@@ -57,8 +57,8 @@ impl Check {
 }
 
 /// Checks what a migration would make. Triggers have a line of their own: without one, changes are missed.
-pub(super) fn schema(pending: &[String], is_newer: bool) -> Vec<Check> {
-    if is_newer {
+pub(super) fn schema(pending: &[String], version: SchemaVersion) -> Vec<Check> {
+    if version == SchemaVersion::Newer {
         return vec![Check::warning(
             "schema",
             "the schema was made by a newer version of tower-api-key",
@@ -67,11 +67,15 @@ pub(super) fn schema(pending: &[String], is_newer: bool) -> Vec<Check> {
     }
     let (triggers, others): (Vec<_>, Vec<_>) =
         pending.iter().map(String::as_str).partition(|what| what.contains("trigger"));
+    let age = match version {
+        SchemaVersion::Older => "the schema was made by an older version of tower-api-key; ",
+        _ => "",
+    };
     let check = |subject, what: Vec<&str>, fine: &str| match what.as_slice() {
         [] => Check::ok(subject, fine),
         what => Check::error(
             subject,
-            format!("missing or different: {}", what.join("; ")),
+            format!("{age}missing or different: {}", what.join("; ")),
             "run `tower-api-key migrate`",
         ),
     };
