@@ -216,22 +216,36 @@ async fn an_update_that_requires_a_revision_conflicts_and_names_the_current_one<
 }
 
 async fn of_two_updates_with_the_same_revision_one_wins<S: KeyRepository + Clone>(store: S) {
+    const ROUNDS: u32 = 1_000;
     let (manager, issued) = issue(&store).await;
     let id = &issued.record().id;
     let mut revision = issued.record().revision;
-    for round in 0..25 {
-        let [a, b] = ["a", "b"].map(|it| KeyPatch::default().name(format!("{it}{round}")));
-        let attempt = |patch| {
+    for round in 0..ROUNDS {
+        // On tasks of their own, which run on other threads if the runtime has some.
+        let [a, b] = ["a", "b"].map(|it| {
+            let patch = KeyPatch::default().name(format!("{it}{round}"));
             let (manager, id) = (manager.clone(), id.clone());
-            async move { manager.update(&id, &patch, Some(revision)).await }
-        };
-        let (a, b) = futures_util::future::join(attempt(a), attempt(b)).await;
+            tokio::spawn(async move { manager.update(&id, &patch, Some(revision)).await })
+        });
+        let (a, b) = (a.await.unwrap(), b.await.unwrap());
         let (won, lost) = if a.is_ok() { (a, b) } else { (b, a) };
         let won = won.unwrap();
-        let Err(ManageError::Conflict { .. }) = lost else { panic!("{lost:?}") };
-        assert_eq!(manager.find(id).await.unwrap().name, won.name);
+        let Err(ManageError::Conflict { current, .. }) = lost else { panic!("{lost:?}") };
+        assert!(won.revision > revision);
+        assert_eq!(current, Some(won.revision), "round {round}");
+        assert_eq!(manager.find(id).await.unwrap(), won);
         revision = won.revision;
     }
+    let (mut updates, mut page) = (0, ListAudit::default().key(id.clone()).limit(500));
+    loop {
+        let found = manager.audit(&page).await.unwrap();
+        updates += found.entries.iter().filter(|it| it.action == AuditAction::Update).count();
+        page.before = found.next;
+        if found.next.is_none() {
+            break;
+        }
+    }
+    assert_eq!(updates, ROUNDS as usize, "one entry for each that won");
 }
 
 async fn concurrent_updates_of_different_fields_are_both_kept<S: KeyRepository + Clone>(store: S) {
