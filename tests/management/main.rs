@@ -3,5 +3,6 @@
 mod ceiling;
 mod every_store;
 mod rotation;
+mod secrecy;
 #[path = "../support/mod.rs"]
 mod support;

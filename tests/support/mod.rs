@@ -12,6 +12,7 @@ pub mod feed;
 pub mod fleet;
 pub mod history;
 pub mod key_checker;
+pub mod leaks;
 pub mod log;
 pub mod probe;
 pub mod proxy;
