@@ -6,5 +6,6 @@ mod import;
 mod life;
 mod output;
 mod program;
+mod secrecy;
 #[path = "../support/mod.rs"]
 mod support;
