@@ -464,9 +464,17 @@ async fn look_ups_and_lists_use_an_index() {
         KeyFilter::default().owner(7),
         KeyFilter::default().created_by_key(3),
         KeyFilter::default().expires_before(now + HOUR),
+        KeyFilter::default().prefix("prefix777"),
+        KeyFilter::default().revoked(),
     ];
-    for filter in filtered {
-        store.list_keys(&list.clone().filter(filter).after(90)).await.unwrap();
+    // A statement that is cached gets a plan for any values after five executions.
+    for filter in filtered.iter().cycle().take(7 * filtered.len()) {
+        store.list_keys(&list.clone().filter(filter.clone()).after(90)).await.unwrap();
+    }
+    let log = server.log();
+    for index in ["pkey", "owner", "created_by_key", "expiring", "prefix", "revoked"] {
+        let uses = log.matches(&format!("api_keys_{index}")).count();
+        assert!(uses >= 7, "{uses} uses of {index}");
     }
     let list = ListAudit::default();
     for page in [
@@ -594,4 +602,47 @@ async fn a_schema_of_another_version_is_logged_when_the_feed_starts() {
     }
     db.run("DROP SCHEMA public CASCADE; CREATE SCHEMA public").await;
     assert_eq!(db.store.schema_version().await.unwrap(), SchemaVersion::None);
+}
+
+#[tokio::test]
+async fn keys_of_adopted_tables_are_listed_and_revoked_by_their_prefix_whatever_the_type_is() {
+    let server = Postgres::start();
+    let admin = server.client().await;
+    run(
+        &admin,
+        "CREATE COLLATION any_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false)",
+    )
+    .await;
+    for (at, kind) in ["VARCHAR(20)", "TEXT COLLATE any_case"].into_iter().enumerate() {
+        run(&admin, &format!("CREATE DATABASE d{at} TEMPLATE postgres")).await;
+        let orm = connect(&server.database_url(&format!("d{at}"))).await;
+        run(
+            &orm,
+            &format!(
+                "CREATE TABLE users (id SERIAL PRIMARY KEY, email TEXT NOT NULL);
+                CREATE TABLE api_keys (id SERIAL PRIMARY KEY, user_id INTEGER NOT NULL, key_prefix {kind} NOT NULL,
+                    key_hash TEXT NOT NULL);
+                INSERT INTO users (email) VALUES ('a');
+                INSERT INTO api_keys (user_id, key_prefix, key_hash)
+                    SELECT 1, prefix, 'sha256$' || repeat('ab', 32)
+                    FROM unnest(ARRAY['ab1', 'ab~', 'aB1', 'ac1', 'a', 'b~1']) AS prefix"
+            ),
+        )
+        .await;
+        let store = PostgresStore::new(&server.database_url(&format!("d{at}"))).unwrap();
+        store.migrate().await.unwrap();
+        assert!(store.pending_migrations().await.unwrap().is_empty());
+        let own = "SELECT count(*) FROM pg_class WHERE relname = 'api_keys_prefix'";
+        assert_eq!(number(&orm, own).await, 0);
+        for (prefix, found) in
+            [("ab", &[1, 2][..]), ("ab~", &[2]), ("a", &[1, 2, 3, 4, 5]), ("b~", &[6])]
+        {
+            let page = ListKeys::default().filter(KeyFilter::default().prefix(prefix));
+            let listed = store.list_keys(&page).await.unwrap().keys;
+            let ids: Vec<_> = listed.iter().filter_map(|key| key.id.as_i64()).collect();
+            assert_eq!(ids, found, "{kind} {prefix}");
+        }
+        let (filter, by) = (KeyFilter::default().prefix("ab"), Attribution::default());
+        assert_eq!(store.revoke_keys(&filter, &by).await.unwrap().len(), 2, "{kind}");
+    }
 }

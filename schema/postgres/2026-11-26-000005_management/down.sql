@@ -8,12 +8,20 @@ DROP FUNCTION IF EXISTS
 COMMENT ON TABLE api_key_changes IS NULL;
 DROP TABLE api_key_audit;
 DROP SEQUENCE api_key_audit_ids;
-DROP INDEX IF EXISTS api_keys_previous_lookup, api_keys_created_by_key, api_keys_expiring;
+DROP INDEX IF EXISTS
+    api_keys_previous_lookup, api_keys_created_by_key, api_keys_expiring, api_keys_revoked, api_keys_prefix;
 
 DO $$
 DECLARE
     made RECORD;
 BEGIN
+    IF NOT EXISTS (
+        SELECT FROM pg_index i
+        JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = to_regclass('api_keys') AND i.indpred IS NULL AND a.attname = 'key_prefix'
+    ) THEN
+        CREATE INDEX api_keys_lookup ON api_keys (key_prefix);
+    END IF;
     FOR made IN
         SELECT attname AS name FROM pg_attribute
         WHERE attrelid = to_regclass('api_keys') AND NOT attisdropped

@@ -81,7 +81,8 @@ BEGIN
             -- Most keys have no value in these columns. An index on last_used_at would end HOT updates of usage.
             ('api_keys_previous_lookup', 'api_keys',      'previous_key_prefix', 'previous_key_prefix IS NOT NULL'),
             ('api_keys_created_by_key',  'api_keys',      'created_by_key',      'created_by_key IS NOT NULL'),
-            ('api_keys_expiring',        'api_keys',      'expires_at',          'expires_at IS NOT NULL')
+            ('api_keys_expiring',        'api_keys',      'expires_at',          'expires_at IS NOT NULL'),
+            ('api_keys_revoked',         'api_keys',      'id',                  'NOT coalesce(is_active, FALSE)')
         ) AS indexes (name, in_table, columns, condition)
         -- An index of the same name in a later schema belongs to another table.
         WHERE NOT EXISTS (
@@ -90,6 +91,24 @@ BEGIN
         EXECUTE format('CREATE INDEX %I ON %I (%s)%s', wanted.name, wanted.in_table, wanted.columns,
             ' WHERE ' || wanted.condition);
     END LOOP;
+
+    -- In a table that this crate made, the index of look-ups also serves ranges of lookup ids, whatever the collation of
+    -- the database is. It replaces the index of the first migration. The indexes of an adopted table are left as they are.
+    IF EXISTS (
+        SELECT FROM pg_attribute
+        WHERE attrelid = to_regclass('api_keys') AND attname = 'key_prefix' AND atttypid = 'text'::regtype
+            AND attcollation = 'pg_catalog.default'::regcollation
+            AND obj_description(attrelid, 'pg_class') = 'made by tower-api-key'
+    ) AND NOT EXISTS (
+        SELECT FROM pg_index WHERE indrelid = to_regclass('api_keys') AND indexrelid = to_regclass('api_keys_prefix')
+    ) THEN
+        CREATE INDEX api_keys_prefix ON api_keys (key_prefix text_pattern_ops);
+        IF EXISTS (
+            SELECT FROM pg_index WHERE indrelid = to_regclass('api_keys') AND indexrelid = to_regclass('api_keys_lookup')
+        ) THEN
+            DROP INDEX api_keys_lookup;
+        END IF;
+    END IF;
 
     -- In a table that this crate made, the deletion of a user no longer deletes keys. An adopted table is left as it is.
     FOR owner IN

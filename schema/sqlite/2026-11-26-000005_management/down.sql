@@ -20,6 +20,7 @@ DROP TABLE api_key_schema;
 DROP INDEX api_keys_previous_lookup;
 DROP INDEX api_keys_creator;
 DROP INDEX api_keys_expiry;
+DROP INDEX api_keys_revoked;
 -- Hashes of previous secrets are removed. The other columns of the migration are kept, because an adopted table may have
 -- had them before, and SQLite has no conditional statements.
 ALTER TABLE api_keys DROP COLUMN previous_key_prefix;

@@ -5,6 +5,7 @@ CREATE INDEX IF NOT EXISTS api_keys_previous_lookup ON api_keys (previous_key_pr
     WHERE previous_key_prefix IS NOT NULL;
 CREATE INDEX IF NOT EXISTS api_keys_creator ON api_keys (created_by_key) WHERE created_by_key IS NOT NULL;
 CREATE INDEX IF NOT EXISTS api_keys_expiry ON api_keys (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS api_keys_revoked ON api_keys (id) WHERE NOT coalesce(is_active, FALSE);
 
 -- One row for each change of a key, and of a user who owns keys or is managed by this crate. It references no table: it
 -- is kept after the key and the user are deleted.

@@ -143,8 +143,14 @@ impl KeyRepository for PostgresStore {
 
     async fn list_keys(&self, page: &ListKeys) -> Result<KeyPage, StoreError> {
         let Some((condition, binds)) = page.sql(&FILTER) else { return Ok(KeyPage::default()) };
-        let select = format!("{} {KEY_TABLES} WHERE {condition}", *SELECT_KEY);
-        let rows = self.records(select, binds).await?;
+        // Only the rows of the page are made, also if the keys are sorted.
+        let select = format!(
+            "{} {KEY_TABLES} WHERE k.id IN (SELECT k.id {KEY_TABLES} WHERE {condition}) ORDER BY k.id",
+            *SELECT_KEY
+        );
+        // The best index depends on the values of the filter.
+        let select = Statement::new(key_rows(&select), binds).planned_for_its_values();
+        let rows: Vec<KeyRow> = self.load(&self.0.management, &select).await?;
         Ok(KeyPage::from_rows(page, rows.iter().map(KeyRow::record)))
     }
 

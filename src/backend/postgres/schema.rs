@@ -305,9 +305,16 @@ fn missing(connection: &mut BlockingConnection) -> QueryResult<Vec<String>> {
             ('api_key_changes_user', 'api_key_changes'), ('api_key_audit_key', 'api_key_audit'),
             ('api_key_audit_user', 'api_key_audit'), ('api_key_audit_actor', 'api_key_audit'),
             ('api_key_audit_time', 'api_key_audit'), ('api_keys_previous_lookup', 'api_keys'),
-            ('api_keys_created_by_key', 'api_keys'), ('api_keys_expiring', 'api_keys')) AS i (name, in_table)
+            ('api_keys_created_by_key', 'api_keys'), ('api_keys_expiring', 'api_keys'),
+            ('api_keys_revoked', 'api_keys')) AS i (name, in_table)
         WHERE NOT EXISTS (
             SELECT FROM pg_index WHERE indrelid = to_regclass(in_table) AND indexrelid = to_regclass(name))
+        UNION ALL
+        SELECT 'index api_keys_prefix' FROM pg_attribute
+        WHERE attrelid = to_regclass('api_keys') AND attname = 'key_prefix' AND atttypid = 'text'::regtype
+            AND attcollation = 'pg_catalog.default'::regcollation
+            AND obj_description(attrelid, 'pg_class') = 'made by tower-api-key'
+            AND NOT EXISTS (SELECT FROM pg_index WHERE indrelid = attrelid AND indexrelid = to_regclass('api_keys_prefix'))
         UNION ALL
         SELECT 'index on api_keys.' || name FROM (VALUES ('key_prefix'), ('user_id')) AS i (name)
         WHERE NOT EXISTS (

@@ -61,6 +61,12 @@ pub(super) static FILTER: FilterDialect = FilterDialect {
             FROM api_keys AS t LIMIT 1)"
         )
     },
+    // The value of a subquery is unknown to the planner. A column without a time zone is compared in that of the session.
+    estimated: |column, placeholder| {
+        Some(format!("k.{column} < (${placeholder} || 'Z')::timestamptz + INTERVAL '2 days'"))
+    },
     text: |column| format!("k.{column}::text COLLATE \"C\""),
     position: |text, placeholder| format!("strpos({text} COLLATE \"C\", ${placeholder})"),
+    // These operators compare bytes, whatever the collation is.
+    range: |from, to| format!("k.key_prefix::text ~>=~ ${from} AND k.key_prefix::text ~<~ ${to}"),
 };

@@ -12,10 +12,15 @@ use crate::{
 pub(in crate::backend) struct FilterDialect {
     /// Returns the bound time as a value of the type of a column of `api_keys`.
     pub(in crate::backend) time: fn(column: &str, placeholder: usize) -> String,
+    /// Returns a condition that is wider than that the column is before the bound time, if the planner can estimate only
+    /// this one.
+    pub(in crate::backend) estimated: fn(column: &str, placeholder: usize) -> Option<String>,
     /// Returns a column of `api_keys` as text.
     pub(in crate::backend) text: fn(column: &str) -> String,
     /// Returns the position of a bound text in a text, or 0.
     pub(in crate::backend) position: fn(text: &str, placeholder: usize) -> String,
+    /// Returns the condition that a lookup id is at least a bound text, and less than a text after all that start with it.
+    pub(in crate::backend) range: fn(from: usize, to: usize) -> String,
 }
 
 impl KeyFilter {
@@ -47,7 +52,11 @@ impl KeyFilter {
         }
         let mut before = |column: &str, time: DateTime<Utc>| {
             let at = bind(Bind::Text(time.format("%Y-%m-%d %H:%M:%S%.6f").to_string()));
-            format!("k.{column} < {}", (dialect.time)(column, at))
+            let exact = format!("k.{column} < {}", (dialect.time)(column, at));
+            match (dialect.estimated)(column, at) {
+                Some(estimated) => format!("{exact} AND {estimated}"),
+                None => exact,
+            }
         };
         if let Some(time) = self.expires_before {
             conditions.push(before("expires_at", time));
@@ -62,6 +71,11 @@ impl KeyFilter {
         if let Some(prefix) = &self.prefix {
             let at = bind(Bind::Text(prefix.clone()));
             conditions.push(format!("{} = 1", (dialect.position)("k.key_prefix", at)));
+            // A range, which an index serves.
+            if let Some(end) = end_of_range(prefix) {
+                let end = bind(Bind::Text(end));
+                conditions.push((dialect.range)(at, end));
+            }
         }
         if let Some(text) = &self.contains {
             let at = bind(Bind::Text(text.to_ascii_lowercase()));
@@ -82,5 +96,31 @@ impl KeyFilter {
             conditions.push(format!("{} > 0", (dialect.position)(&(dialect.text)("scopes"), at)));
         }
         Some(())
+    }
+}
+
+/// Returns a text that is greater than every text with this prefix, in the order of bytes. Only ASCII characters change,
+/// so that it holds in each encoding of a database. `None` if there is no such text.
+fn end_of_range(prefix: &str) -> Option<String> {
+    let is_last = |c: char| c >= '\u{7f}';
+    let mut end = prefix.trim_end_matches(is_last).to_owned();
+    let last = u8::try_from(end.pop()?).ok()?;
+    end.push(char::from(last + 1));
+    Some(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_range_is_after_every_text_with_the_prefix() {
+        for (prefix, end) in
+            [("abc", Some("abd")), ("ab~", Some("ab\u{7f}")), ("a\u{7f}é", Some("b")), ("é", None)]
+        {
+            assert_eq!(end_of_range(prefix).as_deref(), end);
+            let last = format!("{prefix}\u{10ffff}");
+            assert!(end.is_none_or(|end| *last < *end && *prefix < *end));
+        }
     }
 }

@@ -27,6 +27,8 @@ use crate::{record::Revision, store::Change};
 pub(in crate::backend) struct Statement {
     sql: Cow<'static, str>,
     binds: Vec<Bind>,
+    /// Whether the connection caches it.
+    is_cached: bool,
 }
 
 impl HashUpgrade {
@@ -137,7 +139,13 @@ impl Statement {
         sql: impl Into<Cow<'static, str>>,
         binds: impl IntoIterator<Item = Bind>,
     ) -> Self {
-        Self { sql: sql.into(), binds: binds.into_iter().collect() }
+        Self { sql: sql.into(), binds: binds.into_iter().collect(), is_cached: true }
+    }
+
+    /// Returns the statement without a cached plan: the database plans it for the bound values each time.
+    #[cfg(feature = "postgres")]
+    pub(in crate::backend) fn planned_for_its_values(self) -> Self {
+        Self { is_cached: false, ..self }
     }
 
     /// Returns the statement that explains this one.
@@ -164,6 +172,9 @@ where
     Option<String>: ToSql<Nullable<Text>, DB>,
 {
     fn walk_ast<'b>(&'b self, mut out: AstPass<'_, 'b, DB>) -> QueryResult<()> {
+        if !self.is_cached {
+            out.unsafe_to_cache_prepared();
+        }
         let mut pieces = self.sql.split('$');
         out.push_sql(pieces.next().unwrap_or_default());
         for piece in pieces {
