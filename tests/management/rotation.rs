@@ -10,17 +10,19 @@ use std::{
 
 use tower_api_key::{
     Authenticator, Denial, KeyManager, KeyScheme, MemoryStore, NewKey, PostgresStore, RedisCache,
+    SqliteStore,
     clock::{Clock, ManualClock},
     denial::InvalidKey,
     key::{KeyFormat, KeyHash},
     management::{ImportedKey, IssuedKey, Rotation},
     rate_limit::{LocalRateLimiter, RateLimiter},
-    record::{Budget, BudgetPeriod, RateLimits, Secret},
-    store::{KeyStore, ListKeys},
+    record::{Budget, BudgetPeriod, KeyId, RateLimits, Secret},
+    store::{KeyFilter, KeyStore, ListKeys},
 };
 
 use crate::support::{
     eventually::eventually,
+    leaks::{published, values_of_redis},
     log,
     proxy::Proxy,
     servers::{Postgres, Redis},
@@ -284,4 +286,51 @@ async fn rotates_under_load(postgres: &Postgres, redis: &Redis, store: &Postgres
 fn node(store: impl KeyStore, redis: &Redis) -> Authenticator {
     let cache = RedisCache::new(store, redis.url()).unwrap();
     Authenticator::builder(cache).scheme(scheme()).build()
+}
+
+/// A node that is cut off from the store learns of a change only from Redis.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_or_deleted_key_is_announced_in_redis_under_both_lookup_ids() {
+    let (folder, redis) = (tempfile::tempdir().unwrap(), Redis::start());
+    let store = SqliteStore::open(folder.path().join("keys.db")).unwrap();
+    store.migrate().await.unwrap();
+    let messages = published(&redis.url()).await;
+    let cache = RedisCache::new(store.clone(), redis.url()).unwrap();
+    assert!(cache.prepare(Duration::from_secs(10)).await);
+    let manager = KeyManager::new(cache.clone()).scheme(scheme());
+    let user = some_user(store.clone()).await;
+    let hash = KeyHash::bcrypt("legacy-secret", 4).unwrap();
+    // More than a page of keys.
+    let keys = (0..1_200).map(|n| {
+        ImportedKey::new(NewKey::new(user.clone(), "k"), format!("legacy{n:04}"), hash.clone())
+    });
+    manager.import(keys).await.unwrap();
+    let rotated = async |at: u64| {
+        let how = Rotation::default().grace(GRACE);
+        let issued = manager.rotate(&KeyId::from(at.cast_signed() + 1), how).await.unwrap();
+        messages.lock().unwrap().clear();
+        (issued.record().id.clone(), [issued.record().prefix.clone(), format!("legacy{at:04}")])
+    };
+    let announced = async |ids: &[String]| {
+        eventually("a message for each lookup id", async || {
+            let text = String::from_utf8_lossy(&messages.lock().unwrap()).into_owned();
+            ids.iter().all(|id| text.contains(&format!("\"{id}\"")))
+        })
+        .await;
+        assert!(cache.flush(Duration::from_secs(10)).await);
+        let stored = String::from_utf8_lossy(&values_of_redis(&redis.url()).await).into_owned();
+        for id in ids {
+            let hex: String = id.bytes().map(|byte| format!("{byte:02x}")).collect();
+            assert!(stored.contains(&hex), "a tombstone of {id}");
+        }
+    };
+    let (id, ids) = rotated(0).await;
+    manager.revoke(&id).await.unwrap();
+    announced(&ids).await;
+    let (id, ids) = rotated(1).await;
+    manager.delete(&id).await.unwrap();
+    announced(&ids).await;
+    let ((_, first), (_, last)) = (rotated(2).await, rotated(1_199).await);
+    assert_eq!(manager.revoke_all(&KeyFilter::default().owner(user)).await.unwrap().len(), 1_198);
+    announced(&[first, last].concat()).await;
 }

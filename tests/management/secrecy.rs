@@ -6,12 +6,10 @@ use std::{
     fmt::{Debug, Write},
     fs,
     path::Path,
-    sync::{Arc, Mutex},
 };
 
 use chrono::{TimeDelta, Utc};
 use diesel::{Connection, SqliteConnection, connection::SimpleConnection};
-use futures_util::StreamExt;
 use tower_api_key::{
     ApiKeyAuthLayer, Authenticator, KeyManager, KeyScheme, MemoryStore, NewKey, PostgresStore,
     RedisCache, SqliteStore,
@@ -26,7 +24,7 @@ use crate::support::{
     bearer,
     eventually::eventually,
     leaks::{
-        Marked, Metrics, StoredValue, capture_all, values_of_file, values_of_redis,
+        Marked, Metrics, StoredValue, capture_all, published, values_of_file, values_of_redis,
         values_of_server,
     },
     send,
@@ -425,7 +423,7 @@ async fn nothing_leaves_its_column() {
     all.push(postgres.marked);
 
     let redis = Redis::start();
-    let messages = messages(&redis.url()).await;
+    let messages = published(&redis.url()).await;
     admin.batch_execute("CREATE DATABASE cached").await.unwrap();
     let url = server.database_url("cached");
     let store = PostgresStore::new(&url).unwrap();
@@ -451,23 +449,4 @@ async fn nothing_leaves_its_column() {
         marked.assert_hidden("the log", &log);
         marked.assert_hidden("a metric", &metrics);
     }
-}
-
-/// Collects what is published in Redis.
-async fn messages(url: &str) -> Arc<Mutex<Vec<u8>>> {
-    let client = redis::Client::open(url).unwrap();
-    let mut subscription = client.get_async_pubsub().await.unwrap();
-    subscription.psubscribe("*").await.unwrap();
-    let messages = Arc::new(Mutex::new(Vec::new()));
-    let collected = Arc::clone(&messages);
-    tokio::spawn(async move {
-        let mut stream = subscription.into_on_message();
-        while let Some(message) = stream.next().await {
-            let mut collected = collected.lock().unwrap();
-            collected.extend_from_slice(message.get_channel_name().as_bytes());
-            collected.extend_from_slice(message.get_payload_bytes());
-            collected.push(b'\n');
-        }
-    });
-    messages
 }

@@ -9,6 +9,7 @@ use base64::{Engine, engine::general_purpose};
 use diesel::{
     Connection, QueryableByName, RunQueryDsl, SqliteConnection, sql_query, sql_types::Text,
 };
+use futures_util::StreamExt;
 use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 use sha2::{Digest, Sha256};
 use tokio_postgres::Client;
@@ -204,6 +205,25 @@ pub async fn values_of_redis(url: &str) -> Vec<u8> {
         add(&read.query_async(&mut connection).await.unwrap(), &mut all);
     }
     all
+}
+
+/// Collects what is published in Redis.
+pub async fn published(url: &str) -> Arc<Mutex<Vec<u8>>> {
+    let client = redis::Client::open(url).unwrap();
+    let mut subscription = client.get_async_pubsub().await.unwrap();
+    subscription.psubscribe("*").await.unwrap();
+    let messages = Arc::new(Mutex::new(Vec::new()));
+    let collected = Arc::clone(&messages);
+    tokio::spawn(async move {
+        let mut stream = subscription.into_on_message();
+        while let Some(message) = stream.next().await {
+            let mut collected = collected.lock().unwrap();
+            collected.extend_from_slice(message.get_channel_name().as_bytes());
+            collected.extend_from_slice(message.get_payload_bytes());
+            collected.push(b'\n');
+        }
+    });
+    messages
 }
 
 fn add(value: &redis::Value, all: &mut Vec<u8>) {

@@ -1,5 +1,7 @@
 //! The write side of a [`RedisCache`]: it calls the store, and queues tombstones for its changes.
 
+use std::collections::HashMap;
+
 use chrono::{DateTime, NaiveDate, Utc};
 
 use super::RedisCache;
@@ -21,7 +23,38 @@ impl<S: KeyRepository> RedisCache<S> {
         }
         change
     }
+
+    /// Announces a change of a key under the lookup id of its previous secret, if it has another one than the current
+    /// secret. The change is committed, so that a failure is ignored: nodes learn of it from the store.
+    fn announce_previous(&self, change: Option<&Change>, key: &KeyRecord) {
+        if let (Some(Change::Prefix(current, revision)), Some(grace)) = (change, &key.grace)
+            && grace.prefix != *current
+        {
+            self.announce(Some(Change::Prefix(grace.prefix.clone(), *revision)));
+        }
+    }
+
+    /// Does the same for many keys that were revoked, which the filter selects, in the order of their ids.
+    async fn announce_previous_of_all(&self, filter: &KeyFilter, revoked: &[(KeyId, Change)]) {
+        let (Some((first, _)), Some((last, _))) = (revoked.first(), revoked.last()) else { return };
+        let changes: HashMap<_, _> = revoked.iter().map(|(id, change)| (id, change)).collect();
+        let mut page = ListKeys::default().filter(filter.clone().revoked()).limit(PAGE);
+        page.after = first.as_i64().and_then(|first| first.checked_sub(1)).map(KeyId::from);
+        while let Ok(listed) = self.0.store.list_keys(&page).await {
+            for key in &listed.keys {
+                self.announce_previous(changes.get(&key.id).copied(), key);
+            }
+            // No key after the last one was revoked.
+            let Some(next) = listed.next.filter(|next| next.as_i64() < last.as_i64()) else {
+                return;
+            };
+            page.after = Some(next);
+        }
+    }
 }
+
+/// Number of keys that are read at once after many keys were revoked.
+const PAGE: u32 = 1_000;
 
 impl<S: KeyRepository> KeyRepository for RedisCache<S> {
     async fn insert_user(
@@ -99,7 +132,13 @@ impl<S: KeyRepository> KeyRepository for RedisCache<S> {
     }
 
     async fn revoke_key(&self, id: &KeyId, by: &Attribution) -> Result<Option<Change>, StoreError> {
-        Ok(self.announce(self.0.store.revoke_key(id, by).await?))
+        let revoked = self.announce(self.0.store.revoke_key(id, by).await?);
+        if revoked.is_some()
+            && let Ok(Some(key)) = self.0.store.find_key(id).await
+        {
+            self.announce_previous(revoked.as_ref(), key.record());
+        }
+        Ok(revoked)
     }
 
     async fn revoke_keys(
@@ -111,11 +150,18 @@ impl<S: KeyRepository> KeyRepository for RedisCache<S> {
         for (_, change) in &revoked {
             self.announce(Some(change.clone()));
         }
+        self.announce_previous_of_all(filter, &revoked).await;
         Ok(revoked)
     }
 
     async fn delete_key(&self, id: &KeyId, by: &Attribution) -> Result<Option<Change>, StoreError> {
-        Ok(self.announce(self.0.store.delete_key(id, by).await?))
+        // The row is read before it is gone.
+        let key = self.0.store.find_key(id).await;
+        let deleted = self.announce(self.0.store.delete_key(id, by).await?);
+        if let Ok(Some(key)) = key {
+            self.announce_previous(deleted.as_ref(), key.record());
+        }
+        Ok(deleted)
     }
 
     async fn list_usage(
