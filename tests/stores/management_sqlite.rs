@@ -13,7 +13,7 @@ use tower_api_key::{
     error::StoreErrorKind,
     key::KeyHash,
     management::{IssuedKey, KeyPatch, ManageError, Rotation, UserPatch},
-    store::{Attribution, AuditEntry, KeyRepository, ListAudit},
+    store::{Attribution, AuditEntry, KeyFilter, KeyRepository, ListAudit},
 };
 
 use crate::support::{
@@ -499,4 +499,59 @@ async fn a_file_of_another_version_is_logged_and_a_newer_one_is_served() {
     // A trigger that is missing is found all the same.
     other.run("DROP TRIGGER api_key_note");
     eventually("a fault", async || node.health().feed.fault.is_some()).await;
+}
+
+#[tokio::test]
+async fn a_key_that_can_not_be_decoded_is_revoked_by_the_columns_that_the_filter_compares() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store(folder.path()).await;
+    let mut other = Other::at(folder.path());
+    key_of(&store, "ada@example.com").await;
+    let hash = KeyHash::sha256("x").expose_hash();
+    let fill = |bad: &str, value: &str| {
+        format!(
+            "DELETE FROM api_keys;
+            INSERT INTO api_keys (id, user_id, name, scopes, key_prefix, key_hash, created_at, expires_at, last_used_at)
+            SELECT n, 1, 'laptop ' || n, '[\"s' || n || '\"]', 'p' || n, '{hash}',
+                '2020-01-0' || n || ' 00:00:00', '2020-02-0' || n || ' 00:00:00', '2020-03-0' || n || ' 00:00:00'
+            FROM (SELECT 1 AS n UNION ALL SELECT 2 UNION ALL SELECT 3);
+            UPDATE api_keys SET {bad} = {value}"
+        )
+    };
+    let day = |month: u32| {
+        chrono::DateTime::from_timestamp(1_577_836_800, 0).unwrap()
+            + chrono::Months::new(month)
+            + chrono::TimeDelta::hours(30)
+    };
+    let filter = KeyFilter::default;
+    let by = Attribution::default();
+    for (bad, value) in [
+        ("allowed_ips", "'[\"10.0.0.0/99\"]'"),
+        ("rate_limit_per_day", "-7"),
+        ("metadata", "CAST(X'ff00' AS TEXT)"),
+        ("budget_type", "X'ffff'"),
+    ] {
+        for (what, filter, expected) in [
+            ("contains", filter().contains("TOP 2"), vec![2]),
+            ("scope", filter().scope("s3"), vec![3]),
+            ("another scope", filter().scope("s"), vec![]),
+            ("created", filter().created_before(day(0)), vec![1, 2]),
+            ("expires", filter().expires_before(day(1)), vec![1, 2]),
+            ("unused", filter().unused_since(day(2)), vec![1, 2]),
+            ("two", filter().contains("laptop").created_before(day(0)), vec![1, 2]),
+            ("none", filter().contains("laptop 9"), vec![]),
+        ] {
+            other.run(&fill(bad, value));
+            let revoked = store.revoke_keys(&filter, &by).await.unwrap();
+            let ids: Vec<_> = revoked.iter().filter_map(|(id, _)| id.as_i64()).collect();
+            assert_eq!(ids, expected, "{what}, {bad}");
+            let count = "SELECT count(*) FROM api_keys WHERE NOT is_active";
+            assert_eq!(other.text(count), expected.len().to_string(), "{what}, {bad}");
+        }
+    }
+    // The compared column itself: SQL decides.
+    other.run(&fill("scopes", "'[\"s1\"'"));
+    assert_eq!(store.revoke_keys(&filter().scope("s1"), &by).await.unwrap().len(), 3);
+    other.run(&fill("scopes", "'[\"s1\"'"));
+    assert!(store.revoke_keys(&filter().scope("a/b"), &by).await.unwrap().is_empty());
 }

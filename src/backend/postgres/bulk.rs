@@ -101,8 +101,8 @@ pub(super) async fn revoke(
         );
         let select = Statement::new(key_rows(&select), binds);
         let revoke = |found: Vec<KeyRow>| {
-            let is_selected = |row: &&KeyRow| row.record().1.is_ok_and(|key| filter.selects(&key));
-            let ids: Vec<_> = found.iter().filter(is_selected).map(KeyRow::id).collect();
+            let selected = found.iter().filter(|row| filter.selects_row(row));
+            let ids: Vec<_> = selected.map(KeyRow::id).collect();
             let these =
                 "k.id IN (SELECT id::bigint FROM jsonb_array_elements_text($3::jsonb) AS ids (id))";
             let ids = Bind::Text(json!(ids).to_string());

@@ -2,7 +2,10 @@
 
 use chrono::{DateTime, Utc};
 
-use super::statement::Bind;
+use super::{
+    row::Row,
+    statement::{Bind, KeyRow},
+};
 use crate::{
     record::{KeyId, UserId},
     store::KeyFilter,
@@ -85,18 +88,47 @@ impl KeyFilter {
             });
             conditions.push(format!("({})", found.join(" OR ")));
         }
-        // JSON may contain escaped characters.
-        let is_plain = |scope: &&String| {
-            scope
-                .bytes()
-                .all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\' | b'/'))
-        };
-        if let Some(scope) = self.scope.as_ref().filter(is_plain) {
+        if let Some(scope) = self.scope.as_ref().filter(|scope| is_plain(scope)) {
             let at = bind(Bind::Text(scope.clone()));
             conditions.push(format!("{} > 0", (dialect.position)(&(dialect.text)("scopes"), at)));
         }
         Some(())
     }
+
+    /// Returns whether the filter selects the key in a row that its SQL selects. Of a row that can't be decoded, only the
+    /// columns that the filter compares are. If one of them can't be decoded either, the SQL decides: such a key is denied
+    /// in any case.
+    pub(in crate::backend) fn selects_row(&self, row: &KeyRow) -> bool {
+        if let Ok(key) = row.key() {
+            return self.selects(&key.record);
+        }
+        match row.lossy_columns().map(|columns| Row(columns).decode_some(&self.columns())) {
+            Some(Ok(record)) => self.selects(&record),
+            _ => self.scope.as_ref().is_none_or(|scope| is_plain(scope)),
+        }
+    }
+
+    /// Returns the columns that the filter compares.
+    fn columns(&self) -> Vec<&'static str> {
+        let columns = [
+            ("user_id", self.owner.is_some()),
+            ("is_active", self.is_active.is_some()),
+            ("expires_at", self.expires_before.is_some()),
+            ("last_used_at", self.unused_since.is_some()),
+            ("created_at", self.created_before.is_some()),
+            ("name", self.contains.is_some()),
+            ("description", self.contains.is_some()),
+            ("scopes", self.scope.is_some()),
+            ("created_by_key", self.created_by_key.is_some()),
+            ("key_prefix", self.prefix.is_some()),
+        ];
+        columns.into_iter().filter(|(_, is_compared)| *is_compared).map(|(name, _)| name).collect()
+    }
+}
+
+/// Returns whether a scope is written in JSON as it is. Others may be escaped, and have no condition in SQL.
+fn is_plain(scope: &str) -> bool {
+    scope.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\' | b'/'))
 }
 
 /// Returns a text that is greater than every text with this prefix, in the order of bytes. Only ASCII characters change,

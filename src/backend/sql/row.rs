@@ -86,14 +86,25 @@ pub(in crate::backend) struct PreviousParts {
 }
 
 impl Row {
-    pub(in crate::backend) fn decode(mut self) -> Result<StoredKey, Fault> {
+    /// Decodes only some of the columns.
+    pub(super) fn decode_some(mut self, columns: &[&str]) -> Result<KeyRecord, Fault> {
+        Ok(self.parts(|name| columns.contains(&name))?.record)
+    }
+
+    fn parts(&mut self, is_decoded: impl Fn(&str) -> bool) -> Result<RowParts, Fault> {
         let record = KeyRecord::new(0, "", User::new(0, ""));
         let revisions = Revisions::default();
         let previous = PreviousParts::default();
         let mut key = RowParts { record, hash: None, fast_hash: None, previous, revisions };
-        for column in KEY_COLUMNS.iter().filter(|column| column.is_read) {
-            column.decode(&mut self, &mut key)?;
+        let columns = KEY_COLUMNS.iter().filter(|column| column.is_read);
+        for column in columns.filter(|column| is_decoded(column.name)) {
+            column.decode(self, &mut key)?;
         }
+        Ok(key)
+    }
+
+    pub(in crate::backend) fn decode(mut self) -> Result<StoredKey, Fault> {
+        let mut key = self.parts(|_| true)?;
         let user = &mut key.record.user;
         user.email = self.text("user_email")?.unwrap_or_default();
         user.role = self.text("user_role")?.unwrap_or_else(|| "user".to_owned());

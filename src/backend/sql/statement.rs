@@ -105,6 +105,13 @@ impl KeyRow {
         serde_json::from_slice(&self.row).ok()
     }
 
+    /// Returns the columns, with replacement characters for what is not UTF-8; `None` if the row is not JSON.
+    pub(in crate::backend) fn lossy_columns(
+        &self,
+    ) -> Option<serde_json::Map<String, serde_json::Value>> {
+        serde_json::from_str(&String::from_utf8_lossy(&self.row)).ok()
+    }
+
     pub(in crate::backend) fn record(&self) -> (KeyId, Result<KeyRecord, StoreError>) {
         (self.id.into(), self.key().map(|key| key.record))
     }

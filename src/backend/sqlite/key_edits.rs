@@ -93,7 +93,7 @@ impl SqliteStore {
                 let rows: Vec<KeyRow> = load_rows(connection, &select)?;
                 let Some(last) = rows.last() else { break };
                 after = Some(last.id());
-                let selected = rows.iter().filter(|row| is_revoked(row, &filter));
+                let selected = rows.iter().filter(|row| filter.selects_row(row));
                 let ids: Vec<_> = selected.map(KeyRow::id).collect();
                 revoked.extend(revoke(connection, &ids, now)?);
             }
@@ -165,17 +165,4 @@ fn changed(
     let rows: Vec<BytesRow> = load_rows(connection, &Statement::new(CHANGED, binds))?;
     let bad = |error| StoreError::bad_row("a changed key can't be read").caused_by(error);
     rows.iter().map(|row| serde_json::from_str(&row.json()).map_err(bad)).collect()
-}
-
-/// Returns whether the filter selects the key in a row that its SQL selects. A row that can't be decoded is selected
-/// only if the SQL is exact: it can't be compared with a text or a time. Such a key is denied in any case.
-fn is_revoked(row: &KeyRow, filter: &KeyFilter) -> bool {
-    match row.key() {
-        Ok(key) => filter.selects(&key.record),
-        Err(_) => {
-            let times = [filter.expires_before, filter.unused_since, filter.created_before];
-            let texts = [&filter.contains, &filter.scope];
-            times.iter().all(Option::is_none) && texts.iter().all(|text| text.is_none())
-        }
-    }
 }
