@@ -10,7 +10,6 @@ use serde_json::Value;
 
 pub(crate) use self::recheck::{Engine, RecheckFuture, Verified};
 use crate::{
-    coherence::CoherenceTag,
     denial::{Denial, Forbidden},
     metering::{Reservation, Usage, UsageCounter},
     policy,
@@ -36,7 +35,7 @@ use crate::{
 #[derive(Clone)]
 pub struct AuthContext(Arc<ContextInner>);
 
-/// The order of the fields is fixed, so that a cache hit reads only the memory next to the reference counts.
+/// The order of the fields is fixed, so that the fields that a cache hit reads are next to the reference counts.
 #[repr(C)]
 struct ContextInner {
     /// Whether the key has rules for addresses or endpoints.
@@ -50,10 +49,9 @@ struct ContextInner {
     verified: Option<Verified>,
 }
 
-/// Origin of a context, and what a cache needs to serve it again.
+/// Origin of a context.
 pub(crate) struct Provenance {
     pub(crate) origin: Origin,
-    pub(crate) tag: CoherenceTag,
     /// `None` if no usage is recorded.
     pub(crate) counter: Option<Arc<UsageCounter>>,
 }

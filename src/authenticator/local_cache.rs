@@ -17,10 +17,18 @@ use crate::{
 /// Entries by the SHA-256 of the whole key, so that a hit proves the key. Bounded: entries that are rarely used are
 /// evicted.
 pub(crate) struct LocalCache {
-    valid: Cache<KeyDigest, AuthContext>,
+    valid: Cache<KeyDigest, ValidEntry>,
     /// Negative entries. They have a cache of their own, which is small, so that a flood of invalid keys evicts no
     /// valid ones.
     negative: Cache<KeyDigest, NegativeEntry>,
+}
+
+/// Entry of a valid key. The tag is in the slot of the cache, beside the digest, so that a hit decides before it touches
+/// the memory of the context.
+#[derive(Clone)]
+pub(crate) struct ValidEntry {
+    pub(crate) tag: CoherenceTag,
+    pub(crate) caller: AuthContext,
 }
 
 /// Negative entry of a key that is not valid.
@@ -36,7 +44,7 @@ pub(crate) struct NegativeEntry {
 /// Entry of the local cache, of any age.
 #[derive(Clone)]
 pub(crate) enum CacheEntry {
-    Valid(AuthContext),
+    Valid(ValidEntry),
     Negative(NegativeEntry),
 }
 
@@ -54,8 +62,8 @@ impl CacheEntry {
         match self {
             // The proof of a shared cache is not used: the entry may have become untrusted since, by a change of the
             // cache secret.
-            Self::Valid(caller) => match caller.verified_key()?.proof {
-                Some(Proof::Seen(fingerprint)) => Some(fingerprint),
+            Self::Valid(entry) => match entry.caller.verified_by() {
+                Some(Proof::Seen(fingerprint)) => Some(*fingerprint),
                 _ => None,
             },
             Self::Negative(entry) => entry.proof,
@@ -66,8 +74,17 @@ impl CacheEntry {
 /// Maximum number of negative entries.
 const MAX_NEGATIVE_ENTRIES: usize = 10_000;
 
+impl ValidEntry {
+    /// Returns the age of the entry.
+    #[inline]
+    pub(crate) fn age(&self, view: &View, now: Moment) -> Age {
+        self.tag.age(view, now)
+    }
+}
+
 impl NegativeEntry {
     /// Returns whether the entry may be served.
+    #[inline]
     pub(crate) fn is_servable(&self, view: &View, now: Moment) -> bool {
         self.tag.age(view, now) == Age::Fresh
     }
@@ -81,22 +98,26 @@ impl LocalCache {
 
     /// Returns the entry of a valid key, of any age.
     #[inline]
-    pub(crate) fn valid(&self, key: &KeyDigest) -> Option<AuthContext> {
+    pub(crate) fn valid(&self, key: &KeyDigest) -> Option<ValidEntry> {
         self.valid.get(key)
     }
 
+    /// Returns the negative entry of a key, of any age.
+    pub(crate) fn negative(&self, key: &KeyDigest) -> Option<NegativeEntry> {
+        self.negative.get(key)
+    }
+
     /// Returns the entry of a key, of any age.
-    #[inline]
     pub(crate) fn entry(&self, key: &KeyDigest) -> Option<CacheEntry> {
         match self.valid.get(key) {
-            Some(caller) => Some(CacheEntry::Valid(caller)),
-            None => self.negative.get(key).map(CacheEntry::Negative),
+            Some(entry) => Some(CacheEntry::Valid(entry)),
+            None => self.negative(key).map(CacheEntry::Negative),
         }
     }
 
     /// Inserts the entry of a valid key.
-    pub(crate) fn insert_valid(&self, key: KeyDigest, caller: AuthContext) {
-        self.valid.insert(key, caller);
+    pub(crate) fn insert_valid(&self, key: KeyDigest, entry: ValidEntry) {
+        self.valid.insert(key, entry);
     }
 
     /// Inserts a negative entry, and removes the entry of the valid key, which is never served again, even while the

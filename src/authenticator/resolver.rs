@@ -114,13 +114,21 @@ impl Resolver {
     /// Returns the local cache's result for a key. No lock, no I/O, and no allocation.
     #[inline]
     pub(crate) fn cached(&self, key: &KeyDigest) -> Cached {
-        self.cache.entry(key).map_or(Cached::Miss, |entry| self.servable(entry))
+        if let Some(entry) = self.cache.valid(key) {
+            let is_fresh = entry.age(&self.view, self.now()) == Age::Fresh;
+            return if is_fresh { Cached::Hit(entry.caller) } else { Cached::Miss };
+        }
+        match self.cache.negative(key) {
+            Some(entry) => self.servable(CacheEntry::Negative(entry)),
+            None => Cached::Miss,
+        }
     }
 
-    #[inline]
     fn servable(&self, entry: CacheEntry) -> Cached {
         match entry {
-            CacheEntry::Valid(caller) if self.age(&caller) == Age::Fresh => Cached::Hit(caller),
+            CacheEntry::Valid(entry) if entry.age(&self.view, self.now()) == Age::Fresh => {
+                Cached::Hit(entry.caller)
+            }
             CacheEntry::Negative(it) if it.is_servable(&self.view, self.now()) => {
                 Cached::Negative(it.reason)
             }
@@ -201,12 +209,6 @@ impl Resolver {
         self.settings.clock.read()
     }
 
-    #[inline]
-    fn age(&self, caller: &AuthContext) -> Age {
-        let provenance = caller.provenance();
-        provenance.map_or(Age::Expired, |it| it.tag.age(&self.view, self.now()))
-    }
-
     /// Starts the tasks that follow the change feed and write usage, if they do not run.
     fn ensure_tasks(&self) {
         self.usage.ensure_tasks();
@@ -218,7 +220,8 @@ impl Resolver {
 
     /// Returns the context of a valid key that may be served because the store fails.
     fn context_while_failing(&self, key: &KeyDigest) -> Option<AuthContext> {
-        self.cache.valid(key).filter(|caller| self.age(caller) != Age::Expired)
+        let entry = self.cache.valid(key)?;
+        (entry.age(&self.view, self.now()) != Age::Expired).then_some(entry.caller)
     }
 
     fn join(

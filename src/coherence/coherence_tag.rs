@@ -8,9 +8,10 @@ use crate::runtime::Moment;
 pub(crate) struct CoherenceTag {
     /// When the read was sent.
     pub(crate) as_of: Moment,
-    /// Generations of the lookup id and the owner, read before the answer was judged.
+    /// Generations of the lookup id and the owner, read before the answer was judged. Without an owner, both are that of
+    /// the lookup id.
     pub(crate) prefix: Generation,
-    pub(crate) owner: Option<Generation>,
+    pub(crate) owner: Generation,
     /// Time from which on the answer applies, by the wall clock, in nanoseconds since the Unix epoch.
     pub(crate) applies_from: u64,
     /// Time from which on the answer no longer applies, by the same clock: the key expires, or becomes valid.
@@ -23,7 +24,7 @@ impl CoherenceTag {
     #[inline]
     pub(crate) fn age(&self, view: &View, now: Moment) -> Age {
         let is_current = view.minimum_revisions.is_current(self.prefix)
-            && self.owner.is_none_or(|owner| view.minimum_revisions.is_current(owner));
+            && view.minimum_revisions.is_current(self.owner);
         let applies = (self.applies_from..self.expires_at).contains(&now.wall_nanos());
         if !is_current || !applies {
             return Age::Expired;

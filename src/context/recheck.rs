@@ -8,19 +8,29 @@ use std::{
 
 use super::AuthContext;
 use crate::{
-    denial::Denial, error::StoreError, metering::Recorder, record::KeyRecord, store::VerifiedKey,
+    denial::Denial,
+    error::StoreError,
+    key::KeyDigest,
+    metering::Recorder,
+    record::KeyRecord,
+    store::{Proof, VerifiedKey},
 };
 
-/// Verified key, and the engine that verified it.
+/// What a recheck needs, and the engine that verified the key.
 pub(crate) struct Verified {
-    pub(crate) key: Arc<VerifiedKey>,
+    /// The lookup id, if it is not that of the record.
+    pub(crate) id: Option<Box<str>>,
+    /// Digest under which the local cache stores the key.
+    pub(crate) digest: KeyDigest,
+    /// `None` if the store verifies keys elsewhere.
+    pub(crate) proof: Option<Proof>,
     pub(crate) engine: Weak<dyn Engine>,
 }
 
 /// Functions of the engine that a context needs. The engine is in a module above this one.
 pub(crate) trait Engine: Send + Sync {
     /// Rechecks a key that this engine has verified.
-    fn recheck(self: Arc<Self>, key: Arc<VerifiedKey>) -> RecheckFuture;
+    fn recheck(self: Arc<Self>, key: VerifiedKey) -> RecheckFuture;
 
     /// Logs and counts a request with the previous secret of a key.
     fn note_previous_secret(&self, key: &KeyRecord);
@@ -72,13 +82,18 @@ impl AuthContext {
     /// `Unsupported` if the entry is no longer fresh and the store verifies keys elsewhere
     /// ([`Lookup::assume_verified`](crate::store::Lookup::assume_verified)), which requires the key itself.
     pub async fn recheck(&self) -> Result<AuthContext, Denial> {
-        let Some(verified) = &self.0.verified else { return Ok(self.clone()) };
-        self.engine()?.recheck(Arc::clone(&verified.key)).await
+        let Some(Verified { id, digest, proof, .. }) = &self.0.verified else {
+            return Ok(self.clone());
+        };
+        let id = id.as_deref().unwrap_or(&self.0.record.prefix).into();
+        let key = VerifiedKey { id, digest: *digest, proof: proof.clone() };
+        self.engine()?.recheck(key).await
     }
 
-    /// Returns the verified key; `None` for a context that was not created by an authenticator.
-    pub(crate) fn verified_key(&self) -> Option<&Arc<VerifiedKey>> {
-        self.0.verified.as_ref().map(|it| &it.key)
+    /// Returns the proof of the match; `None` for a context that was not created by an authenticator, or if the store
+    /// verifies keys elsewhere.
+    pub(crate) fn verified_by(&self) -> Option<&Proof> {
+        self.0.verified.as_ref()?.proof.as_ref()
     }
 
     /// Returns the engine that created the context.

@@ -6,13 +6,16 @@ use chrono::{DateTime, Utc};
 
 use super::Resolver;
 use crate::{
-    authenticator::{local_cache::NegativeEntry, single_flight::Outcome},
+    authenticator::{
+        local_cache::{NegativeEntry, ValidEntry},
+        single_flight::Outcome,
+    },
     coherence::{CoherenceTag, Seen, Standing, Subject},
     context::{AuthContext, Engine, Provenance, Verified},
     denial::InvalidKey,
     policy,
     record::Secret,
-    store::{self, Answer, Candidate, Lookup, LookupKey, Proof, Source, VerifiedKey},
+    store::{self, Answer, Candidate, Lookup, LookupKey, Proof, Source},
 };
 
 impl Resolver {
@@ -29,13 +32,14 @@ impl Resolver {
         let owner = answer.record().map(|record| Subject::Owner(record.user.id.clone()));
         let revisions = answer.revisions();
         // The generations are read first: a later change then invalidates the cached entry.
+        let generation = minimums.generation(prefix);
         let mut tag = CoherenceTag {
             as_of: match answer.source() {
                 Source::Store => lookup.asked_at(),
                 Source::Copy => self.view.freshness.moment_of(answer.as_of(), now),
             },
-            prefix: minimums.generation(prefix),
-            owner: owner.as_ref().map(|owner| minimums.generation(owner)),
+            prefix: generation,
+            owner: owner.as_ref().map_or(generation, |owner| minimums.generation(owner)),
             applies_from: 0,
             expires_at: u64::MAX,
         };
@@ -60,7 +64,7 @@ impl Resolver {
                 let validity =
                     policy::validity(&matched.record, matched.secret, DateTime::from(now.wall()));
                 (tag.applies_from, tag.expires_at) = time_of(validity, &matched);
-                validity.map(|()| self.context(matched, tag, lookup.key(), proof))
+                validity.map(|()| self.context(matched, lookup.key(), proof))
             }
             (store::Outcome::Unknown, _) => Err(InvalidKey::Unknown),
             _ => Err(InvalidKey::WrongSecret),
@@ -70,7 +74,8 @@ impl Resolver {
         Some(match outcome {
             Ok(caller) => {
                 if is_kept {
-                    self.cache.insert_valid(digest, caller.clone());
+                    let caller = caller.clone();
+                    self.cache.insert_valid(digest, ValidEntry { tag, caller });
                 }
                 Ok(caller)
             }
@@ -92,18 +97,17 @@ impl Resolver {
     fn context(
         self: &Arc<Self>,
         matched: Candidate,
-        tag: CoherenceTag,
         key: &LookupKey,
         proof: Option<Proof>,
     ) -> AuthContext {
         let provenance = Provenance {
             origin: self.origin.clone(),
-            tag,
             counter: self.usage.counter(&matched.record.id),
         };
         let engine: Weak<Self> = Arc::downgrade(self);
-        let key = VerifiedKey { id: key.id().into(), digest: key.cache_digest(), proof };
-        let verified = Verified { key: Arc::new(key), engine: engine as Weak<dyn Engine> };
+        let id = (key.id() != matched.record.prefix).then(|| key.id().into());
+        let engine = engine as Weak<dyn Engine>;
+        let verified = Verified { id, digest: key.cache_digest(), proof, engine };
         AuthContext::new(matched.record, matched.secret, provenance, verified)
     }
 }

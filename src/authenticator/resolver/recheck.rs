@@ -13,13 +13,13 @@ use crate::{
 };
 
 impl Engine for Resolver {
-    fn recheck(self: Arc<Self>, key: Arc<VerifiedKey>) -> RecheckFuture {
+    fn recheck(self: Arc<Self>, key: VerifiedKey) -> RecheckFuture {
         Box::pin(async move {
             let outcome = match self.cached(&key.digest) {
                 Cached::Hit(caller) => Ok(caller),
                 Cached::Negative(reason) => Err(reason.into()),
                 Cached::Miss if key.proof.is_none() => Err(needs_the_key().into()),
-                Cached::Miss => self.look_up_key(LookupKey::Verified(key), None).await,
+                Cached::Miss => self.look_up_key(LookupKey::Verified(Arc::new(key)), None).await,
             };
             if let Err(Denial::Unsupported(error)) = &outcome {
                 telemetry::unsupported(error, &self.warned);
