@@ -1,9 +1,8 @@
 //! Instruction counts of what every request runs, as a guard: wall clock on a shared machine can't show 5 %.
 //!
-//! `cargo bench --bench counts` counts the instructions of each case under valgrind, with gungraun, and prints them beside
-//! `benches/counts.json`. With `-- --check` it fails if a case has grown by more than 3 %; with `-- --write` it rewrites the
-//! table, which belongs into the commit that changes a count on purpose. `.ci/counts` installs valgrind and gungraun's
-//! runner, and checks.
+//! `.ci/counts` installs valgrind and gungraun's runner, counts the instructions of each case, prints them beside
+//! `benches/counts.json`, and fails if one has grown by more than 3 %. `.ci/counts --write` rewrites the table, which
+//! belongs into the commit that changes a count on purpose.
 //!
 //! A count is the mean of 100 calls. Those of the layer are the same in every run, and those of rows and entries differ by
 //! less than 0.5 %: keys, hash tables with one entry and the clock are fixed, and neither glibc nor SHA-256, which the
@@ -62,7 +61,7 @@ fn main() -> ExitCode {
     } else if has("--check") && !is_within {
         eprintln!(
             "A count has grown by more than {:.0} %. Make the code cheaper, or run \
-             `cargo bench --bench counts -- --write` and say in the commit why it has grown.",
+             `.ci/counts --write` and say in the commit why it has grown.",
             MAX_GROWTH * 100.0
         );
         return ExitCode::FAILURE;
