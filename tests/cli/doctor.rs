@@ -100,7 +100,7 @@ fn a_file_of_another_version_is_found() {
     is_behind(&program);
     // A newer version has other triggers and columns.
     program.sql(
-        "UPDATE api_key_schema SET version = 3;
+        "UPDATE api_key_schema SET version = 90;
         ALTER TABLE api_keys ADD COLUMN quota INTEGER;
         DROP TRIGGER api_key_note_user_gone;
         CREATE TRIGGER api_key_note_user_gone AFTER DELETE ON users BEGIN
@@ -127,7 +127,7 @@ async fn a_server_of_another_version_is_found() {
     is_behind(&program);
     run(&admin, &version(1)).await;
     is_behind(&program);
-    run(&admin, &version(3)).await;
+    run(&admin, &version(90)).await;
     is_ahead(&program);
 }
 
@@ -211,6 +211,18 @@ fn faults_of_redis_are_found() {
     let down = program.run("doctor");
     assert!(!down.out.contains("verysecret"), "{down:?}");
     finds(&down, 1, "error", &["Redis"]);
+}
+
+#[test]
+fn a_database_without_tables_is_reported_before_redis_is_used() {
+    let redis = Redis::start();
+    let program = Program::at_new_file().with("REDIS_URL", redis.url());
+    program.sql("CREATE TABLE other (x)");
+    let began = std::time::Instant::now();
+    let run = program.run("user create ada@example.com");
+    assert!(!run.err.contains("Redis"), "{run:?}");
+    assert!(began.elapsed() < std::time::Duration::from_secs(2), "{:?}", began.elapsed());
+    run.fails(1, "run `tower-api-key migrate`");
 }
 
 #[test]
