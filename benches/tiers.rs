@@ -319,7 +319,7 @@ async fn stampede(postgres: &Postgres, redis: &Redis, user: &User, in_sync: bool
     tokio::time::sleep(Duration::from_millis(500)).await;
     let log = log();
     // A statement is logged when it is executed, with its text.
-    let queries = log[logged..].matches("AS user_revision").count();
+    let queries = log[logged..].matches("AS as_of").count();
     log_statements("none").await;
     Stampede { lookups: below.asked.load(SeqCst) - asked, queries, checks: CHECKS.load(SeqCst) }
 }

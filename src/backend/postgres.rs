@@ -27,14 +27,13 @@ use std::{
 use diesel::{
     QueryableByName,
     pg::Pg,
-    sql_types::{BigInt, Nullable, Text},
+    sql_types::{Array, BigInt, Nullable, Text},
 };
 
 pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use self::{
     connect::Target,
     connections::{Connections, Isolation},
-    select::SELECT_KEY,
 };
 use super::sql::{
     gate::LookupGate,
@@ -47,10 +46,7 @@ use crate::{
     error::StoreError,
     record::Revision,
     runtime::{Clock, within},
-    store::{
-        Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, MAX_CANDIDATES,
-        UsageBatch,
-    },
+    store::{Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, UsageBatch},
     telemetry,
 };
 
@@ -195,34 +191,22 @@ struct FoundRow {
     /// Revision of the last change under the lookup id, including deleted keys.
     #[diesel(sql_type = BigInt)]
     latest: i64,
-    #[diesel(sql_type = Nullable<Text>)]
-    row: Option<String>,
+    /// The texts of the key's columns.
+    #[diesel(sql_type = Nullable<Array<Nullable<Text>>>)]
+    row: Option<Vec<Option<String>>>,
 }
 
 impl KeyStore for PostgresStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        // The query returns at least one row, because "unknown" has an as-of too. OFFSET 0 keeps the planner from
-        // walking the primary key for ORDER BY … LIMIT where it has no statistics.
-        let sql = format!(
-            "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of,
-                coalesce((SELECT max(revision) FROM api_key_changes WHERE key_prefix = $1), 0) AS latest,
-                row_to_json(found)::text AS row
-            FROM (VALUES (1)) AS one LEFT JOIN (
-                SELECT * FROM ({} FROM ({}) AS k JOIN users u ON u.id = k.user_id OFFSET 0) AS keys
-                ORDER BY id LIMIT {}
-            ) AS found ON TRUE",
-            *SELECT_KEY,
-            select::UNDER_LOOKUP_ID,
-            MAX_CANDIDATES + 1
-        );
-        let statement = Statement::new(sql, [Bind::Text(lookup.id().to_owned())]);
+        let id = Bind::Text(lookup.id().to_owned());
+        let statement = Statement::new(select::LOOK_UP.as_str(), [id]);
         let rows = self.look_up(lookup, &statement).await?;
         let number = |of: fn(&FoundRow) -> i64| {
             rows.as_slice().first().map_or(0, |found| u64::try_from(of(found)).unwrap_or(0))
         };
         let as_of = SystemTime::UNIX_EPOCH + Duration::from_micros(number(|found| found.as_of));
         let latest = Revision(number(|found| found.latest));
-        let keys = rows.iter().filter_map(|found| found.row.as_deref()).map(row::decode);
+        let keys = rows.into_iter().filter_map(|found| found.row).map(row::decode_texts);
         let answer = lookup.verify_rows(keys).await?;
         if let Some(upgrade) = answer.upgrade()
             && let Err(error) = self.load::<TextRow>(&self.0.accounting, &upgrade.statement()).await

@@ -2,9 +2,13 @@
 
 use std::sync::LazyLock;
 
-use crate::backend::sql::{
-    columns::{ColumnKind, KEY_COLUMNS, KeyColumn},
-    filter::FilterDialect,
+use crate::{
+    backend::sql::{
+        columns::{ColumnKind, KEY_COLUMNS, KeyColumn},
+        filter::FilterDialect,
+        row::READ,
+    },
+    store::MAX_CANDIDATES,
 };
 
 /// Selects a key's row, joined with its owner's row, in the form that `row` decodes. PostgreSQL converts every possible
@@ -23,31 +27,68 @@ pub(super) static SELECT_KEY: LazyLock<String> = LazyLock::new(|| {
 /// The tables of these columns.
 pub(super) const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.user_id";
 
-/// Selects the rows under the lookup id `$1`, current or previous. Each part uses an index; an `OR` of the two conditions
-/// leaves it to the statistics.
+/// The statement of a look-up by the lookup id `$1`, current or previous: for each key the texts that `row` decodes.
 ///
-/// A previous secret is not read from two days after its grace period on, so that it does not count towards the maximum of
-/// candidates. A time stamp without a time zone is compared in that of the session.
-pub(super) const UNDER_LOOKUP_ID: &str = "SELECT * FROM api_keys WHERE key_prefix = $1 UNION ALL
-    SELECT * FROM api_keys WHERE previous_key_prefix = $1 AND key_prefix IS DISTINCT FROM $1
-        AND coalesce(previous_expires_at > now() - INTERVAL '2 days', TRUE)";
+/// It returns at least one row, because "unknown" has an as-of too. The versions of the rows are found by an index for
+/// each of the two conditions; an `OR` leaves it to the statistics, and a `UNION ALL` of whole rows takes longer.
+///
+/// A previous secret is not read from two days after its grace period on, so that it does not count towards this maximum.
+/// A time stamp without a time zone is compared in that of the session.
+pub(super) static LOOK_UP: LazyLock<String> = LazyLock::new(|| {
+    let columns: Vec<_> = READ.iter().map(|(name, kind)| read_text(name, *kind)).collect();
+    format!(
+        "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of,
+            coalesce((SELECT revision FROM api_key_changes WHERE key_prefix = $1 ORDER BY revision DESC LIMIT 1), 0)
+                AS latest,
+            CASE WHEN k.id IS NOT NULL THEN ARRAY[{}] END AS row
+        FROM (VALUES (1)) AS one LEFT JOIN (api_keys k JOIN users u ON u.id = k.user_id) ON k.ctid = ANY (ARRAY(
+            SELECT ctid FROM api_keys WHERE key_prefix = $1
+            UNION ALL SELECT ctid FROM api_keys WHERE previous_key_prefix = $1 AND key_prefix IS DISTINCT FROM $1
+                AND coalesce(previous_expires_at > now() - INTERVAL '2 days', TRUE)))
+        ORDER BY k.id LIMIT {}",
+        columns.join(", "),
+        MAX_CANDIDATES + 1
+    )
+});
+
+/// Returns the SQL for the text of a column, in the form that `row` decodes.
+fn read_text(name: &str, kind: ColumnKind) -> String {
+    let value = match name {
+        "user_revision" => "greatest(u.api_key_revision, (
+                SELECT c.revision FROM api_key_changes c WHERE c.user_id = u.id ORDER BY c.revision DESC LIMIT 1))"
+            .to_owned(),
+        "user_email" => "u.email".to_owned(),
+        "user_role" => "u.role".to_owned(),
+        "user_is_active" => "u.is_active".to_owned(),
+        name => value(name),
+    };
+    match kind {
+        ColumnKind::List | ColumnKind::Time => format!("to_json({value})::text"),
+        _ => format!("({value})::text"),
+    }
+}
 
 /// Returns the SQL for a column.
 fn read(column: &KeyColumn) -> String {
     let name = column.name;
-    match (name, column.kind) {
-        ("user_id", _) => "u.id AS user_id".to_owned(),
-        ("fast_hash", _) => {
-            "CASE WHEN k.fast_hash_of = k.key_hash THEN k.fast_hash END AS fast_hash".to_owned()
-        }
-        ("previous_fast_hash", _) => "CASE WHEN k.previous_fast_hash_of = k.previous_key_hash
-            THEN k.previous_fast_hash END AS previous_fast_hash"
+    match column.kind {
+        ColumnKind::Json => format!("k.{name}::text AS {name}"),
+        _ => format!("{} AS {name}", value(name)),
+    }
+}
+
+/// Returns the SQL for the value of a column.
+fn value(name: &str) -> String {
+    match name {
+        "user_id" => "u.id".to_owned(),
+        "fast_hash" => "CASE WHEN k.fast_hash_of = k.key_hash THEN k.fast_hash END".to_owned(),
+        "previous_fast_hash" => "CASE WHEN k.previous_fast_hash_of = k.previous_key_hash
+            THEN k.previous_fast_hash END"
             .to_owned(),
-        ("total_cost", _) => "CASE k.total_cost_rest WHEN 0 THEN k.total_cost::text ELSE
-            (coalesce(k.total_cost, 0)::numeric + k.total_cost_rest::numeric / 1000000)::text END AS total_cost"
+        "total_cost" => "CASE k.total_cost_rest WHEN 0 THEN k.total_cost::text ELSE
+            (coalesce(k.total_cost, 0)::numeric + k.total_cost_rest::numeric / 1000000)::text END"
             .to_owned(),
-        (_, ColumnKind::Json) => format!("k.{name}::text AS {name}"),
-        _ => format!("k.{name}"),
+        name => format!("k.{name}"),
     }
 }
 

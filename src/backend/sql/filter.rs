@@ -102,7 +102,10 @@ impl KeyFilter {
         if let Ok(key) = row.key() {
             return self.selects(&key.record);
         }
-        match row.lossy_columns().map(|columns| Row(columns).decode_some(&self.columns())) {
+        match row
+            .lossy_columns()
+            .map(|columns| Row::from_json(columns).decode_some(&self.columns()))
+        {
             Some(Ok(record)) => self.selects(&record),
             _ => self.scope.as_ref().is_none_or(|scope| is_plain(scope)),
         }

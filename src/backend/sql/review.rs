@@ -91,7 +91,7 @@ fn faults(mut columns: Map<String, Value>) -> Vec<(&'static str, String)> {
     if columns.get("key_prefix").is_some_and(|prefix| prefix.is_null() || prefix == "") {
         faults.push(("key_prefix", "is empty: the key can't be looked up".to_owned()));
     }
-    while let Err(fault) = Row(columns.clone()).decode() {
+    while let Err(fault) = Row::from_json(columns.clone()).decode() {
         let is_stuck = columns.insert(fault.column.to_owned(), Value::Null) == Some(Value::Null);
         faults.push((fault.column, fault.reason));
         if is_stuck {

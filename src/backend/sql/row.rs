@@ -1,8 +1,11 @@
-//! A key's row as one JSON object, the form in which both SQL stores read and write rows.
+//! A key's row, as one JSON object or as a list of texts, and its decoder.
 //!
 //! The tables may belong to another service, whose ORM chose `json` or `jsonb`, `integer` or `bigint`, a timestamp with
-//! or without a time zone. The databases convert all of these to JSON and back, so that one decoder handles all of them
-//! and names the columns that it can't decode.
+//! or without a time zone. The databases convert all of these to JSON or to text, so that one decoder handles all of
+//! them and names the columns that it can't decode. Rows are written and listed as JSON; look-ups in PostgreSQL read
+//! texts, which cost the server and this side less.
+
+use std::sync::LazyLock;
 
 use chrono::{DateTime, NaiveDateTime, Utc};
 use serde::ser::{Serialize, SerializeMap, Serializer};
@@ -10,7 +13,10 @@ use serde_json::{Map, Value};
 
 #[cfg(any(feature = "postgres", test))]
 use super::columns::Written;
-use super::{columns::KEY_COLUMNS, values};
+use super::{
+    columns::{ColumnKind, KEY_COLUMNS},
+    values,
+};
 use crate::{
     error::StoreError,
     key::KeyHash,
@@ -52,13 +58,41 @@ pub(in crate::backend) fn decode(row: &str) -> Result<StoredKey, StoreError> {
     let Ok(Value::Object(columns)) = serde_json::from_str(row) else {
         return Err(StoreError::bad_row("a row of api_keys is not a JSON object"));
     };
-    let id = columns.get("id").map(Value::to_string).unwrap_or_default();
-    Row(columns).decode().map_err(|Fault { column, reason }| {
-        StoreError::bad_row(format!("api_keys row {id}, column {column}: {reason}"))
-    })
+    Row::from_json(columns).decode_or_name()
 }
 
-pub(in crate::backend) struct Row(pub(in crate::backend) Map<String, Value>);
+/// Decodes a key's row from the texts of [`READ`].
+///
+/// # Errors
+///
+/// As [`decode`].
+#[cfg(feature = "postgres")]
+pub(in crate::backend) fn decode_texts(
+    texts: Vec<Option<String>>,
+) -> Result<StoredKey, StoreError> {
+    Row::from_texts(texts).decode_or_name()
+}
+
+/// The columns that the decoder takes: those of the key that are read, and those of its owner.
+pub(in crate::backend) static READ: LazyLock<Vec<(&'static str, ColumnKind)>> =
+    LazyLock::new(|| {
+        let key = KEY_COLUMNS.iter().filter(|column| column.is_read);
+        let owner = [
+            ("user_email", ColumnKind::Word),
+            ("user_role", ColumnKind::Word),
+            ("user_is_active", ColumnKind::Flag),
+            ("user_revision", ColumnKind::Integer),
+        ];
+        key.map(|column| (column.name, column.kind)).chain(owner).collect()
+    });
+
+/// The values of [`READ`].
+pub(in crate::backend) struct Row {
+    /// `None` for a column that is missing from the result, or was taken.
+    values: Vec<Option<Value>>,
+    /// Position after the last column that was taken. The decoder takes most of them in their order.
+    next: usize,
+}
 
 /// The column of a row that can't be decoded, and the reason.
 pub(in crate::backend) struct Fault {
@@ -86,6 +120,31 @@ pub(in crate::backend) struct PreviousParts {
 }
 
 impl Row {
+    pub(in crate::backend) fn from_json(mut columns: Map<String, Value>) -> Self {
+        let values = READ.iter().map(|(name, _)| columns.get_mut(*name).map(Value::take));
+        Self { values: values.collect(), next: 0 }
+    }
+
+    /// Creates a row of integers and flags as their texts, lists and time stamps as JSON, and the rest as it is.
+    #[cfg(feature = "postgres")]
+    fn from_texts(texts: Vec<Option<String>>) -> Self {
+        let value = |((_, kind), text): (&(_, ColumnKind), Option<String>)| {
+            Some(text.map_or(Value::Null, |text| value_of(*kind, text)))
+        };
+        let mut values: Vec<_> = READ.iter().zip(texts).map(value).collect();
+        values.resize_with(READ.len(), || None);
+        Self { values, next: 0 }
+    }
+
+    fn decode_or_name(self) -> Result<StoredKey, StoreError> {
+        // The id is the first column.
+        let id = self.values.first().and_then(Option::as_ref).map(Value::to_string);
+        self.decode().map_err(|Fault { column, reason }| {
+            let id = id.unwrap_or_default();
+            StoreError::bad_row(format!("api_keys row {id}, column {column}: {reason}"))
+        })
+    }
+
     /// Decodes only some of the columns.
     pub(super) fn decode_some(mut self, columns: &[&str]) -> Result<KeyRecord, Fault> {
         Ok(self.parts(|name| columns.contains(&name))?.record)
@@ -133,7 +192,9 @@ impl Row {
     /// Takes a column. A column that is missing from the result is an error: read as NULL, an allow-list would allow
     /// everything.
     fn take(&mut self, column: &'static str) -> Result<Value, Fault> {
-        let value = self.0.get_mut(column).map(Value::take);
+        let at = (self.next..READ.len()).chain(0..self.next).find(|at| READ[*at].0 == column);
+        self.next = at.map_or(0, |at| at + 1);
+        let value = at.and_then(|at| self.values.get_mut(at)?.take());
         value.ok_or_else(|| fault(column, "is missing from the result"))
     }
 
@@ -271,6 +332,24 @@ impl Row {
     }
 }
 
+/// Returns the value of a column whose text was selected.
+#[cfg(feature = "postgres")]
+fn value_of(kind: ColumnKind, text: String) -> Value {
+    let value = match kind {
+        ColumnKind::Integer => text.parse::<i64>().ok().map(Value::from),
+        ColumnKind::Flag => text.parse::<bool>().ok().map(Value::from),
+        ColumnKind::List if text == "[]" => Some(Value::Array(Vec::new())),
+        ColumnKind::List => serde_json::from_str(&text).ok(),
+        ColumnKind::Time => {
+            let time = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+            time.map(Value::from)
+        }
+        ColumnKind::Number | ColumnKind::PlainText | ColumnKind::Word | ColumnKind::Json => None,
+    };
+    // A text that is not of its kind fails in the decoder.
+    value.unwrap_or(Value::String(text))
+}
+
 pub(super) fn fault(column: &'static str, reason: impl ToString) -> Fault {
     Fault { column, reason: reason.to_string() }
 }
@@ -311,6 +390,38 @@ mod tests {
             lacking.remove(column);
             let error = decode(&Value::Object(lacking).to_string()).unwrap_err().to_string();
             assert!(error.contains(&format!("column {column}: ")), "{column}: {error}");
+        }
+    }
+
+    #[cfg(feature = "postgres")]
+    #[test]
+    fn a_text_that_is_absent_or_not_of_its_kind_is_an_error_that_names_the_column() {
+        let texts = || -> Vec<Option<String>> {
+            let text = |(name, kind): &(&str, ColumnKind)| match (*name, kind) {
+                ("key_hash", _) => Some(KeyHash::sha256("secret").expose_hash()),
+                ("key_prefix", _) => Some("prefix".to_owned()),
+                (_, ColumnKind::Integer) => Some("7".to_owned()),
+                (_, ColumnKind::Flag) => Some("true".to_owned()),
+                (_, ColumnKind::List) => Some("[]".to_owned()),
+                _ => None,
+            };
+            READ.iter().map(text).collect()
+        };
+        assert!(decode_texts(texts()).is_ok_and(|key| key.record.is_active));
+        for (at, (column, kind)) in READ.iter().enumerate() {
+            let mut lacking = texts();
+            lacking.truncate(at);
+            let error = decode_texts(lacking).unwrap_err().to_string();
+            assert!(error.contains(&format!("column {column}: is missing")), "{column}: {error}");
+            if matches!(
+                kind,
+                ColumnKind::Integer | ColumnKind::Flag | ColumnKind::List | ColumnKind::Time
+            ) {
+                let mut wrong = texts();
+                wrong[at] = Some("wrong".to_owned());
+                let error = decode_texts(wrong).unwrap_err().to_string();
+                assert!(error.contains(&format!("column {column}: ")), "{column}: {error}");
+            }
         }
     }
 
@@ -373,14 +484,13 @@ mod tests {
         expected.sort_unstable();
         let lists = trigger.split("jsonb_build_object(\n").skip(1);
         let lists: Vec<_> = lists.filter(|list| list.contains("'scopes'")).collect();
-        assert_eq!(lists.len(), 3, "of the whole row, of OLD and of NEW");
+        assert_eq!(lists.len(), 4, "as JSON, before, after, and of the rows of a statement");
         for list in lists {
             let (list, _) = list.split_once(");").unwrap();
             let mut names: Vec<_> = list.split('\'').skip(1).step_by(2).collect();
             let source = |name: &&str| {
-                let named = [format!("'{name}', OLD.{name}"), format!("'{name}', NEW.{name}")];
-                let of_json = format!("'{name}', k -> '{name}'");
-                list.contains(&of_json) || named.iter().any(|it| list.contains(it))
+                let rows = ["old_row.", "new_row.", "a.", "k -> '"];
+                rows.iter().any(|row| list.contains(&format!("'{name}', {row}{name}")))
             };
             assert!(names.iter().all(source), "{names:?}");
             names.sort_unstable();
