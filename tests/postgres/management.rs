@@ -581,7 +581,10 @@ async fn an_import_tells_duplicates_of_the_batch_and_of_the_table_from_missing_u
         let outcome: Result<Vec<Inserted>, StoreError> = attempt.await.unwrap();
         assert_eq!(outcome.unwrap().len(), 500);
     }
-    assert_eq!(db.number("SELECT count(*) FROM api_keys WHERE key_prefix LIKE 'm%'").await, 500);
+    assert_eq!(
+        db.number("SELECT count(*) FROM api_keys WHERE key_prefix ~ '^m[0-9]{1,3}$'").await,
+        500
+    );
 }
 
 #[tokio::test]
