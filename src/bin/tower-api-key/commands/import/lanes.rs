@@ -46,7 +46,7 @@ impl<'a, R: KeyRepository + Clone> Lanes<'a, R> {
             let (lines, keys): (Vec<_>, Vec<_>) = lane.keys.drain(..).unzip();
             let manager = self.manager.clone();
             let imported = tokio::spawn(async move { manager.import(keys).await });
-            lane.storing = Some((lines, imported));
+            lane.storing = Some(Batch { lines, imported });
         }
         Ok(())
     }
@@ -69,13 +69,19 @@ impl<'a, R: KeyRepository + Clone> Lanes<'a, R> {
 #[derive(Default)]
 struct Lane {
     keys: Vec<(u64, ImportedKey)>,
-    /// The lines of the batch that is being stored.
-    storing: Option<(Vec<u64>, JoinHandle<Result<Vec<Imported>, ManageError>>)>,
+    storing: Option<Batch>,
+}
+
+/// A batch that is being stored.
+struct Batch {
+    /// The line of each key.
+    lines: Vec<u64>,
+    imported: JoinHandle<Result<Vec<Imported>, ManageError>>,
 }
 
 impl Lane {
     fn is_ready(&self) -> bool {
-        let is_free = self.storing.as_ref().is_none_or(|(_, imported)| imported.is_finished());
+        let is_free = self.storing.as_ref().is_none_or(|batch| batch.imported.is_finished());
         self.keys.len() >= if is_free { BATCH } else { MAX_WAITING }
     }
 
@@ -85,7 +91,7 @@ impl Lane {
         summary: &mut Summary,
         progress: &ProgressBar,
     ) -> Result<(), Failure> {
-        let Some((lines, imported)) = self.storing.take() else { return Ok(()) };
+        let Some(Batch { lines, imported }) = self.storing.take() else { return Ok(()) };
         let imported = match imported.await {
             Ok(imported) => imported,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
