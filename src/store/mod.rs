@@ -71,11 +71,12 @@ pub(crate) use self::{
     lookup::needs_the_key,
     lookup_key::{LookupKey, Proof, VerifiedKey},
     priority::Priority,
+    repository::import_lane,
     stored_key::SecretHash,
     waiting::Waiting,
 };
 #[cfg(feature = "_sql")]
-pub(crate) use self::{lookup::MAX_CANDIDATES, repository::import_lane, waiting::Left};
+pub(crate) use self::{lookup::MAX_CANDIDATES, waiting::Left};
 use crate::error::StoreError;
 
 /// Message of the conflict if an update requires a revision that the row no longer has.

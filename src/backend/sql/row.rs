@@ -8,6 +8,7 @@
 use std::sync::LazyLock;
 
 use chrono::{DateTime, NaiveDateTime, Utc};
+#[cfg(feature = "postgres")]
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
