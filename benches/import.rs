@@ -136,7 +136,8 @@ fn main() {
     let keys = std::env::args().skip(1).find_map(|argument| argument.parse().ok()).unwrap_or(KEYS);
     let folder = tempfile::tempdir().unwrap();
     write_csv(&folder.path().join("keys.csv"), keys);
-    let server = Postgres::start();
+    // The defaults of PostgreSQL, which the servers of the tests change.
+    let server = Postgres::with_settings(&["fsync=on", "shared_buffers=128MB"]);
     let postgres = measure("PostgreSQL", &server.url(), folder.path(), keys);
     let url = format!("sqlite:{}", folder.path().join("keys.db").display());
     let sqlite = measure("SQLite", &url, folder.path(), keys);
