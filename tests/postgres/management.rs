@@ -101,6 +101,7 @@ async fn a_hand_written_statement_leaves_one_entry_for_each_changed_key_with_the
 async fn each_inserted_row_is_recorded_once_whatever_the_statement() {
     let db = database().await;
     let owner = db.key().await.owner;
+    both_lookup_ids_are_recorded(&db, owner, 51).await;
     let rows = |from: i64, to: i64| {
         format!(
             "INSERT INTO api_keys (id, user_id, key_prefix, key_hash)
@@ -168,16 +169,23 @@ async fn each_inserted_row_is_recorded_once_whatever_the_statement() {
     let values = "SELECT count(*) FROM api_key_audit
         WHERE after ->> 'key_prefix' = 'p42' AND (after -> 'user_id')::bigint = user_id";
     assert_eq!(db.number(values).await, 1);
-    // Both lookup ids of a row.
+    // Row by row, since a column is gone.
+    both_lookup_ids_are_recorded(&db, owner, 53).await;
+}
+
+/// Inserts two rows with a previous lookup id, of which one has it as its current one too.
+async fn both_lookup_ids_are_recorded(db: &Database, owner: i64, id: i64) {
     db.run("DELETE FROM api_key_changes").await;
+    let other = id + 1;
     db.run(&format!(
         "INSERT INTO api_keys (id, user_id, key_prefix, key_hash, previous_key_prefix)
-        VALUES (51, {owner}, 'p51', 'x', 'old51'), (52, {owner}, 'p52', 'x', 'p52')"
+        VALUES ({id}, {owner}, 'p{id}', 'x', 'old{id}'), ({other}, {owner}, 'p{other}', 'x', 'p{other}')"
     ))
     .await;
-    let recorded =
-        "SELECT count(*) FROM api_key_changes WHERE key_prefix IN ('p51', 'old51', 'p52')";
-    assert_eq!(db.number(recorded).await, 3);
+    let recorded = format!(
+        "SELECT count(*) FROM api_key_changes WHERE key_prefix IN ('p{id}', 'old{id}', 'p{other}')"
+    );
+    assert_eq!(db.number(&recorded).await, 3);
     assert_eq!(db.number("SELECT count(*) FROM api_key_changes").await, 3);
 }
 
