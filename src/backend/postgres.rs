@@ -6,6 +6,7 @@ mod bulk;
 mod connect;
 mod connections;
 mod feed;
+mod found;
 mod health;
 mod hosts;
 mod repository;
@@ -24,27 +25,22 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use diesel::{
-    QueryableByName,
-    pg::Pg,
-    sql_types::{Array, BigInt, Nullable, Text},
-};
+use diesel::{QueryableByName, pg::Pg};
 
 pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use self::{
     connect::Target,
     connections::{Connections, Isolation},
+    found::Found,
 };
 use super::sql::{
     gate::LookupGate,
     migrate::{MigrateError, MigrationReport},
     review::KeyReview,
-    row,
     statement::{Bind, Statement, TextRow},
 };
 use crate::{
     error::StoreError,
-    record::Revision,
     runtime::{Clock, within},
     store::{Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, UsageBatch},
     telemetry,
@@ -160,16 +156,12 @@ impl PostgresStore {
         Ok(rows.into_iter().next().map(|found| found.row))
     }
 
-    /// Runs the statement of a look-up. The deadline includes the wait for a connection.
-    async fn look_up(
-        &self,
-        lookup: &Lookup,
-        statement: &Statement,
-    ) -> Result<Vec<FoundRow>, StoreError> {
+    /// Reads what is stored under the lookup id. The deadline includes the wait for a connection.
+    async fn look_up(&self, lookup: &Lookup) -> Result<Found, StoreError> {
         let Inner { lookups, gate, .. } = &*self.0;
         self.in_time(async {
             let _permit = gate.pass(lookup).await?;
-            lookups.load(Isolation::Any, statement).await
+            Found::read(lookups, lookup.id()).await
         })
         .await
     }
@@ -183,31 +175,11 @@ impl PostgresStore {
     }
 }
 
-#[derive(QueryableByName)]
-struct FoundRow {
-    /// Time of the database in microseconds since the Unix epoch.
-    #[diesel(sql_type = BigInt)]
-    as_of: i64,
-    /// Revision of the last change under the lookup id, including deleted keys.
-    #[diesel(sql_type = BigInt)]
-    latest: i64,
-    /// The texts of the key's columns.
-    #[diesel(sql_type = Nullable<Array<Nullable<Text>>>)]
-    row: Option<Vec<Option<String>>>,
-}
-
 impl KeyStore for PostgresStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        let id = Bind::Text(lookup.id().to_owned());
-        let statement = Statement::new(select::LOOK_UP.as_str(), [id]);
-        let rows = self.look_up(lookup, &statement).await?;
-        let number = |of: fn(&FoundRow) -> i64| {
-            rows.as_slice().first().map_or(0, |found| u64::try_from(of(found)).unwrap_or(0))
-        };
-        let as_of = SystemTime::UNIX_EPOCH + Duration::from_micros(number(|found| found.as_of));
-        let latest = Revision(number(|found| found.latest));
-        let keys = rows.into_iter().filter_map(|found| found.row).map(row::decode_texts);
-        let answer = lookup.verify_rows(keys).await?;
+        let found = self.look_up(lookup).await?;
+        let (latest, as_of) = (found.latest, found.as_of);
+        let answer = lookup.verify_rows(found.keys()).await?;
         if let Some(upgrade) = answer.upgrade()
             && let Err(error) = self.load::<TextRow>(&self.0.accounting, &upgrade.statement()).await
         {

@@ -35,21 +35,57 @@ pub(super) const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.us
 /// A previous secret is not read from two days after its grace period on, so that it does not count towards this maximum.
 /// A time stamp without a time zone is compared in that of the session.
 pub(super) static LOOK_UP: LazyLock<String> = LazyLock::new(|| {
-    let columns: Vec<_> = READ.iter().map(|(name, kind)| read_text(name, *kind)).collect();
     format!(
-        "SELECT (extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of,
-            coalesce((SELECT revision FROM api_key_changes WHERE key_prefix = $1 ORDER BY revision DESC LIMIT 1), 0)
-                AS latest,
-            CASE WHEN k.id IS NOT NULL THEN ARRAY[{}] END AS row
-        FROM (VALUES (1)) AS one LEFT JOIN (api_keys k JOIN users u ON u.id = k.user_id) ON k.ctid = ANY (ARRAY(
-            SELECT ctid FROM api_keys WHERE key_prefix = $1
-            UNION ALL SELECT ctid FROM api_keys WHERE previous_key_prefix = $1 AND key_prefix IS DISTINCT FROM $1
-                AND coalesce(previous_expires_at > now() - INTERVAL '2 days', TRUE)))
+        "SELECT {AS_OF}, {} AS latest, CASE WHEN k.id IS NOT NULL THEN {} END AS row
+        FROM (VALUES (1)) AS one LEFT JOIN (api_keys k JOIN users u ON u.id = k.user_id) ON {}
         ORDER BY k.id LIMIT {}",
-        columns.join(", "),
+        latest("$1"),
+        texts(),
+        is_under("$1"),
         MAX_CANDIDATES + 1
     )
 });
+
+/// The same for each of the lookup ids in the JSON array `$1`: at least one row for each, with its number in the array
+/// from 1 on. All rows are of one snapshot. The planner expects the same number of ids whatever the array contains, so
+/// that the plan of the prepared statement suits every array.
+pub(super) static LOOK_UP_MANY: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "SELECT asked.number AS asked, {AS_OF}, {} AS latest, found.row
+        FROM json_array_elements_text($1::json) WITH ORDINALITY AS asked (id, number) LEFT JOIN LATERAL (
+            SELECT {} AS row FROM api_keys k JOIN users u ON u.id = k.user_id WHERE {} ORDER BY k.id LIMIT {}
+        ) AS found ON TRUE",
+        latest("asked.id"),
+        texts(),
+        is_under("asked.id"),
+        MAX_CANDIDATES + 1
+    )
+});
+
+const AS_OF: &str = "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of";
+
+/// Returns the SQL for the revision of the last change under a lookup id.
+fn latest(id: &str) -> String {
+    format!(
+        "coalesce((SELECT revision FROM api_key_changes WHERE key_prefix = {id} ORDER BY revision DESC LIMIT 1), 0)"
+    )
+}
+
+/// Returns the condition that the key `k` is stored under a lookup id, current or previous.
+fn is_under(id: &str) -> String {
+    format!(
+        "k.ctid = ANY (ARRAY(
+            SELECT ctid FROM api_keys WHERE key_prefix = {id}
+            UNION ALL SELECT ctid FROM api_keys WHERE previous_key_prefix = {id} AND key_prefix IS DISTINCT FROM {id}
+                AND coalesce(previous_expires_at > now() - INTERVAL '2 days', TRUE)))"
+    )
+}
+
+/// Returns the SQL for the array of the texts that `row` decodes.
+fn texts() -> String {
+    let columns: Vec<_> = READ.iter().map(|(name, kind)| read_text(name, *kind)).collect();
+    format!("ARRAY[{}]", columns.join(", "))
+}
 
 /// Returns the SQL for the text of a column, in the form that `row` decodes.
 fn read_text(name: &str, kind: ColumnKind) -> String {

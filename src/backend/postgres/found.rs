@@ -1,0 +1,111 @@
+//! What is stored under lookup ids: [`Found`].
+
+use std::time::{Duration, SystemTime};
+
+use diesel::{
+    QueryableByName,
+    sql_types::{Array, BigInt, Binary, Nullable},
+};
+use serde_json::json;
+
+use super::{
+    connections::{Connections, Isolation},
+    select,
+};
+use crate::{
+    backend::sql::{
+        row,
+        statement::{Bind, Statement},
+    },
+    error::StoreError,
+    record::Revision,
+    store::StoredKey,
+};
+
+/// What a statement read under one lookup id, current or previous.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// Time of the statement, by the clock of the database.
+    pub(super) as_of: SystemTime,
+    /// Revision of the last change under the lookup id, including deleted keys.
+    pub(super) latest: Revision,
+    rows: Vec<Texts>,
+}
+
+/// The texts of a key's columns, as bytes: diesel fails the whole result if one is not UTF-8.
+type Texts = Vec<Option<Vec<u8>>>;
+
+#[derive(QueryableByName)]
+struct FoundRow {
+    /// Microseconds since the Unix epoch.
+    #[diesel(sql_type = BigInt)]
+    as_of: i64,
+    #[diesel(sql_type = BigInt)]
+    latest: i64,
+    #[diesel(sql_type = Nullable<Array<Nullable<Binary>>>)]
+    row: Option<Texts>,
+}
+
+#[derive(QueryableByName)]
+struct AskedRow {
+    /// Number of the lookup id, from 1 on.
+    #[diesel(sql_type = BigInt)]
+    asked: i64,
+    #[diesel(embed)]
+    found: FoundRow,
+}
+
+impl Found {
+    /// Reads what is stored under a lookup id. It is retried once if the connection was dead.
+    pub(super) async fn read(pool: &Connections, id: &str) -> Result<Self, StoreError> {
+        let statement = Statement::new(select::LOOK_UP.as_str(), [Bind::Text(id.to_owned())]);
+        Self::of(pool.load(Isolation::Any, &statement).await?)
+    }
+
+    /// Reads what is stored under each of these lookup ids, in their order, in one statement. It is retried once if the
+    /// connection was dead.
+    pub(super) async fn read_many(
+        pool: &Connections,
+        ids: &[&str],
+    ) -> Result<Vec<Self>, StoreError> {
+        let ids_bound = Bind::Text(json!(ids).to_string());
+        let statement = Statement::new(select::LOOK_UP_MANY.as_str(), [ids_bound]);
+        let rows: Vec<AskedRow> = pool.load(Isolation::Any, &statement).await?;
+        let mut of_each: Vec<Vec<FoundRow>> = Vec::new();
+        of_each.resize_with(ids.len(), Vec::new);
+        for AskedRow { asked, found } in rows {
+            let at = usize::try_from(asked).ok().and_then(|number| number.checked_sub(1));
+            if let Some(of_one) = at.and_then(|at| of_each.get_mut(at)) {
+                of_one.push(found);
+            }
+        }
+        of_each.into_iter().map(Self::of).collect()
+    }
+
+    /// Returns the keys, each or the reason why it can't be decoded.
+    pub(super) fn keys(self) -> impl Iterator<Item = Result<StoredKey, StoreError>> {
+        self.rows.into_iter().map(decode)
+    }
+
+    fn of(rows: Vec<FoundRow>) -> Result<Self, StoreError> {
+        // Without a row, nothing was read.
+        let first = rows.first();
+        let first = first.ok_or_else(|| StoreError::rejected("a look-up returned no row"))?;
+        let number = |value: i64| u64::try_from(value).unwrap_or(0);
+        Ok(Self {
+            as_of: SystemTime::UNIX_EPOCH + Duration::from_micros(number(first.as_of)),
+            latest: Revision(number(first.latest)),
+            rows: rows.into_iter().filter_map(|found| found.row).collect(),
+        })
+    }
+}
+
+fn decode(texts: Texts) -> Result<StoredKey, StoreError> {
+    let id = texts.first().cloned().flatten().unwrap_or_default();
+    let text = |bytes: Option<Vec<u8>>| bytes.map(String::from_utf8).transpose();
+    let texts: Result<_, _> = texts.into_iter().map(text).collect();
+    row::decode_texts(texts.map_err(|_| {
+        let id = String::from_utf8_lossy(&id);
+        StoreError::bad_row(format!("api_keys row {id} is not UTF-8"))
+    })?)
+}
