@@ -36,8 +36,6 @@ pub use chrono;
 
 #[doc(inline)]
 pub use authenticator::Authenticator;
-#[doc(inline)]
-pub use backend::MemoryStore;
 #[cfg(feature = "postgres")]
 #[doc(inline)]
 pub use backend::PostgresStore;
@@ -47,6 +45,8 @@ pub use backend::RedisCache;
 #[cfg(feature = "sqlite")]
 #[doc(inline)]
 pub use backend::SqliteStore;
+#[doc(inline)]
+pub use backend::{MemoryStore, Replica};
 pub use context::AuthContext;
 #[doc(inline)]
 pub use denial::Denial;

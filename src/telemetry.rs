@@ -15,6 +15,12 @@
 //! | `api_key_changes_total` | counter | change events of keys and owners, and resets of the feed |
 //! | `api_key_feed_complete` | gauge | 1 while the change feed is complete, 0 while changes may be missed |
 //! | `api_key_feed_rows` | gauge | rows in the table of changes |
+//! | `api_key_replica_hits_total` | counter | look-ups that a replica answered from memory |
+//! | `api_key_replica_misses_total` | counter | look-ups that a replica passed on to its store |
+//! | `api_key_replica_loaded` | gauge | 1 while the replica has all keys in memory |
+//! | `api_key_replica_keys` | gauge | keys in the memory of the replica |
+//! | `api_key_replica_bytes` | gauge | approximate size of these keys |
+//! | `api_key_replica_last_sync_timestamp_seconds` | gauge | when the replica was last in sync with the change feed |
 //! | `api_key_redis_hits_total` | counter | look-ups that Redis answered |
 //! | `api_key_redis_misses_total` | counter | look-ups that Redis did not answer |
 //! | `api_key_redis_invalid_entries_total` | counter | entries and messages in Redis that are forged, moved or damaged |
@@ -29,7 +35,7 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use crate::{error::StoreError, runtime::RecentMap};
@@ -249,6 +255,52 @@ pub(crate) fn schema_is_newer() {
 #[cfg(feature = "_sql")]
 pub(crate) fn not_pruned(error: &StoreError) {
     tracing::warn!(error = %error, "old rows of api_key_changes, api_key_usage_writers or api_key_leases can't be deleted");
+}
+
+/// Counts a look-up that a replica answered, or passed on.
+pub(crate) fn replica_hit(hit: bool) {
+    count(if hit { "api_key_replica_hits_total" } else { "api_key_replica_misses_total" });
+}
+
+/// Updates the metrics of a replica.
+pub(crate) fn replica_size(is_loaded: bool, keys: usize, bytes: usize) {
+    gauge("api_key_replica_loaded", if is_loaded { 1.0 } else { 0.0 });
+    gauge("api_key_replica_keys", keys as f64);
+    gauge("api_key_replica_bytes", bytes as f64);
+}
+
+/// Updates the time of the last sync of a replica.
+pub(crate) fn replica_synced(at: SystemTime) {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    gauge("api_key_replica_last_sync_timestamp_seconds", since.as_secs_f64());
+}
+
+/// Logs that a replica has loaded all keys.
+pub(crate) fn replica_loaded(keys: usize, bytes: usize, took: Duration) {
+    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    tracing::info!(keys, bytes, took_ms, "all API keys are loaded into memory");
+}
+
+/// Logs the first of several reads of a replica that failed.
+pub(crate) fn replica_read_failed(error: &StoreError) {
+    tracing::warn!(
+        error = %error,
+        "API keys can't be loaded into memory: look-ups are passed on to the store until a retry succeeds"
+    );
+}
+
+/// Logs a row that a replica can't decode.
+pub(crate) fn replica_bad_row(error: &StoreError) {
+    tracing::error!(error = %error, "an API key row can't be decoded: requests with this key fail");
+}
+
+/// Logs that a replica is turned off.
+pub(crate) fn replica_is_off(reason: &str) {
+    tracing::warn!(
+        reason,
+        "the replica of the API keys is turned off: all look-ups are passed on to the store \
+         (ReplicaBuilder::max_keys)"
+    );
 }
 
 /// Counts a hit or a miss in Redis.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::store::FeedStatus;
+use crate::store::{FeedStatus, ReplicaStatus};
 
 /// State of the caches of an [`Authenticator`](crate::Authenticator).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,4 +20,6 @@ pub struct Health {
     pub last_sync: Option<Duration>,
     /// Status of the change feed: why changes may not arrive, and the size of its table.
     pub feed: FeedStatus,
+    /// Status of the [`Replica`](crate::Replica), if the store is one.
+    pub replica: Option<ReplicaStatus>,
 }

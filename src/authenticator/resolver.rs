@@ -202,6 +202,7 @@ impl Resolver {
             is_store_failing: self.is_store_failing.load(Ordering::Relaxed),
             last_sync: self.view.freshness.last_sync().map(|sync| now.since(sync)),
             feed: self.feed_state.status(),
+            replica: self.store.replica_status(),
         }
     }
 

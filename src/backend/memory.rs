@@ -1,6 +1,7 @@
 //! A store in memory: [`MemoryStore`].
 
 mod audit;
+mod keys_read;
 mod ledger;
 mod repository;
 
@@ -18,7 +19,8 @@ use crate::{
     record::{KeyId, Revision, Revisions, User, UserId},
     runtime::{Clock, SystemClock},
     store::{
-        Answer, Change, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, StoredKey, UsageBatch,
+        Answer, Change, ChangeStream, KeySelection, KeyStore, KeysRead, Lease, LeaseRequest,
+        Lookup, ReadOwner, StoredKey, UsageBatch,
     },
 };
 
@@ -193,6 +195,18 @@ impl KeyStore for MemoryStore {
     async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
         let now = self.now();
         Ok(self.write().lease(request, now))
+    }
+
+    fn can_read_keys(&self) -> bool {
+        true
+    }
+
+    async fn read_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
+        Ok(self.read().read_keys(selection, self.now()))
+    }
+
+    async fn read_owners(&self, owners: &[UserId]) -> Result<Vec<ReadOwner>, StoreError> {
+        Ok(self.read().read_owners(owners))
     }
 
     fn changes(&self, _since: SystemTime) -> ChangeStream {

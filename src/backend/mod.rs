@@ -90,6 +90,7 @@ mod memory;
 mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
+mod replica;
 #[cfg(feature = "_sql")]
 mod sql;
 #[cfg(feature = "sqlite")]
@@ -100,6 +101,7 @@ pub use self::memory::MemoryStore;
 pub use self::postgres::{PostgresStore, PostgresStoreBuilder, PostgresUrlError};
 #[cfg(feature = "redis")]
 pub use self::redis::{RedisCache, RedisCacheBuilder, RedisCacheError};
+pub use self::replica::{Replica, ReplicaBuilder, ReplicaError};
 #[cfg(feature = "_sql")]
 pub use self::sql::{
     ClockReading, ColumnFault, DatabaseHealth, FeedCheck, FindingKind, KeyFinding, KeyReview,

@@ -9,6 +9,7 @@ mod feed;
 mod found;
 mod health;
 mod hosts;
+mod keys_read;
 mod repository;
 mod schema;
 mod select;
@@ -41,8 +42,12 @@ use super::sql::{
 };
 use crate::{
     error::StoreError,
+    record::UserId,
     runtime::{Clock, within},
-    store::{Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, UsageBatch},
+    store::{
+        Answer, CacheSecret, ChangeStream, KeySelection, KeyStore, KeysRead, Lease, LeaseRequest,
+        Lookup, ReadOwner, UsageBatch,
+    },
     telemetry,
 };
 
@@ -215,6 +220,18 @@ impl KeyStore for PostgresStore {
         let leased = self.load_in(&self.0.accounting, Isolation::ReadCommitted, &statement).await;
         let rows: Vec<TextRow> = leased?;
         Lease::from_row(rows.as_slice().first().map(|row| row.row.as_str()))
+    }
+
+    fn can_read_keys(&self) -> bool {
+        true
+    }
+
+    async fn read_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
+        keys_read::keys(self, selection).await
+    }
+
+    async fn read_owners(&self, owners: &[UserId]) -> Result<Vec<ReadOwner>, StoreError> {
+        keys_read::owners(self, owners).await
     }
 
     fn has_cache_secret(&self) -> bool {

@@ -31,13 +31,12 @@ use self::{
 use crate::{
     coherence::{Age, Subject},
     error::StoreError,
-    policy,
-    record::Revision,
+    record::{Revision, UserId},
     redis::{Link, RedisServers, RedisState},
     runtime::{Clock, Moment},
     store::{
-        Answer, CacheSecret, Candidate, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup,
-        Outcome, Proof, Read, Source, UsageBatch,
+        Answer, CacheSecret, Candidate, ChangeStream, KeySelection, KeyStore, KeysRead, Lease,
+        LeaseRequest, Lookup, Outcome, Proof, Read, ReadOwner, ReplicaStatus, Source, UsageBatch,
     },
     telemetry,
 };
@@ -159,7 +158,7 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
                 Ok(answer)
             }
             (Err(error), Some((answer, Age::Stale)))
-                if error.is_transient() && self.grants_access(lookup, &answer) =>
+                if error.is_transient() && lookup.grants_access(&answer) =>
             {
                 Ok(answer)
             }
@@ -177,6 +176,22 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
         self.0.store.lease(request).await
+    }
+
+    fn can_read_keys(&self) -> bool {
+        self.0.store.can_read_keys()
+    }
+
+    async fn read_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
+        self.0.store.read_keys(selection).await
+    }
+
+    async fn read_owners(&self, owners: &[UserId]) -> Result<Vec<ReadOwner>, StoreError> {
+        self.0.store.read_owners(owners).await
+    }
+
+    fn replica_status(&self) -> Option<ReplicaStatus> {
+        self.0.store.replica_status()
     }
 
     fn has_cache_secret(&self) -> bool {
@@ -327,12 +342,6 @@ impl<S: KeyStore> RedisCache<S> {
             let _ = put.run(&link).await;
             drop(permit);
         });
-    }
-
-    /// Returns whether a stale copy grants access. Only then is it better than no answer.
-    fn grants_access(&self, lookup: &Lookup, answer: &Answer) -> bool {
-        let now = DateTime::from(lookup.clock().now());
-        answer.matched().is_some_and(|it| policy::validity(&it.record, it.secret, now).is_ok())
     }
 }
 

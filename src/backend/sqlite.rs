@@ -9,6 +9,7 @@ mod file;
 mod health;
 mod insert;
 mod key_edits;
+mod keys_read;
 mod ledger;
 mod repository;
 mod run;
@@ -47,9 +48,12 @@ use super::sql::{
 };
 use crate::{
     error::StoreError,
-    record::Revision,
+    record::{Revision, UserId},
     runtime::{Clock, SystemClock, hex, later, within},
-    store::{Answer, CacheSecret, ChangeStream, KeyStore, Lease, LeaseRequest, Lookup, UsageBatch},
+    store::{
+        Answer, CacheSecret, ChangeStream, KeySelection, KeyStore, KeysRead, Lease, LeaseRequest,
+        Lookup, ReadOwner, UsageBatch,
+    },
     telemetry,
 };
 
@@ -353,6 +357,18 @@ impl KeyStore for SqliteStore {
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
         self.grant_lease(request).await
+    }
+
+    fn can_read_keys(&self) -> bool {
+        true
+    }
+
+    async fn read_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
+        self.many_keys(selection).await
+    }
+
+    async fn read_owners(&self, owners: &[UserId]) -> Result<Vec<ReadOwner>, StoreError> {
+        self.owners_of_keys(owners).await
     }
 
     fn has_cache_secret(&self) -> bool {

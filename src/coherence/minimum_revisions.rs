@@ -269,6 +269,19 @@ impl MinimumRevisions {
     }
 }
 
+/// What a replica holds.
+impl MinimumRevisions {
+    /// Returns whether what was read at `read_at`, by the database's clock, is not below the minimums of its subjects.
+    pub(super) fn accept_read(
+        &self,
+        subjects: &[(Subject, Revision)],
+        read_at: SystemTime,
+    ) -> bool {
+        let table = self.table();
+        subjects.iter().all(|(subject, revision)| table.accepts(subject, *revision, read_at))
+    }
+}
+
 /// Changes and copies that a shared cache holds.
 #[cfg(feature = "redis")]
 impl MinimumRevisions {
@@ -292,12 +305,7 @@ impl MinimumRevisions {
         }
         let table = self.table();
         table.everything.is_none_or(|minimum| as_of >= minimum)
-            && subjects.iter().all(|(subject, revision)| {
-                table.by_subject.get(subject).is_none_or(|minimum| {
-                    *revision >= minimum.revision
-                        && minimum.as_of.is_none_or(|minimum| as_of >= minimum)
-                })
-            })
+            && subjects.iter().all(|(subject, revision)| table.accepts(subject, *revision, as_of))
     }
 
     /// Returns whether a tombstone from `made_at` is valid.
@@ -307,6 +315,13 @@ impl MinimumRevisions {
 }
 
 impl Table {
+    /// Returns whether an answer of this revision, read at `as_of`, is not below the minimum of its subject.
+    fn accepts(&self, subject: &Subject, revision: Revision, as_of: SystemTime) -> bool {
+        self.by_subject.get(subject).is_none_or(|minimum| {
+            revision >= minimum.revision && minimum.as_of.is_none_or(|minimum| as_of >= minimum)
+        })
+    }
+
     fn evict_old(&mut self, now: Moment) {
         while let Some((raised, subject)) = self.raised.front() {
             if now.since(*raised) <= MINIMUM_REVISION_LIFETIME {

@@ -69,6 +69,19 @@ impl View {
     }
 }
 
+/// What a replica holds.
+impl View {
+    /// Returns whether a replica of the store may answer from what it read at `read_at`, by the database's clock. Resets
+    /// are the replica's concern: it reads everything again.
+    pub(crate) fn accepts_replica(
+        &self,
+        subjects: &[(Subject, Revision)],
+        read_at: SystemTime,
+    ) -> bool {
+        self.minimum_revisions.accept_read(subjects, read_at)
+    }
+}
+
 /// Changes and copies that a shared cache holds.
 #[cfg(feature = "redis")]
 impl View {

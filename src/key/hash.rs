@@ -56,6 +56,10 @@ pub(crate) struct BcryptHash {
 /// Identifies a pepper without showing it: the first bytes of its HMAC over a fixed text.
 pub(super) type PepperId = [u8; 4];
 
+/// First bytes of the compact forms. No text of a hash starts with one.
+const SHA256_TAG: u8 = 1;
+const HMAC_TAG: u8 = 2;
+
 const PREHASHED: &str = "bcrypt-sha256$";
 const SHA256: &str = "sha256$";
 const HMAC_SHA256: &str = "hmac-sha256$";
@@ -88,14 +92,35 @@ impl KeyHash {
         Self(Kind::Sha256(KeyDigest::of(key.as_bytes()).0))
     }
 
-    /// Returns a fingerprint that identifies the hash without showing it.
     /// Returns whether the hash is made for secrets of unknown strength, and checked slowly.
     pub(crate) fn is_slow(&self) -> bool {
         matches!(self.0, Kind::Bcrypt(_))
     }
 
+    /// Returns a fingerprint that identifies the hash without showing it.
     pub(crate) fn fingerprint(&self) -> HashFingerprint {
         HashFingerprint(Sha256::digest(self.expose_hash()).into())
+    }
+
+    /// Returns a compact form, for the memory of this process only.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        match &self.0 {
+            Kind::Bcrypt(_) => self.expose_hash().into_bytes(),
+            Kind::Sha256(digest) => [&[SHA256_TAG], &digest[..]].concat(),
+            Kind::HmacSha256 { pepper, mac } => [&[HMAC_TAG], &pepper[..], &mac[..]].concat(),
+        }
+    }
+
+    /// Reads the form that [`KeyHash::to_bytes`] returns.
+    pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        match bytes.split_first()? {
+            (&SHA256_TAG, digest) => Some(Self(Kind::Sha256(digest.try_into().ok()?))),
+            (&HMAC_TAG, rest) => {
+                let (pepper, mac) = rest.split_first_chunk()?;
+                Some(Self(Kind::HmacSha256 { pepper: *pepper, mac: mac.try_into().ok()? }))
+            }
+            _ => std::str::from_utf8(bytes).ok()?.parse().ok(),
+        }
     }
 
     /// Returns the stored text. It is less sensitive than a key, but must not be logged: a weak key can be guessed from

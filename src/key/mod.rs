@@ -54,7 +54,7 @@ mod scheme;
 pub(crate) use self::{
     digest::KeyDigest,
     format::hmac_sha256,
-    hash::HashFingerprint,
+    hash::{BcryptHash, HashFingerprint},
     pool::SlowCheck,
     presented::{PresentedKey, token},
     scheme::FastCheck,

@@ -110,7 +110,6 @@ impl Answer {
     }
 
     /// Marks the answer as made from a copy.
-    #[cfg(feature = "redis")]
     pub(crate) fn into_copy(self) -> Self {
         Self { source: Source::Copy, ..self }
     }

@@ -7,9 +7,11 @@ use super::{
     account::{CacheSecret, Lease, LeaseRequest, UsageBatch},
     answer::Answer,
     change::ChangeStream,
+    keys_read::{KeySelection, KeysRead, ReadOwner},
     lookup::Lookup,
+    replica_status::ReplicaStatus,
 };
-use crate::error::StoreError;
+use crate::{error::StoreError, record::UserId};
 
 /// Any [`KeyStore`], as one type. It is cheap to clone. The layers above the stores use this type.
 ///
@@ -49,6 +51,22 @@ impl KeyStore for DynKeyStore {
         self.0.lease(request).await
     }
 
+    fn can_read_keys(&self) -> bool {
+        self.0.can_read_keys()
+    }
+
+    async fn read_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
+        self.0.read_keys(selection).await
+    }
+
+    async fn read_owners(&self, owners: &[UserId]) -> Result<Vec<ReadOwner>, StoreError> {
+        self.0.read_owners(owners).await
+    }
+
+    fn replica_status(&self) -> Option<ReplicaStatus> {
+        self.0.replica_status()
+    }
+
     fn has_cache_secret(&self) -> bool {
         self.0.has_cache_secret()
     }
@@ -81,6 +99,22 @@ impl<S: KeyStore> KeyStore for Arc<S> {
         S::lease(self, request).await
     }
 
+    fn can_read_keys(&self) -> bool {
+        S::can_read_keys(self)
+    }
+
+    async fn read_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
+        S::read_keys(self, selection).await
+    }
+
+    async fn read_owners(&self, owners: &[UserId]) -> Result<Vec<ReadOwner>, StoreError> {
+        S::read_owners(self, owners).await
+    }
+
+    fn replica_status(&self) -> Option<ReplicaStatus> {
+        S::replica_status(self)
+    }
+
     fn has_cache_secret(&self) -> bool {
         S::has_cache_secret(self)
     }
@@ -98,6 +132,10 @@ trait Erased: Send + Sync {
     fn changes(&self, since: SystemTime) -> ChangeStream;
     fn record_usage<'a>(&'a self, batch: &'a UsageBatch) -> Boxed<'a, ()>;
     fn lease<'a>(&'a self, request: &'a LeaseRequest) -> Boxed<'a, Lease>;
+    fn can_read_keys(&self) -> bool;
+    fn read_keys<'a>(&'a self, selection: &'a KeySelection) -> Boxed<'a, KeysRead>;
+    fn read_owners<'a>(&'a self, owners: &'a [UserId]) -> Boxed<'a, Vec<ReadOwner>>;
+    fn replica_status(&self) -> Option<ReplicaStatus>;
     fn has_cache_secret(&self) -> bool;
     fn cache_secret(&self) -> Boxed<'_, Option<CacheSecret>>;
 }
@@ -117,6 +155,22 @@ impl<S: KeyStore> Erased for S {
 
     fn lease<'a>(&'a self, request: &'a LeaseRequest) -> Boxed<'a, Lease> {
         Box::pin(KeyStore::lease(self, request))
+    }
+
+    fn can_read_keys(&self) -> bool {
+        KeyStore::can_read_keys(self)
+    }
+
+    fn read_keys<'a>(&'a self, selection: &'a KeySelection) -> Boxed<'a, KeysRead> {
+        Box::pin(KeyStore::read_keys(self, selection))
+    }
+
+    fn read_owners<'a>(&'a self, owners: &'a [UserId]) -> Boxed<'a, Vec<ReadOwner>> {
+        Box::pin(KeyStore::read_owners(self, owners))
+    }
+
+    fn replica_status(&self) -> Option<ReplicaStatus> {
+        KeyStore::replica_status(self)
     }
 
     fn has_cache_secret(&self) -> bool {

@@ -2,6 +2,8 @@
 
 use std::{future::Future, net::IpAddr, sync::Arc};
 
+use chrono::DateTime;
+
 use super::{
     answer::{Answer, Candidate, HashUpgrade, Outcome, Read},
     lookup_key::{LookupKey, Proof},
@@ -12,7 +14,8 @@ use super::{
 use crate::{
     coherence::View,
     error::StoreError,
-    key::{FastCheck, KeyDigest, KeyScheme, PresentedKey, SlowCheck},
+    key::{BcryptHash, FastCheck, KeyDigest, KeyScheme, PresentedKey, SlowCheck},
+    policy,
     record::{KeyRecord, Revision, Secret},
     runtime::{Clock, Moment},
 };
@@ -32,7 +35,6 @@ pub struct Lookup {
     asked_at: Moment,
     view: Arc<View>,
     proofs: Vec<Proof>,
-    #[cfg_attr(not(feature = "redis"), expect(dead_code))]
     skips_copies: bool,
     #[cfg_attr(not(feature = "_sql"), expect(dead_code))]
     priority: Priority,
@@ -101,19 +103,16 @@ impl Lookup {
     }
 
     /// Returns whether the look-up must not be answered from a copy.
-    #[cfg(feature = "redis")]
     pub(crate) fn skips_copies(&self) -> bool {
         self.skips_copies
     }
 
     /// Returns the change state of this node.
-    #[cfg(feature = "redis")]
     pub(crate) fn view(&self) -> &Arc<View> {
         &self.view
     }
 
     /// Returns the clock of this node.
-    #[cfg(feature = "redis")]
     pub(crate) fn clock(&self) -> &dyn Clock {
         &*self.clock
     }
@@ -178,6 +177,36 @@ impl Lookup {
         &self,
         rows: Vec<Result<StoredKey, StoreError>>,
     ) -> Result<Answer, StoreError> {
+        let mut checked = self.check(rows);
+        let mut upgrade = None;
+        if checked.needs_slow_check()
+            && let Some(key) = self.key.presented()
+        {
+            let check = SlowCheck {
+                hashes: std::mem::take(&mut checked.hashes),
+                key: Arc::clone(key),
+                address: self.address,
+                clock: Arc::clone(&self.clock),
+            };
+            let matched = self.scheme.check_slowly(check).await?;
+            checked.matched = matched.and_then(|at| checked.slow.get(at).copied());
+            let candidate = checked.matched.and_then(|at| checked.candidates.get(at));
+            upgrade = candidate.and_then(|candidate| self.upgrade(key, candidate));
+        }
+        Ok(self.conclude(checked)?.with_upgrade(upgrade))
+    }
+
+    /// Verifies like [`Lookup::verify_all`], without slow checks. Returns `None` if one is required.
+    pub(crate) fn verify_fast(
+        &self,
+        rows: Vec<Result<StoredKey, StoreError>>,
+    ) -> Option<Result<Answer, StoreError>> {
+        let checked = self.check(rows);
+        (!checked.needs_slow_check()).then(|| self.conclude(checked))
+    }
+
+    /// Compares the fast hashes of the rows.
+    fn check(&self, rows: Vec<Result<StoredKey, StoreError>>) -> Checked {
         let mut fault = (rows.len() > MAX_CANDIDATES).then(|| {
             let message =
                 format!("more than {MAX_CANDIDATES} keys share the lookup prefix {:?}", self.id());
@@ -185,16 +214,16 @@ impl Lookup {
         });
         // The rows that are not tried count too.
         let latest = rows.iter().flatten().map(|key| key.revisions.key).max().unwrap_or_default();
-        let mut candidates = Vec::with_capacity(rows.len().min(MAX_CANDIDATES));
+        let mut keys = Vec::with_capacity(rows.len().min(MAX_CANDIDATES));
         for row in rows.into_iter().take(MAX_CANDIDATES) {
             match row {
-                Ok(candidate) => candidates.push(candidate),
+                Ok(key) => keys.push(key),
                 Err(error) => note_fault(&mut fault, error),
             }
         }
         let is_whole = fault.is_none();
         let secrets = |key: StoredKey| key.secrets_under(self.id(), self.asked_at.wall());
-        let candidates: Vec<_> = candidates.into_iter().flat_map(secrets).collect();
+        let candidates: Vec<_> = keys.into_iter().flat_map(secrets).collect();
 
         let mut matched = None;
         let (mut slow, mut hashes) = (Vec::new(), Vec::new());
@@ -215,21 +244,12 @@ impl Lookup {
                 }
             }
         }
-        let mut upgrade = None;
-        if matched.is_none()
-            && !slow.is_empty()
-            && let Some(key) = self.key.presented()
-        {
-            let check = SlowCheck {
-                hashes,
-                key: Arc::clone(key),
-                address: self.address,
-                clock: Arc::clone(&self.clock),
-            };
-            matched = self.scheme.check_slowly(check).await?.map(|at| slow[at]);
-            upgrade = matched.and_then(|at| self.upgrade(key, &candidates[at]));
-        }
+        Checked { candidates, matched, slow, hashes, fault, is_whole, latest }
+    }
 
+    /// Returns the answer after all checks.
+    fn conclude(&self, checked: Checked) -> Result<Answer, StoreError> {
+        let Checked { candidates, matched, fault, is_whole, latest, .. } = checked;
         if let Some(fault) = fault {
             if matched.is_none() {
                 return Err(fault);
@@ -243,7 +263,7 @@ impl Lookup {
             None if read.candidates.is_empty() => Outcome::Unknown,
             None => Outcome::Mismatch,
         };
-        Ok(self.answer(outcome, read).with_key_revision(latest).with_upgrade(upgrade))
+        Ok(self.answer(outcome, read).with_key_revision(latest))
     }
 
     /// Returns the answer that `read` contains for this key.
@@ -269,6 +289,13 @@ impl Lookup {
         let fingerprint = matched.fingerprint().ok_or_else(needs_the_key)?;
         let proof = self.proofs.iter().find(|proof| proof.is_for(fingerprint));
         proof.map(|proof| Some(proof.clone())).ok_or_else(needs_the_key)
+    }
+
+    /// Returns whether an answer grants access now. While the store fails, only such an answer may be served although it
+    /// is stale.
+    pub(crate) fn grants_access(&self, answer: &Answer) -> bool {
+        let now = DateTime::from(self.clock.now());
+        answer.matched().is_some_and(|it| policy::validity(&it.record, it.secret, now).is_ok())
     }
 
     fn has_proof_for(&self, candidate: &StoredSecret) -> bool {
@@ -318,6 +345,26 @@ impl Lookup {
         // A copy must be bound to a hash. There is none, so no copy is made.
         let read = Read { candidates: vec![candidate], key_revision: Revision(0), is_whole: false };
         self.answer(Outcome::Match(0), read)
+    }
+}
+
+/// Result of the fast checks of the rows under a lookup id.
+struct Checked {
+    candidates: Vec<StoredSecret>,
+    /// Index of the candidate that matches.
+    matched: Option<usize>,
+    /// Indexes of the candidates that need a slow check, and their hashes.
+    slow: Vec<usize>,
+    hashes: Vec<BcryptHash>,
+    fault: Option<StoreError>,
+    /// Whether every row could be decoded.
+    is_whole: bool,
+    latest: Revision,
+}
+
+impl Checked {
+    fn needs_slow_check(&self) -> bool {
+        self.matched.is_none() && !self.slow.is_empty()
     }
 }
 

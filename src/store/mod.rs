@@ -10,6 +10,7 @@
 //! | [`record_usage`](KeyStore::record_usage) of a [`UsageBatch`] | no usage is counted |
 //! | [`lease`](KeyStore::lease), for a [`LeaseRequest`] | reservations for keys with a budget are answered 500 |
 //! | [`cache_secret`](KeyStore::cache_secret), a [`CacheSecret`] | `RedisCache` needs a secret in its builder |
+//! | [`read_keys`](KeyStore::read_keys), [`read_owners`](KeyStore::read_owners) | there is no [`Replica`](crate::Replica) of the store |
 //!
 //! [`KeyRepository`] is the write side, which [`KeyManager`](crate::KeyManager) uses. The stores of this crate
 //! implement it. It also lists and edits keys:
@@ -38,11 +39,13 @@ mod audit;
 mod change;
 mod erased;
 mod filter;
+mod keys_read;
 mod ledger;
 mod lookup;
 mod lookup_key;
 mod page;
 mod priority;
+mod replica_status;
 mod repository;
 mod stored_key;
 mod waiting;
@@ -59,8 +62,10 @@ pub use self::{
     change::{Change, ChangeStream, FeedFault, FeedStatus},
     erased::DynKeyStore,
     filter::KeyFilter,
+    keys_read::{KeySelection, KeysRead, ReadOwner, ReadRow},
     lookup::Lookup,
     page::{KeyPage, ListKeys, ListUsers, UnreadableKey, UserPage},
+    replica_status::{ReplicaState, ReplicaStatus},
     repository::{DailyUsage, Inserted, KeyRepository},
     stored_key::StoredKey,
 };
@@ -77,7 +82,7 @@ pub(crate) use self::{
 };
 #[cfg(feature = "_sql")]
 pub(crate) use self::{lookup::MAX_CANDIDATES, waiting::Left};
-use crate::error::StoreError;
+use crate::{error::StoreError, record::UserId};
 
 /// Message of the conflict if an update requires a revision that the row no longer has.
 pub(crate) const CHANGED_SINCE: &str = "the key was changed after it was read";
@@ -168,6 +173,44 @@ pub trait KeyStore: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Lease, StoreError>> + Send {
         let _ = request;
         async { Err(StoreError::unsupported("budget leases")) }
+    }
+
+    /// Whether [`read_keys`](Self::read_keys) and [`read_owners`](Self::read_owners) are implemented.
+    /// [`Replica`](crate::Replica) requires it when it is built. `false` by default.
+    fn can_read_keys(&self) -> bool {
+        false
+    }
+
+    /// Returns many keys with their hashes and owners. A row that can't be decoded is returned as such, and never left
+    /// out. The rows must not be older than the call.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` by default. If the read could not be completed.
+    fn read_keys(
+        &self,
+        selection: &KeySelection,
+    ) -> impl Future<Output = Result<KeysRead, StoreError>> + Send {
+        let _ = selection;
+        async { Err(StoreError::unsupported("reading all keys")) }
+    }
+
+    /// Returns these users with the revisions of their rows. Users that do not exist are left out.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` by default. If the read could not be completed.
+    fn read_owners(
+        &self,
+        owners: &[UserId],
+    ) -> impl Future<Output = Result<Vec<ReadOwner>, StoreError>> + Send {
+        let _ = owners;
+        async { Err(StoreError::unsupported("reading all keys")) }
+    }
+
+    /// Returns the status of the replica in the store, if it has one. `None` by default.
+    fn replica_status(&self) -> Option<ReplicaStatus> {
+        None
     }
 
     /// Whether [`cache_secret`](Self::cache_secret) returns a secret. `RedisCache` requires one when it is built, from

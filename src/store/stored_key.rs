@@ -52,10 +52,7 @@ impl StoredKey {
     ) -> impl Iterator<Item = StoredSecret> {
         let Self { record, hash, upgraded, revisions, previous } = self;
         let is_previous = record.grace.as_ref().is_some_and(|grace| grace.prefix == id);
-        let is_listed = |grace: &GracePeriod| {
-            let ended = now.duration_since(grace.ends_at.into()).unwrap_or_default();
-            ended < ENDED_SECRETS_LISTED
-        };
+        let is_listed = |grace: &GracePeriod| is_listed(grace, now);
         let previous =
             previous.filter(|_| is_previous && record.grace.as_ref().is_some_and(is_listed));
         let previous = previous.map(|hashes| StoredSecret {
@@ -68,6 +65,15 @@ impl StoredKey {
         let hashes = SecretHash { hash, upgraded };
         let current = StoredSecret { record, secret: Secret::Current, hashes, revisions };
         is_current.then_some(current).into_iter().chain(previous)
+    }
+
+    /// Returns whether a secret of the key is under a lookup id at `now`, as
+    /// [`secrets_under`](Self::secrets_under) defines it.
+    pub(crate) fn is_listed_under(&self, id: &str, now: SystemTime) -> bool {
+        let is_previous = |grace: &GracePeriod| {
+            grace.prefix == id && is_listed(grace, now) && self.previous.is_some()
+        };
+        self.record.prefix == id || self.record.grace.as_ref().is_some_and(is_previous)
     }
 
     /// Stores the fast hash beside the slow hash that it was derived from, if the key still has that one.
@@ -151,4 +157,9 @@ impl StoredKey {
     pub fn hash(&self) -> &KeyHash {
         &self.hash
     }
+}
+
+/// Returns whether the previous secret is still checked at `now`.
+fn is_listed(grace: &GracePeriod, now: SystemTime) -> bool {
+    now.duration_since(grace.ends_at.into()).unwrap_or_default() < ENDED_SECRETS_LISTED
 }

@@ -19,7 +19,7 @@ use crate::{
     },
     error::StoreError,
     record::Revision,
-    store::StoredKey,
+    store::{ReadRow, StoredKey},
 };
 
 /// What a statement read under one lookup id, current or previous.
@@ -85,6 +85,37 @@ impl Found {
     /// Returns the keys, each or the reason why it can't be decoded.
     pub(super) fn keys(self) -> impl Iterator<Item = Result<StoredKey, StoreError>> {
         self.rows.into_iter().map(decode)
+    }
+
+    /// Reads a page of at most `limit` keys after one, ordered by id. It is retried once if the connection was dead.
+    /// `None` if there are none.
+    pub(super) async fn read_page(
+        pool: &Connections,
+        after: i64,
+        limit: u32,
+    ) -> Result<Option<Self>, StoreError> {
+        let binds = [Bind::Integer(after), Bind::Integer(limit.into())];
+        let statement = Statement::new(select::PAGE.as_str(), binds);
+        let rows: Vec<FoundRow> = pool.load(Isolation::Any, &statement).await?;
+        if rows.is_empty() { Ok(None) } else { Self::of(rows).map(Some) }
+    }
+
+    /// Returns the rows of the keys.
+    pub(super) fn read_rows(self) -> impl Iterator<Item = ReadRow> {
+        self.rows.into_iter().map(|texts| {
+            let text = |name: &str| {
+                let at = row::READ.iter().position(|(column, _)| *column == name)?;
+                let text = texts.get(at)?.as_deref()?;
+                Some(String::from_utf8_lossy(text).into_owned())
+            };
+            let id = text("id").and_then(|id| id.parse::<i64>().ok()).unwrap_or_default();
+            let lookup_ids = text("key_prefix").into_iter().chain(text("previous_key_prefix"));
+            let unreadable = ReadRow::unreadable(id, lookup_ids, StoreError::bad_row(""));
+            match decode(texts) {
+                Ok(key) => ReadRow::new(key),
+                Err(error) => ReadRow { key: Err(error), ..unreadable },
+            }
+        })
     }
 
     fn of(rows: Vec<FoundRow>) -> Result<Self, StoreError> {

@@ -62,6 +62,20 @@ pub(super) static LOOK_UP_MANY: LazyLock<String> = LazyLock::new(|| {
     )
 });
 
+/// The statement of a page of `$2` keys after `$1`, ordered by id: for each key the texts that `row` decodes.
+pub(super) static PAGE: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "SELECT {AS_OF}, 0::bigint AS latest, {} AS row {KEY_TABLES} WHERE k.id > $1 ORDER BY k.id LIMIT $2",
+        texts()
+    )
+});
+
+/// The statement of the users in the JSON array `$1`, with the revisions of their last changes.
+pub(super) const OWNERS: &str = "SELECT json_build_array(u.id, coalesce(u.email::text, ''), coalesce(u.role::text, 'user'),
+        coalesce(u.is_active, FALSE), greatest(u.api_key_revision, (
+            SELECT c.revision FROM api_key_changes c WHERE c.user_id = u.id ORDER BY c.revision DESC LIMIT 1)))::text AS row
+    FROM users u WHERE u.id = ANY (ARRAY(SELECT o.id::bigint FROM json_array_elements_text($1::json) AS o (id)))";
+
 const AS_OF: &str = "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of";
 
 /// Returns the SQL for the revision of the last change under a lookup id.

@@ -42,6 +42,13 @@ fn under_id(id: &str, now: SystemTime) -> Statement {
     Statement::new(select, binds)
 }
 
+/// The condition of the keys under the lookup ids in the JSON array `$1`, current or previous, at most nine of each.
+/// Ended secrets are removed by the reader.
+pub(super) const UNDER_IDS: &str = "k.id IN (
+    SELECT k.id FROM json_each($1) AS a JOIN api_keys k ON k.id IN (
+        SELECT id FROM (SELECT id FROM api_keys WHERE key_prefix = a.value ORDER BY id LIMIT 9)
+        UNION ALL SELECT id FROM (SELECT id FROM api_keys WHERE previous_key_prefix = a.value ORDER BY id LIMIT 9)))";
+
 /// The filter's SQL. Times are texts, which other writers may have stored with another separator or with a time zone:
 /// two days more are selected, and the decoded records are checked again.
 const DIALECT: FilterDialect = FilterDialect {
