@@ -6,6 +6,7 @@
 //! | [`SqliteStore`] | a file, in a database that is compiled in | `sqlite` | one process |
 //! | [`PostgresStore`] | PostgreSQL 13 or newer | `postgres` | any number of nodes |
 //! | [`RedisCache`] | the store that it wraps; answers are cached in Redis | `redis` | many nodes, bcrypt hashes |
+//! | [`Replica`] | the store that it wraps; all keys are in the memory of each node | | up to some millions of keys |
 //!
 //! Start with [`SqliteStore::open`] or [`PostgresStore::new`], then call `migrate()`, which every node may do at every
 //! start. A [`RedisCache`] is a store itself:
@@ -23,6 +24,26 @@
 //! ```
 //!
 //! To choose the store at run time, use [`DynKeyStore`](crate::store::DynKeyStore).
+//!
+//! # Local cache, Redis or replica
+//!
+//! The local cache of the [`Authenticator`](crate::Authenticator) is always there, and answers most requests. What is
+//! below it decides about the rest: the first request with a key on each node, unknown keys, and outages.
+//!
+//! | | local cache only | [`RedisCache`] | [`Replica`] |
+//! |---|---|---|---|
+//! | first request with a key on a node | a query | a query on the first node, then a round trip to Redis | from memory |
+//! | unknown key | a query | a query | from memory |
+//! | deployment of nodes with empty caches | a query for each key and node, in batches | a round trip for each key | one scan of the table per node |
+//! | bcrypt hash | verified once, then the fast hash is stored | the same, and other nodes don't verify it again | verified once, then the fast hash is stored |
+//! | outage of the database, key not used on this node | 503 | from Redis, within the bounds | from memory, within the bounds |
+//! | memory of a node | 1.2 KB for each key that it uses | the same | MEMORY for every key, and the local cache |
+//! | more to operate | nothing | Redis | nothing |
+//!
+//! Start without either. Use a replica if the keys fit into the memory of each node: with fewer than 100,000 keys,
+//! loading takes LOAD. Use Redis with more keys than that, or if nodes start very often. Both at once is possible
+//! (`Replica::new(RedisCache::new(…)?)?`), and seldom useful. `cargo bench --bench cold_start` and `--bench replica`
+//! measure the figures.
 //!
 //! # The change feed
 //!
