@@ -330,10 +330,13 @@ impl Resolver {
         let answer = within(LOOKUP_DEADLINE, self.store.resolve(lookup)).await;
         let answer = answer.unwrap_or_else(|| Err(StoreError::timeout(LOOKUP_DEADLINE)));
         match &answer {
-            Ok(answer) if answer.source() == Source::Store => {
-                self.is_store_failing.store(false, Ordering::Relaxed);
-            }
-            Ok(_) => {}
+            Ok(answer) => match answer.source() {
+                Source::Store | Source::Replica => {
+                    self.is_store_failing.store(false, Ordering::Relaxed);
+                }
+                Source::Fallback => self.is_store_failing.store(true, Ordering::Relaxed),
+                Source::Copy => {}
+            },
             Err(error) if error.kind() == StoreErrorKind::BadRow => {
                 lookup.log_bad_row(error);
             }

@@ -160,7 +160,7 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
             (Err(error), Some((answer, Age::Stale)))
                 if error.is_transient() && lookup.grants_access(&answer) =>
             {
-                Ok(answer)
+                Ok(answer.with_source(Source::Fallback))
             }
             (Err(error), _) => Err(error),
         }
@@ -363,7 +363,10 @@ fn answer(
         Candidate { record: key.record, secret: key.secret, owner_revision, proof: proof.clone() };
     let read =
         Read { candidates: vec![candidate], key_revision: keys.key_revision, is_whole: false };
-    Some((lookup.answer(Outcome::Match(0), read).with_as_of(keys.as_of).into_copy(), age))
+    Some((
+        lookup.answer(Outcome::Match(0), read).with_as_of(keys.as_of).with_source(Source::Copy),
+        age,
+    ))
 }
 
 /// Returns the lifetime of an entry of keys. It ends when the first of the keys or previous secrets expires.

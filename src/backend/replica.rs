@@ -26,7 +26,7 @@ use crate::{
     runtime::{Background, Clock},
     store::{
         Answer, CacheSecret, ChangeStream, KeySelection, KeyStore, KeysRead, Lease, LeaseRequest,
-        Lookup, ReadOwner, ReplicaState, ReplicaStatus, UsageBatch,
+        Lookup, ReadOwner, ReplicaState, ReplicaStatus, Source, UsageBatch,
     },
     telemetry,
 };
@@ -153,7 +153,9 @@ impl<S: KeyStore> KeyStore for Replica<S> {
                 Ok(answer)
             }
             Found::Answer(old, _) => match store.resolve(lookup).await {
-                Err(error) if error.is_transient() && lookup.grants_access(&old) => Ok(old),
+                Err(error) if error.is_transient() && lookup.grants_access(&old) => {
+                    Ok(old.with_source(Source::Fallback))
+                }
                 answer => answer,
             },
         }

@@ -40,6 +40,17 @@ pub(crate) enum Source {
     Store,
     /// A copy that another node may have made.
     Copy,
+    /// The memory of this node, which is in sync with the store.
+    Replica,
+    /// A copy that is stale, because the store failed.
+    Fallback,
+}
+
+impl Source {
+    /// Returns whether the answer may be from before the look-up.
+    pub(crate) fn is_copy(self) -> bool {
+        self != Self::Store
+    }
 }
 
 /// All keys under a lookup id, as one read of the store returned them.
@@ -110,8 +121,8 @@ impl Answer {
     }
 
     /// Marks the answer as made from a copy.
-    pub(crate) fn into_copy(self) -> Self {
-        Self { source: Source::Copy, ..self }
+    pub(crate) fn with_source(self, source: Source) -> Self {
+        Self { source, ..self }
     }
 
     /// Returns the record, if the key matched.

@@ -36,7 +36,7 @@ impl Resolver {
         let mut tag = CoherenceTag {
             as_of: match answer.source() {
                 Source::Store => lookup.asked_at(),
-                Source::Copy => self.view.freshness.moment_of(answer.as_of(), now),
+                _ => self.view.freshness.moment_of(answer.as_of(), now),
             },
             prefix: generation,
             owner: owner.as_ref().map_or(generation, |owner| minimums.generation(owner)),
@@ -49,7 +49,7 @@ impl Resolver {
             .collect();
         let standing = minimums.judge(&subjects, seen, now);
         // A copy may be older than a reset that arrived in the meantime, even if it was read just now.
-        let is_overtaken_copy = standing == Standing::Overtaken && answer.source() == Source::Copy;
+        let is_overtaken_copy = standing == Standing::Overtaken && answer.source().is_copy();
         if standing == Standing::Below || is_overtaken_copy {
             return None;
         }

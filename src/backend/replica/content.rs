@@ -20,7 +20,9 @@ use crate::{
     error::StoreError,
     record::{Revision, UserId},
     runtime::Moment,
-    store::{Answer, Change, KeysRead, Lookup, ReadOwner, ReadRow, ReplicaState, StoredKey},
+    store::{
+        Answer, Change, KeysRead, Lookup, ReadOwner, ReadRow, ReplicaState, Source, StoredKey,
+    },
 };
 
 /// The keys in memory. One task writes what it reads; any thread may mark what has changed.
@@ -176,9 +178,10 @@ impl Content {
         match lookup.verify_fast(rows) {
             None => Found::NeedsSlowCheck,
             Some(Err(error)) => Found::Failed(error),
-            Some(Ok(answer)) => {
-                Found::Answer(answer.with_key_revision(latest).with_as_of(synced).into_copy(), age)
-            }
+            Some(Ok(answer)) => Found::Answer(
+                answer.with_key_revision(latest).with_as_of(synced).with_source(Source::Replica),
+                age,
+            ),
         }
     }
 
