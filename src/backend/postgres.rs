@@ -2,6 +2,7 @@
 
 mod adopt;
 mod audit;
+mod batch;
 mod bulk;
 mod connect;
 mod connections;
@@ -32,7 +33,6 @@ pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use self::{
     connect::Target,
     connections::{Connections, Isolation},
-    found::Found,
 };
 use super::sql::{
     gate::LookupGate,
@@ -159,16 +159,6 @@ impl PostgresStore {
         let loaded = self.load_in(&self.0.management, Isolation::ReadCommitted, statement).await;
         let rows: Vec<TextRow> = loaded?;
         Ok(rows.into_iter().next().map(|found| found.row))
-    }
-
-    /// Reads what is stored under the lookup id. The deadline includes the wait for a connection.
-    async fn look_up(&self, lookup: &Lookup) -> Result<Found, StoreError> {
-        let Inner { lookups, gate, .. } = &*self.0;
-        self.in_time(async {
-            let _permit = gate.pass(lookup).await?;
-            Found::read(lookups, lookup.id()).await
-        })
-        .await
     }
 
     async fn in_time<T>(

@@ -227,6 +227,8 @@ impl Inner {
 }
 
 const DEADLINE: Duration = Duration::from_secs(5);
+/// Maximum number of waiting look-ups per reading thread.
+const WAITING_PER_READER: usize = 256;
 /// Deadline of a migration, which may have to build an index on an adopted table.
 const MIGRATION_DEADLINE: Duration = Duration::from_secs(60);
 /// Minimum deadline of a change of many keys.
@@ -284,7 +286,8 @@ impl SqliteStoreBuilder {
             0 => (None, None),
             _ => (Some(Threads::start(reader_count, &open)?), Some(Threads::start(1, &open)?)),
         };
-        let (written, gate) = (watch::Sender::new(0), LookupGate::new(reader_count.max(1)));
+        let (written, gate) =
+            (watch::Sender::new(0), LookupGate::new(reader_count.max(1), WAITING_PER_READER));
         let mut name = [0; 16];
         getrandom::fill(&mut name).map_err(|error| StoreError::unavailable(error.to_string()))?;
         let name_in_memory = hex(&name);

@@ -14,6 +14,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{
     Inner, PostgresStore,
+    batch::MAX_BATCH,
     connections::Connections,
     hosts::{ConnectFault, Hosts},
     session::Sessions,
@@ -28,6 +29,9 @@ use crate::{
 const ACCOUNTING_CONNECTIONS: usize = 4;
 /// Number of connections for management and the cache secret.
 const MANAGEMENT_CONNECTIONS: usize = 2;
+
+/// Maximum number of waiting look-ups per connection: four batches, a wait of tens of milliseconds.
+const WAITING_PER_CONNECTION: usize = 4 * MAX_BATCH;
 
 /// Builds a [`PostgresStore`].
 #[derive(Clone)]
@@ -54,7 +58,8 @@ impl PostgresStoreBuilder {
         }
     }
 
-    /// Sets the maximum number of connections for look-ups: 16 by default; 0 counts as 1. Per connection, at most 256
+    /// Sets the maximum number of connections for look-ups: 16 by default; 0 counts as 1. While all of them are in use,
+    /// look-ups wait, and the next free connection reads up to 256 keys in one query. Per connection, at most 1,024
     /// look-ups wait; beyond that, requests are answered 503. Usage and leases have up to 4 connections of their own,
     /// management up to 2 and the change feed one, so that no number of look-ups delays them.
     #[must_use]
@@ -108,7 +113,10 @@ impl PostgresStoreBuilder {
     pub fn build(self) -> Result<PostgresStore, PostgresUrlError> {
         let target = Target::parse(&self)?;
         let pool = |size| self.pool(&target, size);
-        let (lookups, gate) = (pool(self.max_connections)?, LookupGate::new(self.max_connections));
+        let (lookups, gate) = (
+            pool(self.max_connections)?,
+            LookupGate::new(self.max_connections, WAITING_PER_CONNECTION),
+        );
         let (accounting, management) =
             (pool(ACCOUNTING_CONNECTIONS)?, pool(MANAGEMENT_CONNECTIONS)?);
         let Self { deadline, poll_interval, clock, .. } = self;

@@ -1,4 +1,4 @@
-//! What is stored under lookup ids: [`Found`].
+//! Reads what is stored under lookup ids.
 
 use std::time::{Duration, SystemTime};
 
@@ -14,26 +14,13 @@ use super::{
 };
 use crate::{
     backend::sql::{
-        row,
+        found::{Found, Texts},
         statement::{Bind, Statement},
     },
     error::StoreError,
     record::Revision,
     store::{ReadRow, StoredKey},
 };
-
-/// What a statement read under one lookup id, current or previous.
-#[derive(Debug)]
-pub(super) struct Found {
-    /// Time of the statement, by the clock of the database.
-    pub(super) as_of: SystemTime,
-    /// Revision of the last change under the lookup id, including deleted keys.
-    pub(super) latest: Revision,
-    rows: Vec<Texts>,
-}
-
-/// The texts of a key's columns, as bytes: diesel fails the whole result if one is not UTF-8.
-type Texts = Vec<Option<Vec<u8>>>;
 
 #[derive(QueryableByName)]
 struct FoundRow {
@@ -66,10 +53,11 @@ impl Found {
     /// connection was dead.
     pub(super) async fn read_many(
         pool: &Connections,
-        ids: &[&str],
+        ids: &[impl AsRef<str>],
     ) -> Result<Vec<Self>, StoreError> {
-        let ids_bound = Bind::Text(json!(ids).to_string());
-        let statement = Statement::new(select::LOOK_UP_MANY.as_str(), [ids_bound]);
+        let ids: Vec<_> = ids.iter().map(AsRef::as_ref).collect();
+        let statement =
+            Statement::new(select::LOOK_UP_MANY.as_str(), [Bind::Text(json!(ids).to_string())]);
         let rows: Vec<AskedRow> = pool.load(Isolation::Any, &statement).await?;
         let mut of_each: Vec<Vec<FoundRow>> = Vec::new();
         of_each.resize_with(ids.len(), Vec::new);
@@ -80,11 +68,6 @@ impl Found {
             }
         }
         of_each.into_iter().map(Self::of).collect()
-    }
-
-    /// Returns the keys, each or the reason why it can't be decoded.
-    pub(super) fn keys(self) -> impl Iterator<Item = Result<StoredKey, StoreError>> {
-        self.rows.into_iter().map(decode)
     }
 
     /// Reads a page of at most `limit` keys after one, ordered by id. It is retried once if the connection was dead.
@@ -129,14 +112,4 @@ impl Found {
             rows: rows.into_iter().filter_map(|found| found.row).collect(),
         })
     }
-}
-
-fn decode(texts: Texts) -> Result<StoredKey, StoreError> {
-    let id = texts.first().cloned().flatten().unwrap_or_default();
-    let text = |bytes: Option<Vec<u8>>| bytes.map(String::from_utf8).transpose();
-    let texts: Result<_, _> = texts.into_iter().map(text).collect();
-    row::decode_texts(texts.map_err(|_| {
-        let id = String::from_utf8_lossy(&id);
-        StoreError::bad_row(format!("api_keys row {id} is not UTF-8"))
-    })?)
 }

@@ -1,9 +1,12 @@
 //! The queue in front of a store's connections for look-ups: [`LookupGate`].
 
+#[cfg(feature = "postgres")]
+mod seat;
+
 use std::{
     collections::BTreeMap,
     future::{Future, pending, poll_fn},
-    pin::pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::Poll,
     time::{Duration, Instant},
@@ -11,13 +14,13 @@ use std::{
 
 use tokio::{runtime::Handle, sync::oneshot};
 
+#[cfg(feature = "postgres")]
+pub(in crate::backend) use self::seat::Seat;
 use crate::{
     error::StoreError,
     store::{Lookup, Priority},
 };
 
-/// Maximum number of waiting look-ups per connection.
-const WAITING_PER_PERMIT: usize = 256;
 /// Maximum number of waiting suspect look-ups in all.
 const WAITING_SUSPECTS: usize = 64;
 /// Pause after a suspect look-up, as a multiple of its duration. One suspect look-up runs at a time. All of them
@@ -28,6 +31,9 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// Bounds the running and waiting look-ups of a store, and orders the waiting ones by [`Priority`]. Beyond the bound, a
 /// look-up replaces one of lower priority, or is rejected.
+///
+/// A look-up that gets a connection after a wait may run others that still wait in one statement with its own, which
+/// then get an answer and no connection.
 #[derive(Debug)]
 pub(in crate::backend) struct LookupGate {
     state: Mutex<Waiting>,
@@ -39,12 +45,36 @@ struct Waiting {
     free: usize,
     last_ticket: u64,
     /// Waiting look-ups by priority, in the order of arrival.
-    queues: [BTreeMap<u64, oneshot::Sender<Pass>>; Priority::ALL.len()],
+    queues: [BTreeMap<u64, QueuedLookup>; Priority::ALL.len()],
     is_suspect_running: bool,
     suspects_from: Option<Instant>,
 }
 
-type Pass = Result<Permit, StoreError>;
+#[derive(Debug)]
+struct QueuedLookup {
+    /// The lookup id, if another look-up may run this one.
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code))]
+    batched_id: Option<String>,
+    turn: oneshot::Sender<TurnOrError>,
+}
+
+/// What a look-up waits for.
+#[derive(Debug)]
+pub(in crate::backend) enum Turn {
+    /// It may use a connection.
+    Run(Permit),
+    /// Another look-up has run it.
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code))]
+    Answered(Result<Batched, StoreError>),
+}
+
+/// What a batch reads for each of its look-ups. SQLite has no batches.
+#[cfg(feature = "postgres")]
+type Batched = super::found::Found;
+#[cfg(not(feature = "postgres"))]
+type Batched = std::convert::Infallible;
+
+type TurnOrError = Result<Turn, StoreError>;
 
 /// A permit of a look-up to use a connection, valid until it is dropped, on any thread.
 #[derive(Debug)]
@@ -56,15 +86,23 @@ pub(in crate::backend) struct Permit {
 }
 
 /// A place in the queue, which is freed on drop.
+#[derive(Debug)]
 struct Ticket<'a> {
     gate: &'a LookupGate,
     priority: Priority,
     number: u64,
+    turn: oneshot::Receiver<TurnOrError>,
+}
+
+/// The place of a look-up at its arrival.
+enum Arrival<'a> {
+    Run(Permit),
+    Wait(Ticket<'a>),
 }
 
 impl LookupGate {
-    /// Creates a gate in front of `permits` connections.
-    pub(in crate::backend) fn new(permits: usize) -> Arc<Self> {
+    /// Creates a gate in front of `permits` connections, for at most `waiting` waiting look-ups per connection.
+    pub(in crate::backend) fn new(permits: usize, waiting: usize) -> Arc<Self> {
         let state = Waiting {
             free: permits,
             last_ticket: 0,
@@ -72,55 +110,84 @@ impl LookupGate {
             is_suspect_running: false,
             suspects_from: None,
         };
-        let max_waiting = permits.saturating_mul(WAITING_PER_PERMIT);
-        Arc::new(Self { state: Mutex::new(state), max_waiting })
+        Arc::new(Self { state: Mutex::new(state), max_waiting: permits.saturating_mul(waiting) })
     }
 
-    /// Waits until the look-up may use a connection. Dropping the future frees its place, and the permit if it has one
-    /// by then.
+    /// Waits until `lookup` may use a connection.
     ///
     /// # Errors
     ///
-    /// `Overloaded` if too many look-ups wait.
-    pub(in crate::backend) async fn acquire(self: &Arc<Self>, priority: Priority) -> Pass {
-        let (number, passed) = {
-            let mut waiting = self.waiting();
-            if waiting.may_run(priority) {
-                return Ok(waiting.take(self, priority));
-            }
-            waiting.make_room(priority, self.max_waiting)?;
-            waiting.last_ticket += 1;
-            let (number, (pass, passed)) = (waiting.last_ticket, oneshot::channel());
-            waiting.queues[priority as usize].insert(number, pass);
-            (number, passed)
-        };
-        let _ticket = Ticket { gate: self, priority, number };
-        // The sender stays in the queue while this waits.
-        passed.await.map_err(StoreError::unavailable)?
+    /// As [`pass_or_join`](Self::pass_or_join).
+    pub(in crate::backend) async fn pass(
+        self: &Arc<Self>,
+        lookup: &Lookup,
+    ) -> Result<Permit, StoreError> {
+        match self.turn(lookup, None).await? {
+            Turn::Run(permit) => Ok(permit),
+            Turn::Answered(_) => Err(StoreError::unavailable("another look-up has run this one")),
+        }
     }
 
-    /// Waits until `lookup` may use a connection. It ends when no request waits for the answer any more, unless a
-    /// connection is free: a look-up whose caller was dropped may be the one that detects the recovery of the store.
+    /// Waits until `lookup` may use a connection or until another look-up has run it. A suspect
+    /// look-up never joins another one: its duration sets the pause after it. Dropping the future frees its place, and the permit
+    /// if it has one by then.
+    ///
+    /// The wait for a connection ends when no request waits for the answer any more. If a connection is free, the
+    /// look-up runs nevertheless: it may be the one that detects the recovery of the store.
     ///
     /// # Errors
     ///
     /// `Overloaded` if too many look-ups wait, or no request waits for this one.
-    pub(in crate::backend) async fn pass(self: &Arc<Self>, lookup: &Lookup) -> Pass {
+    #[cfg(feature = "postgres")]
+    pub(in crate::backend) async fn pass_or_join(self: &Arc<Self>, lookup: &Lookup) -> TurnOrError {
+        let may_join = lookup.priority() != Priority::Suspect;
+        self.turn(lookup, may_join.then(|| lookup.id())).await
+    }
+
+    async fn turn(self: &Arc<Self>, lookup: &Lookup, batched_id: Option<&str>) -> TurnOrError {
+        let mut ticket = match self.arrive(lookup.priority(), batched_id)? {
+            Arrival::Run(permit) => return Ok(Turn::Run(permit)),
+            Arrival::Wait(ticket) => ticket,
+        };
         let left = async {
             match lookup.waiting() {
                 Some(waiting) => waiting.have_left().await,
                 None => pending().await,
             }
         };
-        let (mut pass, mut left) = (pin!(self.acquire(lookup.priority())), pin!(left));
-        poll_fn(|cx| match pass.as_mut().poll(cx) {
-            Poll::Ready(pass) => Poll::Ready(pass),
-            Poll::Pending => left.as_mut().poll(cx).map(|()| {
+        let mut left = pin!(left);
+        let turn_or_left = poll_fn(|cx| match Pin::new(&mut ticket.turn).poll(cx) {
+            Poll::Ready(turn) => Poll::Ready(Some(turn)),
+            Poll::Pending => left.as_mut().poll(cx).map(|()| None),
+        });
+        let turn = match turn_or_left.await {
+            Some(turn) => turn,
+            None if ticket.leave() => {
                 let message = "no request waits for this look-up any more";
-                Err(StoreError::overloaded(message, Duration::from_secs(1)))
-            }),
-        })
-        .await
+                return Err(StoreError::overloaded(message, Duration::from_secs(1)));
+            }
+            // It has its turn, or runs with another look-up.
+            None => (&mut ticket.turn).await,
+        };
+        // The sender stays in the queue while this waits. A batch ends without an answer if its runtime ends.
+        turn.map_err(StoreError::unavailable)?
+    }
+
+    fn arrive(
+        self: &Arc<Self>,
+        priority: Priority,
+        batched_id: Option<&str>,
+    ) -> Result<Arrival<'_>, StoreError> {
+        let mut waiting = self.waiting();
+        if waiting.may_run(priority) {
+            return Ok(Arrival::Run(waiting.take(self, priority)));
+        }
+        waiting.make_room(priority, self.max_waiting)?;
+        waiting.last_ticket += 1;
+        let (number, (sender, turn)) = (waiting.last_ticket, oneshot::channel());
+        let queued = QueuedLookup { batched_id: batched_id.map(str::to_owned), turn: sender };
+        waiting.queues[priority as usize].insert(number, queued);
+        Ok(Arrival::Wait(Ticket { gate: self, priority, number, turn }))
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -163,7 +230,7 @@ impl Waiting {
         let lower = &mut self.queues[..priority as usize];
         let evicted = lower.iter_mut().find_map(|queue| queue.pop_last());
         let (_, evicted) = evicted.ok_or_else(overloaded)?;
-        let _ = evicted.send(Err(overloaded()));
+        let _ = evicted.turn.send(Err(overloaded()));
         Ok(())
     }
 
@@ -176,9 +243,9 @@ impl Waiting {
                     && (priority != Priority::Suspect || may_suspect_run)
             });
             let Some(priority) = next else { return };
-            let Some((_, pass)) = self.queues[priority as usize].pop_first() else { return };
+            let Some((_, next)) = self.queues[priority as usize].pop_first() else { return };
             let permit = self.take(gate, priority);
-            if let Err(Ok(mut permit)) = pass.send(Ok(permit)) {
+            if let Err(Ok(Turn::Run(mut permit))) = next.turn.send(Ok(Turn::Run(permit))) {
                 // The receiver was dropped. The permit must not be dropped here, which would lock this again.
                 permit.gate = None;
                 self.free += 1;
@@ -214,104 +281,18 @@ impl Drop for Permit {
     }
 }
 
+impl Ticket<'_> {
+    /// Frees the place. Returns whether it was still in the queue.
+    fn leave(&self) -> bool {
+        self.gate.waiting().queues[self.priority as usize].remove(&self.number).is_some()
+    }
+}
+
 impl Drop for Ticket<'_> {
     fn drop(&mut self) {
-        self.gate.waiting().queues[self.priority as usize].remove(&self.number);
+        self.leave();
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{
-        future::Future,
-        pin::Pin,
-        task::{Context, Poll, Waker},
-    };
-
-    use super::*;
-
-    type Acquiring = Pin<Box<dyn Future<Output = Pass>>>;
-
-    fn begin(gate: &Arc<LookupGate>, priority: Priority) -> (Acquiring, Poll<Pass>) {
-        let gate = Arc::clone(gate);
-        let mut acquiring: Acquiring = Box::pin(async move { gate.acquire(priority).await });
-        let first = poll(&mut acquiring);
-        (acquiring, first)
-    }
-
-    fn poll(acquiring: &mut Acquiring) -> Poll<Pass> {
-        acquiring.as_mut().poll(&mut Context::from_waker(Waker::noop()))
-    }
-
-    fn granted(pass: Poll<Pass>) -> Permit {
-        match pass {
-            Poll::Ready(Ok(permit)) => permit,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn known_keys_run_first_and_suspects_last() {
-        let gate = LookupGate::new(1);
-        let first = granted(begin(&gate, Priority::Ordinary).1);
-        let mut waiting: Vec<_> =
-            Priority::ALL.map(|priority| begin(&gate, priority).0).into_iter().collect();
-        let mut permit = first;
-        while let Some(mut next) = waiting.pop() {
-            assert!(poll(&mut next).is_pending());
-            drop(permit);
-            permit = granted(poll(&mut next));
-        }
-        assert_eq!(gate.len(), 0);
-    }
-
-    #[test]
-    fn one_suspect_runs_at_a_time_and_the_next_one_after_a_pause() {
-        let gate = LookupGate::new(4);
-        let first = granted(begin(&gate, Priority::Suspect).1);
-        let (mut second, pass) = begin(&gate, Priority::Suspect);
-        assert!(pass.is_pending(), "three connections are free");
-        let _ordinary = granted(begin(&gate, Priority::Ordinary).1);
-        std::thread::sleep(Duration::from_millis(20));
-        drop(first);
-        assert!(poll(&mut second).is_pending(), "the pause lasts 200 ms");
-    }
-
-    #[test]
-    fn past_the_bound_a_look_up_replaces_one_of_lower_priority() {
-        let gate = LookupGate::new(1);
-        let _permit = granted(begin(&gate, Priority::Known).1);
-        let mut suspects: Vec<_> =
-            (0..WAITING_SUSPECTS).map(|_| begin(&gate, Priority::Suspect).0).collect();
-        assert!(matches!(begin(&gate, Priority::Suspect).1, Poll::Ready(Err(_))));
-        let mut ordinary = Vec::new();
-        while gate.len() < WAITING_PER_PERMIT {
-            ordinary.push(begin(&gate, Priority::Ordinary).0);
-        }
-        let (last, pass) = begin(&gate, Priority::Ordinary);
-        assert!(pass.is_pending());
-        assert_eq!(gate.len(), WAITING_PER_PERMIT);
-        assert!(matches!(poll(&mut suspects[WAITING_SUSPECTS - 1]), Poll::Ready(Err(_))));
-        for _ in 1..WAITING_SUSPECTS {
-            ordinary.push(begin(&gate, Priority::Ordinary).0);
-        }
-        assert!(matches!(begin(&gate, Priority::Ordinary).1, Poll::Ready(Err(_))));
-        assert!(begin(&gate, Priority::Known).1.is_pending(), "it replaces an ordinary look-up");
-        drop(last);
-    }
-
-    #[test]
-    fn a_waiter_that_is_dropped_loses_no_permit() {
-        let gate = LookupGate::new(1);
-        let permit = granted(begin(&gate, Priority::Ordinary).1);
-        let (gone, _) = begin(&gate, Priority::Ordinary);
-        drop(gone);
-        assert_eq!(gate.len(), 0);
-        // This one is dropped while it has the permit.
-        let (handed, _) = begin(&gate, Priority::Ordinary);
-        drop(permit);
-        drop(handed);
-        granted(begin(&gate, Priority::Ordinary).1);
-        assert_eq!(gate.waiting().free, 1);
-    }
-}
+mod tests;

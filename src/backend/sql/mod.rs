@@ -4,6 +4,8 @@ mod column;
 pub(super) mod columns;
 pub(super) mod fault;
 pub(super) mod filter;
+#[cfg(feature = "postgres")]
+pub(super) mod found;
 pub(super) mod gate;
 pub(super) mod health;
 pub(super) mod migrate;
