@@ -1,6 +1,7 @@
 //! PostgreSQL: connections, the change feed, adopted schemas, migrations and replication.
 
 mod adoption;
+mod batches;
 mod connections;
 mod dumps;
 mod feed_bulk;

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use diesel::{
     QueryableByName,
-    sql_types::{Array, BigInt, Binary, Nullable},
+    sql_types::{Array, BigInt, Nullable, Text},
 };
 use serde_json::json;
 
@@ -29,7 +29,7 @@ struct FoundRow {
     as_of: i64,
     #[diesel(sql_type = BigInt)]
     latest: i64,
-    #[diesel(sql_type = Nullable<Array<Nullable<Binary>>>)]
+    #[diesel(sql_type = Nullable<Array<Nullable<Text>>>)]
     row: Option<Texts>,
 }
 
