@@ -520,3 +520,99 @@ async fn a_dropped_look_up_leaves_the_queue() {
     assert!(last.await.unwrap().unwrap().record().is_some());
     assert_eq!(fixture.statements(), (3, 0), "one look-up alone is no batch");
 }
+
+#[tokio::test]
+async fn a_batch_uses_indexes_with_and_without_statistics() {
+    let server = Postgres::with_settings(&[
+        "session_preload_libraries=auto_explain",
+        "auto_explain.log_min_duration=0",
+        "autovacuum=off",
+        "log_statement=all",
+    ]);
+    let url = server.url();
+    let fixture = Batches::at(server, &url).await;
+    let admin = fixture.server.client().await;
+    let lookup = question(&fixture.issue("k").await).await;
+    let ask = async || {
+        let store = one_connection(&url);
+        // A prepared statement gets a plan for any values after five executions.
+        for _ in 0..8 {
+            let tasks: Vec<_> = (0..40).map(|_| spawn(&store, &lookup)).collect();
+            for task in tasks {
+                assert!(task.await.unwrap().unwrap().record().is_some());
+            }
+        }
+    };
+    run(
+        &admin,
+        "SET auto_explain.log_min_duration = -1;
+        INSERT INTO users (email) SELECT 'u' || n FROM generate_series(1, 5000) n;
+        INSERT INTO api_keys (user_id, name, key_prefix, key_hash, previous_key_prefix)
+            SELECT n % 5000 + 1, 'k', 'prefix' || n, 'hash' || n, CASE WHEN n % 10 = 0 THEN 'before' || n END
+            FROM generate_series(1, 50000) n",
+    )
+    .await;
+    ask().await;
+    run(&admin, "ANALYZE").await;
+    ask().await;
+    let log = fixture.server.log();
+    let plans: Vec<_> =
+        log.split("plan:").skip(1).filter(|plan| plan.contains("asked.number AS asked")).collect();
+    assert!(plans.len() >= 16, "{}", plans.len());
+    for plan in plans {
+        let plan = plan.split("LOG:").next().unwrap();
+        assert!(plan.contains("Tid Scan on api_keys k"), "{plan}");
+        for scan in ["Seq Scan on api_keys", "Seq Scan on api_key_changes"] {
+            assert!(!plan.contains(scan), "{plan}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn adopted_tables_of_other_types_answer_the_same_in_a_batch() {
+    for types in [
+        "id INTEGER PRIMARY KEY, user_id INTEGER, name VARCHAR(50), key_prefix VARCHAR(20), key_hash VARCHAR(200),
+            is_active BOOLEAN, permissions JSON, scopes JSON, allowed_ips JSON, budget_limit_cents INTEGER,
+            budget_type VARCHAR(10), expires_at TIMESTAMP",
+        "id BIGINT PRIMARY KEY, user_id INTEGER, name TEXT, key_prefix TEXT, key_hash TEXT, is_active BOOLEAN,
+            permissions JSONB, scopes TEXT[], allowed_ips TEXT[], budget_limit_cents BIGINT, budget_type period,
+            expires_at TIMESTAMPTZ",
+    ] {
+        let server = Postgres::with_settings(&["log_statement=all"]);
+        let admin = server.client().await;
+        run(
+            &admin,
+            &format!(
+                "CREATE TYPE period AS ENUM ('monthly', 'total');
+                CREATE TABLE users (id INTEGER PRIMARY KEY, email VARCHAR(100));
+                INSERT INTO users VALUES (1, 'ada@example.com');
+                CREATE TABLE api_keys ({types})"
+            ),
+        )
+        .await;
+        let lists = if types.contains("TEXT[]") {
+            ["'{a,b}'", "'{}'"]
+        } else {
+            ["'[\"a\", \"b\"]'", "'[]'"]
+        };
+        let mut keys = Vec::new();
+        for n in 0..10 {
+            let key = format!("sk-{n:05}-secret");
+            let hash = KeyHash::bcrypt(&key, 4).unwrap().expose_hash();
+            let [scopes, ips] = lists;
+            let insert = format!(
+                "INSERT INTO api_keys VALUES ({n}, 1, 'name {n}', '{}', '{hash}', TRUE, '{{\"chat\": {{\"read\": true}}}}',
+                    {scopes}, {ips}, {n}, 'monthly', now() + INTERVAL '1 day')",
+                &key[..8]
+            );
+            run(&admin, &insert).await;
+            keys.push(key);
+        }
+        let store = one_connection(&server.url());
+        store.migrate().await.unwrap();
+        let expected = alone(&store, &keys).await;
+        assert!(expected.iter().all(|outcome| outcome.contains("chat:read")), "{expected:#?}");
+        assert_eq!(batched(&server, "postgres", &store, &keys).await, expected);
+        assert!(server.log().contains("asked.number AS asked"));
+    }
+}

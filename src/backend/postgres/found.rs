@@ -15,11 +15,12 @@ use super::{
 use crate::{
     backend::sql::{
         found::{Found, Texts},
+        row,
         statement::{Bind, Statement},
     },
     error::StoreError,
     record::Revision,
-    store::{ReadRow, StoredKey},
+    store::ReadRow,
 };
 
 #[derive(QueryableByName)]
@@ -88,16 +89,14 @@ impl Found {
         self.rows.into_iter().map(|texts| {
             let text = |name: &str| {
                 let at = row::READ.iter().position(|(column, _)| *column == name)?;
-                let text = texts.get(at)?.as_deref()?;
-                Some(String::from_utf8_lossy(text).into_owned())
+                texts.get(at)?.clone()
             };
             let id = text("id").and_then(|id| id.parse::<i64>().ok()).unwrap_or_default();
-            let lookup_ids = text("key_prefix").into_iter().chain(text("previous_key_prefix"));
-            let unreadable = ReadRow::unreadable(id, lookup_ids, StoreError::bad_row(""));
-            match decode(texts) {
-                Ok(key) => ReadRow::new(key),
-                Err(error) => ReadRow { key: Err(error), ..unreadable },
-            }
+            let lookup_ids = [text("key_prefix"), text("previous_key_prefix")];
+            row::decode_texts(texts).map_or_else(
+                |error| ReadRow::unreadable(id, lookup_ids.into_iter().flatten(), error),
+                ReadRow::new,
+            )
         })
     }
 

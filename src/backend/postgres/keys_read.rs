@@ -4,9 +4,12 @@ use std::collections::HashSet;
 
 use serde_json::json;
 
-use super::{PostgresStore, found::Found, select};
+use super::{PostgresStore, select};
 use crate::{
-    backend::sql::statement::{Bind, Statement, TextRow},
+    backend::sql::{
+        found::Found,
+        statement::{Bind, Statement, TextRow},
+    },
     error::StoreError,
     record::{Revision, User, UserId},
     store::{KeySelection, KeysRead, ReadOwner},
