@@ -3,7 +3,7 @@
 //! `cargo bench --bench cold_start` starts a PostgreSQL and a Redis of its own. In each round the contenders take turns:
 //! one raw prepared query with `key_prefix = ANY($1)` for all keys, on one connection; and 10,000 tasks that each
 //! authenticate a key of their own, through a new authenticator whose connections are open: over PostgreSQL, over an
-//! empty Redis before it, and over a Redis that has all keys. The figures are medians of the rounds, the ratios medians
+//! empty Redis before it, over a Redis that has all keys, and over a replica that has loaded them. The figures are medians of the rounds, the ratios medians
 //! of the rounds' ratios. Queries are counted in PostgreSQL's log, in a round that is not timed. The last line is JSON.
 
 mod figures;
@@ -20,7 +20,7 @@ use figures::{median, median_ratio};
 use servers::{Postgres, Redis};
 use tokio::task::JoinSet;
 use tower_api_key::{
-    Authenticator, KeyManager, KeyScheme, PostgresStore, RedisCache,
+    Authenticator, KeyManager, KeyScheme, PostgresStore, RedisCache, Replica,
     record::KeyRecord,
     store::{Attribution, KeyRepository, KeyStore, StoredKey},
 };
@@ -72,13 +72,21 @@ async fn main() {
     let over_warm_redis =
         async || over(RedisCache::new(store(&postgres), redis.url()).unwrap(), &keys).await;
 
+    let over_replica = async || {
+        let replica = Replica::new(store(&postgres)).unwrap();
+        replica.loaded().await;
+        over(replica, &keys).await
+    };
+
     let (mut one, mut cold, mut empty_redis, mut warm_redis) = (vec![], vec![], vec![], vec![]);
+    let mut replica = vec![];
     // The first round fills caches and plans.
     for round in 0..=ROUNDS {
-        for at in 0..3 {
-            match (at + round) % 3 {
+        for at in 0..4 {
+            match (at + round) % 4 {
                 0 => one.push(one_query().await),
                 1 => cold.push(over_postgres().await),
+                2 => replica.push(over_replica().await),
                 _ => {
                     empty_redis.push(over_empty_redis().await);
                     // What was written behind the answers has arrived by then.
@@ -89,8 +97,8 @@ async fn main() {
         }
     }
     let timed = |values: &[f64]| values[1..].to_vec();
-    let [one, cold, empty_redis, warm_redis] =
-        [&one, &cold, &empty_redis, &warm_redis].map(|values| timed(values));
+    let [one, cold, empty_redis, warm_redis, replica] =
+        [&one, &cold, &empty_redis, &warm_redis, &replica].map(|values| timed(values));
 
     let log_statements = |which: &'static str| {
         let postgres = &postgres;
@@ -115,6 +123,11 @@ async fn main() {
     let before = postgres.log().len();
     over_warm_redis().await;
     let queries_warm_redis = counted(before).await;
+    let before = postgres.log().len();
+    over_replica().await;
+    // The pages of the load have a time, too.
+    let pages = (KEYS + keys.others.len()) / 1_000 + 1;
+    let queries_replica = (counted(before).await + keys.others.len()).saturating_sub(pages);
     log_statements("none").await;
 
     println!("{KEYS} different keys at once                     ms     ratio   queries");
@@ -123,6 +136,7 @@ async fn main() {
         ("PostgreSQL", &cold, queries),
         ("an empty Redis before PostgreSQL", &empty_redis, queries_empty_redis),
         ("a Redis that has all of them", &warm_redis, queries_warm_redis),
+        ("a replica that has loaded them", &replica, queries_replica),
     ] {
         let ratio = median_ratio(values, &one);
         println!("  {name:<36} {:>10.1} {ratio:>9.3} {queries:>9}", median(values));
@@ -130,12 +144,14 @@ async fn main() {
     println!(
         "{{\"cold_over_one_query\":{:.3},\"cold_queries\":{queries},\"cold_ms\":{:.1},\"one_query_ms\":{:.1},\
          \"empty_redis_over_one_query\":{:.3},\"empty_redis_queries\":{queries_empty_redis},\
-         \"warm_redis_over_one_query\":{:.3},\"warm_redis_queries\":{queries_warm_redis}}}",
+         \"warm_redis_over_one_query\":{:.3},\"warm_redis_queries\":{queries_warm_redis},\
+         \"replica_over_one_query\":{:.3},\"replica_queries\":{queries_replica}}}",
         median_ratio(&cold, &one),
         median(&cold),
         median(&one),
         median_ratio(&empty_redis, &one),
         median_ratio(&warm_redis, &one),
+        median_ratio(&replica, &one),
     );
 }
 
