@@ -295,7 +295,8 @@ async fn ten_thousand_cold_keys_at_once_take_some_dozen_statements() {
     };
     let keys: Vec<_> = minted.iter().enumerate().take(9_900).map(stored).collect();
     fixture.store.insert_keys(&keys, &Attribution::default()).await.unwrap();
-    let store = PostgresStore::new(&url).unwrap();
+    // Without optimisation and beside other tests, this takes seconds.
+    let store = PostgresStore::builder(&url).timeout(Duration::from_secs(15)).build().unwrap();
     let authenticator = Authenticator::builder(store).max_lookups(16_384).build();
     let tasks: Vec<_> = minted
         .iter()
