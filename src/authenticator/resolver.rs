@@ -33,7 +33,7 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     key::{HashFingerprint, KeyDigest, KeyScheme, PresentedKey},
     metering::Recorder,
-    runtime::{Background, Moment, within},
+    runtime::{Background, Moment, poll_or_spawn, within},
     store::{Answer, DynKeyStore, KeyStore, Lookup, LookupKey, Priority, Proof, Source},
     telemetry::{self, FirstTime, PreviousSecretLog},
 };
@@ -258,7 +258,7 @@ impl Resolver {
             |seen, priority, leader| {
                 let (resolver, key) = (Arc::clone(self), key.clone());
                 let proof = entry().and_then(CacheEntry::proof);
-                tokio::spawn(async move {
+                poll_or_spawn(Box::pin(async move {
                     let waiters = leader.waiters().clone();
                     let look_up = resolver.look_up_in_store(
                         (key, proof),
@@ -274,7 +274,7 @@ impl Resolver {
                         resolver.admission.count(&finished.outcome, address, now);
                     }
                     leader.finish_with(finished);
-                });
+                }));
             },
         )
     }

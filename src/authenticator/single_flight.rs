@@ -33,7 +33,8 @@ pub(crate) struct SingleFlight {
     under_way: AtomicUsize,
 }
 
-/// A look-up in progress. It runs on a task of its own, so that it continues when its first caller is dropped.
+/// A look-up in progress. One that has to wait runs on a task of its own, so that it continues when its first caller is
+/// dropped, and no waiter depends on another one.
 struct InFlight {
     /// Changes that were known when it began.
     seen: Seen,
@@ -196,8 +197,11 @@ impl Waiter {
             let no_timer = "the Tokio runtime has no timer: build it with enable_all";
             return Some(Err(StoreError::unavailable(no_timer).into()));
         }
-        let finished = within(limit, self.outcome.wait_for(Option::is_some)).await;
-        let finished = finished.and_then(Result::ok).and_then(|finished| finished.clone());
+        let mut finished = self.outcome.borrow().clone();
+        if finished.is_none() {
+            let waited = within(limit, self.outcome.wait_for(Option::is_some)).await;
+            finished = waited.and_then(Result::ok).and_then(|finished| finished.clone());
+        }
         let Some(Finished { outcome, judged }) = finished else { return Some(Err(no_outcome())) };
         judged.is_none_or(|judged| judged.includes(self.joined)).then_some(outcome)
     }

@@ -10,7 +10,7 @@ mod recent;
 #[cfg(feature = "_sql")]
 pub(crate) use self::deadline::later;
 pub(crate) use self::{
-    background::Background,
+    background::{Background, poll_or_spawn},
     deadline::{timer, within},
     hex::{hex, unhex},
     recent::RecentMap,

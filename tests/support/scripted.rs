@@ -196,6 +196,8 @@ impl Scripted {
 
     /// Emits the change, and waits until every listener has taken it. Listeners must be on this thread.
     pub async fn emit(&self, change: Change) {
+        // A node starts to listen on a task of its own.
+        others_make("somebody listens", || self.has_listeners()).await;
         {
             let listeners = self.0.listeners.lock().unwrap();
             let received = listeners.iter().filter(|to| to.send(change.clone()).is_ok()).count();
