@@ -265,8 +265,8 @@ fn decode_redis_entry(node: BehindRedis) -> BehindRedis {
 
 // The values that a look-up in the store below writes to Redis.
 #[library_benchmark(config = only_after_start(&[
-    "tower_api_key::backend::redis::entry::Keys::new",
-    "tower_api_key::backend::redis::entry::Keys::encode",
+    "tower_api_key::backend::redis::keys::Keys::new",
+    "tower_api_key::backend::redis::keys::Keys::encode",
     "tower_api_key::backend::redis::entry::Entry::encode",
 ]))]
 #[bench::of(BehindRedis::new())]

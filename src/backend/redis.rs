@@ -3,6 +3,7 @@
 mod builder;
 mod entry;
 mod flush;
+mod keys;
 mod names;
 mod pub_sub;
 mod repository;
@@ -22,7 +23,8 @@ use tokio::sync::Semaphore;
 
 pub use self::builder::{RedisCacheBuilder, RedisCacheError};
 use self::{
-    entry::{Entry, Keys, Kind, MAC, MAX_BYTES, Unreadable},
+    entry::{Entry, Kind, MAC, MAX_BYTES, Unreadable},
+    keys::Keys,
     names::Names,
     script::Put,
     secret::Secrets,
@@ -219,7 +221,8 @@ impl<S: KeyStore> RedisCache<S> {
         let database_now = lookup.view().freshness.database_now(now);
         let mut read = CacheRead::default();
         let end_of = |value: &[u8]| value[value.len().saturating_sub(MAC)..].to_vec();
-        let mut take = |name: &str, value: &[u8]| match Entry::decode(name, value, secret) {
+        // Without its type, so that all values have one lifetime.
+        let mut take = |name: &str, value| match Entry::decode(name, value, secret) {
             Ok(entry) if name == names.keys && lookup.view().is_ahead(entry.as_of, now) => {
                 // A clock was set back: the age of the entry is unknown, and no other entry would be newer.
                 read.rejected_tail = end_of(value);
@@ -257,7 +260,7 @@ impl<S: KeyStore> RedisCache<S> {
         .find_map(|(name, at, secret)| Some((take(name?, bytes(at)?)?, secret?)))
         .filter(|(entry, _)| entry.kind == Kind::Verified);
         if let Some((verified, secret)) = &verified
-            && let Ok(mac) = <[u8; 32]>::try_from(verified.body.as_slice())
+            && let Ok(mac) = <[u8; 32]>::try_from(verified.body)
         {
             // The entry identifies the hash by a MAC under the secret that it was made with.
             read.proof = Some(Proof::Shared(Box::new(((*secret).clone(), mac))));
@@ -312,9 +315,9 @@ impl<S: KeyStore> RedisCache<S> {
             expires_at: answer.as_of() + lifetime,
             body,
         };
-        let keys = entry(Kind::Keys, keys_lifetime(read, answer.as_of()), body);
-        let mac = secret.mac_of_hash(fingerprint).to_vec();
-        let verified = entry(Kind::Verified, VERIFIED_LIFETIME, mac);
+        let keys = entry(Kind::Keys, keys_lifetime(read, answer.as_of()), &body);
+        let mac = secret.mac_of_hash(fingerprint);
+        let verified = entry(Kind::Verified, VERIFIED_LIFETIME, &mac);
         let now = lookup.clock().read();
         let database_now = lookup.view().freshness.database_now(now);
         let left =
@@ -348,12 +351,12 @@ impl<S: KeyStore> RedisCache<S> {
 /// Returns the answer in a copy, and its age; `None` if a change came after it.
 fn answer(
     lookup: &Lookup,
-    keys: Entry,
-    (verified, proof): (&Entry, &Option<Proof>),
+    keys: Entry<'_>,
+    (verified, proof): (&Entry<'_>, &Option<Proof>),
     now: Moment,
 ) -> Option<(Answer, Age)> {
-    let key = Keys::decode(&keys.body)?.into_key_with(&verified.body)?;
-    let owner_revision = Revision(key.owner_revision);
+    let key = Keys::decode(keys.body)?.into_key_with(verified.body)?;
+    let owner_revision = key.owner_revision;
     let subjects = [
         (Subject::Prefix(lookup.id().into()), keys.key_revision),
         (Subject::Owner(key.record.user.id.clone()), owner_revision),

@@ -329,11 +329,16 @@ fn mac(secret: &[u8], checked: &str) -> [u8; CHECK_DIGITS] {
 }
 
 pub(crate) fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
+    hmac_sha256_of(secret, &[message])
+}
+
+/// Returns the HMAC-SHA-256 of a message that consists of these parts.
+pub(crate) fn hmac_sha256_of(secret: &[u8], message: &[&[u8]]) -> [u8; 32] {
     // HMAC accepts a key of any length (RFC 2104 §2). The constructor's error is for other MACs.
     let Ok(mac) = Hmac::<Sha256>::new_from_slice(secret) else {
         unreachable!("HMAC accepts a key of any length")
     };
-    mac.chain_update(message).finalize().into_bytes().into()
+    message.iter().fold(mac, |mac, part| mac.chain_update(part)).finalize().into_bytes().into()
 }
 
 impl fmt::Debug for KeyFormat {

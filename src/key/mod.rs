@@ -53,7 +53,7 @@ mod scheme;
 
 pub(crate) use self::{
     digest::KeyDigest,
-    format::hmac_sha256,
+    format::{hmac_sha256, hmac_sha256_of},
     hash::{BcryptHash, HashFingerprint},
     pool::SlowCheck,
     presented::{PresentedKey, token},

@@ -106,10 +106,15 @@ impl Link {
 
     /// Runs a command within the limit.
     pub(crate) async fn run(self: &Arc<Self>, command: &Cmd) -> Result<Value, Fault> {
-        let begin = Instant::now();
-        let (mut connection, number) =
-            within(self.limit, self.connection()).await.unwrap_or(Err(Fault::Open))?;
-        let left = self.limit.saturating_sub(begin.elapsed());
+        let (mut connection, number, left) = match self.connected() {
+            Some((connection, number)) => (connection, number, self.limit),
+            None => {
+                let begin = Instant::now();
+                let connection = within(self.limit, self.connection()).await;
+                let (connection, number) = connection.unwrap_or(Err(Fault::Open))?;
+                (connection, number, self.limit.saturating_sub(begin.elapsed()))
+            }
+        };
         match within(left, command.query_async(&mut connection)).await {
             Some(Ok(Value::ServerError(error))) => Err(self.rejected(error.into(), number)),
             Some(Ok(value)) => {
@@ -136,6 +141,14 @@ impl Link {
         let up = state.wait_for(|state| matches!(state, State::Up { .. }));
         // The caller checks the state again in either case.
         let _ = timeout(limit, up).await;
+    }
+
+    /// Returns the connection if it is established, which needs neither a timer nor a subscription.
+    fn connected(&self) -> Option<(Connection, u64)> {
+        match &*self.state.borrow() {
+            State::Up { connection, number, .. } => Some((connection.clone(), *number)),
+            State::Idle | State::Connecting | State::Down => None,
+        }
     }
 
     async fn connection(self: &Arc<Self>) -> Result<(Connection, u64), Fault> {

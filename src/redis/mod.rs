@@ -36,5 +36,5 @@ use crate::runtime::hex;
 /// Returns the hash tag that maps all names with `name` to one slot of a cluster. It is hexadecimal, because `name` may
 /// contain braces.
 pub(crate) fn slot(name: &str) -> String {
-    format!("{{{}}}", hex(name.as_bytes()))
+    ["{", &hex(name.as_bytes()), "}"].concat()
 }

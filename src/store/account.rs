@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 #[cfg(feature = "_sql")]
 use crate::error::StoreError;
 use crate::{
-    key::{HashFingerprint, hmac_sha256},
+    key::{HashFingerprint, hmac_sha256, hmac_sha256_of},
     record::KeyId,
     runtime::hex,
 };
@@ -192,7 +192,7 @@ impl Lease {
 pub struct CacheSecret {
     id: u64,
     bytes: Zeroizing<[u8; 32]>,
-    previous: Option<Box<CacheSecret>>,
+    previous: Option<Arc<CacheSecret>>,
     /// A part of the names of entries, the same for every secret of one scope; empty without a scope.
     tag: Arc<str>,
 }
@@ -206,7 +206,7 @@ impl CacheSecret {
     /// Adds the previous secret, whose entries are still valid.
     #[must_use]
     pub fn with_previous(self, previous: CacheSecret) -> Self {
-        Self { previous: Some(Box::new(CacheSecret { previous: None, ..previous })), ..self }
+        Self { previous: Some(Arc::new(CacheSecret { previous: None, ..previous })), ..self }
     }
 
     /// Binds the secret and the previous one to the database that the keys come from. The names of entries carry a hash
@@ -221,7 +221,8 @@ impl CacheSecret {
         Self {
             id,
             bytes: Zeroizing::new(hmac_sha256(bytes.as_slice(), &label)),
-            previous: previous.map(|previous| Box::new(previous.with_scope(scope))),
+            previous: previous
+                .map(|previous| Arc::new(previous.as_ref().clone().with_scope(scope))),
             tag: format!("{}:", hex(&name[..8])).into(),
         }
     }
@@ -249,7 +250,7 @@ impl CacheSecret {
 
     /// Returns the MAC that identifies a stored hash in a shared cache, where not even its fingerprint is stored.
     pub(crate) fn mac_of_hash(&self, fingerprint: &HashFingerprint) -> [u8; 32] {
-        hmac_sha256(self.expose_secret(), &[b"hash:".as_slice(), &fingerprint.0].concat())
+        hmac_sha256_of(self.expose_secret(), &[b"hash:", &fingerprint.0])
     }
 
     /// Decodes the rows of `api_key_cache_secrets`, newest first: id, secret in hexadecimal, and scope.

@@ -98,7 +98,7 @@ impl Fleet {
                     self.history.ask(n, &node.authenticator, key, &self.keys[key].secret).await;
                 }
                 let name = self.redis.command(&["KEYS", &pattern]);
-                self.redis.command(&["GET", name.trim()]).starts_with("tak1r")
+                self.redis.command(&["GET", name.trim()]).starts_with("tak1s")
             })
             .await;
         }

@@ -484,7 +484,7 @@ async fn two_keys_of_one_prefix_that_are_changed_in_transactions_that_overlap() 
     tokio::time::sleep(Duration::from_millis(1200)).await;
     let revision = db.number("SELECT max(revision) FROM api_key_changes").await;
     let secret = db.number("SELECT max(id) FROM api_key_cache_secrets").await;
-    let wanted = format!("tak1r{secret:020}{revision:020}");
+    let wanted = format!("tak1s{secret:020}{revision:020}");
     eventually("an entry", async || {
         for key in [&keys[1], &keys[0]] {
             first_node.invalidate("sk-12345");

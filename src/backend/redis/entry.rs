@@ -10,15 +10,9 @@
 
 use std::time::{Duration, SystemTime};
 
-use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
-use crate::{
-    key::hmac_sha256,
-    record::{KeyRecord, Revision, Secret},
-    runtime::{hex, unhex},
-    store::{CacheSecret, Candidate, Read},
-};
+use crate::{key::hmac_sha256_of, record::Revision, runtime::hex, store::CacheSecret};
 
 const MAGIC: &str = "tak1";
 const NUMBER: usize = 20;
@@ -38,16 +32,17 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// The letter of `Keys` is the version of its body. It changes with the fields of [`KeyRecord`]: a version that does
-    /// not know a field must not read an entry that has it, and an absent field must not be read as "no restriction".
-    /// Earlier letters: `k`, without `not_before`; `n`, without rotation.
+    /// The letter of `Keys` is the version of its body. It changes with the fields of
+    /// [`KeyRecord`](crate::record::KeyRecord): a version that does not know a field must not read an entry that has it,
+    /// and an absent field must not be read as "no restriction". Earlier letters: `k`, without `not_before`; `n`, without
+    /// rotation; `r`, in JSON.
     const LETTERS: [(u8, Self); 3] =
-        [(b'r', Self::Keys), (b't', Self::Tombstone), (b'v', Self::Verified)];
+        [(b's', Self::Keys), (b't', Self::Tombstone), (b'v', Self::Verified)];
 }
 
 /// An entry. A decoded entry was authenticated with its secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Entry {
+pub(super) struct Entry<'a> {
     pub(super) kind: Kind,
     pub(super) key_revision: Revision,
     /// The highest of the owners' revisions.
@@ -55,7 +50,7 @@ pub(super) struct Entry {
     /// Time of the database at the read behind the entry.
     pub(super) as_of: SystemTime,
     pub(super) expires_at: SystemTime,
-    pub(super) body: Vec<u8>,
+    pub(super) body: &'a [u8],
 }
 
 /// The reason why a value is rejected.
@@ -71,7 +66,7 @@ pub(super) enum Unreadable {
     Forged,
 }
 
-impl Entry {
+impl<'a> Entry<'a> {
     pub(super) fn encode(&self, name: &str, secret: &CacheSecret) -> Vec<u8> {
         let kind = Kind::LETTERS.iter().find(|(_, kind)| *kind == self.kind);
         let letter = kind.map_or('?', |(letter, _)| char::from(*letter));
@@ -84,7 +79,8 @@ impl Entry {
         ];
         let [a, b, c, d, e] = numbers;
         let mut value = format!("{MAGIC}{letter}{a:020}{b:020}{c:020}{d:020}{e:020}").into_bytes();
-        value.extend_from_slice(&self.body);
+        value.reserve_exact(self.body.len() + MAC);
+        value.extend_from_slice(self.body);
         let mac = mac(name, &value, secret);
         value.extend_from_slice(&mac);
         value
@@ -93,7 +89,7 @@ impl Entry {
     /// Authenticates and decodes the value under `name`.
     pub(super) fn decode(
         name: &str,
-        value: &[u8],
+        value: &'a [u8],
         secret: &CacheSecret,
     ) -> Result<Self, Unreadable> {
         if value.len() < HEADER + MAC
@@ -126,7 +122,7 @@ impl Entry {
                 owner_revision: Revision(number(signed, 2)?),
                 as_of: time(number(signed, 3)?),
                 expires_at: time(number(signed, 4)?),
-                body: signed.get(HEADER..)?.to_vec(),
+                body: signed.get(HEADER..)?,
             })
         };
         entry().ok_or(Unreadable::Forged)
@@ -135,8 +131,9 @@ impl Entry {
 
 /// Returns the MAC. It starts with the name and its length, so that no entry can be moved to another name.
 fn mac(name: &str, signed: &[u8], secret: &CacheSecret) -> [u8; MAC] {
-    let message = [name.len().to_string().as_bytes(), b":", name.as_bytes(), signed].concat();
-    hmac_sha256(secret.expose_secret(), &message)
+    let length = name.len().to_string();
+    let message = [length.as_bytes(), b":", name.as_bytes(), signed];
+    hmac_sha256_of(secret.expose_secret(), &message)
 }
 
 fn number(value: &[u8], at: usize) -> Option<u64> {
@@ -156,61 +153,18 @@ fn time(micros: u64) -> SystemTime {
 impl CacheSecret {
     /// Returns the name of a presented key in a shared cache.
     pub(super) fn name_of_key(&self, key: &str) -> String {
-        let mac = hmac_sha256(self.expose_secret(), &[b"key:", key.as_bytes()].concat());
+        let mac = hmac_sha256_of(self.expose_secret(), &[b"key:", key.as_bytes()]);
         hex(&mac[..16])
-    }
-}
-
-/// The body of an entry of the kind `Keys`.
-#[derive(Serialize, Deserialize)]
-pub(super) struct Keys(Vec<Key>);
-
-#[derive(Serialize, Deserialize)]
-pub(super) struct Key {
-    pub(super) record: KeyRecord,
-    pub(super) secret: Secret,
-    pub(super) owner_revision: u64,
-    hash: String,
-}
-
-impl Keys {
-    /// Returns `None` if a key can't be bound to a hash.
-    pub(super) fn new(read: &Read, secret: &CacheSecret) -> Option<Self> {
-        let key = |it: &Candidate| {
-            let hash = hex(&secret.mac_of_hash(it.fingerprint()?));
-            Some(Key {
-                record: it.record.clone(),
-                secret: it.secret,
-                owner_revision: it.owner_revision.0,
-                hash,
-            })
-        };
-        read.candidates.iter().map(key).collect::<Option<_>>().map(Self)
-    }
-
-    pub(super) fn encode(&self) -> Option<Vec<u8>> {
-        serde_json::to_vec(self).ok()
-    }
-
-    pub(super) fn decode(body: &[u8]) -> Option<Self> {
-        serde_json::from_slice(body).ok()
-    }
-
-    /// Returns the key whose hash has this MAC.
-    pub(super) fn into_key_with(self, hash: &[u8]) -> Option<Key> {
-        self.0.into_iter().find(|key| {
-            unhex::<32>(&key.hash).is_some_and(|mac| bool::from(mac.as_slice().ct_eq(hash)))
-        })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::User;
+    use crate::record::{KeyRecord, User};
 
-    fn entry(kind: Kind) -> Entry {
-        let (as_of, body) = (SystemTime::UNIX_EPOCH, b"[]".to_vec());
+    fn entry(kind: Kind) -> Entry<'static> {
+        let (as_of, body) = (SystemTime::UNIX_EPOCH, b"body".as_slice());
         let expires_at = as_of + Duration::from_secs(1);
         Entry {
             kind,
@@ -227,7 +181,7 @@ mod tests {
         let secret = CacheSecret::new(1, [7; 32]);
         let value = entry(Kind::Keys).encode("name", &secret);
         assert_eq!(Entry::decode("name", &value, &secret), Ok(entry(Kind::Keys)));
-        for letter in [b'k', b'o'] {
+        for letter in [b'k', b'n', b'r', b'o'] {
             let mut other = value[..value.len() - MAC].to_vec();
             other[MAGIC.len()] = letter;
             other.extend_from_slice(&mac("name", &other, &secret));
@@ -248,7 +202,7 @@ mod tests {
         assert_eq!(
             (letter, fields.join(" ")),
             (
-                b'r',
+                b's',
                 "allowed_endpoints allowed_ips allowed_models budget created_at created_by created_by_key description \
                  expires_at grace id is_active is_unlimited last_used_at metadata name not_before permissions prefix \
                  rate_limits revision revoke_reason revoked_at revoked_by scopes updated_at usage user"

@@ -15,13 +15,13 @@ pub(super) struct Names {
 
 impl Names {
     pub(super) fn new(lookup: &Lookup, secret: &CacheSecret) -> Self {
-        let tag = slot(lookup.id());
+        let slot = slot(lookup.id());
         let verified = |secret: &CacheSecret| {
-            let (scope, key) = (secret.tag(), secret.name_of_key(lookup.expose_secret()));
-            format!("api_key:verified:{scope}{tag}:{key}")
+            let key = secret.name_of_key(lookup.expose_secret());
+            ["api_key:verified:", secret.tag(), &slot, ":", &key].concat()
         };
         Self {
-            keys: format!("api_key:data:{}{tag}", secret.tag()),
+            keys: ["api_key:data:", secret.tag(), &slot].concat(),
             verified: verified(secret),
             verified_before: secret.previous().map(verified),
         }
@@ -29,7 +29,7 @@ impl Names {
 }
 
 pub(super) fn keys_name(prefix: &str, secret: &CacheSecret) -> String {
-    format!("api_key:data:{}{}", secret.tag(), slot(prefix))
+    ["api_key:data:", secret.tag(), &slot(prefix)].concat()
 }
 
 /// Returns the pub/sub channel of changes.

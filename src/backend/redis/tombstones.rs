@@ -122,7 +122,7 @@ impl PendingTombstone {
             // the later of the two wins.
             as_of: if self.revision == Revision(0) { made_at } else { SystemTime::UNIX_EPOCH },
             expires_at: made_at + KEYS_LIFETIME,
-            body: Vec::new(),
+            body: &[],
         };
         let value = tombstone.encode(&name, &self.secret);
         let put = Put {
