@@ -144,8 +144,12 @@ async fn sequential(postgres: &Postgres, redis: &Redis, key: &IssuedKey) -> Sequ
     }
 
     let names = redis.command(&["KEYS", "api_key:*"]);
+    // Not the tombstone of another key: its value is smaller.
+    let id: String = key.record().prefix.bytes().map(|byte| format!("{byte:02x}")).collect();
     let of_key = |kind: &str| {
-        names.lines().find(|name| name.starts_with(kind)).expect("it was filled").to_owned()
+        let mut names = names.lines();
+        let name = names.find(|name| name.starts_with(kind) && name.contains(&id));
+        name.expect("it was filled").to_owned()
     };
     let names = [of_key("api_key:data:"), of_key("api_key:verified:")];
     let client = redis::Client::open(redis.url()).unwrap();

@@ -138,7 +138,10 @@ fn mac(name: &str, signed: &[u8], secret: &CacheSecret) -> [u8; MAC] {
 
 fn number(value: &[u8], at: usize) -> Option<u64> {
     let start = MAGIC.len() + 1 + at * NUMBER;
-    std::str::from_utf8(value.get(start..start + NUMBER)?).ok()?.parse().ok()
+    value.get(start..start + NUMBER)?.iter().try_fold(0_u64, |number, byte| {
+        let digit = char::from(*byte).to_digit(10)?;
+        number.checked_mul(10)?.checked_add(u64::from(digit))
+    })
 }
 
 fn micros(time: SystemTime) -> u64 {
