@@ -33,7 +33,7 @@ use self::{
 use crate::{
     coherence::{Age, Subject},
     error::StoreError,
-    record::{Revision, UserId},
+    record::UserId,
     redis::{Link, RedisServers, RedisState},
     runtime::{Clock, Moment},
     store::{
