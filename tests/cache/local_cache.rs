@@ -421,9 +421,27 @@ async fn a_store_that_was_failing_is_queried_again_at_the_next_request() {
     assert_eq!(node.ask(&issued.key).await, ASKED);
     node.store.recover();
     node.store.edit(&issued, 2, 1, revoke);
+    node.store.hold();
     // This one is not kept waiting for a store that may hang; what it receives is for those after it.
-    assert_eq!(node.ask(&issued.key).await, ASKED);
+    assert_eq!(status(&node.authenticator, &issued.key).await, 200);
+    node.store.let_go(1);
+    node.store.has_under_way(0).await;
+    node.store.hold_no_more();
+    assert_eq!(node.store.take_asked(), 1);
     assert_eq!(node.ask(&issued.key).await, DENIED_HIT);
+}
+
+#[tokio::test]
+async fn a_store_that_was_failing_and_answers_at_once_denies_a_revoked_key_at_once() {
+    let node = Node::over(Scripted::without_feed());
+    let issued = node.store.issue(1).await;
+    assert_eq!(node.ask(&issued.key).await, ASKED);
+    node.store.fail();
+    node.seconds(MAX_STALENESS + 1);
+    assert_eq!(node.ask(&issued.key).await, ASKED);
+    node.store.recover();
+    node.store.edit(&issued, 2, 1, revoke);
+    assert_eq!(node.ask(&issued.key).await, DENIED_ASKED);
 }
 
 #[tokio::test]
@@ -813,7 +831,7 @@ async fn a_store_without_a_feed_is_asked_for_it_once() {
         let issued = node.store.issue(1).await;
         assert_eq!(node.ask(&issued.key).await, ASKED);
     }
-    assert_eq!(node.store.times_listened(), 1);
+    node.store.is_listened_to(1).await;
 }
 
 #[tokio::test]
