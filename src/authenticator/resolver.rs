@@ -185,6 +185,8 @@ impl Resolver {
     /// Invalidates the entries of the keys under `prefix` in the local cache, and ignores copies in shared caches
     /// from before the call.
     pub(crate) fn invalidate(&self, prefix: &str) {
+        // A replica keeps its entries for longer than the view keeps the minimum revision.
+        self.store.invalidate(prefix);
         self.view.invalidate(prefix, self.now());
     }
 

@@ -192,6 +192,10 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
         self.0.store.read_owners(owners).await
     }
 
+    fn invalidate(&self, lookup_id: &str) {
+        self.0.store.invalidate(lookup_id);
+    }
+
     fn replica_status(&self) -> Option<ReplicaStatus> {
         self.0.store.replica_status()
     }

@@ -22,11 +22,11 @@ use self::{
 use crate::{
     coherence::Age,
     error::StoreError,
-    record::UserId,
+    record::{Revision, UserId},
     runtime::{Background, Clock},
     store::{
-        Answer, CacheSecret, ChangeStream, KeySelection, KeyStore, KeysRead, Lease, LeaseRequest,
-        Lookup, ReadOwner, ReplicaState, ReplicaStatus, Source, UsageBatch,
+        Answer, CacheSecret, Change, ChangeStream, KeySelection, KeyStore, KeysRead, Lease,
+        LeaseRequest, Lookup, ReadOwner, ReplicaState, ReplicaStatus, Source, UsageBatch,
     },
     telemetry,
 };
@@ -44,7 +44,7 @@ use crate::{
 /// unknown to another node until its change arrives there, which takes milliseconds with notifications, and at most the
 /// poll interval without.
 ///
-/// A key whose row can't be decoded fails alone, and is logged. [`KeyRecord::usage`](crate::record::KeyRecord::usage) is
+/// A key whose row can't be decoded is logged, and looked up in the store below, where it fails alone. [`KeyRecord::usage`](crate::record::KeyRecord::usage) is
 /// that of the time when the key was loaded.
 ///
 /// ```
@@ -58,13 +58,12 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
-pub struct Replica<S>(Arc<Core<S>>);
+pub struct Replica<S>(Arc<Core<S>>, Arc<Background>);
 
 struct Core<S> {
     store: S,
     content: Arc<Content>,
     log: Arc<ChangeLog>,
-    follower: Background,
     max_keys: usize,
     clock: Arc<dyn Clock>,
 }
@@ -85,9 +84,9 @@ impl<S: KeyStore> Replica<S> {
     }
 
     fn from_parts(store: S, max_keys: usize, clock: Arc<dyn Clock>) -> Self {
-        let (content, log, follower) =
-            (Arc::new(Content::new()), Arc::default(), Background::default());
-        Self(Arc::new(Core { store, content, log, follower, max_keys, clock }))
+        let (content, log) = (Arc::new(Content::new()), Arc::default());
+        // The task is not in the core, which a read under way keeps: it ends with the last replica.
+        Self(Arc::new(Core { store, content, log, max_keys, clock }), Arc::default())
     }
 
     /// Returns the store behind the replica.
@@ -117,12 +116,24 @@ impl<S: KeyStore> Replica<S> {
     /// Starts the task that loads the keys, if it does not run.
     fn ensure_follower(&self) {
         if Handle::try_current().is_ok() {
-            self.0.follower.ensure(|| follower::follow(Arc::downgrade(&self.0)));
+            self.1.ensure(|| follower::follow(Arc::downgrade(&self.0)));
         }
     }
 }
 
 impl<S> Core<S> {
+    /// Removes what an earlier task has read, if there was one. It has panicked, or its runtime has shut down, and changes
+    /// may have been missed since.
+    fn begin_anew(&self) {
+        if self.log.is_empty() {
+            return;
+        }
+        if *self.content.state().borrow() != ReplicaState::TooManyKeys {
+            self.content.clear(ReplicaState::Loading);
+        }
+        self.log.append(Change::Reset);
+    }
+
     /// Updates the metrics.
     fn report(&self) {
         let is_loaded = *self.content.state().borrow() == ReplicaState::Loaded;
@@ -139,15 +150,14 @@ impl<S: KeyStore> KeyStore for Replica<S> {
             true => content.find(lookup),
             false => Found::Nothing,
         };
-        telemetry::replica_hit(matches!(found, Found::Answer(_, Age::Fresh) | Found::Failed(_)));
+        telemetry::replica_hit(matches!(found, Found::Answer(_, Age::Fresh)));
         match found {
             Found::Answer(answer, Age::Fresh) => Ok(answer),
-            Found::Failed(error) => Err(error),
             Found::Nothing => store.resolve(lookup).await,
-            Found::NeedsSlowCheck => {
+            Found::NeedsStore => {
                 let answer = store.resolve(lookup).await?;
                 if answer.record().is_some() {
-                    // The store may have the fast hash now.
+                    // The store may have the fast hash now, or a row that can be decoded.
                     content.read_again(Pending::Id(lookup.id().into()));
                 }
                 Ok(answer)
@@ -191,6 +201,11 @@ impl<S: KeyStore> KeyStore for Replica<S> {
         Some(self.status())
     }
 
+    fn invalidate(&self, lookup_id: &str) {
+        self.0.content.mark(&Change::Prefix(lookup_id.to_owned(), Revision(0)));
+        self.0.store.invalidate(lookup_id);
+    }
+
     fn has_cache_secret(&self) -> bool {
         self.0.store.has_cache_secret()
     }
@@ -202,7 +217,7 @@ impl<S: KeyStore> KeyStore for Replica<S> {
 
 impl<S> Clone for Replica<S> {
     fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
+        Self(Arc::clone(&self.0), Arc::clone(&self.1))
     }
 }
 

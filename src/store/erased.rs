@@ -63,6 +63,10 @@ impl KeyStore for DynKeyStore {
         self.0.read_owners(owners).await
     }
 
+    fn invalidate(&self, lookup_id: &str) {
+        self.0.invalidate(lookup_id);
+    }
+
     fn replica_status(&self) -> Option<ReplicaStatus> {
         self.0.replica_status()
     }
@@ -111,6 +115,10 @@ impl<S: KeyStore> KeyStore for Arc<S> {
         S::read_owners(self, owners).await
     }
 
+    fn invalidate(&self, lookup_id: &str) {
+        S::invalidate(self, lookup_id);
+    }
+
     fn replica_status(&self) -> Option<ReplicaStatus> {
         S::replica_status(self)
     }
@@ -135,6 +143,7 @@ trait Erased: Send + Sync {
     fn can_read_keys(&self) -> bool;
     fn read_keys<'a>(&'a self, selection: &'a KeySelection) -> Boxed<'a, KeysRead>;
     fn read_owners<'a>(&'a self, owners: &'a [UserId]) -> Boxed<'a, Vec<ReadOwner>>;
+    fn invalidate(&self, lookup_id: &str);
     fn replica_status(&self) -> Option<ReplicaStatus>;
     fn has_cache_secret(&self) -> bool;
     fn cache_secret(&self) -> Boxed<'_, Option<CacheSecret>>;
@@ -167,6 +176,10 @@ impl<S: KeyStore> Erased for S {
 
     fn read_owners<'a>(&'a self, owners: &'a [UserId]) -> Boxed<'a, Vec<ReadOwner>> {
         Box::pin(KeyStore::read_owners(self, owners))
+    }
+
+    fn invalidate(&self, lookup_id: &str) {
+        KeyStore::invalidate(self, lookup_id);
     }
 
     fn replica_status(&self) -> Option<ReplicaStatus> {

@@ -56,6 +56,9 @@ pub struct ReadOwner {
     pub user: User,
     /// The revision of the last change of the user.
     pub revision: Revision,
+    /// The revision at which a user that had the same id before was deleted; 0 if there was none. Keys below it belonged
+    /// to that user.
+    pub since: Revision,
 }
 
 impl KeysRead {
@@ -91,6 +94,12 @@ impl ReadRow {
 impl ReadOwner {
     /// Creates a user with the revision of its row.
     pub fn new(user: User, revision: Revision) -> Self {
-        Self { user, revision }
+        Self { user, revision, since: Revision(0) }
+    }
+
+    /// Sets the revision at which an earlier user with the same id was deleted.
+    #[must_use]
+    pub fn with_since(self, since: Revision) -> Self {
+        Self { since, ..self }
     }
 }

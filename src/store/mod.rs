@@ -208,6 +208,12 @@ pub trait KeyStore: Send + Sync + 'static {
         async { Err(StoreError::unsupported("reading all keys")) }
     }
 
+    /// Tells a store that is a cache, or has one, that the keys under a lookup id have changed and no change event reports
+    /// it. [`Authenticator::invalidate`](crate::Authenticator::invalidate) calls it. Nothing by default.
+    fn invalidate(&self, lookup_id: &str) {
+        let _ = lookup_id;
+    }
+
     /// Returns the status of the replica in the store, if it has one. `None` by default.
     fn replica_status(&self) -> Option<ReplicaStatus> {
         None

@@ -68,6 +68,11 @@ impl ChangeLog {
         self.appended.send_replace(log.appended);
     }
 
+    /// Returns whether nothing was appended.
+    pub(super) fn is_empty(&self) -> bool {
+        self.log().appended == 0
+    }
+
     /// Returns a stream of the changes in the log and of those that follow. `ensure` starts the task that appends them.
     pub(super) fn stream(
         log: &Arc<Self>,

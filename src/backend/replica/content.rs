@@ -94,10 +94,9 @@ struct Mark {
 pub(super) enum Found {
     /// The answer and its age, `Fresh` or `Stale`.
     Answer(Answer, Age),
-    /// The key fails.
-    Failed(StoreError),
-    /// Only a slow check can verify the key.
-    NeedsSlowCheck,
+    /// The store has to be asked, and what is in memory be read again if the key is valid: a slow check has to verify it,
+    /// or a row can't be decoded.
+    NeedsStore,
     /// The store has to be asked.
     Nothing,
 }
@@ -176,8 +175,8 @@ impl Content {
             return Found::Nothing;
         }
         match lookup.verify_fast(rows) {
-            None => Found::NeedsSlowCheck,
-            Some(Err(error)) => Found::Failed(error),
+            // The row of the owner, which makes a row unreadable too, may be whole by now.
+            None | Some(Err(_)) => Found::NeedsStore,
             Some(Ok(answer)) => Found::Answer(
                 answer.with_key_revision(latest).with_as_of(synced).with_source(Source::Replica),
                 age,
@@ -195,7 +194,7 @@ impl Content {
         let mut rows = Vec::with_capacity(1);
         for entry in read.keys.iter() {
             let key = match entry {
-                Entry::Key(key) => key.unpack(|owner| self.owner(owner))?,
+                Entry::Key(key) => key.unpack(|id, revision| self.owner(id, revision))?,
                 Entry::Unreadable(error) => {
                     rows.push(Err((**error).clone()));
                     continue;
@@ -210,10 +209,11 @@ impl Content {
         Some(rows)
     }
 
-    fn owner(&self, id: &UserId) -> Option<ReadOwner> {
+    /// Returns the owner of a key with this revision.
+    fn owner(&self, id: &UserId, key: Revision) -> Option<ReadOwner> {
         self.owners.with(id, |owner| match owner {
-            Some(Owner::Read(owner)) => Some(owner.clone()),
-            Some(Owner::Changed(_)) | None => None,
+            Some(Owner::Read(owner)) if key >= owner.since => Some(owner.clone()),
+            _ => None,
         })
     }
 
@@ -319,7 +319,7 @@ impl Content {
         for row in read.rows {
             self.insert_owner(row.key.as_ref().ok());
             for id in &row.lookup_ids {
-                let Some(entry) = self.entry(&row, id) else { continue };
+                let entry = self.entry(&row, id);
                 self.by_id.update(id.as_str().into(), |under| match under {
                     Some(UnderId::Changed(_)) => {}
                     Some(UnderId::Read(under)) => {
@@ -358,7 +358,7 @@ impl Content {
             let of_rows = rows.clone().filter_map(|row| row.key.as_ref().ok());
             let latest =
                 latest.max(of_rows.map(|key| key.revisions().key).max().unwrap_or_default());
-            let entries: Vec<_> = rows.filter_map(|row| self.entry(row, id)).collect();
+            let entries: Vec<_> = rows.map(|row| self.entry(row, id)).collect();
             let is_absent = entries.is_empty();
             let is_replaced = self.by_id.update(id.as_str().into(), |under| {
                 if let Some(UnderId::Changed(mark)) = under
@@ -400,7 +400,10 @@ impl Content {
                         return false;
                     }
                 }
-                *known = owner.cloned().map(Owner::Read);
+                // What remains of a user that was deleted is the mark.
+                if let Some(owner) = owner {
+                    *known = Some(Owner::Read(owner.clone()));
+                }
                 true
             });
             if !is_replaced {
@@ -426,19 +429,33 @@ impl Content {
         self.owners.update(user.id.clone(), |known| {
             let is_known = match known {
                 Some(Owner::Read(owner)) => owner.revision >= revision,
-                Some(Owner::Changed(_)) => true,
+                Some(Owner::Changed(_)) => {
+                    // It is read alone, because a key does not show that the id was another user's.
+                    self.pending.push(Pending::Owner(user.id.clone()));
+                    true
+                }
                 None => false,
             };
             if !is_known {
-                *known = Some(Owner::Read(ReadOwner::new(user.clone(), revision)));
+                let since = match known {
+                    Some(Owner::Read(owner)) => owner.since,
+                    _ => Revision(0),
+                };
+                let owner = ReadOwner::new(user.clone(), revision).with_since(since);
+                *known = Some(Owner::Read(owner));
             }
         });
     }
 
-    fn entry(&self, row: &ReadRow, id: &str) -> Option<Entry> {
+    fn entry(&self, row: &ReadRow, id: &str) -> Entry {
+        let unreadable = |error: StoreError| Entry::Unreadable(Box::new(error));
         match &row.key {
-            Ok(key) => PackedKey::new(key, id, &mut self.shared()).map(Entry::Key),
-            Err(error) => Some(Entry::Unreadable(Box::new(error.clone()))),
+            // A key that was left out would be unknown.
+            Ok(key) => PackedKey::new(key, id, &mut self.shared()).map_or_else(
+                || unreadable(StoreError::bad_row(format!("key {} can't be packed", row.id))),
+                Entry::Key,
+            ),
+            Err(error) => unreadable(error.clone()),
         }
     }
 

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use super::{
     Core,
     content::{ABSENT_LIFETIME, Tick},
-    pending::{Batch, Pending},
+    pending::{BATCH, Batch, Pending},
 };
 use crate::{
     coherence::MINIMUM_REVISION_LIFETIME,
@@ -39,6 +39,9 @@ const FEED_PAUSE: Duration = Duration::from_secs(1);
 
 /// Follows the feed of the store, and keeps the keys in memory, until the replica is dropped.
 pub(super) async fn follow<S: KeyStore>(replica: Weak<Core<S>>) {
+    if let Some(core) = replica.upgrade() {
+        core.begin_anew();
+    }
     while let Some(core) = replica.upgrade() {
         let since = core.clock.read().minus(MINIMUM_REVISION_LIFETIME).wall();
         let changes = core.store.changes(since);
@@ -49,6 +52,7 @@ pub(super) async fn follow<S: KeyStore>(replica: Weak<Core<S>>) {
             changes,
             stage: if is_off { Stage::Off } else { Stage::Waiting },
             read: None,
+            single: 0,
             was_batch: false,
             pause: Duration::ZERO,
             paused_until: None,
@@ -72,6 +76,8 @@ struct Follower<S> {
     /// The read under way. There is one at a time, so that the result of an earlier one never replaces that of a later
     /// one.
     read: Option<Pin<Box<dyn Future<Output = Option<Done>> + Send>>>,
+    /// Number of the next batches that have one subject each, to find the one that the store can't read.
+    single: usize,
     /// Whether the last read was of what has changed. During a load, a page comes next.
     was_batch: bool,
     /// The pause after the last read; zero after a read that succeeded.
@@ -188,8 +194,9 @@ impl<S: KeyStore> Follower<S> {
                 let core = replica.upgrade()?;
                 Some(Done::Page(in_time(core.store.read_keys(&page)).await))
             }));
-        } else if let Some(batch) = waiting.take() {
+        } else if let Some(batch) = waiting.take(if self.single > 0 { 1 } else { BATCH }) {
             self.was_batch = true;
+            self.single = self.single.saturating_sub(1);
             // Taken after the batch: a change that is marked later is not included.
             self.read = Some(Box::pin(read_batch(replica, batch, core.content.tick())));
         }
@@ -289,7 +296,8 @@ impl<S: KeyStore> Follower<S> {
     fn repeat(&mut self, again: Vec<Pending>) {
         if !again.is_empty() {
             self.lagging.extend(again);
-            self.lagging_until = Some(Instant::now() + LAG_PAUSE);
+            // The end of the pause is not moved, because something may be read too early on each read.
+            self.lagging_until.get_or_insert_with(|| Instant::now() + LAG_PAUSE);
         }
     }
 
@@ -304,6 +312,13 @@ impl<S: KeyStore> Follower<S> {
         self.pause = (self.pause * 2).clamp(PAUSES[0], PAUSES[1]);
         self.paused_until = Some(Instant::now() + self.pause);
         let subjects = batch.map(Batch::into_pending).unwrap_or_default();
+        if !error.is_transient() && !subjects.is_empty() {
+            if subjects.len() == 1 {
+                // It is not read before it changes again. Its mark stays, so that look-ups are passed on to the store.
+                return;
+            }
+            self.single = subjects.len();
+        }
         subjects.into_iter().for_each(|subject| core.content.pending().push(subject));
     }
 

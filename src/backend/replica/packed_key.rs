@@ -29,6 +29,8 @@ pub(super) struct SharedParts {
     parts: HashSet<Arc<[u8]>>,
     /// Number of parts after the last removal of those that are no longer used.
     used: usize,
+    /// Size of the parts, in bytes.
+    bytes: usize,
 }
 
 /// The part of a key that differs from key to key.
@@ -184,14 +186,15 @@ impl PackedKey {
         })
     }
 
-    /// Returns the key with its owner, which `owner_of` returns. `None` if the owner is not known.
+    /// Returns the key with its owner, which `owner_of` returns for the revision of the key. `None` if the owner is not
+    /// known.
     pub(super) fn unpack(
         &self,
-        owner_of: impl FnOnce(&UserId) -> Option<ReadOwner>,
+        owner_of: impl FnOnce(&UserId, Revision) -> Option<ReadOwner>,
     ) -> Option<StoredKey> {
         let own: OwnPart = postcard::from_bytes(&self.own).ok()?;
         let shared: SharedPart = postcard::from_bytes(&self.shared).ok()?;
-        let ReadOwner { user, revision } = owner_of(&own.owner.into())?;
+        let ReadOwner { user, revision, .. } = owner_of(&own.owner.into(), Revision(own.revision))?;
         let mut record = KeyRecord::new(KeyId::from(own.id), own.prefix, User::new(0, ""));
         record.name = own.name;
         record.description = own.description;
@@ -272,16 +275,22 @@ impl SharedParts {
         if self.parts.len() > 2 * self.used + 1024 {
             self.parts.retain(|part| Arc::strong_count(part) > 1);
             self.used = self.parts.len();
+            self.bytes = self.parts.iter().map(|part| size_of_part(part)).sum();
         }
         let shared: Arc<[u8]> = part.into();
+        self.bytes += size_of_part(&shared);
         self.parts.insert(Arc::clone(&shared));
         shared
     }
 
     /// Returns the size of the parts, in bytes.
     pub(super) fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.len() + size_of::<Arc<[u8]>>()).sum()
+        self.bytes
     }
+}
+
+fn size_of_part(part: &[u8]) -> usize {
+    part.len() + size_of::<Arc<[u8]>>()
 }
 
 impl PackedId {

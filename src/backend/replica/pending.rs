@@ -27,20 +27,20 @@ pub(super) enum Batch {
 }
 
 /// Maximum number of lookup ids or owners that are read at once.
-const BATCH: usize = 256;
+pub(super) const BATCH: usize = 256;
 
 impl PendingReads {
     pub(super) fn push(&self, subject: Pending) {
         self.subjects().insert(subject);
     }
 
-    /// Takes a batch; `None` if nothing has to be read. Lookup ids come first.
-    pub(super) fn take(&self) -> Option<Batch> {
+    /// Takes a batch of at most `limit`; `None` if nothing has to be read. Lookup ids come first.
+    pub(super) fn take(&self, limit: usize) -> Option<Batch> {
         let mut subjects = self.subjects();
         match subjects.pop_first()? {
             Pending::Id(id) => {
                 let mut ids = vec![String::from(id)];
-                while ids.len() < BATCH
+                while ids.len() < limit
                     && let Some(Pending::Id(_)) = subjects.first()
                     && let Some(Pending::Id(id)) = subjects.pop_first()
                 {
@@ -50,7 +50,7 @@ impl PendingReads {
             }
             Pending::Owner(owner) => {
                 let mut owners = vec![owner];
-                while owners.len() < BATCH
+                while owners.len() < limit
                     && let Some(Pending::Owner(owner)) = subjects.pop_first()
                 {
                     owners.push(owner);

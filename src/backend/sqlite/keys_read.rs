@@ -3,14 +3,14 @@
 use diesel::{Connection, SqliteConnection};
 use serde_json::json;
 
-use super::{SqliteStore, load, run::load_rows, select};
+use super::{BytesRow, SqliteStore, load, run::load_rows, select};
 use crate::{
     backend::sql::{
         fault::Failure,
         statement::{Bind, KeyRow, Statement, TextRow},
     },
     error::StoreError,
-    record::{Revision, UserId},
+    record::{Revision, User, UserId},
     store::{KeySelection, KeysRead, ReadOwner, ReadRow},
 };
 
@@ -19,8 +19,14 @@ const LATEST: &str = "
     SELECT json_array(a.value, coalesce((SELECT max(revision) FROM api_key_changes WHERE key_prefix = a.value), 0)) AS row
     FROM json_each($1) AS a";
 
-/// One key of each of the users in the JSON array `$1`.
-const OF_OWNERS: &str = "k.id IN (SELECT (SELECT min(id) FROM api_keys WHERE user_id = a.value) FROM json_each($1) AS a)";
+/// The users in the JSON array `$1`, with the revisions of their last changes and of the deletion of earlier users with
+/// their ids. A user whose flag is invalid is left out.
+const USERS: &str = "
+    SELECT CAST(json_array(u.id, CAST(coalesce(u.email, '') AS TEXT), CAST(coalesce(u.role, 'user') AS TEXT),
+        coalesce(u.is_active, 0), max(u.api_key_revision, coalesce(
+            (SELECT max(c.revision) FROM api_key_changes c WHERE c.user_id = u.id), 0)),
+        coalesce((SELECT max(d.revision) FROM api_key_deleted_users d WHERE d.user_id = u.id), 0)) AS BLOB) AS row
+    FROM users u WHERE u.id IN (SELECT value FROM json_each($1)) AND coalesce(u.is_active, 0) IN (0, 1)";
 
 impl SqliteStore {
     pub(super) async fn many_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
@@ -43,21 +49,23 @@ impl SqliteStore {
         }
     }
 
-    /// Returns owners of keys. They are decoded as with their keys, so that a user without keys is left out.
+    /// Returns owners of keys.
     pub(super) async fn owners_of_keys(
         &self,
         owners: &[UserId],
     ) -> Result<Vec<ReadOwner>, StoreError> {
         let ids: Vec<_> = owners.iter().filter_map(UserId::as_i64).collect();
         let binds = [Bind::Text(json!(ids).to_string())];
-        let rows: Vec<KeyRow> =
-            self.read_rows(Statement::new(select::keys(OF_OWNERS), binds)).await?;
-        let keys = rows.iter().filter_map(|row| row.key().ok());
-        let owner = |key: crate::store::StoredKey| {
-            let revision = key.revisions().owner;
-            ReadOwner::new(key.into_record().user, revision)
+        let rows: Vec<BytesRow> = self.read_rows(Statement::new(USERS, binds)).await?;
+        let decode = |row: &BytesRow| {
+            let (id, email, role, is_active, revision, since): (i64, _, _, u8, _, _) =
+                serde_json::from_slice(&row.row).ok()?;
+            let mut user = User::new(id, String::new());
+            (user.email, user.role, user.is_active) = (email, role, is_active == 1);
+            Some(ReadOwner::new(user, Revision(revision)).with_since(Revision(since)))
         };
-        Ok(keys.map(owner).collect())
+        // One that can't be decoded is left out, so that its keys are looked up in the store.
+        Ok(rows.iter().filter_map(decode).collect())
     }
 }
 
