@@ -30,6 +30,38 @@ macro_rules! on_every_store {
                 super::$behaviour(store).await;
             })*
         }
+        mod replica_of_memory {
+            $(#[tokio::test] async fn $behaviour() {
+                let store = ::tower_api_key::Replica::new(::tower_api_key::MemoryStore::new()).unwrap();
+                store.loaded().await;
+                super::$behaviour(store).await;
+            })*
+        }
+        mod replica_of_sqlite {
+            $(#[tokio::test(flavor = "multi_thread")] async fn $behaviour() {
+                let store = ::tower_api_key::SqliteStore::in_memory().unwrap();
+                store.migrate().await.unwrap();
+                let store = ::tower_api_key::Replica::new(store).unwrap();
+                store.loaded().await;
+                super::$behaviour(store).await;
+            })*
+        }
+        mod replica_of_postgres {
+            #[tokio::test(flavor = "multi_thread")] async fn all() {
+                let server = $crate::support::servers::Postgres::start();
+                let admin = server.client().await;
+                $({
+                    let database = stringify!($behaviour);
+                    admin.batch_execute(&format!("CREATE DATABASE {database}")).await.unwrap();
+                    let url = server.database_url(database);
+                    let store = ::tower_api_key::PostgresStore::new(&url).unwrap();
+                    store.migrate().await.unwrap();
+                    let store = ::tower_api_key::Replica::new(store).unwrap();
+                    store.loaded().await;
+                    Box::pin(super::$behaviour(store)).await;
+                })*
+            }
+        }
         mod postgres_on_many_threads {
             #[tokio::test(flavor = "multi_thread")] async fn all() {
                 let server = $crate::support::servers::Postgres::start();
