@@ -25,8 +25,9 @@ impl Tables {
                 let under = |id: &String| self.by_prefix.get(id);
                 let keys: BTreeSet<_> =
                     lookup_ids.iter().filter_map(under).flat_map(|under| &under.ids).collect();
+                // What is known of a lookup id without keys is the last change of all.
                 let latest = lookup_ids.iter().map(|id| {
-                    (id.clone(), under(id).map_or(Default::default(), |under| under.changed_at))
+                    (id.clone(), under(id).map_or(self.revision(), |under| under.changed_at))
                 });
                 KeysRead::new(keys.into_iter().filter_map(row).collect(), now)
                     .with_latest(latest.collect())
