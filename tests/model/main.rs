@@ -48,6 +48,7 @@ mod node;
 mod properties;
 mod protocol;
 mod redis;
+mod replica;
 mod rotations;
 mod secrets;
 mod setup;

@@ -1,7 +1,7 @@
 //! [`Replica`]: what it answers from memory, and what it never does, over a store that counts, holds and breaks its calls.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
@@ -16,11 +16,11 @@ use tower_api_key::{
     Authenticator, KeyManager, KeyScheme, MemoryStore, NewKey, Replica, StoreError,
     clock::ManualClock,
     key::KeyHash,
-    management::{ImportedKey, IssuedKey, Rotation},
-    record::{KeyRecord, UserId},
+    management::{ImportedKey, IssuedKey, Rotation, UserPatch},
+    record::{KeyId, KeyRecord, Revision, UserId},
     store::{
         Answer, Attribution, Change, ChangeStream, Inserted, KeyRepository, KeySelection, KeyStore,
-        KeysRead, Lookup, ReadOwner, ReplicaState, StoredKey,
+        KeysRead, Lookup, ReadOwner, ReadRow, ReplicaState, StoredKey,
     },
 };
 
@@ -68,10 +68,11 @@ struct Inner<S> {
     resolve_fault: Mutex<Option<StoreError>>,
     /// The lookup id that no read can contain.
     poison: Mutex<Option<String>>,
-    /// The reads of a standby that has stopped: what was returned first for the same call.
+    /// The reads of a standby that has stopped: what was returned last for the same page, id or owner.
     frozen: AtomicBool,
-    first: Mutex<Vec<(KeySelection, KeysRead)>>,
-    first_owners: Mutex<Vec<(Vec<UserId>, Vec<ReadOwner>)>>,
+    pages_read: Mutex<HashMap<Option<KeyId>, Vec<ReadRow>>>,
+    ids_read: Mutex<HashMap<String, (Vec<ReadRow>, Revision)>>,
+    owners_read: Mutex<HashMap<UserId, ReadOwner>>,
     /// Events of keys and owners that are not reported.
     is_mute: AtomicBool,
     /// Nothing is reported.
@@ -98,8 +99,9 @@ impl<S: KeyStore> Gated<S> {
             resolve_fault: Mutex::default(),
             poison: Mutex::default(),
             frozen: AtomicBool::default(),
-            first: Mutex::default(),
-            first_owners: Mutex::default(),
+            pages_read: Mutex::default(),
+            ids_read: Mutex::default(),
+            owners_read: Mutex::default(),
             is_mute: AtomicBool::default(),
             is_cut_off: AtomicBool::default(),
             injected: Mutex::default(),
@@ -133,7 +135,7 @@ impl<S: KeyStore> Gated<S> {
         *self.0.resolve_fault.lock().unwrap() = fault;
     }
 
-    /// From now on, each read returns what the first one of the same keys returned.
+    /// From now on, each read returns what the last one of the same subject returned.
     fn freeze(&self, frozen: bool) {
         self.0.frozen.store(frozen, SeqCst);
     }
@@ -210,17 +212,34 @@ impl<S: KeyStore> KeyStore for Gated<S> {
             return Err(StoreError::rejected("an id that the store rejects"));
         }
         let mut read = self.0.store.read_keys(selection).await?;
-        {
-            let mut first = self.0.first.lock().unwrap();
-            match first.iter().find(|(of, _)| of == selection) {
-                Some((_, old)) if self.0.frozen.load(SeqCst) => {
-                    let as_of = read.as_of;
-                    read = old.clone();
-                    read.as_of = as_of;
+        let is_frozen = self.0.frozen.load(SeqCst);
+        match selection {
+            KeySelection::Page { after, .. } => {
+                let mut pages = self.0.pages_read.lock().unwrap();
+                match pages.get(after) {
+                    Some(rows) if is_frozen => read.rows.clone_from(rows),
+                    _ => drop(pages.insert(after.clone(), read.rows.clone())),
                 }
-                Some(_) => {}
-                None => first.push((selection.clone(), read.clone())),
             }
+            KeySelection::Under(ids) => {
+                let mut known = self.0.ids_read.lock().unwrap();
+                for id in ids {
+                    let is_under = |row: &ReadRow| row.lookup_ids.contains(id);
+                    let latest = read.latest.iter_mut().find(|(of, _)| of == id).unwrap();
+                    match known.get(id) {
+                        Some((rows, revision)) if is_frozen => {
+                            read.rows.retain(|row| !is_under(row));
+                            read.rows.extend(rows.iter().cloned());
+                            latest.1 = *revision;
+                        }
+                        _ => {
+                            let rows = read.rows.iter().filter(|row| is_under(row)).cloned();
+                            known.insert(id.clone(), (rows.collect(), latest.1));
+                        }
+                    }
+                }
+            }
+            _ => unreachable!(),
         }
         self.gate(kind, At::End).await;
         Ok(read)
@@ -231,11 +250,12 @@ impl<S: KeyStore> KeyStore for Gated<S> {
         self.may_read()?;
         let mut read = self.0.store.read_owners(owners).await?;
         {
-            let mut first = self.0.first_owners.lock().unwrap();
-            match first.iter().find(|(of, _)| of == owners) {
-                Some((_, old)) if self.0.frozen.load(SeqCst) => read = old.clone(),
-                Some(_) => {}
-                None => first.push((owners.to_vec(), read.clone())),
+            let mut known = self.0.owners_read.lock().unwrap();
+            for owner in &mut read {
+                match known.get(&owner.user.id) {
+                    Some(old) if self.0.frozen.load(SeqCst) => owner.clone_from(old),
+                    _ => drop(known.insert(owner.user.id.clone(), owner.clone())),
+                }
             }
         }
         self.gate(Read::Owners, At::End).await;
@@ -352,6 +372,24 @@ impl Keys {
         self.issued[n].expose_secret()
     }
 
+    /// Changes the last key, so that the feed reports a sync at once, and waits for it.
+    async fn sync<S: KeyStore>(&self, node: &Node<S>) {
+        let last = self.issued.last().unwrap().record();
+        node.clock.advance(Duration::from_millis(1));
+        support::edit_key(&self.memory, last, None).await.unwrap().unwrap();
+        is_in_sync(node).await;
+    }
+
+    /// Lets the time pass after which nodes forget minimum revisions, which they do with the next change.
+    async fn two_hours_later<S: KeyStore>(&self, node: &Node<S>) {
+        self.sync(node).await;
+        // What has changed is read again.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        node.clock.advance(Duration::from_secs(2 * 3600));
+        self.sync(node).await;
+        self.sync(node).await;
+    }
+
     async fn revoke(&self, n: usize) {
         self.manager.revoke(&self.issued[n].record().id).await.unwrap();
     }
@@ -409,8 +447,8 @@ impl Event {
 }
 
 /// Three pages. The first six keys of each have secrets that the test knows.
-async fn three_pages() -> Keys {
-    let mut keys = keys(0).await;
+async fn three_pages(memory: MemoryStore) -> Keys {
+    let mut keys = keys_in(memory, 0).await;
     let filler = keys.manager.create_user("filler@example.com", "user").await.unwrap();
     for fillers in [994, 994, 100] {
         keys.add(6).await;
@@ -426,96 +464,99 @@ async fn three_pages() -> Keys {
     keys
 }
 
+/// When a key that was changed during a page is presented.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Asked {
+    AtOnce,
+    /// When the nodes have forgotten the minimum revision, so that the replica alone decides.
+    AfterTwoHours,
+    /// The feed was cut off, and has reported a reset.
+    AfterAReset,
+}
+
 /// Changes a key of the page before, of the same, and of the one after each page, while the page is held before or after
-/// it is read, and the change is reported before or after the load goes on.
-async fn during_each_page(event: Event) {
-    for is_late in [false, true] {
-        let keys = three_pages().await;
-        let mut used = [0; 3];
-        for at in [At::Start, At::End] {
-            for page in 0..3 {
-                let store = keys.gated();
-                store.hold(Read::Page(page), at);
-                let node = Node::new(store.clone());
-                assert_eq!(node.replica.status().state, ReplicaState::Loading);
-                let _ = node.node.authenticate(&support::unknown_key()).await;
-                store.is_held().await;
-                let victims: Vec<_> = [page.checked_sub(1), Some(page), Some(page + 1)]
-                    .into_iter()
-                    .flatten()
-                    .filter(|page| *page < 3)
-                    .map(|page| {
-                        used[page] += 1;
-                        page * 6 + used[page] - 1
-                    })
-                    .collect();
-                // The feed is late: the event comes when everything is loaded.
-                store.cut_off(is_late);
-                for n in &victims {
-                    event.happen(&keys, *n).await;
+/// it is read.
+async fn during_each_page(event: Event, asked: Asked) {
+    let clock = manual();
+    let keys = three_pages(MemoryStore::with_clock(clock.clone())).await;
+    let mut used = [0; 3];
+    for at in [At::Start, At::End] {
+        for page in 0..3 {
+            let store = keys.gated();
+            store.hold(Read::Page(page), at);
+            let node = Node::timed(store.clone(), clock.clone());
+            let _ = node.node.authenticate(&support::unknown_key()).await;
+            store.is_held().await;
+            let victims: Vec<_> = [page.checked_sub(1), Some(page), Some(page + 1)]
+                .into_iter()
+                .flatten()
+                .filter(|page| *page < 3)
+                .map(|page| {
+                    used[page] += 1;
+                    page * 6 + used[page] - 1
+                })
+                .collect();
+            store.cut_off(asked == Asked::AfterAReset);
+            for n in &victims {
+                event.happen(&keys, *n).await;
+            }
+            if asked == Asked::AfterAReset {
+                store.cut_off(false);
+                store.inject(Some(Change::Reset));
+            }
+            keys.sync(&node).await;
+            store.release();
+            assert_eq!(node.replica.loaded().await.state, ReplicaState::Loaded);
+            if asked == Asked::AfterTwoHours {
+                keys.two_hours_later(&node).await;
+            }
+            for n in victims {
+                for _ in 0..5 {
+                    let status = node.ask(keys.secret(n)).await.0;
+                    assert_eq!(status, 401, "{event:?} of {n}, page {page} held at {at:?}");
                 }
-                if !is_late {
-                    in_sync(&node.node).await;
-                }
-                store.release();
-                assert_eq!(node.replica.loaded().await.state, ReplicaState::Loaded);
-                if is_late {
-                    store.cut_off(false);
-                    store.inject(Some(Change::Reset));
-                    assert_eq!(node.replica.loaded().await.state, ReplicaState::Loaded);
-                    eventually("the event", async || {
-                        let mut statuses = Vec::new();
-                        for n in &victims {
-                            statuses.push(node.ask(keys.secret(*n)).await.0);
-                        }
-                        statuses.iter().all(|status| *status == 401)
-                    })
-                    .await;
-                }
-                for n in victims {
-                    for _ in 0..5 {
-                        let status = node.ask(keys.secret(n)).await.0;
-                        assert_eq!(status, 401, "{event:?} of {n}, page {page} held at {at:?}");
-                    }
-                    node.settles(keys.secret(n), 401).await;
-                }
+                node.settles(keys.secret(n), 401).await;
             }
         }
-        // The last key of each page is left.
-        let node = Node::new(keys.gated()).loaded().await;
-        for page in 0..3 {
-            let expected = if used[page] == 6 { continue } else { 200 };
-            node.settles(keys.secret(page * 6 + 5), expected).await;
-        }
-        assert!(node.replica.status().keys > 2_000);
     }
+    let node = Node::timed(keys.gated(), clock).loaded().await;
+    node.settles(keys.secret(5), 200).await;
+    assert!(node.replica.status().keys > 2_000);
 }
 
 #[tokio::test]
 async fn a_key_that_is_revoked_during_any_page_is_denied() {
-    during_each_page(Event::Revoke).await;
+    for asked in [Asked::AtOnce, Asked::AfterTwoHours, Asked::AfterAReset] {
+        during_each_page(Event::Revoke, asked).await;
+    }
 }
 
 #[tokio::test]
 async fn a_key_whose_owner_is_deactivated_during_any_page_is_denied() {
-    during_each_page(Event::DeactivateOwner).await;
+    for asked in [Asked::AtOnce, Asked::AfterTwoHours, Asked::AfterAReset] {
+        during_each_page(Event::DeactivateOwner, asked).await;
+    }
 }
 
 #[tokio::test]
 async fn a_key_that_is_deleted_during_any_page_is_denied() {
-    during_each_page(Event::Delete).await;
+    for asked in [Asked::AtOnce, Asked::AfterTwoHours, Asked::AfterAReset] {
+        during_each_page(Event::Delete, asked).await;
+    }
 }
 
 #[tokio::test]
 async fn a_secret_that_is_replaced_during_any_page_is_denied() {
-    during_each_page(Event::Rotate).await;
+    for asked in [Asked::AtOnce, Asked::AfterTwoHours, Asked::AfterAReset] {
+        during_each_page(Event::Rotate, asked).await;
+    }
 }
 
 #[tokio::test]
 async fn a_key_that_is_issued_during_any_page_is_accepted() {
     for page in 0..3 {
         for at in [At::Start, At::End] {
-            let mut keys = three_pages().await;
+            let mut keys = three_pages(MemoryStore::new()).await;
             let node = Node::new(keys.gated());
             node.store.hold(Read::Page(page), at);
             let _ = node.node.authenticate(&support::unknown_key()).await;
@@ -558,10 +599,7 @@ async fn a_read_from_before_a_change_does_not_replace_it() {
         // The same for the owner.
         let owner = &keys.issued[2].record().user.id;
         node.store.hold(Read::Owners, at);
-        keys.manager
-            .update_user(owner, &tower_api_key::management::UserPatch::default().role("x"))
-            .await
-            .unwrap();
+        keys.manager.update_user(owner, &UserPatch::default().role("x")).await.unwrap();
         node.store.is_held().await;
         keys.manager.deactivate_user(owner).await.unwrap();
         in_sync(&node.node).await;
@@ -579,34 +617,39 @@ async fn a_read_from_before_a_change_does_not_replace_it() {
 
 #[tokio::test]
 async fn reads_of_a_standby_that_lags_behind_are_not_served() {
-    let keys = keys(3).await;
-    let node = Node::new(keys.gated()).loaded().await;
-    // The first reads of the same subjects are what the standby goes on to return.
-    for n in 0..2 {
-        support::edit_key(&keys.memory, keys.issued[n].record(), None).await.unwrap().unwrap();
+    for is_asked_late in [false, true] {
+        let clock = manual();
+        let keys = keys_in(MemoryStore::with_clock(clock.clone()), 4).await;
+        let node = Node::timed(keys.gated(), clock).loaded().await;
+        // These reads are what the standby goes on to return.
+        for n in 0..2 {
+            support::edit_key(&keys.memory, keys.issued[n].record(), None).await.unwrap().unwrap();
+        }
+        let owner = &keys.issued[1].record().user.id;
+        let patch = UserPatch::default().role("x");
+        keys.manager.update_user(owner, &patch).await.unwrap();
+        keys.sync(&node).await;
+        node.settles(keys.secret(0), 200).await;
+        node.settles(keys.secret(1), 200).await;
+        node.store.freeze(true);
+        keys.revoke(0).await;
+        keys.manager.deactivate_user(owner).await.unwrap();
+        keys.sync(&node).await;
+        if is_asked_late {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            keys.two_hours_later(&node).await;
+        }
+        let began = std::time::Instant::now();
+        while began.elapsed() < Duration::from_millis(300) {
+            assert_eq!(node.ask(keys.secret(0)).await, (401, 1));
+            assert_eq!(node.ask(keys.secret(1)).await, (401, 1));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(node.ask(keys.secret(2)).await, (200, 0), "the others are not affected");
+        node.store.freeze(false);
+        node.settles(keys.secret(0), 401).await;
+        node.settles(keys.secret(1), 401).await;
     }
-    let owner = &keys.issued[1].record().user.id;
-    keys.manager
-        .update_user(owner, &tower_api_key::management::UserPatch::default().role("x"))
-        .await
-        .unwrap();
-    in_sync(&node.node).await;
-    node.settles(keys.secret(0), 200).await;
-    node.settles(keys.secret(1), 200).await;
-    node.store.freeze(true);
-    keys.revoke(0).await;
-    keys.manager.deactivate_user(owner).await.unwrap();
-    in_sync(&node.node).await;
-    let began = std::time::Instant::now();
-    while began.elapsed() < Duration::from_millis(500) {
-        assert_eq!(node.ask(keys.secret(0)).await, (401, 1));
-        assert_eq!(node.ask(keys.secret(1)).await, (401, 1));
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-    assert_eq!(node.ask(keys.secret(2)).await, (200, 0), "the others are not affected");
-    node.store.freeze(false);
-    node.settles(keys.secret(0), 401).await;
-    node.settles(keys.secret(1), 401).await;
 }
 
 #[tokio::test]
@@ -656,7 +699,7 @@ async fn after_a_reset_everything_is_loaded_again() {
 
 #[tokio::test]
 async fn a_reset_in_the_middle_of_the_load_begins_it_again() {
-    let keys = three_pages().await;
+    let keys = three_pages(MemoryStore::new()).await;
     for at in [At::Start, At::End] {
         let node = Node::new(keys.gated());
         let n = if at == At::Start { 0 } else { 6 };
@@ -725,6 +768,10 @@ async fn without_a_sync_the_store_is_asked_and_while_it_fails_only_valid_keys_ar
 /// Waits for a sync by a manual clock.
 async fn in_sync_by<S: KeyStore>(node: &Node<S>) {
     node.clock.advance(Duration::from_millis(1));
+    is_in_sync(node).await;
+}
+
+async fn is_in_sync<S: KeyStore>(node: &Node<S>) {
     eventually("a sync", async || {
         node.node.health().last_sync.is_some_and(|age| age < Duration::from_millis(1))
     })
@@ -830,7 +877,7 @@ fn a_store_without_the_ability_or_a_feed_is_an_error_and_no_runtime_is_needed() 
 
 #[tokio::test]
 async fn a_store_that_is_away_is_loaded_when_it_is_back() {
-    let keys = three_pages().await;
+    let keys = three_pages(MemoryStore::new()).await;
     let (log, _guard) = capture();
     let node = Node::new(keys.gated());
     node.store.fail_reads(Some(StoreError::unavailable("away")));

@@ -232,10 +232,14 @@ impl Content {
             return;
         }
         self.by_id.update(id.into(), |under| {
-            let minimum = match under {
-                Some(UnderId::Changed(mark)) => mark.minimum.max(minimum),
-                _ => minimum,
+            // What is read again must not be older than what is there, whatever sets the mark. The revision of a deletion is
+            // left out, because the store does not keep it.
+            let known = match under {
+                Some(UnderId::Changed(mark)) => mark.minimum,
+                Some(UnderId::Read(read)) => read.keys.revision(),
+                None => Revision(0),
             };
+            let minimum = known.max(minimum);
             self.forget(id, under.as_ref());
             *under = Some(UnderId::Changed(Mark { tick: self.next_tick(), minimum }));
         });
@@ -247,10 +251,12 @@ impl Content {
             return;
         }
         self.owners.update(owner.clone(), |read| {
-            let minimum = match read {
-                Some(Owner::Changed(mark)) => mark.minimum.max(minimum),
-                _ => minimum,
+            let known = match read {
+                Some(Owner::Changed(mark)) => mark.minimum,
+                Some(Owner::Read(owner)) => owner.revision,
+                None => Revision(0),
             };
+            let minimum = known.max(minimum);
             *read = Some(Owner::Changed(Mark { tick: self.next_tick(), minimum }));
         });
         self.read_again(Pending::Owner(owner.clone()));
@@ -530,6 +536,15 @@ impl Entries {
             Self::Many(entries) => entries.as_slice(),
         }
         .iter()
+    }
+
+    /// Returns the highest revision of the keys.
+    fn revision(&self) -> Revision {
+        let keys = self.iter().filter_map(|entry| match entry {
+            Entry::Key(key) => key.revision(),
+            Entry::Unreadable(_) => None,
+        });
+        keys.max().unwrap_or_default()
     }
 
     fn push(&mut self, entry: Entry) {

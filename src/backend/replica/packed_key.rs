@@ -255,6 +255,12 @@ impl PackedKey {
         Some(id.into())
     }
 
+    /// Returns the revision of the key.
+    pub(super) fn revision(&self) -> Option<Revision> {
+        let own: OwnPart = postcard::from_bytes(&self.own).ok()?;
+        Some(Revision(own.revision))
+    }
+
     /// Returns whether the key is under the lookup id of its current secret.
     pub(super) fn is_current(&self) -> bool {
         postcard::from_bytes::<bool>(&self.own).unwrap_or_default()
