@@ -24,13 +24,16 @@ use tokio::runtime::{Builder, Runtime};
 use tower::{Layer, Service, ServiceBuilder};
 use tower_api_key::{
     ApiKeyAuthLayer, Authenticator, KeyManager, KeyScheme, MemoryStore, NewKey, RateLimitLayer,
-    RedisCache, RequireLayer, SqliteStore, StoreError,
+    RedisCache, Replica, RequireLayer, SqliteStore, StoreError,
     clock::ManualClock,
     management::IssuedKey,
     middleware::{ApiKeyAuth, Guard},
     rate_limit::LocalRateLimiter,
-    record::{KeyRecord, RateLimits, User},
-    store::{Answer, CacheSecret, ChangeStream, KeyRepository, KeyStore, Lookup},
+    record::{KeyRecord, RateLimits, User, UserId},
+    store::{
+        Answer, CacheSecret, ChangeStream, KeyRepository, KeySelection, KeyStore, KeysRead, Lookup,
+        ReadOwner,
+    },
 };
 
 use super::{
@@ -201,14 +204,14 @@ fn decode_sql_row(
     (directory, stored)
 }
 
-/// A node without a local cache, whose entries are in Redis.
-struct BehindRedis {
+/// A node without a local cache, over a cache or a replica.
+struct ColdNode {
     stored: Stored<MemoryStore>,
     authenticator: Authenticator,
     below: Arc<AtomicU64>,
 }
 
-/// Counts the look-ups that reach the store below Redis.
+/// Counts the look-ups that reach the store below.
 #[derive(Clone)]
 struct Counted(MemoryStore, Arc<AtomicU64>);
 
@@ -221,10 +224,22 @@ impl KeyStore for Counted {
     fn changes(&self, since: SystemTime) -> ChangeStream {
         self.0.changes(since)
     }
+
+    fn can_read_keys(&self) -> bool {
+        true
+    }
+
+    async fn read_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
+        self.0.read_keys(selection).await
+    }
+
+    async fn read_owners(&self, owners: &[UserId]) -> Result<Vec<ReadOwner>, StoreError> {
+        self.0.read_owners(owners).await
+    }
 }
 
-impl BehindRedis {
-    fn new() -> Self {
+impl ColdNode {
+    fn behind_redis() -> Self {
         let clock = clock();
         let stored = Stored::new(MemoryStore::with_clock(clock.clone()));
         let below = Arc::new(AtomicU64::new(0));
@@ -237,6 +252,20 @@ impl BehindRedis {
         let authenticator = Authenticator::builder(cache).clock(clock).cache_capacity(0).build();
         let this = Self { stored, authenticator, below };
         // The first look-ups connect, catch up with changes, and fill Redis.
+        while this.look_up() > 0 {}
+        this
+    }
+
+    fn over_replica() -> Self {
+        let clock = clock();
+        let stored = Stored::new(MemoryStore::with_clock(clock.clone()));
+        let below = Arc::new(AtomicU64::new(0));
+        let store = Counted(stored.store.clone(), Arc::clone(&below));
+        let replica = Replica::builder(store).clock(clock.clone()).build().unwrap();
+        stored.runtime.block_on(replica.loaded());
+        let authenticator = Authenticator::builder(replica).clock(clock).cache_capacity(0).build();
+        let this = Self { stored, authenticator, below };
+        // Until the node has caught up with changes.
         while this.look_up() > 0 {}
         this
     }
@@ -255,8 +284,8 @@ impl BehindRedis {
     "tower_api_key::backend::redis::entry::Entry::decode",
     "tower_api_key::backend::redis::answer",
 ]))]
-#[bench::of(BehindRedis::new())]
-fn decode_redis_entry(node: BehindRedis) -> BehindRedis {
+#[bench::of(ColdNode::behind_redis())]
+fn decode_redis_entry(node: ColdNode) -> ColdNode {
     for _ in 0..CALLS {
         assert_eq!(node.look_up(), 0);
     }
@@ -269,12 +298,24 @@ fn decode_redis_entry(node: BehindRedis) -> BehindRedis {
     "tower_api_key::backend::redis::keys::Keys::encode",
     "tower_api_key::backend::redis::entry::Entry::encode",
 ]))]
-#[bench::of(BehindRedis::new())]
-fn encode_redis_entry(node: BehindRedis) -> BehindRedis {
+#[bench::of(ColdNode::behind_redis())]
+fn encode_redis_entry(node: ColdNode) -> ColdNode {
     for _ in 0..CALLS {
         // No copy is used after a change made outside the store's knowledge.
         node.authenticator.invalidate(&node.stored.key.record().prefix);
         assert_eq!(node.look_up(), 1);
+    }
+    node
+}
+
+// The answer of a replica: found, decoded and verified.
+#[library_benchmark(config = only_after_start(&[
+    "tower_api_key::backend::replica::content::Content::find",
+]))]
+#[bench::of(ColdNode::over_replica())]
+fn replica_hit(node: ColdNode) -> ColdNode {
+    for _ in 0..CALLS {
+        assert_eq!(node.look_up(), 0);
     }
     node
 }
@@ -330,7 +371,7 @@ library_benchmark_group!(
 
 library_benchmark_group!(
     name = parts,
-    benchmarks = [parse_key, decode_sql_row, decode_redis_entry, encode_redis_entry]
+    benchmarks = [parse_key, decode_sql_row, decode_redis_entry, encode_redis_entry, replica_hit]
 );
 
 gungraun::main!(config = same_on_all_processors(), library_benchmark_groups = [requests, parts]);
