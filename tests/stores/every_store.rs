@@ -573,6 +573,8 @@ async fn an_arc_and_a_dyn_store_answer_like_the_store(
         loop {
             match next(&mut changes).await {
                 Change::Synced(_) | Change::Status(_) => {}
+                // The first sync of a replica may be from before its last changes.
+                received if store.replica_status().is_some() && received != change => {}
                 received => break assert_eq!(received, change),
             }
         }
