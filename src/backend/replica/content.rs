@@ -91,6 +91,10 @@ struct Mark {
 }
 
 /// What is in memory for a look-up.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the large variant is the common one, and is not stored"
+)]
 pub(super) enum Found {
     /// The answer and its age, `Fresh` or `Stale`.
     Answer(Answer, Age),
