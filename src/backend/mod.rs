@@ -106,6 +106,7 @@
 //! `api_key_cache_secrets`, so that entries from before the restore are ignored by nodes that start later.
 //! [`RedisCache::state`] is for health checks.
 
+mod encoded_record;
 mod memory;
 #[cfg(feature = "postgres")]
 mod postgres;

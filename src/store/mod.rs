@@ -208,8 +208,9 @@ pub trait KeyStore: Send + Sync + 'static {
         async { Err(StoreError::unsupported("reading all keys")) }
     }
 
-    /// Tells a store that is a cache, or has one, that the keys under a lookup id have changed and no change event reports
-    /// it. [`Authenticator::invalidate`](crate::Authenticator::invalidate) calls it. Nothing by default.
+    /// Invalidates what the store has cached of the keys under a lookup id, for a change that no change event reports.
+    /// [`Authenticator::invalidate`](crate::Authenticator::invalidate) calls it. No-op by default, for a store without a
+    /// cache.
     fn invalidate(&self, lookup_id: &str) {
         let _ = lookup_id;
     }

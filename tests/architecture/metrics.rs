@@ -7,7 +7,9 @@ use super::imports::rust_files;
 /// The names in calls of `count` and `gauge`.
 fn recorded(source: &str) -> BTreeSet<String> {
     let is_name = |text: &&str| {
-        let is_metric = text.ends_with("_total") || text.starts_with("api_key_feed_");
+        let gauges = ["api_key_feed_", "api_key_replica_"];
+        let is_gauge = gauges.iter().any(|gauge| text.starts_with(gauge));
+        let is_metric = text.ends_with("_total") || is_gauge;
         text.starts_with("api_key_") && (is_metric || *text == "api_key_redis_up")
     };
     source.split('"').filter(is_name).map(str::to_owned).collect()

@@ -146,6 +146,8 @@ async fn bytes_in_sqlite_where_a_text_or_a_number_should_be_are_a_bad_row_too() 
         store.insert_user("ada@example.com", "user", &Attribution::default()).await.unwrap().id;
     let issued = KeyManager::new(store.clone()).issue(NewKey::new(user, "k")).await.unwrap();
     let mut other = SqliteConnection::establish(file.to_str().unwrap()).unwrap();
+    // The feed deletes old changes.
+    other.batch_execute("PRAGMA busy_timeout = 5000").unwrap();
     let (log, _guard) = capture();
     let authenticator = asking(store.clone()).build();
     for (broken, whole) in [

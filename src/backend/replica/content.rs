@@ -1,8 +1,11 @@
 //! The keys and owners in memory, and which of them have changed since they were read: [`Content`].
 
+mod entries;
+mod reads;
+
 use std::{
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, SystemTime},
@@ -10,8 +13,10 @@ use std::{
 
 use tokio::sync::{Notify, watch};
 
+use self::entries::{Entry, Mark, Owner, ReadId, UnderId};
+pub(super) use self::{entries::Tick, reads::ABSENT_LIFETIME};
 use super::{
-    packed_key::{PackedKey, SharedParts},
+    packed_key::SharedParts,
     pending::{Pending, PendingReads},
     shards::Shards,
 };
@@ -20,9 +25,7 @@ use crate::{
     error::StoreError,
     record::{Revision, UserId},
     runtime::Moment,
-    store::{
-        Answer, Change, KeysRead, Lookup, ReadOwner, ReadRow, ReplicaState, Source, StoredKey,
-    },
+    store::{Answer, Change, Lookup, ReadOwner, ReplicaState, Source, StoredKey},
 };
 
 /// The keys in memory. One task writes what it reads; any thread may mark what has changed.
@@ -50,46 +53,6 @@ pub(super) struct Content {
     wake: Notify,
 }
 
-/// What is stored under a lookup id.
-enum UnderId {
-    Read(ReadId),
-    Changed(Mark),
-}
-
-struct ReadId {
-    /// Revision of the last change under the lookup id; 0 if no change was reported since the load.
-    latest: Revision,
-    /// The database's time at the read, in microseconds.
-    read_at: u64,
-    keys: Entries,
-}
-
-/// The keys under a lookup id. Almost always there is one.
-enum Entries {
-    None,
-    One(Entry),
-    Many(Vec<Entry>),
-}
-
-enum Entry {
-    Key(PackedKey),
-    /// The row can't be decoded.
-    Unreadable(Box<StoreError>),
-}
-
-enum Owner {
-    Read(ReadOwner),
-    Changed(Mark),
-}
-
-/// A change after which the subject was not read again.
-#[derive(Clone, Copy)]
-struct Mark {
-    tick: u64,
-    /// The revision that was reported. A read below it is of a standby that lags behind.
-    minimum: Revision,
-}
-
 /// What is in memory for a look-up.
 #[expect(
     clippy::large_enum_variant,
@@ -104,17 +67,6 @@ pub(super) enum Found {
     /// The store has to be asked.
     Nothing,
 }
-
-/// Position among the marks at which a read was sent.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Tick(u64);
-
-/// Time for which an absent lookup id that was read keeps its entry: as long as the change may be its minimum revision.
-pub(super) const ABSENT_LIFETIME: Duration = crate::coherence::MINIMUM_REVISION_LIFETIME;
-
-/// Approximate size of an entry apart from its bytes: a place in a hash table that is two thirds full, and two
-/// allocations.
-const ENTRY_BYTES: usize = (size_of::<(Box<str>, UnderId)>() + 1) * 3 / 2 + 32;
 
 impl Content {
     pub(super) fn new() -> Self {
@@ -291,207 +243,6 @@ impl Content {
     }
 }
 
-/// What the task writes.
-impl Content {
-    /// Removes everything, because changes may have been missed or the replica is turned off.
-    pub(super) fn clear(&self, state: ReplicaState) {
-        // In this order, no look-up takes what is left for all keys.
-        self.state.send_replace(state);
-        self.epoch.fetch_add(1, Ordering::AcqRel);
-        self.loaded_from.store(0, Ordering::Release);
-        self.by_id.clear();
-        self.owners.clear();
-        self.pending.clear();
-        *self.shared() = SharedParts::default();
-        self.keys.store(0, Ordering::Relaxed);
-        self.bytes.store(0, Ordering::Relaxed);
-    }
-
-    /// Begins a load. Changes are marked from now on.
-    pub(super) fn begin(&self, as_of: SystemTime) {
-        self.loaded_from.store(micros(as_of).max(1), Ordering::Release);
-    }
-
-    /// Ends a load: every key was read.
-    pub(super) fn loaded(&self) {
-        self.state.send_replace(ReplicaState::Loaded);
-    }
-
-    /// Records that every change up to `as_of`, a time of the database, is marked.
-    pub(super) fn synced(&self, as_of: SystemTime, now: Moment) {
-        self.synced.store(micros(as_of), Ordering::Release);
-        *self.synced_at.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
-    }
-
-    /// Inserts the rows of a page. What was marked or read again meanwhile is kept.
-    pub(super) fn insert_page(&self, read: KeysRead) {
-        let read_at = micros(read.as_of);
-        for row in read.rows {
-            self.insert_owner(row.key.as_ref().ok());
-            for id in &row.lookup_ids {
-                let entry = self.entry(&row, id);
-                self.by_id.update(id.as_str().into(), |under| match under {
-                    Some(UnderId::Changed(_)) => {}
-                    Some(UnderId::Read(under)) => {
-                        if !under.keys.contains(&entry, &row) {
-                            self.count(id, &entry, 1);
-                            under.keys.push(entry);
-                        }
-                    }
-                    none => {
-                        self.count(id, &entry, 1);
-                        let keys = Entries::One(entry);
-                        *none = Some(UnderId::Read(ReadId { latest: Revision(0), read_at, keys }));
-                    }
-                });
-            }
-        }
-    }
-
-    /// Replaces what is stored under lookup ids that were read again at `tick`. Returns those that have to be read once
-    /// more, and those under which there is no key.
-    pub(super) fn replace(
-        &self,
-        ids: &[String],
-        tick: Tick,
-        read: KeysRead,
-    ) -> (Vec<Pending>, Vec<Box<str>>) {
-        let (mut again, mut absent) = (Vec::new(), Vec::new());
-        let read_at = micros(read.as_of);
-        for row in &read.rows {
-            self.insert_owner(row.key.as_ref().ok());
-        }
-        for id in ids {
-            let latest = read.latest.iter().find(|(of, _)| of == id);
-            let latest = latest.map_or(Revision(0), |(_, latest)| *latest);
-            let rows = read.rows.iter().filter(|row| row.lookup_ids.contains(id));
-            let of_rows = rows.clone().filter_map(|row| row.key.as_ref().ok());
-            let latest =
-                latest.max(of_rows.map(|key| key.revisions().key).max().unwrap_or_default());
-            let entries: Vec<_> = rows.map(|row| self.entry(row, id)).collect();
-            let is_absent = entries.is_empty();
-            let is_replaced = self.by_id.update(id.as_str().into(), |under| {
-                if let Some(UnderId::Changed(mark)) = under
-                    && !mark.is_included(tick, latest)
-                {
-                    return false;
-                }
-                self.forget(id, under.as_ref());
-                entries.iter().for_each(|entry| self.count(id, entry, 1));
-                let keys = Entries::new(entries);
-                *under = Some(UnderId::Read(ReadId { latest, read_at, keys }));
-                true
-            });
-            match (is_replaced, is_absent) {
-                (false, _) => again.push(Pending::Id(id.as_str().into())),
-                (true, true) => absent.push(id.as_str().into()),
-                (true, false) => {}
-            }
-        }
-        (again, absent)
-    }
-
-    /// Replaces owners that were read again at `tick`. Returns those that have to be read once more.
-    pub(super) fn replace_owners(
-        &self,
-        ids: &[UserId],
-        tick: Tick,
-        read: Vec<ReadOwner>,
-    ) -> Vec<Pending> {
-        let mut again = Vec::new();
-        for id in ids {
-            let owner = read.iter().find(|owner| owner.user.id == *id);
-            let revision = owner.map(|owner| owner.revision);
-            let is_replaced = self.owners.update(id.clone(), |known| {
-                if let Some(Owner::Changed(mark)) = known {
-                    // A user that was deleted has no revision.
-                    let minimum = revision.unwrap_or(mark.minimum);
-                    if !mark.is_included(tick, minimum) {
-                        return false;
-                    }
-                }
-                // What remains of a user that was deleted is the mark.
-                if let Some(owner) = owner {
-                    *known = Some(Owner::Read(owner.clone()));
-                }
-                true
-            });
-            if !is_replaced {
-                again.push(Pending::Owner(id.clone()));
-            }
-        }
-        again
-    }
-
-    /// Removes the entry of a lookup id under which no key was found.
-    pub(super) fn remove_absent(&self, id: &str) {
-        self.by_id.update(id.into(), |under| {
-            if let Some(UnderId::Read(ReadId { keys: Entries::None, .. })) = under {
-                *under = None;
-            }
-        });
-    }
-
-    /// Adds the owner of a key that was read, unless a later one is known.
-    fn insert_owner(&self, key: Option<&StoredKey>) {
-        let Some(key) = key else { return };
-        let (user, revision) = (&key.record().user, key.revisions().owner);
-        self.owners.update(user.id.clone(), |known| {
-            let is_known = match known {
-                Some(Owner::Read(owner)) => owner.revision >= revision,
-                Some(Owner::Changed(_)) => {
-                    // It is read alone, because a key does not show that the id was another user's.
-                    self.pending.push(Pending::Owner(user.id.clone()));
-                    true
-                }
-                None => false,
-            };
-            if !is_known {
-                let since = match known {
-                    Some(Owner::Read(owner)) => owner.since,
-                    _ => Revision(0),
-                };
-                let owner = ReadOwner::new(user.clone(), revision).with_since(since);
-                *known = Some(Owner::Read(owner));
-            }
-        });
-    }
-
-    fn entry(&self, row: &ReadRow, id: &str) -> Entry {
-        let unreadable = |error: StoreError| Entry::Unreadable(Box::new(error));
-        match &row.key {
-            // A key that was left out would be unknown.
-            Ok(key) => PackedKey::new(key, id, &mut self.shared()).map_or_else(
-                || unreadable(StoreError::bad_row(format!("key {} can't be packed", row.id))),
-                Entry::Key,
-            ),
-            Err(error) => unreadable(error.clone()),
-        }
-    }
-
-    /// Subtracts what is stored under a lookup id from the counts.
-    fn forget(&self, id: &str, under: Option<&UnderId>) {
-        if let Some(UnderId::Read(read)) = under {
-            read.keys.iter().for_each(|entry| self.count(id, entry, -1));
-        }
-    }
-
-    fn count(&self, id: &str, entry: &Entry, sign: isize) {
-        let (keys, own) = match entry {
-            Entry::Key(key) => (usize::from(key.is_current()), key.own_bytes()),
-            Entry::Unreadable(_) => (1, size_of::<StoreError>()),
-        };
-        let bytes = ENTRY_BYTES + id.len() + own;
-        // A negative number wraps around, which the addition makes a subtraction.
-        self.keys.fetch_add(keys.wrapping_mul(sign as usize), Ordering::Relaxed);
-        self.bytes.fetch_add(bytes.wrapping_mul(sign as usize), Ordering::Relaxed);
-    }
-
-    fn shared(&self) -> MutexGuard<'_, SharedParts> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 /// What is reported.
 impl Content {
     pub(super) fn state(&self) -> watch::Receiver<ReplicaState> {
@@ -511,66 +262,6 @@ impl Content {
     /// Returns the moment of the last sync.
     pub(super) fn last_sync(&self) -> Option<Moment> {
         *self.synced_at.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Mark {
-    /// Returns whether a read that was sent at `tick`, and returned this revision, includes the change.
-    fn is_included(self, tick: Tick, revision: Revision) -> bool {
-        self.tick <= tick.0 && revision >= self.minimum
-    }
-}
-
-impl Entries {
-    fn new(mut entries: Vec<Entry>) -> Self {
-        match (entries.len(), entries.pop()) {
-            (1, Some(entry)) => Self::One(entry),
-            (_, None) => Self::None,
-            (_, Some(last)) => {
-                entries.push(last);
-                Self::Many(entries)
-            }
-        }
-    }
-
-    fn iter(&self) -> impl Iterator<Item = &Entry> {
-        match self {
-            Self::None => &[],
-            Self::One(entry) => std::slice::from_ref(entry),
-            Self::Many(entries) => entries.as_slice(),
-        }
-        .iter()
-    }
-
-    /// Returns the highest revision of the keys.
-    fn revision(&self) -> Revision {
-        let keys = self.iter().filter_map(|entry| match entry {
-            Entry::Key(key) => key.revision(),
-            Entry::Unreadable(_) => None,
-        });
-        keys.max().unwrap_or_default()
-    }
-
-    fn push(&mut self, entry: Entry) {
-        *self = match std::mem::replace(self, Self::None) {
-            Self::None => Self::One(entry),
-            Self::One(first) => Self::Many(vec![first, entry]),
-            Self::Many(mut entries) => {
-                entries.push(entry);
-                Self::Many(entries)
-            }
-        };
-    }
-
-    /// Returns whether the key of `row` was inserted by a read of its lookup id, before the page reached it.
-    fn contains(&self, entry: &Entry, row: &ReadRow) -> bool {
-        self.iter().any(|known| match (known, entry) {
-            (Entry::Key(known), _) => known.id().as_ref() == Some(&row.id),
-            (Entry::Unreadable(known), Entry::Unreadable(error)) => {
-                known.to_string() == error.to_string()
-            }
-            (Entry::Unreadable(_), Entry::Key(_)) => false,
-        })
     }
 }
 
