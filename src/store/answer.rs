@@ -39,6 +39,7 @@ pub(crate) enum Outcome {
 pub(crate) enum Source {
     Store,
     /// A copy that another node may have made.
+    #[cfg_attr(not(feature = "redis"), expect(dead_code))]
     Copy,
     /// The memory of this node, which is in sync with the store.
     Replica,
