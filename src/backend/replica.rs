@@ -44,8 +44,8 @@ use crate::{
 /// unknown to another node until its change arrives there, which takes milliseconds with notifications, and at most the
 /// poll interval without.
 ///
-/// A key whose row can't be decoded is logged, and looked up in the store below, where it fails alone. [`KeyRecord::usage`](crate::record::KeyRecord::usage) is
-/// that of the time when the key was loaded.
+/// A key whose row can't be decoded is logged, and looked up in the store below, where it fails alone.
+/// [`KeyRecord::usage`](crate::record::KeyRecord::usage) is that of the time when the key was loaded.
 ///
 /// ```
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -58,7 +58,11 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
-pub struct Replica<S>(Arc<Core<S>>, Arc<Background>);
+pub struct Replica<S> {
+    core: Arc<Core<S>>,
+    /// The task that loads the keys. It is not in the core, which a read under way keeps: it ends with the last replica.
+    follower: Arc<Background>,
+}
 
 struct Core<S> {
     store: S,
@@ -85,20 +89,20 @@ impl<S: KeyStore> Replica<S> {
 
     fn from_parts(store: S, max_keys: usize, clock: Arc<dyn Clock>) -> Self {
         let (content, log) = (Arc::new(Content::new()), Arc::default());
-        // The task is not in the core, which a read under way keeps: it ends with the last replica.
-        Self(Arc::new(Core { store, content, log, max_keys, clock }), Arc::default())
+        let core = Arc::new(Core { store, content, log, max_keys, clock });
+        Self { core, follower: Arc::default() }
     }
 
     /// Returns the store behind the replica.
     pub fn get_ref(&self) -> &S {
-        &self.0.store
+        &self.core.store
     }
 
     /// Waits until all keys are loaded, or the replica is turned off because there are too many. It waits as long as the
     /// store fails. Requires a Tokio runtime.
     pub async fn loaded(&self) -> ReplicaStatus {
         self.ensure_follower();
-        let mut state = self.0.content.state();
+        let mut state = self.core.content.state();
         // The content has the sender, so that this ends with the condition.
         let _ = state.wait_for(|state| *state != ReplicaState::Loading).await;
         self.status()
@@ -106,7 +110,7 @@ impl<S: KeyStore> Replica<S> {
 
     /// Returns the status, for a health check. Keys are checked in every state.
     pub fn status(&self) -> ReplicaStatus {
-        let Core { content, clock, .. } = &*self.0;
+        let Core { content, clock, .. } = &*self.core;
         let now = clock.read();
         let lag = content.last_sync().map(|sync| now.since(sync));
         let state = *content.state().borrow();
@@ -116,7 +120,7 @@ impl<S: KeyStore> Replica<S> {
     /// Starts the task that loads the keys, if it does not run.
     fn ensure_follower(&self) {
         if Handle::try_current().is_ok() {
-            self.1.ensure(|| follower::follow(Arc::downgrade(&self.0)));
+            self.follower.ensure(|| follower::follow(Arc::downgrade(&self.core)));
         }
     }
 }
@@ -145,7 +149,7 @@ impl<S> Core<S> {
 impl<S: KeyStore> KeyStore for Replica<S> {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         self.ensure_follower();
-        let Core { store, content, .. } = &*self.0;
+        let Core { store, content, .. } = &*self.core;
         let found = match lookup.is_presented() && !lookup.skips_copies() {
             true => content.find(lookup),
             false => Found::Nothing,
@@ -174,27 +178,27 @@ impl<S: KeyStore> KeyStore for Replica<S> {
     fn changes(&self, _since: SystemTime) -> ChangeStream {
         // The task reads the feed from further back than any node needs.
         let replica = self.clone();
-        ChangeLog::stream(&self.0.log, move || replica.ensure_follower())
+        ChangeLog::stream(&self.core.log, move || replica.ensure_follower())
     }
 
     async fn record_usage(&self, batch: &UsageBatch) -> Result<(), StoreError> {
-        self.0.store.record_usage(batch).await
+        self.core.store.record_usage(batch).await
     }
 
     async fn lease(&self, request: &LeaseRequest) -> Result<Lease, StoreError> {
-        self.0.store.lease(request).await
+        self.core.store.lease(request).await
     }
 
     fn can_read_keys(&self) -> bool {
-        self.0.store.can_read_keys()
+        self.core.store.can_read_keys()
     }
 
     async fn read_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
-        self.0.store.read_keys(selection).await
+        self.core.store.read_keys(selection).await
     }
 
     async fn read_owners(&self, owners: &[UserId]) -> Result<Vec<ReadOwner>, StoreError> {
-        self.0.store.read_owners(owners).await
+        self.core.store.read_owners(owners).await
     }
 
     fn replica_status(&self) -> Option<ReplicaStatus> {
@@ -202,31 +206,31 @@ impl<S: KeyStore> KeyStore for Replica<S> {
     }
 
     fn invalidate(&self, lookup_id: &str) {
-        self.0.content.mark(&Change::Prefix(lookup_id.to_owned(), Revision(0)));
-        self.0.store.invalidate(lookup_id);
+        self.core.content.mark(&Change::Prefix(lookup_id.to_owned(), Revision(0)));
+        self.core.store.invalidate(lookup_id);
     }
 
     fn has_cache_secret(&self) -> bool {
-        self.0.store.has_cache_secret()
+        self.core.store.has_cache_secret()
     }
 
     async fn cache_secret(&self) -> Result<Option<CacheSecret>, StoreError> {
-        self.0.store.cache_secret().await
+        self.core.store.cache_secret().await
     }
 }
 
 impl<S> Clone for Replica<S> {
     fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0), Arc::clone(&self.1))
+        Self { core: Arc::clone(&self.core), follower: Arc::clone(&self.follower) }
     }
 }
 
 impl<S: fmt::Debug> fmt::Debug for Replica<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Replica")
-            .field("store", &self.0.store)
-            .field("state", &*self.0.content.state().borrow())
-            .field("keys", &self.0.content.keys())
+            .field("store", &self.core.store)
+            .field("state", &*self.core.content.state().borrow())
+            .field("keys", &self.core.content.keys())
             .finish_non_exhaustive()
     }
 }

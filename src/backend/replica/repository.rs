@@ -15,14 +15,14 @@ use crate::{
 impl<S> Replica<S> {
     fn mark(&self, change: Option<Change>) -> Option<Change> {
         if let Some(change) = &change {
-            self.0.content.mark(change);
+            self.core.content.mark(change);
         }
         change
     }
 
     fn mark_keys<'a>(&self, keys: impl IntoIterator<Item = &'a StoredKey>) {
         for id in keys.into_iter().flat_map(StoredKey::lookup_ids) {
-            self.0.content.mark(&Change::Prefix(id.to_owned(), Revision(0)));
+            self.core.content.mark(&Change::Prefix(id.to_owned(), Revision(0)));
         }
     }
 }
@@ -34,19 +34,19 @@ impl<S: KeyRepository> KeyRepository for Replica<S> {
         role: &str,
         by: &Attribution,
     ) -> Result<User, StoreError> {
-        self.0.store.insert_user(email, role, by).await
+        self.core.store.insert_user(email, role, by).await
     }
 
     async fn find_user(&self, id: &UserId) -> Result<Option<User>, StoreError> {
-        self.0.store.find_user(id).await
+        self.core.store.find_user(id).await
     }
 
     async fn find_user_by_email(&self, email: &str) -> Result<Option<User>, StoreError> {
-        self.0.store.find_user_by_email(email).await
+        self.core.store.find_user_by_email(email).await
     }
 
     async fn list_users(&self, page: &ListUsers) -> Result<UserPage, StoreError> {
-        self.0.store.list_users(page).await
+        self.core.store.list_users(page).await
     }
 
     async fn update_user(
@@ -54,7 +54,7 @@ impl<S: KeyRepository> KeyRepository for Replica<S> {
         user: &User,
         by: &Attribution,
     ) -> Result<Option<Change>, StoreError> {
-        Ok(self.mark(self.0.store.update_user(user, by).await?))
+        Ok(self.mark(self.core.store.update_user(user, by).await?))
     }
 
     async fn delete_user(
@@ -62,11 +62,11 @@ impl<S: KeyRepository> KeyRepository for Replica<S> {
         id: &UserId,
         by: &Attribution,
     ) -> Result<Option<Change>, StoreError> {
-        Ok(self.mark(self.0.store.delete_user(id, by).await?))
+        Ok(self.mark(self.core.store.delete_user(id, by).await?))
     }
 
     async fn insert_key(&self, key: &StoredKey, by: &Attribution) -> Result<KeyRecord, StoreError> {
-        let inserted = self.0.store.insert_key(key, by).await;
+        let inserted = self.core.store.insert_key(key, by).await;
         self.mark_keys([key]);
         inserted
     }
@@ -76,17 +76,17 @@ impl<S: KeyRepository> KeyRepository for Replica<S> {
         keys: &[StoredKey],
         by: &Attribution,
     ) -> Result<Vec<Inserted>, StoreError> {
-        let inserted = self.0.store.insert_keys(keys, by).await;
+        let inserted = self.core.store.insert_keys(keys, by).await;
         self.mark_keys(keys);
         inserted
     }
 
     async fn find_key(&self, id: &KeyId) -> Result<Option<StoredKey>, StoreError> {
-        self.0.store.find_key(id).await
+        self.core.store.find_key(id).await
     }
 
     async fn list_keys(&self, page: &ListKeys) -> Result<KeyPage, StoreError> {
-        self.0.store.list_keys(page).await
+        self.core.store.list_keys(page).await
     }
 
     async fn replace_key(
@@ -95,13 +95,13 @@ impl<S: KeyRepository> KeyRepository for Replica<S> {
         new: &StoredKey,
         by: &Attribution,
     ) -> Result<Option<KeyRecord>, StoreError> {
-        let replaced = self.0.store.replace_key(old, new, by).await;
+        let replaced = self.core.store.replace_key(old, new, by).await;
         self.mark_keys([old, new]);
         replaced
     }
 
     async fn revoke_key(&self, id: &KeyId, by: &Attribution) -> Result<Option<Change>, StoreError> {
-        Ok(self.mark(self.0.store.revoke_key(id, by).await?))
+        Ok(self.mark(self.core.store.revoke_key(id, by).await?))
     }
 
     async fn revoke_keys(
@@ -109,7 +109,7 @@ impl<S: KeyRepository> KeyRepository for Replica<S> {
         filter: &KeyFilter,
         by: &Attribution,
     ) -> Result<Vec<(KeyId, Change)>, StoreError> {
-        let revoked = self.0.store.revoke_keys(filter, by).await?;
+        let revoked = self.core.store.revoke_keys(filter, by).await?;
         for (_, change) in &revoked {
             self.mark(Some(change.clone()));
         }
@@ -117,7 +117,7 @@ impl<S: KeyRepository> KeyRepository for Replica<S> {
     }
 
     async fn delete_key(&self, id: &KeyId, by: &Attribution) -> Result<Option<Change>, StoreError> {
-        Ok(self.mark(self.0.store.delete_key(id, by).await?))
+        Ok(self.mark(self.core.store.delete_key(id, by).await?))
     }
 
     async fn list_usage(
@@ -126,14 +126,14 @@ impl<S: KeyRepository> KeyRepository for Replica<S> {
         from: NaiveDate,
         to: NaiveDate,
     ) -> Result<Vec<DailyUsage>, StoreError> {
-        self.0.store.list_usage(key, from, to).await
+        self.core.store.list_usage(key, from, to).await
     }
 
     async fn list_audit(&self, page: &ListAudit) -> Result<AuditPage, StoreError> {
-        self.0.store.list_audit(page).await
+        self.core.store.list_audit(page).await
     }
 
     async fn prune_audit(&self, before: DateTime<Utc>) -> Result<u64, StoreError> {
-        self.0.store.prune_audit(before).await
+        self.core.store.prune_audit(before).await
     }
 }
