@@ -1,4 +1,4 @@
-//! Resolver that were read before a revoke and come back after it, ten thousand at a time.
+//! Answers that were read before a revoke and arrive after it, ten thousand at a time.
 
 use std::{
     sync::{
@@ -10,17 +10,22 @@ use std::{
 
 use tokio::{sync::watch, task::JoinSet};
 use tower_api_key::{
-    Authenticator, KeyManager, MemoryStore, NewKey, RedisCache, StoreError,
-    management::IssuedKey,
-    record::User,
+    Authenticator, KeyManager, MemoryStore, NewKey, PostgresStore, RedisCache, Replica,
+    SqliteStore, StoreError,
+    management::{IssuedKey, KeyPatch, Rotation},
+    record::{User, UserId},
     redis::RedisState,
-    store::{Answer, Attribution, CacheSecret, ChangeStream, KeyRepository, KeyStore, Lookup},
+    store::{
+        Answer, Attribution, CacheSecret, ChangeStream, KeyRepository, KeySelection, KeyStore,
+        KeysRead, Lookup, ReadOwner, ReplicaState,
+    },
 };
 
 use crate::support::{
     self,
-    feed::{eventually, in_sync},
-    servers::Redis,
+    feed::{FeedRecorder, eventually, in_sync},
+    history::{History, Reply, Rules},
+    servers::{Postgres, Redis},
 };
 
 /// Reads an answer from the store below, and hands it out only when the barrier falls.
@@ -57,18 +62,39 @@ impl Barrier {
     fn held(&self) -> usize {
         self.0.held.load(SeqCst)
     }
+
+    async fn pass(&self) {
+        let inner = &self.0;
+        if *inner.is_closed.borrow() {
+            inner.held.fetch_add(1, SeqCst);
+            let _ = inner.is_closed.subscribe().wait_for(|is_closed| !is_closed).await;
+            inner.held.fetch_sub(1, SeqCst);
+        }
+    }
 }
 
 impl KeyStore for Barrier {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         let inner = &self.0;
         let answer = inner.store.resolve(lookup).await?;
-        if *inner.is_closed.borrow() {
-            inner.held.fetch_add(1, SeqCst);
-            let _ = inner.is_closed.subscribe().wait_for(|is_closed| !is_closed).await;
-            inner.held.fetch_sub(1, SeqCst);
-        }
+        self.pass().await;
         Ok(answer)
+    }
+
+    fn can_read_keys(&self) -> bool {
+        self.0.store.can_read_keys()
+    }
+
+    async fn read_keys(&self, selection: &KeySelection) -> Result<KeysRead, StoreError> {
+        let read = self.0.store.read_keys(selection).await?;
+        self.pass().await;
+        Ok(read)
+    }
+
+    async fn read_owners(&self, owners: &[UserId]) -> Result<Vec<ReadOwner>, StoreError> {
+        let read = self.0.store.read_owners(owners).await?;
+        self.pass().await;
+        Ok(read)
     }
 
     fn changes(&self, since: SystemTime) -> ChangeStream {
@@ -85,6 +111,25 @@ struct Keys {
     manager: KeyManager<MemoryStore>,
     users: Vec<User>,
     keys: Vec<IssuedKey>,
+}
+
+impl Keys {
+    async fn revoke_all(&self, how: Revoke) {
+        match how {
+            Revoke::Keys => {
+                for key in &self.keys {
+                    self.manager.revoke(&key.record().id).await.unwrap();
+                }
+            }
+            Revoke::Owners => {
+                for user in &self.users {
+                    let mut user = user.clone();
+                    user.is_active = false;
+                    self.store.update_user(&user, &Attribution::default()).await.unwrap();
+                }
+            }
+        }
+    }
 }
 
 async fn keys(count: usize) -> Keys {
@@ -146,20 +191,7 @@ async fn accepted_after_a_race(count: usize, how: Revoke, has_feed: bool) -> usi
     store.close();
     let before = ask_all(&node, &it.keys, 1);
     eventually("all to be held", async || store.held() == count).await;
-    match how {
-        Revoke::Keys => {
-            for key in &it.keys {
-                it.manager.revoke(&key.record().id).await.unwrap();
-            }
-        }
-        Revoke::Owners => {
-            for user in &it.users {
-                let mut user = user.clone();
-                user.is_active = false;
-                it.store.update_user(&user, &Attribution::default()).await.unwrap();
-            }
-        }
-    }
+    it.revoke_all(how).await;
     if has_feed {
         received(&node).await;
     }
@@ -286,4 +318,195 @@ async fn accepted_after_late_fills(redis: &Redis) -> [usize; 2] {
 #[tokio::test(flavor = "multi_thread")]
 async fn fills_of_redis_that_come_late_serve_nobody() {
     assert_eq!(accepted_after_late_fills(&Redis::start()).await, [0, 0]);
+}
+
+/// When the read of a replica is held.
+#[derive(Clone, Copy, PartialEq)]
+enum Held {
+    /// It is the first page of the load.
+    Load,
+    /// It is the first read of keys that have changed after the load.
+    Change,
+}
+
+/// Holds a read of a replica, and the look-ups that are passed on to the store, revokes all the keys meanwhile, and
+/// returns how many requests of after that were accepted.
+async fn accepted_after_a_race_with_a_replica(count: usize, held: Held, how: Revoke) -> usize {
+    let it = keys(count).await;
+    let store = Barrier::new(it.store.clone(), true);
+    let replica = Replica::new(store.clone()).unwrap();
+    let node = Authenticator::builder(replica.clone()).max_lookups(4 * count).build();
+    if held == Held::Load {
+        store.close();
+    } else {
+        replica.loaded().await;
+        assert_eq!(accepted(&node, &it.keys).await, count);
+        store.close();
+        for key in &it.keys {
+            support::edit_key(&it.store, key.record(), None).await.unwrap().unwrap();
+        }
+        received(&node).await;
+    }
+    let before = ask_all(&node, &it.keys, 1);
+    // The replica has one read under way at a time.
+    eventually("all to be held", async || store.held() == count + 1).await;
+    it.revoke_all(how).await;
+    received(&node).await;
+    let after = ask_all(&node, &it.keys, 2);
+    tokio::task::yield_now().await;
+    store.open();
+    before.join_all().await;
+    let joined = after.join_all().await.into_iter().filter(|is_ok| *is_ok).count();
+    let once_more = accepted(&node, &it.keys).await;
+    eventually("all to be loaded", async || {
+        let status = replica.status();
+        status.state == ReplicaState::Loaded && status.keys == count
+    })
+    .await;
+    // A node that starts now has no minimum revisions of its own.
+    let starting = Authenticator::new(replica);
+    joined + once_more + accepted(&node, &it.keys).await + accepted(&starting, &it.keys).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_replica_read_before_a_revoke_serves_no_request_after_it() {
+    for held in [Held::Load, Held::Change] {
+        for how in [Revoke::Keys, Revoke::Owners] {
+            assert_eq!(accepted_after_a_race_with_a_replica(1_500, held, how).await, 0);
+        }
+    }
+}
+
+const RACED: usize = 40;
+/// Number of keys that change before the nodes are waited for.
+const AT_ONCE: usize = 10;
+/// A change reaches a node that is connected, on a machine that is busy.
+const CONNECTED: Duration = Duration::from_secs(1);
+
+/// Edits, rotates and revokes keys, one after another, while three nodes with a replica each check all of them all the
+/// time. Once a node has received a change, it serves nothing older.
+async fn replicas_follow_every_change<S, R>(repository: R, stores: [S; 3])
+where
+    S: KeyStore,
+    R: KeyRepository + Clone,
+{
+    let manager = KeyManager::new(repository);
+    let mut keys = Vec::new();
+    for n in 0..RACED {
+        let owner = manager.create_user(&format!("{n}@example.com"), "user").await.unwrap().id;
+        keys.push(Arc::new(manager.issue(NewKey::new(owner, "k")).await.unwrap()));
+    }
+    let replicas = stores.map(|store| Replica::new(store).unwrap());
+    // One with a local cache in front of the replica.
+    let mut capacities = [1000, 0, 0].into_iter();
+    let nodes = replicas.each_ref().map(|replica| {
+        let builder = Authenticator::builder(replica.clone());
+        builder.cache_capacity(capacities.next().unwrap()).build()
+    });
+    for (node, replica) in nodes.iter().zip(&replicas) {
+        let _ = node.authenticate(&support::unknown_key()).await;
+        received(node).await;
+        replica.loaded().await;
+    }
+    let recorders =
+        replicas.each_ref().map(|replica| FeedRecorder::listen(replica.changes(SystemTime::now())));
+    // `Health::last_sync` alone is too late by the shortest delay of a sync so far.
+    let all_received = async || {
+        let waits = nodes.iter().zip(&recorders).map(async |(node, recorder)| {
+            recorder.all().await;
+            received(node).await;
+        });
+        futures_util::future::join_all(waits).await;
+    };
+    let history = Arc::new(History::new());
+    let mut load = JoinSet::new();
+    for (n, node) in nodes.iter().enumerate() {
+        for half in 0..2 {
+            let (node, history, keys) = (node.clone(), Arc::clone(&history), keys.clone());
+            load.spawn(async move {
+                loop {
+                    for (key, issued) in keys.iter().enumerate().skip(half).step_by(2) {
+                        history.ask(n, &node, key, issued.expose_secret()).await;
+                    }
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            });
+        }
+    }
+    let asked =
+        async |n: usize, key: usize, secret: &str| history.ask(n, &nodes[n], key, secret).await;
+    for round in 0..RACED / AT_ONCE {
+        let changed = || keys.iter().enumerate().skip(round * AT_ONCE).take(AT_ONCE);
+        for (_, issued) in changed() {
+            let patch = KeyPatch::default().name("edited");
+            manager.update(&issued.record().id, &patch, None).await.unwrap();
+        }
+        all_received().await;
+        for node in &nodes {
+            for (key, issued) in changed() {
+                let caller = node.authenticate(issued.expose_secret()).await.unwrap();
+                assert_eq!(caller.key().name, "edited", "key {key}");
+            }
+        }
+        let mut rotated = Vec::new();
+        for (key, issued) in changed() {
+            let (id, owner) = (&issued.record().id, &issued.record().user.id);
+            let revoke = async {
+                match key % 4 {
+                    0 => manager.revoke(id).await.unwrap(),
+                    1 => drop(manager.deactivate_user(owner).await.unwrap()),
+                    2 => manager.delete(id).await.unwrap(),
+                    _ => {
+                        let how = Rotation::default().grace(Duration::ZERO);
+                        rotated.push(manager.rotate(id, how).await.unwrap());
+                    }
+                }
+            };
+            history.revoke(key, revoke).await;
+        }
+        all_received().await;
+        for (n, node) in nodes.iter().enumerate() {
+            for (key, issued) in changed() {
+                let reply = asked(n, key, issued.expose_secret()).await;
+                assert_eq!(reply, Reply::Denied, "node {n}, key {key}");
+            }
+            for new in &rotated {
+                let new = node.authenticate(new.expose_secret()).await.unwrap();
+                assert_eq!(new.key().name, "edited");
+            }
+        }
+    }
+    load.shutdown().await;
+    println!("{}", history.summary());
+    let answers = history.count(&Reply::Accepted, Duration::ZERO, history.now());
+    assert!(answers > 1000, "there was no load: {answers}");
+    history.check(&Rules {
+        bound: &|_| CONNECTED,
+        may_be_unavailable: &|_| false,
+        healed: Duration::MAX - CONNECTED,
+        connected: CONNECTED,
+        slowest: Duration::from_secs(3),
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_of_sqlite_serve_no_key_after_its_revoke_was_received() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = || SqliteStore::open(folder.path().join("keys.db")).unwrap();
+    let store = open();
+    store.migrate().await.unwrap();
+    replicas_follow_every_change(store, std::array::from_fn(|_| open())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_of_postgres_serve_no_key_after_its_revoke_was_received() {
+    let server = Postgres::start();
+    // Changes arrive by notifications; each poll is a sync.
+    let open = || {
+        let store = PostgresStore::builder(&server.url());
+        store.poll_interval(Duration::from_millis(300)).build().unwrap()
+    };
+    let store = open();
+    store.migrate().await.unwrap();
+    replicas_follow_every_change(store, std::array::from_fn(|_| open())).await;
 }
