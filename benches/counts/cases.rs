@@ -252,7 +252,7 @@ impl ColdNode {
         let authenticator = Authenticator::builder(cache).clock(clock).cache_capacity(0).build();
         let this = Self { stored, authenticator, below };
         // The first look-ups connect, catch up with changes, and fill Redis.
-        while this.look_up() > 0 {}
+        this.warm_up();
         this
     }
 
@@ -265,9 +265,16 @@ impl ColdNode {
         stored.runtime.block_on(replica.loaded());
         let authenticator = Authenticator::builder(replica).clock(clock).cache_capacity(0).build();
         let this = Self { stored, authenticator, below };
-        // Until the node has caught up with changes.
-        while this.look_up() > 0 {}
+        this.warm_up();
         this
+    }
+
+    /// Makes look-ups until none reaches the store below.
+    fn warm_up(&self) {
+        while self.look_up() > 0 {
+            // A look-up that does not wait lets no task run.
+            self.stored.runtime.block_on(tokio::task::yield_now());
+        }
     }
 
     /// Makes one look-up, and returns how many have reached the store below.
