@@ -10,8 +10,8 @@ use tokio::sync::watch;
 
 use crate::store::{Change, ChangeStream, FeedStatus};
 
-/// The last changes of the store's feed. The replica appends a change after it has marked it, so that a node never knows
-/// of a change before its replica does.
+/// The last changes of the store's feed. The replica appends a change after it has marked it, so that no node receives a
+/// change before its replica has applied it.
 #[derive(Debug, Default)]
 pub(super) struct ChangeLog {
     log: Mutex<Log>,
