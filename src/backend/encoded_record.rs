@@ -56,7 +56,7 @@ pub(in crate::backend) struct SharedFields {
     revoke_reason: Option<String>,
 }
 
-/// An id. The form of ids in other formats tells the two by their types.
+/// An id. Formats that describe themselves need no tag for the two types.
 #[derive(Serialize, Deserialize)]
 pub(in crate::backend) enum EncodedId {
     Integer(i64),

@@ -17,14 +17,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use chrono::{DateTime, Utc};
 use deadpool_redis::redis::{Value, cmd};
 use tokio::sync::Semaphore;
 
 pub use self::builder::{RedisCacheBuilder, RedisCacheError};
 use self::{
     entry::{Entry, Kind, MAC, MAX_BYTES, Unreadable},
-    keys::Keys,
+    keys::{Keys, keys_lifetime},
     names::Names,
     script::Put,
     secret::Secrets,
@@ -374,17 +373,6 @@ fn answer(
         lookup.answer(Outcome::Match(0), read).with_as_of(keys.as_of).with_source(Source::Copy),
         age,
     ))
-}
-
-/// Returns the lifetime of an entry of keys. It ends when the first of the keys or previous secrets expires.
-fn keys_lifetime(read: &Read, as_of: SystemTime) -> Duration {
-    let left = |expiry: DateTime<Utc>| SystemTime::from(expiry).duration_since(as_of).ok();
-    let ends = |it: &Candidate| {
-        let grace_end = it.record.grace.as_ref().map(|grace| grace.ends_at);
-        it.record.expires_at.into_iter().chain(grace_end)
-    };
-    let shortest = read.candidates.iter().flat_map(ends).filter_map(left).min();
-    shortest.unwrap_or(KEYS_LIFETIME).min(KEYS_LIFETIME)
 }
 
 impl<S> Clone for RedisCache<S> {

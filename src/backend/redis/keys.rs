@@ -1,11 +1,15 @@
 //! The body of an entry of keys, in postcard's format: [`Keys`].
 //!
 //! The format does not describe itself: it has no names of fields and no types. The letter of
-//! [`Kind::Keys`](super::entry::Kind) says which fields a body has.
+//! [`Kind::Keys`](super::entry::Kind) identifies the fields of a body.
 
+use std::time::{Duration, SystemTime};
+
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
+use super::KEYS_LIFETIME;
 use crate::{
     backend::encoded_record::EncodedRecord,
     record::{KeyRecord, Revision, Secret, User},
@@ -85,6 +89,17 @@ impl EncodedKey {
         let owner = EncodedOwner { email, role, is_active };
         Some(Self { hash, secret, owner_revision: owner_revision.0, record, owner })
     }
+}
+
+/// Returns the lifetime of an entry of keys. It ends when the first of the keys or previous secrets expires.
+pub(super) fn keys_lifetime(read: &Read, as_of: SystemTime) -> Duration {
+    let left = |expiry: DateTime<Utc>| SystemTime::from(expiry).duration_since(as_of).ok();
+    let ends = |it: &Candidate| {
+        let grace_end = it.record.grace.as_ref().map(|grace| grace.ends_at);
+        it.record.expires_at.into_iter().chain(grace_end)
+    };
+    let shortest = read.candidates.iter().flat_map(ends).filter_map(left).min();
+    shortest.unwrap_or(KEYS_LIFETIME).min(KEYS_LIFETIME)
 }
 
 #[cfg(test)]
