@@ -741,8 +741,10 @@ async fn without_a_sync_the_store_is_asked_and_while_it_fails_only_valid_keys_ar
     assert_eq!(node.ask(keys.secret(0)).await, (200, 0));
     assert_eq!(node.ask(keys.secret(1)).await, (401, 0));
     assert_eq!(node.ask(&unknown).await, (401, 0));
+    assert!(!node.node.health().is_store_failing, "it was not asked");
     node.clock.advance(Duration::from_secs(2));
     assert_eq!(node.ask(keys.secret(0)).await, (200, 1));
+    assert!(node.node.health().is_store_failing, "the answer is in place of the store's");
     assert_eq!(node.ask(keys.secret(1)).await, (503, 1));
     assert_eq!(node.ask(&unknown).await, (503, 1));
     node.store.fail_look_ups(None);
