@@ -11,6 +11,7 @@ mod found;
 mod health;
 mod hosts;
 mod keys_read;
+mod read_connections;
 mod repository;
 mod schema;
 mod select;
@@ -33,8 +34,10 @@ pub use self::connect::{PostgresStoreBuilder, PostgresUrlError};
 use self::{
     connect::Target,
     connections::{Connections, Isolation},
+    read_connections::ReadConnections,
 };
 use super::sql::{
+    found::FoundKeys,
     gate::LookupGate,
     migrate::{MigrateError, MigrationReport},
     review::KeyReview,
@@ -72,8 +75,10 @@ pub struct PostgresStore(Arc<Inner>);
 
 struct Inner {
     /// Connections for look-ups only, behind the gate.
-    lookups: Connections,
+    lookups: ReadConnections,
     gate: Arc<LookupGate>,
+    /// Connections for a replica, so that no number of look-ups delays it.
+    replica_reads: ReadConnections,
     /// Connections for usage, leases and upgraded hashes.
     accounting: Connections,
     /// Connections for management and the cache secret.
@@ -172,9 +177,8 @@ impl PostgresStore {
 
 impl KeyStore for PostgresStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
-        let found = self.look_up(lookup).await?;
-        let (latest, as_of) = (found.latest, found.as_of);
-        let answer = lookup.verify_rows(found.keys()).await?;
+        let FoundKeys { as_of, latest, keys } = self.look_up(lookup).await?;
+        let answer = lookup.verify_rows(keys).await?;
         if let Some(upgrade) = answer.upgrade()
             && let Err(error) = self.load::<TextRow>(&self.0.accounting, &upgrade.statement()).await
         {

@@ -1,10 +1,18 @@
 //! Deadlines: [`within`] for look-ups, [`later`] for points in time.
 
-#[cfg(feature = "_sql")]
-use std::time::Instant;
-use std::{future::Future, panic::catch_unwind, pin::pin, time::Duration};
+use std::{
+    future::Future,
+    panic::catch_unwind,
+    pin::{Pin, pin},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
-use tokio::time::{Sleep, sleep, timeout};
+use pin_project_lite::pin_project;
+use tokio::{
+    task::unconstrained,
+    time::{Instant, Sleep, sleep},
+};
 
 /// First timer of a deadline. Nearly every look-up ends earlier.
 const AT_FIRST: Duration = Duration::from_millis(50);
@@ -23,18 +31,46 @@ pub(crate) fn timer(duration: Duration) -> Option<Sleep> {
 /// # Panics
 ///
 /// In a runtime without a timer.
-pub(crate) async fn within<F: Future>(limit: Duration, future: F) -> Option<F::Output> {
-    let mut future = pin!(future);
-    if let Ok(output) = timeout(limit.min(AT_FIRST), future.as_mut()).await {
-        return Some(output);
+pub(crate) fn within<F: Future>(limit: Duration, future: F) -> Within<F> {
+    let rest = limit.checked_sub(AT_FIRST).filter(|rest| !rest.is_zero());
+    Within { future, timer: sleep(limit.min(AT_FIRST)), rest }
+}
+
+pin_project! {
+    /// The future of [`within`]. An `async fn` would hold `future` twice, and look-ups nest three of them.
+    pub(crate) struct Within<F> {
+        #[pin]
+        future: F,
+        #[pin]
+        timer: Sleep,
+        // The time after the first timer.
+        rest: Option<Duration>,
     }
-    timeout(limit.saturating_sub(AT_FIRST), future).await.ok()
+}
+
+impl<F: Future> Future for Within<F> {
+    type Output = Option<F::Output>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        if let Poll::Ready(output) = this.future.poll(cx) {
+            return Poll::Ready(Some(output));
+        }
+        loop {
+            // A future that uses up the task's budget must not suspend its deadline.
+            ready!(pin!(unconstrained(this.timer.as_mut())).poll(cx));
+            match this.rest.take() {
+                Some(rest) => this.timer.as_mut().reset(Instant::now() + rest),
+                None => return Poll::Ready(None),
+            }
+        }
+    }
 }
 
 /// Returns the moment `after` from now, or one 30 years from now if the sum exceeds the range of the clock.
 #[cfg(feature = "_sql")]
-pub(crate) fn later(after: Duration) -> Instant {
-    let now = Instant::now();
+pub(crate) fn later(after: Duration) -> std::time::Instant {
+    let now = std::time::Instant::now();
     now.checked_add(after).unwrap_or_else(|| now + FAR)
 }
 

@@ -7,7 +7,7 @@ use tower_api_key::{
     denial::InvalidKey,
     key::{KeyFormat, KeyHash},
     record::{Budget, BudgetPeriod},
-    store::{Attribution, KeyRepository, KeyStore},
+    store::{Attribution, KeyRepository, KeySelection, KeyStore},
 };
 
 use crate::support::{edit_key, eventually::eventually, servers::Postgres, stores::question};
@@ -431,8 +431,11 @@ async fn a_look_up_uses_the_index_where_the_planner_has_no_statistics() {
     let store = PostgresStore::new(&server.url()).unwrap();
     // Without an authenticator, whose feed reads the table of changes too.
     let lookup = question(issued.expose_secret()).await;
+    let under = KeySelection::Under(vec![lookup.id().to_owned()]);
     for _ in 0..10 {
         assert!(store.resolve(&lookup).await.unwrap().record().is_some());
+        // This reads the table of changes too, as a look-up below a minimum revision does.
+        store.read_keys(&under).await.unwrap();
     }
     drop(store);
     others_end(&orm, sessions).await;

@@ -9,6 +9,7 @@ mod feed_failover;
 mod feed_postgres;
 mod feed_triggers;
 mod foreign_migrations;
+mod last_changes;
 mod management;
 mod notifications;
 mod pooler;

@@ -14,11 +14,12 @@ use std::{
 use super::{Inner, PostgresStore};
 use crate::{
     backend::sql::{
-        found::Found,
+        found::{Found, FoundKeys},
         gate::{Permit, Seat, Turn},
     },
+    coherence::{Standing, Subject},
     error::StoreError,
-    store::Lookup,
+    store::{Lookup, MAX_CANDIDATES, StoredKey},
 };
 
 /// Maximum number of look-ups in one statement.
@@ -26,18 +27,37 @@ pub(super) const MAX_BATCH: usize = 256;
 
 impl PostgresStore {
     /// Reads what is stored under the lookup id. The deadline includes the wait for a connection.
-    pub(super) async fn look_up(&self, lookup: &Lookup) -> Result<Found, StoreError> {
-        let Inner { lookups, gate, .. } = &*self.0;
+    pub(super) async fn look_up(&self, lookup: &Lookup) -> Result<FoundKeys, StoreError> {
         self.in_time(async {
-            let _permit = match self.turn(lookup).await? {
-                Turn::Run(permit) => permit,
-                // The values of another look-up in the batch may be the cause.
-                Turn::Answered(Err(error)) if !error.is_transient() => gate.pass(lookup).await?,
-                Turn::Answered(found) => return found,
-            };
-            Found::read(lookups, lookup.id()).await
+            let found = self.read(lookup).await?.decode();
+            // Of too many keys, the first ones are tried.
+            match found.keys.len() > MAX_CANDIDATES || is_below_minimum(lookup, &found.keys) {
+                true => self.read_in_full(lookup).await,
+                false => Ok(found),
+            }
         })
         .await
+    }
+
+    async fn read(&self, lookup: &Lookup) -> Result<Found, StoreError> {
+        let Inner { lookups, gate, .. } = &*self.0;
+        let _permit = match self.turn(lookup).await? {
+            Turn::Run(permit) => permit,
+            // The values of another look-up in the batch may be the cause.
+            Turn::Answered(Err(error)) if !error.is_transient() => gate.pass(lookup).await?,
+            Turn::Answered(found) => return found,
+        };
+        Found::read(lookups, lookup.id()).await
+    }
+
+    /// Reads the keys again, in order and with the revisions of the last changes: a change that this node knows may be of
+    /// a row that does not exist any more.
+    async fn read_in_full(&self, lookup: &Lookup) -> Result<FoundKeys, StoreError> {
+        let Inner { lookups, gate, .. } = &*self.0;
+        let _permit = gate.pass(lookup).await?;
+        let found = Found::read_many(lookups, &[lookup.id()], true).await?.into_iter().next();
+        let found = found.ok_or_else(|| StoreError::rejected("a look-up returned no row"))?;
+        Ok(found.decode())
     }
 
     /// Waits for a connection, or for the answer of a batch.
@@ -56,11 +76,23 @@ impl PostgresStore {
     }
 }
 
+/// Returns whether this node knows a change of the lookup id, or of the owner of one of these keys, that is newer than
+/// their revisions.
+fn is_below_minimum(lookup: &Lookup, keys: &[Result<StoredKey, StoreError>]) -> bool {
+    let keys = || keys.iter().flatten();
+    let latest = keys().map(|key| key.revisions.key).max().unwrap_or_default();
+    let owner = |key: &StoredKey| (Subject::Owner(key.record.user.id.clone()), key.revisions.owner);
+    let prefix = (Subject::Prefix(lookup.id().into()), latest);
+    let subjects: Vec<_> = iter::once(prefix).chain(keys().map(owner)).collect();
+    let minimums = &lookup.view().minimum_revisions;
+    minimums.judge(&subjects, minimums.seen(), lookup.clock().read()) == Standing::Below
+}
+
 /// Reads the keys of a batch, and gives each look-up its own. It ends early if all of them have left, each by its own
 /// deadline.
 async fn run(inner: Arc<Inner>, _permit: Permit, mut batch: Vec<Seat>) {
     let ids: Vec<_> = batch.iter().map(|seat| seat.id().to_owned()).collect();
-    let mut read = pin!(Found::read_many(&inner.lookups, &ids));
+    let mut read = pin!(Found::read_many(&inner.lookups, &ids, false));
     let outcome = {
         let mut all_have_left = pin!(async {
             for seat in &mut batch {

@@ -17,6 +17,7 @@ use super::{
     batch::MAX_BATCH,
     connections::Connections,
     hosts::{ConnectFault, Hosts},
+    read_connections::ReadConnections,
     session::Sessions,
     tls::{self, TlsFault, Verification},
 };
@@ -27,6 +28,8 @@ use crate::{
 
 /// Number of connections for usage, leases and upgraded hashes.
 const ACCOUNTING_CONNECTIONS: usize = 4;
+/// Number of connections with which a replica reads keys.
+const REPLICA_CONNECTIONS: usize = 1;
 /// Number of connections for management and the cache secret.
 const MANAGEMENT_CONNECTIONS: usize = 2;
 
@@ -61,7 +64,8 @@ impl PostgresStoreBuilder {
     /// Sets the maximum number of connections for look-ups: 16 by default; 0 counts as 1. While all of them are in use,
     /// look-ups wait, and the next free connection reads up to 256 keys in one query. Per connection, at most 1,024
     /// look-ups wait; beyond that, requests are answered 503. Usage and leases have up to 4 connections of their own,
-    /// management up to 2 and the change feed one, so that no number of look-ups delays them.
+    /// management up to 2, a [`Replica`](crate::Replica) and the change feed one each, so that no number of look-ups
+    /// delays them.
     #[must_use]
     pub fn max_connections(self, connections: usize) -> Self {
         Self { max_connections: connections.max(1), ..self }
@@ -112,17 +116,19 @@ impl PostgresStoreBuilder {
     /// If the URL can't be parsed, or its certificates can't be used.
     pub fn build(self) -> Result<PostgresStore, PostgresUrlError> {
         let target = Target::parse(&self)?;
+        let reads = |size| {
+            ReadConnections::new(&target, size, self.statement_timeout, self.connect_budget())
+        };
+        let (lookups, replica_reads) = (reads(self.max_connections), reads(REPLICA_CONNECTIONS));
+        let gate = LookupGate::new(self.max_connections, WAITING_PER_CONNECTION);
         let pool = |size| self.pool(&target, size);
-        let (lookups, gate) = (
-            pool(self.max_connections)?,
-            LookupGate::new(self.max_connections, WAITING_PER_CONNECTION),
-        );
         let (accounting, management) =
             (pool(ACCOUNTING_CONNECTIONS)?, pool(MANAGEMENT_CONNECTIONS)?);
         let Self { deadline, poll_interval, clock, .. } = self;
         Ok(PostgresStore(Arc::new(Inner {
             lookups,
             gate,
+            replica_reads,
             accounting,
             management,
             target,
@@ -132,14 +138,18 @@ impl PostgresStoreBuilder {
         })))
     }
 
+    /// Returns the maximum time for a connect to all hosts. The rest of the deadline is for the query.
+    fn connect_budget(&self) -> Duration {
+        self.deadline / 5 * 4
+    }
+
     /// Creates a pool of connections to `target` that are opened on demand.
     fn pool(&self, target: &Target, size: usize) -> Result<Connections, PostgresUrlError> {
         let mut config = ManagerConfig::default();
         // This saves one round trip per query compared with a ping. A dead connection is detected in use.
         config.recycling_method = RecyclingMethod::Fast;
         let (connect_to, statement_timeout) = (target.clone(), self.statement_timeout);
-        // The rest of the deadline is for the query.
-        let budget = self.deadline / 5 * 4;
+        let budget = self.connect_budget();
         config.custom_setup = Box::new(move |_url| {
             let target = connect_to.clone();
             Box::pin(async move {
@@ -235,6 +245,18 @@ impl Target {
         budget: Duration,
     ) -> Result<RawConnection, ConnectFault> {
         let connect = |config: Config| async move { Ok(config.connect(self.tls.clone()).await?) };
+        self.hosts.connect(budget, self.connect_timeout, connect).await
+    }
+
+    /// Opens a connection without diesel, which the caller must drive. All hosts together take at most `budget`.
+    pub(super) async fn connect_read(
+        &self,
+        statement_timeout: Duration,
+        budget: Duration,
+    ) -> Result<RawConnection, ConnectFault> {
+        let connect = |config: Config| async move {
+            self.sessions.connect(&config, &self.tls, statement_timeout).await
+        };
         self.hosts.connect(budget, self.connect_timeout, connect).await
     }
 

@@ -1,71 +1,40 @@
 //! Reads what is stored under lookup ids.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use diesel::{
-    QueryableByName,
-    sql_types::{Array, BigInt, Nullable, Text},
-};
 use serde_json::json;
+use tokio_postgres::Row;
 
-use super::{
-    connections::{Connections, Isolation},
-    select,
-};
+use super::{read_connections::ReadConnections, select::KeyRead};
 use crate::{
-    backend::sql::{
-        found::{Found, Texts},
-        row,
-        statement::{Bind, Statement},
-    },
+    backend::sql::found::{Found, FoundRow},
     error::StoreError,
     record::Revision,
     store::ReadRow,
 };
 
-#[derive(QueryableByName)]
-struct FoundRow {
-    /// Microseconds since the Unix epoch.
-    #[diesel(sql_type = BigInt)]
-    as_of: i64,
-    #[diesel(sql_type = BigInt)]
-    latest: i64,
-    #[diesel(sql_type = Nullable<Array<Nullable<Text>>>)]
-    row: Option<Texts>,
-}
-
-#[derive(QueryableByName)]
-struct AskedRow {
-    /// Number of the lookup id, from 1 on.
-    #[diesel(sql_type = BigInt)]
-    asked: i64,
-    #[diesel(embed)]
-    found: FoundRow,
-}
-
 impl Found {
     /// Reads what is stored under a lookup id. It is retried once if the connection was dead.
-    pub(super) async fn read(pool: &Connections, id: &str) -> Result<Self, StoreError> {
-        let statement = Statement::new(select::LOOK_UP.as_str(), [Bind::Text(id.to_owned())]);
-        Self::of(pool.load(Isolation::Any, &statement).await?)
+    pub(super) async fn read(pool: &ReadConnections, id: &str) -> Result<Self, StoreError> {
+        Self::of(pool.load(KeyRead::One, &[&id]).await?)
     }
 
-    /// Reads what is stored under each of these lookup ids, in their order, in one statement. It is retried once if the
-    /// connection was dead.
+    /// Reads what is stored under each of these lookup ids, in their order, in one statement: in full
+    /// ([`KeyRead::ManyInFull`]) or not. It is retried once if the connection was dead.
     pub(super) async fn read_many(
-        pool: &Connections,
+        pool: &ReadConnections,
         ids: &[impl AsRef<str>],
+        is_full: bool,
     ) -> Result<Vec<Self>, StoreError> {
+        let read = if is_full { KeyRead::ManyInFull } else { KeyRead::Many };
         let ids: Vec<_> = ids.iter().map(AsRef::as_ref).collect();
-        let statement =
-            Statement::new(select::LOOK_UP_MANY.as_str(), [Bind::Text(json!(ids).to_string())]);
-        let rows: Vec<AskedRow> = pool.load(Isolation::Any, &statement).await?;
-        let mut of_each: Vec<Vec<FoundRow>> = Vec::new();
+        let mut of_each: Vec<Vec<Row>> = Vec::new();
         of_each.resize_with(ids.len(), Vec::new);
-        for AskedRow { asked, found } in rows {
+        for row in pool.load(read, &[&json!(ids).to_string()]).await? {
+            let asked: i64 = row.try_get(2).map_err(StoreError::rejected)?;
             let at = usize::try_from(asked).ok().and_then(|number| number.checked_sub(1));
             if let Some(of_one) = at.and_then(|at| of_each.get_mut(at)) {
-                of_one.push(found);
+                of_one.push(row);
             }
         }
         of_each.into_iter().map(Self::of).collect()
@@ -74,41 +43,40 @@ impl Found {
     /// Reads a page of at most `limit` keys after one, ordered by id. It is retried once if the connection was dead.
     /// `None` if there are none.
     pub(super) async fn read_page(
-        pool: &Connections,
+        pool: &ReadConnections,
         after: i64,
         limit: u32,
     ) -> Result<Option<Self>, StoreError> {
-        let binds = [Bind::Integer(after), Bind::Integer(limit.into())];
-        let statement = Statement::new(select::PAGE.as_str(), binds);
-        let rows: Vec<FoundRow> = pool.load(Isolation::Any, &statement).await?;
+        let rows = pool.load(KeyRead::Page, &[&after, &i64::from(limit)]).await?;
         if rows.is_empty() { Ok(None) } else { Self::of(rows).map(Some) }
     }
 
     /// Returns the rows of the keys.
     pub(super) fn read_rows(self) -> impl Iterator<Item = ReadRow> {
-        self.rows.into_iter().map(|texts| {
-            let text = |name: &str| {
-                let at = row::READ.iter().position(|(column, _)| *column == name)?;
-                texts.get(at)?.clone()
-            };
-            let id = text("id").and_then(|id| id.parse::<i64>().ok()).unwrap_or_default();
-            let lookup_ids = [text("key_prefix"), text("previous_key_prefix")];
-            row::decode_texts(texts).map_or_else(
-                |error| ReadRow::unreadable(id, lookup_ids.into_iter().flatten(), error),
+        self.rows.into_iter().map(|row| {
+            row.key().map_or_else(
+                |error| {
+                    let id = row.text("id").and_then(|id| id.parse::<i64>().ok());
+                    let lookup_ids = ["key_prefix", "previous_key_prefix"]
+                        .map(|column| row.text(column).map(str::to_owned));
+                    let lookup_ids = lookup_ids.into_iter().flatten();
+                    ReadRow::unreadable(id.unwrap_or_default(), lookup_ids, error)
+                },
                 ReadRow::new,
             )
         })
     }
 
-    fn of(rows: Vec<FoundRow>) -> Result<Self, StoreError> {
-        // Without a row, nothing was read.
-        let first = rows.first();
-        let first = first.ok_or_else(|| StoreError::rejected("a look-up returned no row"))?;
-        let number = |value: i64| u64::try_from(value).unwrap_or(0);
+    fn of(rows: Vec<Row>) -> Result<Self, StoreError> {
+        let as_of = |row: &Row| row.try_get::<_, Option<SystemTime>>(1).ok().flatten();
+        // Without a time, nothing was read.
+        let as_of = rows.iter().find_map(as_of);
+        let as_of = as_of.ok_or_else(|| StoreError::rejected("a look-up returned no row"))?;
+        let latest = rows.first().and_then(|row| row.try_get::<_, i64>(3).ok());
         Ok(Self {
-            as_of: SystemTime::UNIX_EPOCH + Duration::from_micros(number(first.as_of)),
-            latest: Revision(number(first.latest)),
-            rows: rows.into_iter().filter_map(|found| found.row).collect(),
+            as_of,
+            latest: Revision(latest.and_then(|latest| u64::try_from(latest).ok()).unwrap_or(0)),
+            rows: rows.into_iter().filter_map(FoundRow::new).collect(),
         })
     }
 }

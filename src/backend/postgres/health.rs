@@ -11,6 +11,7 @@ use super::{
     PostgresStore,
     adopt::{BlockingConnection, STATEMENT_TIMEOUT},
     schema,
+    sqlstate::statement_error,
 };
 use crate::{
     backend::sql::{
@@ -183,7 +184,7 @@ impl PostgresStore {
             }
         });
         let listens = timeout(limit, client.batch_execute(&format!("LISTEN {channel}"))).await;
-        listens.map_err(|_| StoreError::timeout(limit))?.map_err(StoreError::unavailable)?;
+        listens.map_err(|_| StoreError::timeout(limit))?.map_err(statement_error)?;
         // On another connection: a pooler passes on what a statement of the same client notifies.
         self.run_raw(&format!("NOTIFY {channel}"), limit).await?;
         let received = timeout(limit.min(NOTIFICATION_LIMIT), arrival.recv()).await;
@@ -197,12 +198,7 @@ impl PostgresStore {
         let (client, connection) = self.0.target.connect_raw(self.0.deadline).await?;
         tokio::spawn(connection);
         let ran = timeout(limit, client.batch_execute(sql)).await;
-        let rejected = |error: tokio_postgres::Error| match error.as_db_error() {
-            // The text of the error itself names only its kind.
-            Some(fault) => StoreError::rejected(fault.to_string()),
-            None => StoreError::unavailable(error),
-        };
-        ran.map_err(|_| StoreError::timeout(limit))?.map_err(rejected)
+        ran.map_err(|_| StoreError::timeout(limit))?.map_err(statement_error)
     }
 }
 

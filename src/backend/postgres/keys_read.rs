@@ -19,7 +19,7 @@ pub(super) async fn keys(
     store: &PostgresStore,
     selection: &KeySelection,
 ) -> Result<KeysRead, StoreError> {
-    let pool = &store.0.management;
+    let pool = &store.0.replica_reads;
     match selection {
         KeySelection::Page { after, limit } => {
             // Ids of this schema are integers.
@@ -31,7 +31,7 @@ pub(super) async fn keys(
         }
         KeySelection::Under(lookup_ids) => {
             let ids: Vec<_> = lookup_ids.iter().map(String::as_str).collect();
-            let found = store.in_time(Found::read_many(pool, &ids)).await?;
+            let found = store.in_time(Found::read_many(pool, &ids, true)).await?;
             let as_of = found.first().map_or(store.0.clock.now(), |found| found.as_of);
             let latest = lookup_ids.iter().cloned().zip(found.iter().map(|found| found.latest));
             let latest = latest.collect();

@@ -1,6 +1,8 @@
-//! The SELECT of a key's row.
+//! The statements that select keys.
 
 use std::sync::LazyLock;
+
+use tokio_postgres::types::Type;
 
 use crate::{
     backend::sql::{
@@ -27,48 +29,72 @@ pub(super) static SELECT_KEY: LazyLock<String> = LazyLock::new(|| {
 /// The tables of these columns.
 pub(super) const KEY_TABLES: &str = "FROM api_keys k JOIN users u ON u.id = k.user_id";
 
-/// The statement of a look-up by the lookup id `$1`, current or previous: for each key the texts that `row` decodes.
+/// A statement that reads keys. Its first two columns are `row`, the texts that `row` decodes, and `as_of`.
 ///
-/// It returns at least one row, because "unknown" has an as-of too. The versions of the rows are found by an index for
-/// each of the two conditions; an `OR` leaves it to the statistics, and a `UNION ALL` of whole rows takes longer.
-///
-/// A previous secret is not read from two days after its grace period on, so that it does not count towards this maximum.
-/// A time stamp without a time zone is compared in that of the session.
-pub(super) static LOOK_UP: LazyLock<String> = LazyLock::new(|| {
-    format!(
-        "SELECT {AS_OF}, {} AS latest, CASE WHEN k.id IS NOT NULL THEN {} END AS row
-        FROM (VALUES (1)) AS one LEFT JOIN (api_keys k JOIN users u ON u.id = k.user_id) ON {}
-        ORDER BY k.id LIMIT {}",
-        latest("$1"),
-        texts(),
-        is_under("$1"),
-        MAX_CANDIDATES + 1
-    )
-});
+/// The versions of the rows are found by an index for each of the two lookup ids of a key; an `OR` leaves it to the
+/// statistics, and a `UNION ALL` of whole rows takes longer. A previous secret is not read from two days after its grace
+/// period on, so that it does not count towards the maximum of candidates. A time stamp without a time zone is compared
+/// in that of the session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum KeyRead {
+    /// The keys under the lookup id `$1`, current or previous. One row has the as-of alone, because "unknown" has an as-of
+    /// too.
+    One,
+    /// The same for each of the lookup ids in the JSON array `$1`: at least one row for each, whose third column is its
+    /// number in the array from 1 on. All rows are of one snapshot. The planner expects the same number of ids whatever the
+    /// array contains, so that the plan of the prepared statement suits every array.
+    Many,
+    /// [`Many`](Self::Many) in the order of the ids of the keys, with the revisions of the last changes in the table of
+    /// changes: that of the lookup id in the fourth column, and that of the owner in the row. A row has the same revisions,
+    /// unless another row under the lookup id was deleted, or a user was inserted again. The order and the changes cost the
+    /// server as much as the rest of a look-up.
+    ManyInFull,
+    /// A page of `$2` keys after `$1`, ordered by id.
+    Page,
+}
 
-/// The same for each of the lookup ids in the JSON array `$1`: at least one row for each, with its number in the array
-/// from 1 on. All rows are of one snapshot. The planner expects the same number of ids whatever the array contains, so
-/// that the plan of the prepared statement suits every array.
-pub(super) static LOOK_UP_MANY: LazyLock<String> = LazyLock::new(|| {
-    format!(
-        "SELECT asked.number AS asked, {AS_OF}, {} AS latest, found.row
-        FROM json_array_elements_text($1::json) WITH ORDINALITY AS asked (id, number) LEFT JOIN LATERAL (
-            SELECT {} AS row FROM api_keys k JOIN users u ON u.id = k.user_id WHERE {} ORDER BY k.id LIMIT {}
-        ) AS found ON TRUE",
-        latest("asked.id"),
-        texts(),
-        is_under("asked.id"),
-        MAX_CANDIDATES + 1
-    )
-});
+impl KeyRead {
+    pub(super) const ALL: [Self; 4] = [Self::One, Self::Many, Self::ManyInFull, Self::Page];
 
-/// The statement of a page of `$2` keys after `$1`, ordered by id: for each key the texts that `row` decodes.
-pub(super) static PAGE: LazyLock<String> = LazyLock::new(|| {
-    format!(
-        "SELECT {AS_OF}, 0::bigint AS latest, {} AS row {KEY_TABLES} WHERE k.id > $1 ORDER BY k.id LIMIT $2",
-        texts()
-    )
-});
+    pub(super) fn sql(self) -> &'static str {
+        static SQL: LazyLock<[String; 4]> = LazyLock::new(|| KeyRead::ALL.map(KeyRead::format));
+        &SQL[self as usize]
+    }
+
+    /// Returns the types of the parameters.
+    pub(super) fn parameters(self) -> &'static [Type] {
+        match self {
+            Self::Page => &[Type::INT8, Type::INT8],
+            Self::One | Self::Many | Self::ManyInFull => &[Type::TEXT],
+        }
+    }
+
+    fn format(self) -> String {
+        const AS_OF: &str = "statement_timestamp() AS as_of";
+        let texts = texts(self != Self::One && self != Self::Many);
+        match self {
+            Self::One => format!(
+                "SELECT NULL::text[] AS row, {AS_OF} UNION ALL
+                (SELECT {texts}, NULL {KEY_TABLES} WHERE {} LIMIT {})",
+                is_under("$1"),
+                MAX_CANDIDATES + 1
+            ),
+            Self::Many | Self::ManyInFull => format!(
+                "SELECT found.row, {AS_OF}, asked.number AS asked, {} AS latest
+                FROM json_array_elements_text($1::json) WITH ORDINALITY AS asked (id, number) LEFT JOIN LATERAL (
+                    SELECT {texts} AS row {KEY_TABLES} WHERE {} {} LIMIT {}
+                ) AS found ON TRUE",
+                if self == Self::Many { "0::bigint" } else { LATEST },
+                is_under("asked.id"),
+                if self == Self::Many { "" } else { "ORDER BY k.id" },
+                MAX_CANDIDATES + 1
+            ),
+            Self::Page => {
+                format!("SELECT {texts} AS row, {AS_OF} {KEY_TABLES} WHERE k.id > $1 ORDER BY k.id LIMIT $2")
+            }
+        }
+    }
+}
 
 /// The statement of the users in the JSON array `$1`, with the revisions of their last changes.
 pub(super) const OWNERS: &str = "SELECT json_build_array(u.id, coalesce(u.email::text, ''), coalesce(u.role::text, 'user'),
@@ -76,14 +102,9 @@ pub(super) const OWNERS: &str = "SELECT json_build_array(u.id, coalesce(u.email:
             SELECT c.revision FROM api_key_changes c WHERE c.user_id = u.id ORDER BY c.revision DESC LIMIT 1)))::text AS row
     FROM users u WHERE u.id = ANY (ARRAY(SELECT o.id::bigint FROM json_array_elements_text($1::json) AS o (id)))";
 
-const AS_OF: &str = "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint AS as_of";
-
-/// Returns the SQL for the revision of the last change under a lookup id.
-fn latest(id: &str) -> String {
-    format!(
-        "coalesce((SELECT revision FROM api_key_changes WHERE key_prefix = {id} ORDER BY revision DESC LIMIT 1), 0)"
-    )
-}
+/// The revision of the last change under a lookup id.
+const LATEST: &str = "coalesce((
+    SELECT revision FROM api_key_changes WHERE key_prefix = asked.id ORDER BY revision DESC LIMIT 1), 0)";
 
 /// Returns the condition that the key `k` is stored under a lookup id, current or previous.
 fn is_under(id: &str) -> String {
@@ -95,18 +116,20 @@ fn is_under(id: &str) -> String {
     )
 }
 
-/// Returns the SQL for the array of the texts that `row` decodes.
-fn texts() -> String {
-    let columns: Vec<_> = READ.iter().map(|(name, kind)| read_text(name, *kind)).collect();
+/// Returns the SQL for the array of the texts that `row` decodes. `reads_changes` says where the owner's revision is read.
+fn texts(reads_changes: bool) -> String {
+    let columns: Vec<_> =
+        READ.iter().map(|(name, kind)| read_text(name, *kind, reads_changes)).collect();
     format!("ARRAY[{}]", columns.join(", "))
 }
 
 /// Returns the SQL for the text of a column, in the form that `row` decodes.
-fn read_text(name: &str, kind: ColumnKind) -> String {
+fn read_text(name: &str, kind: ColumnKind, reads_changes: bool) -> String {
     let value = match name {
-        "user_revision" => "greatest(u.api_key_revision, (
+        "user_revision" if reads_changes => "greatest(u.api_key_revision, (
                 SELECT c.revision FROM api_key_changes c WHERE c.user_id = u.id ORDER BY c.revision DESC LIMIT 1))"
             .to_owned(),
+        "user_revision" => "u.api_key_revision".to_owned(),
         "user_email" => "u.email".to_owned(),
         "user_role" => "u.role".to_owned(),
         "user_is_active" => "u.is_active".to_owned(),

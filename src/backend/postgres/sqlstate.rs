@@ -1,9 +1,10 @@
-//! The outcome of a statement that `api_key_try` ran. It is classified by SQLSTATE, because the message is in the
-//! server's language and diesel does not expose most codes.
+//! Errors of statements by SQLSTATE, because the message is in the server's language and diesel does not expose most
+//! codes: those of a statement that `api_key_try` ran, and those of reads without diesel.
 
 use std::{error::Error, fmt};
 
 use serde::Deserialize;
+use tokio_postgres::error::DbError;
 
 use crate::{
     backend::sql::{
@@ -43,6 +44,17 @@ pub(super) struct SqlFault {
 }
 
 impl SqlFault {
+    /// Returns whether the server ended the statement: at its statement timeout, at a lock timeout, or by a request.
+    pub(super) fn is_cancellation(&self) -> bool {
+        matches!(&*self.sqlstate, "57014" | "55P03")
+    }
+
+    /// Returns whether another connection may not have the fault: the server shuts down, or the connection is one of a
+    /// pooler's that lacks the prepared statement.
+    pub(super) fn is_of_the_connection(&self) -> bool {
+        self.class() == "08" || matches!(&*self.sqlstate, "57P01" | "57P02" | "57P03" | "26000")
+    }
+
     /// Returns whether it is a fault of one of the rows: a value that does not fit its column, a constraint, or a
     /// trigger or a view of another service that rejects it.
     pub(super) fn is_of_a_row(&self) -> bool {
@@ -62,6 +74,21 @@ impl SqlFault {
     /// Returns the class of the SQLSTATE: <https://www.postgresql.org/docs/current/errcodes-appendix.html>
     fn class(&self) -> &str {
         self.sqlstate.get(..2).unwrap_or_default()
+    }
+}
+
+/// Returns the error of a statement that ran without diesel. The text of the error itself names only its kind.
+pub(super) fn statement_error(error: tokio_postgres::Error) -> StoreError {
+    match error.as_db_error() {
+        Some(fault) => SqlFault::from(fault).into(),
+        None => StoreError::unavailable(error),
+    }
+}
+
+/// Without the detail, which may contain values.
+impl From<&DbError> for SqlFault {
+    fn from(error: &DbError) -> Self {
+        Self { sqlstate: error.code().code().to_owned(), message: error.message().to_owned() }
     }
 }
 

@@ -23,7 +23,7 @@ pub(in crate::backend) struct KeyColumn {
     /// Whether the column is selected and decoded.
     pub(in crate::backend) is_read: bool,
     encode: fn(&StoredKey) -> Value,
-    decode: fn(&mut Row, &'static str, &mut RowParts) -> Result<(), Fault>,
+    decode: fn(&mut Row<'_>, &'static str, &mut RowParts) -> Result<(), Fault>,
 }
 
 /// The statements of this crate that write a column.
@@ -59,7 +59,7 @@ impl KeyColumn {
     pub(super) const fn new(
         name: &'static str,
         kind: ColumnKind,
-        decode: fn(&mut Row, &'static str, &mut RowParts) -> Result<(), Fault>,
+        decode: fn(&mut Row<'_>, &'static str, &mut RowParts) -> Result<(), Fault>,
     ) -> Self {
         let (definition, written) = (None, Written::Elsewhere);
         let encode: fn(&StoredKey) -> Value = |_| Value::Null;
@@ -110,7 +110,7 @@ impl KeyColumn {
     /// Decodes the column into `parts`.
     pub(in crate::backend) fn decode(
         &self,
-        row: &mut Row,
+        row: &mut Row<'_>,
         parts: &mut RowParts,
     ) -> Result<(), Fault> {
         (self.decode)(row, self.name, parts)

@@ -5,13 +5,16 @@
 //! them and names the columns that it can't decode. Rows are written and listed as JSON; look-ups in PostgreSQL read
 //! texts, which cost the server and this side less.
 
-use std::sync::LazyLock;
+mod cells;
+
+use std::{str::FromStr, sync::LazyLock};
 
 use chrono::{DateTime, NaiveDateTime, Utc};
 #[cfg(feature = "postgres")]
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
+use self::cells::{Cell, Cells};
 #[cfg(any(feature = "postgres", test))]
 use super::columns::Written;
 use super::{
@@ -62,16 +65,15 @@ pub(in crate::backend) fn decode(row: &str) -> Result<StoredKey, StoreError> {
     Row::from_json(columns).decode_or_name()
 }
 
-/// Decodes a key's row from the texts of [`READ`].
+/// Decodes a key's row from the texts of [`READ`]: integers and flags as their texts, lists and time stamps as JSON, and
+/// the rest as it is.
 ///
 /// # Errors
 ///
 /// As [`decode`].
 #[cfg(feature = "postgres")]
-pub(in crate::backend) fn decode_texts(
-    texts: Vec<Option<String>>,
-) -> Result<StoredKey, StoreError> {
-    Row::from_texts(texts).decode_or_name()
+pub(in crate::backend) fn decode_texts(texts: Vec<Option<&[u8]>>) -> Result<StoredKey, StoreError> {
+    Row(Cells::from_texts(texts)).decode_or_name()
 }
 
 /// The columns that the decoder takes: those of the key that are read, and those of its owner.
@@ -88,12 +90,7 @@ pub(in crate::backend) static READ: LazyLock<Vec<(&'static str, ColumnKind)>> =
     });
 
 /// The values of [`READ`].
-pub(in crate::backend) struct Row {
-    /// `None` for a column that is missing from the result, or was taken.
-    values: Vec<Option<Value>>,
-    /// Position after the last column that was taken. The decoder takes most of them in their order.
-    next: usize,
-}
+pub(in crate::backend) struct Row<'a>(Cells<'a>);
 
 /// The column of a row that can't be decoded, and the reason.
 pub(in crate::backend) struct Fault {
@@ -120,28 +117,14 @@ pub(in crate::backend) struct PreviousParts {
     pub(super) last_used_at: Option<DateTime<Utc>>,
 }
 
-impl Row {
-    pub(in crate::backend) fn from_json(mut columns: Map<String, Value>) -> Self {
-        let values = READ.iter().map(|(name, _)| columns.get_mut(*name).map(Value::take));
-        Self { values: values.collect(), next: 0 }
-    }
-
-    /// Creates a row of integers and flags as their texts, lists and time stamps as JSON, and the rest as it is.
-    #[cfg(feature = "postgres")]
-    fn from_texts(texts: Vec<Option<String>>) -> Self {
-        let value = |((_, kind), text): (&(_, ColumnKind), Option<String>)| {
-            Some(text.map_or(Value::Null, |text| value_of(*kind, text)))
-        };
-        let mut values: Vec<_> = READ.iter().zip(texts).map(value).collect();
-        values.resize_with(READ.len(), || None);
-        Self { values, next: 0 }
+impl Row<'_> {
+    pub(in crate::backend) fn from_json(columns: Map<String, Value>) -> Self {
+        Self(Cells::from_json(columns))
     }
 
     fn decode_or_name(self) -> Result<StoredKey, StoreError> {
-        // The id is the first column.
-        let id = self.values.first().and_then(Option::as_ref).map(Value::to_string);
+        let id = self.0.id();
         self.decode().map_err(|Fault { column, reason }| {
-            let id = id.unwrap_or_default();
             StoreError::bad_row(format!("api_keys row {id}, column {column}: {reason}"))
         })
     }
@@ -190,21 +173,17 @@ impl Row {
         })
     }
 
-    /// Takes a column. A column that is missing from the result is an error: read as NULL, an allow-list would allow
-    /// everything.
-    fn take(&mut self, column: &'static str) -> Result<Value, Fault> {
-        let at = (self.next..READ.len()).chain(0..self.next).find(|at| READ[*at].0 == column);
-        self.next = at.map_or(0, |at| at + 1);
-        let value = at.and_then(|at| self.values.get_mut(at)?.take());
-        value.ok_or_else(|| fault(column, "is missing from the result"))
-    }
-
     /// Takes a JSON column, which is JSON or, for a text column, text that contains JSON.
     fn json(&mut self, column: &'static str) -> Result<Value, Fault> {
-        match self.take(column)? {
-            Value::String(text) => {
-                serde_json::from_str(&text).map_err(|_| fault(column, "is not JSON"))
-            }
+        let not_json = |_| fault(column, "is not JSON");
+        let value = match self.0.take(column)? {
+            Cell::Null => Value::Null,
+            Cell::Json(value) => value,
+            Cell::Text("[]") => Value::Array(Vec::new()),
+            Cell::Text(text) => serde_json::from_str(text).map_err(not_json)?,
+        };
+        match value {
+            Value::String(text) => serde_json::from_str(&text).map_err(not_json),
             value => Ok(value),
         }
     }
@@ -212,25 +191,44 @@ impl Row {
     /// Takes the column `metadata`, which both databases return as JSON text whatever its type is, so that a JSON text
     /// in it is not parsed a second time.
     pub(super) fn metadata(&mut self, column: &'static str) -> Result<Value, Fault> {
-        let Some(text) = self.text(column)? else { return Ok(Value::Null) };
-        serde_json::from_str(&text).map_err(|_| fault(column, "is not JSON"))
+        let value = self.parsed_text(column, |text| match text {
+            "{}" => Ok(Value::Object(Map::new())),
+            text => serde_json::from_str(text).map_err(|_| fault(column, "is not JSON")),
+        });
+        Ok(value?.unwrap_or(Value::Null))
     }
 
     pub(super) fn text(&mut self, column: &'static str) -> Result<Option<String>, Fault> {
-        match self.take(column)? {
-            Value::Null => Ok(None),
-            Value::String(text) => Ok(Some(text)),
-            _ => Err(fault(column, "is not a text")),
+        match self.0.take(column)? {
+            Cell::Null => Ok(None),
+            Cell::Json(Value::String(text)) => Ok(Some(text)),
+            Cell::Text(text) => Ok(Some(text.to_owned())),
+            Cell::Json(_) => Err(fault(column, "is not a text")),
+        }
+    }
+
+    /// Takes a text and parses it.
+    fn parsed_text<T>(
+        &mut self,
+        column: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, Fault>,
+    ) -> Result<Option<T>, Fault> {
+        match self.0.take(column)? {
+            Cell::Null => Ok(None),
+            Cell::Json(Value::String(text)) => parse(&text).map(Some),
+            Cell::Text(text) => parse(text).map(Some),
+            Cell::Json(_) => Err(fault(column, "is not a text")),
         }
     }
 
     /// Takes a boolean. NULL is false: without a value, a key is neither active nor unlimited.
     pub(super) fn flag(&mut self, column: &'static str) -> Result<bool, Fault> {
-        match self.take(column)? {
-            Value::Null => Ok(false),
-            Value::Bool(flag) => Ok(flag),
-            Value::Number(number) if number.as_i64() == Some(0) => Ok(false),
-            Value::Number(number) if number.as_i64() == Some(1) => Ok(true),
+        match self.0.take(column)? {
+            Cell::Null | Cell::Text("false") => Ok(false),
+            Cell::Text("true") => Ok(true),
+            Cell::Json(Value::Bool(flag)) => Ok(flag),
+            Cell::Json(Value::Number(number)) if number.as_i64() == Some(0) => Ok(false),
+            Cell::Json(Value::Number(number)) if number.as_i64() == Some(1) => Ok(true),
             _ => Err(fault(column, "is not a boolean")),
         }
     }
@@ -240,10 +238,12 @@ impl Row {
     }
 
     pub(super) fn integer(&mut self, column: &'static str) -> Result<Option<i64>, Fault> {
-        match self.take(column)? {
-            Value::Null => Ok(None),
-            value => value.as_i64().map(Some).ok_or_else(|| fault(column, "is not an integer")),
-        }
+        let integer = match self.0.take(column)? {
+            Cell::Null => return Ok(None),
+            Cell::Json(value) => value.as_i64(),
+            Cell::Text(text) => text.parse().ok(),
+        };
+        integer.map(Some).ok_or_else(|| fault(column, "is not an integer"))
     }
 
     pub(super) fn limit(&mut self, column: &'static str) -> Result<Option<u64>, Fault> {
@@ -263,9 +263,9 @@ impl Row {
 
     /// Takes an amount in cents, which is text, because JSON numbers lose digits.
     pub(super) fn micro_cents(&mut self, column: &'static str) -> Result<i64, Fault> {
-        let cents = self.text(column)?.unwrap_or_default();
+        let cents = self.parsed_text(column, |text| Ok(text.parse().unwrap_or(0.0)))?;
         // It is exact up to 2⁵³ micro-cents, which are 90 million dollars.
-        Ok((cents.parse::<f64>().unwrap_or(0.0) * 1e6).round() as i64)
+        Ok((cents.unwrap_or(0.0_f64) * 1e6).round() as i64)
     }
 
     /// Takes a list of texts. NULL is empty, and so is `{}`, which is the default of some ORMs.
@@ -293,7 +293,7 @@ impl Row {
 
     pub(super) fn parsed<T>(&mut self, column: &'static str) -> Result<Vec<T>, Fault>
     where
-        T: std::str::FromStr<Err: std::fmt::Display>,
+        T: FromStr<Err: std::fmt::Display>,
     {
         let parse = |entry: String| entry.parse().map_err(|error: T::Err| fault(column, error));
         self.texts(column)?.into_iter().map(parse).collect()
@@ -312,43 +312,28 @@ impl Row {
 
     /// Takes a time stamp. One without a time zone is UTC.
     pub(super) fn instant(&mut self, column: &'static str) -> Result<Option<DateTime<Utc>>, Fault> {
-        let Some(text) = self.text(column)? else { return Ok(None) };
-        let instant = match text.as_str() {
-            "infinity" => Some(DateTime::<Utc>::MAX_UTC),
-            "-infinity" => Some(DateTime::<Utc>::MIN_UTC),
-            text => {
-                DateTime::parse_from_rfc3339(text).map(|time| time.to_utc()).ok().or_else(|| {
-                    let without_zone = ["%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f"];
-                    let parse = |form: &&str| NaiveDateTime::parse_from_str(text, form).ok();
-                    without_zone.iter().find_map(parse).map(|time| time.and_utc())
-                })
-            }
-        };
-        instant.map(Some).ok_or_else(|| fault(column, "is not a time stamp"))
+        self.parsed_text(column, |text| {
+            // As JSON, it is in quotes.
+            let quoted = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+            instant(quoted.unwrap_or(text)).ok_or_else(|| fault(column, "is not a time stamp"))
+        })
     }
 
     pub(super) fn hash(&mut self, column: &'static str) -> Result<Option<KeyHash>, Fault> {
-        let Some(text) = self.text(column)? else { return Ok(None) };
-        text.parse().map(Some).map_err(|error| fault(column, error))
+        self.parsed_text(column, |text| text.parse().map_err(|error| fault(column, error)))
     }
 }
 
-/// Returns the value of a column whose text was selected.
-#[cfg(feature = "postgres")]
-fn value_of(kind: ColumnKind, text: String) -> Value {
-    let value = match kind {
-        ColumnKind::Integer => text.parse::<i64>().ok().map(Value::from),
-        ColumnKind::Flag => text.parse::<bool>().ok().map(Value::from),
-        ColumnKind::List if text == "[]" => Some(Value::Array(Vec::new())),
-        ColumnKind::List => serde_json::from_str(&text).ok(),
-        ColumnKind::Time => {
-            let time = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
-            time.map(Value::from)
-        }
-        ColumnKind::Number | ColumnKind::PlainText | ColumnKind::Word | ColumnKind::Json => None,
-    };
-    // A text that is not of its kind fails in the decoder.
-    value.unwrap_or(Value::String(text))
+fn instant(text: &str) -> Option<DateTime<Utc>> {
+    match text {
+        "infinity" => Some(DateTime::<Utc>::MAX_UTC),
+        "-infinity" => Some(DateTime::<Utc>::MIN_UTC),
+        text => DateTime::parse_from_rfc3339(text).map(|time| time.to_utc()).ok().or_else(|| {
+            let without_zone = ["%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d %H:%M:%S%.f"];
+            let parse = |form: &&str| NaiveDateTime::parse_from_str(text, form).ok();
+            without_zone.iter().find_map(parse).map(|time| time.and_utc())
+        }),
+    }
 }
 
 pub(super) fn fault(column: &'static str, reason: impl ToString) -> Fault {

@@ -10,7 +10,11 @@ use tokio::{
 use tokio_postgres::{AsyncMessage, Client, SimpleQueryMessage};
 
 use super::DEADLINE;
-use crate::{backend::postgres::Inner, error::StoreError, telemetry};
+use crate::{
+    backend::postgres::{Inner, sqlstate::statement_error},
+    error::StoreError,
+    telemetry,
+};
 
 /// Time in which notifications are combined into one read.
 const BURST: Duration = Duration::from_millis(2);
@@ -104,7 +108,7 @@ impl Listener {
     async fn run(&self, sql: &str) -> Result<Option<String>, StoreError> {
         let ran = timeout(DEADLINE, self.client.simple_query(sql)).await;
         let messages = ran.map_err(|_| StoreError::timeout(DEADLINE))?;
-        let messages = messages.map_err(StoreError::unavailable)?;
+        let messages = messages.map_err(statement_error)?;
         Ok(messages.iter().find_map(|message| match message {
             SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
             _ => None,

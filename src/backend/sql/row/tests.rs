@@ -38,13 +38,14 @@ fn a_column_that_is_absent_from_a_result_is_an_error_that_names_it() {
 #[cfg(feature = "postgres")]
 #[test]
 fn a_text_that_is_absent_or_not_of_its_kind_is_an_error_that_names_the_column() {
-    let texts = || -> Vec<Option<String>> {
+    let hash = KeyHash::sha256("secret").expose_hash();
+    let texts = || -> Vec<Option<&[u8]>> {
         let text = |(name, kind): &(&str, ColumnKind)| match (*name, kind) {
-            ("key_hash", _) => Some(KeyHash::sha256("secret").expose_hash()),
-            ("key_prefix", _) => Some("prefix".to_owned()),
-            (_, ColumnKind::Integer) => Some("7".to_owned()),
-            (_, ColumnKind::Flag) => Some("true".to_owned()),
-            (_, ColumnKind::List) => Some("[]".to_owned()),
+            ("key_hash", _) => Some(hash.as_bytes()),
+            ("key_prefix", _) => Some("prefix".as_bytes()),
+            (_, ColumnKind::Integer) => Some("7".as_bytes()),
+            (_, ColumnKind::Flag) => Some("true".as_bytes()),
+            (_, ColumnKind::List) => Some("[]".as_bytes()),
             _ => None,
         };
         READ.iter().map(text).collect()
@@ -60,10 +61,14 @@ fn a_text_that_is_absent_or_not_of_its_kind_is_an_error_that_names_the_column() 
             ColumnKind::Integer | ColumnKind::Flag | ColumnKind::List | ColumnKind::Time
         ) {
             let mut wrong = texts();
-            wrong[at] = Some("wrong".to_owned());
+            wrong[at] = Some(b"wrong");
             let error = decode_texts(wrong).unwrap_err().to_string();
             assert!(error.contains(&format!("column {column}: ")), "{column}: {error}");
         }
+        let mut unreadable = texts();
+        unreadable[at] = Some(b"\xff");
+        let error = decode_texts(unreadable).unwrap_err().to_string();
+        assert!(error.contains(&format!("column {column}: is not UTF-8")), "{column}: {error}");
     }
 }
 

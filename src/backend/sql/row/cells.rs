@@ -1,0 +1,74 @@
+//! The values of a row: [`Cells`].
+
+use serde_json::{Map, Value};
+
+use super::{Fault, READ, fault};
+
+/// The values of [`READ`], and the order in which they are taken.
+pub(super) struct Cells<'a> {
+    values: Values<'a>,
+    /// Position after the last column that was taken. The decoder takes most of them in their order.
+    next: usize,
+}
+
+enum Values<'a> {
+    /// `None` for a column that is missing from the result, or was taken.
+    Json(Vec<Option<Value>>),
+    /// Shorter than [`READ`] if columns are missing from the result. `None` for NULL.
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code))]
+    Texts(Vec<Option<&'a [u8]>>),
+}
+
+/// The value of a column.
+pub(super) enum Cell<'a> {
+    Null,
+    Json(Value),
+    /// An integer or a flag as its text, a list or a time stamp as JSON, or any other value as it is.
+    Text(&'a str),
+}
+
+impl<'a> Cells<'a> {
+    pub(super) fn from_json(mut columns: Map<String, Value>) -> Self {
+        let values = READ.iter().map(|(name, _)| columns.get_mut(*name).map(Value::take));
+        Self { values: Values::Json(values.collect()), next: 0 }
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(super) fn from_texts(texts: Vec<Option<&'a [u8]>>) -> Self {
+        Self { values: Values::Texts(texts), next: 0 }
+    }
+
+    /// Returns the id of the row for a message. It is the first column.
+    pub(super) fn id(&self) -> String {
+        let id = match &self.values {
+            Values::Json(values) => values.first().and_then(Option::as_ref).map(Value::to_string),
+            Values::Texts(texts) => {
+                texts.first().copied().flatten().map(|id| String::from_utf8_lossy(id).into_owned())
+            }
+        };
+        id.unwrap_or_default()
+    }
+
+    /// Takes a column. A column that is missing from the result is an error: read as NULL, an allow-list would allow
+    /// everything.
+    pub(super) fn take(&mut self, column: &'static str) -> Result<Cell<'a>, Fault> {
+        let at = (self.next..READ.len()).chain(0..self.next).find(|at| READ[*at].0 == column);
+        self.next = at.map_or(0, |at| at + 1);
+        let cell = at.and_then(|at| self.cell(at));
+        cell.ok_or_else(|| fault(column, "is missing from the result"))?
+            .map_err(|_| fault(column, "is not UTF-8"))
+    }
+
+    fn cell(&mut self, at: usize) -> Option<Result<Cell<'a>, std::str::Utf8Error>> {
+        match &mut self.values {
+            Values::Json(values) => Some(Ok(match values.get_mut(at)?.take()? {
+                Value::Null => Cell::Null,
+                value => Cell::Json(value),
+            })),
+            Values::Texts(texts) => Some(match texts.get(at)? {
+                None => Ok(Cell::Null),
+                Some(text) => str::from_utf8(text).map(Cell::Text),
+            }),
+        }
+    }
+}
