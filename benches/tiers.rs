@@ -3,9 +3,10 @@
 //! `cargo bench --bench tiers` starts a PostgreSQL and a Redis of its own, on the loopback address, and asks
 //! for one key again and again, one call after the other, through an authenticator that remembers nothing
 //! itself: a hit in Redis, beside a raw `MGET` of the same entries on one multiplexed connection; and a
-//! look-up in PostgreSQL, beside a raw prepared query of the same row. Once with all on one thread, where
-//! nothing has to wake another thread, and once on a runtime with a thread for each core, which the JSON
-//! leaves out. Then keys with a bcrypt hash of cost 10 that nobody has asked for, beside bcrypt alone. The
+//! look-up in PostgreSQL, beside a raw prepared query of the same row. First with one thread and the servers
+//! on one core, where `taskset` is there: the figures are then the work of both sides. Then on one thread and
+//! on a runtime with a thread for each core, with the servers on any core: a side that waits for longer than a
+//! few microseconds lets its core sleep, and the time of waking it is in the figures too. Then keys with a bcrypt hash of cost 10 that nobody has asked for, beside bcrypt alone. The
 //! contenders take turns in each round; the figures are medians of the rounds, the ratios medians of the
 //! rounds' ratios. In the end 1,000 requests at once for one such key, with the default cache: the queries
 //! are counted in PostgreSQL's log, the checks by their spans. The last line is JSON.
@@ -17,8 +18,9 @@ mod servers;
 
 use std::{
     convert::Infallible,
-    fs,
+    env, fs,
     hint::black_box,
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::SeqCst},
@@ -50,23 +52,25 @@ const POSTGRES_CALLS: usize = 500;
 const CALLERS: usize = 1_000;
 const COST: u32 = 10;
 
+/// The argument of the process that is pinned to one core.
+const ON_ONE_CORE: &str = "--on-one-core";
+
 fn main() {
+    if env::args().any(|argument| argument == ON_ONE_CORE) {
+        let (postgres, redis) = (Postgres::start(), Redis::start());
+        let one_thread = runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let figures = one_thread.block_on(async {
+            let (_, key) = set_up(&postgres).await;
+            sequential(&postgres, &redis, &key).await
+        });
+        figures.print("one core for all");
+        println!("{} {}", figures.hit_over_mget, figures.look_up_over_query);
+        return;
+    }
+    let on_one_core = on_one_core();
     let (postgres, redis) = (Postgres::start(), Redis::start());
     let one_thread = runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let (user, key) = one_thread.block_on(async {
-        let store = store(&postgres);
-        store.migrate().await.unwrap();
-        let manager = KeyManager::new(store);
-        let user = manager.create_user("ada@example.com", "user").await.unwrap();
-        // So that the table is no smaller than an index page.
-        for _ in 0..1_000 {
-            manager.issue(NewKey::new(user.id.clone(), "another")).await.unwrap();
-        }
-        postgres.client().await.batch_execute("ANALYZE").await.unwrap();
-        let issued = manager.issue(NewKey::new(user.id.clone(), "laptop")).await.unwrap();
-        (user, issued)
-    });
-
+    let (user, key) = one_thread.block_on(set_up(&postgres));
     let on_one = one_thread.block_on(sequential(&postgres, &redis, &key));
     on_one.print("one thread");
     let many = runtime::Builder::new_multi_thread().enable_all().build().unwrap();
@@ -92,15 +96,42 @@ fn main() {
         println!("  {name:<40} {lookups:>10} {queries:>9} {checks:>9}");
         assert!(*lookups > 0 && *queries > 0 && *checks > 0, "the key was not cold");
     }
+    let [redis_on_cores, postgres_on_cores] = [on_one.hit_over_mget, on_one.look_up_over_query];
+    let [redis, postgres] = on_one_core.unwrap_or([redis_on_cores, postgres_on_cores]);
     println!(
-        "{{\"redis_hit_over_mget\":{:.3},\"redis_round_trips\":{:.3},\"postgres_hit_over_query\":{:.3},\
-         \"stampede_queries\":{},\"stampede_checks\":{}}}",
-        on_one.hit_over_mget,
-        on_one.round_trips,
-        on_one.look_up_over_query,
-        in_sync.queries,
-        in_sync.checks,
+        "{{\"redis_hit_over_mget\":{redis:.3},\"redis_hit_over_mget_on_cores\":{redis_on_cores:.3},\
+         \"redis_round_trips\":{:.3},\"postgres_hit_over_query\":{postgres:.3},\
+         \"postgres_hit_over_query_on_cores\":{postgres_on_cores:.3},\"stampede_queries\":{},\
+         \"stampede_checks\":{}}}",
+        on_one.round_trips, in_sync.queries, in_sync.checks,
     );
+}
+
+/// Runs this program with its servers on one core. Returns the ratios of Redis and PostgreSQL; `None` without `taskset`.
+fn on_one_core() -> Option<[f64; 2]> {
+    let mut taskset = Command::new("taskset");
+    let pinned = taskset.args(["-c", "0"]).arg(env::current_exe().unwrap()).arg(ON_ONE_CORE);
+    let output = pinned.stderr(Stdio::inherit()).output().ok().filter(|it| it.status.success())?;
+    let output = String::from_utf8(output.stdout).unwrap();
+    let (table, ratios) = output.trim_end().rsplit_once('\n')?;
+    println!("{table}");
+    let mut ratios = ratios.split(' ').map(|ratio| ratio.parse().unwrap());
+    Some([ratios.next()?, ratios.next()?])
+}
+
+/// Creates the tables, a user, and a key among a thousand others.
+async fn set_up(postgres: &Postgres) -> (User, IssuedKey) {
+    let store = store(postgres);
+    store.migrate().await.unwrap();
+    let manager = KeyManager::new(store);
+    let user = manager.create_user("ada@example.com", "user").await.unwrap();
+    // So that the table is no smaller than an index page.
+    for _ in 0..1_000 {
+        manager.issue(NewKey::new(user.id.clone(), "another")).await.unwrap();
+    }
+    postgres.client().await.batch_execute("ANALYZE").await.unwrap();
+    let issued = manager.issue(NewKey::new(user.id.clone(), "laptop")).await.unwrap();
+    (user, issued)
 }
 
 /// Microseconds a call, and ratios.
