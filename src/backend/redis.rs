@@ -6,6 +6,7 @@ mod flush;
 mod keys;
 mod names;
 mod pub_sub;
+mod reads;
 mod repository;
 mod script;
 mod secret;
@@ -17,7 +18,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use deadpool_redis::redis::{Value, cmd};
+use deadpool_redis::redis::Value;
 use tokio::sync::Semaphore;
 
 pub use self::builder::{RedisCacheBuilder, RedisCacheError};
@@ -25,6 +26,7 @@ use self::{
     entry::{Entry, Kind, MAC, MAX_BYTES, Unreadable},
     keys::{Keys, keys_lifetime},
     names::Names,
+    reads::EntryReads,
     script::Put,
     secret::Secrets,
     tombstones::TombstoneQueue,
@@ -80,8 +82,11 @@ struct Tier<S> {
     link: Arc<Link>,
     secrets: Secrets,
     tombstones: Arc<TombstoneQueue>,
-    /// Permits of the writes under way.
+    reads: Arc<EntryReads>,
+    /// Permits of the writes that wait or are under way.
     fills: Arc<Semaphore>,
+    /// Permits of the writes that are under way.
+    writes: Arc<Semaphore>,
     clock: Arc<dyn Clock>,
 }
 
@@ -209,13 +214,9 @@ impl<S: KeyStore> KeyStore for RedisCache<S> {
 }
 
 impl<S: KeyStore> RedisCache<S> {
-    /// Reads the entries in one round trip.
+    /// Reads the entries, in one round trip unless many reads wait.
     async fn find(&self, lookup: &Lookup, names: &Names, secret: &CacheSecret) -> CacheRead {
-        let mut command = cmd("MGET");
-        command.arg(&names.keys).arg(&names.verified).arg(names.verified_before.as_deref());
-        let Ok(Value::Array(values)) = self.0.link.run(&command).await else {
-            return CacheRead::default();
-        };
+        let Some(values) = self.0.reads.read(names).await else { return CacheRead::default() };
         let bytes = |at: usize| match values.get(at) {
             Some(Value::BulkString(bytes)) => Some(bytes.as_slice()),
             _ => None,
@@ -336,7 +337,9 @@ impl<S: KeyStore> RedisCache<S> {
         }
         let (link, keys_name, verified_name) =
             (Arc::clone(&self.0.link), names.keys.clone(), names.verified.clone());
+        let writes = Arc::clone(&self.0.writes);
         tokio::spawn(async move {
+            let Ok(_turn) = writes.acquire().await else { return };
             let put = Put {
                 name: &keys_name,
                 value: &keys,

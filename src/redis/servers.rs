@@ -113,6 +113,11 @@ enum Pool {
 }
 
 impl Connector {
+    /// Returns whether a command can use only entries of one slot.
+    pub(crate) fn is_cluster(&self) -> bool {
+        matches!(self.pool, Pool::Cluster(_))
+    }
+
     pub(crate) fn new(servers: RedisServers) -> Result<Self, RedisUrlError> {
         let urls = servers.urls();
         if urls.is_empty() {

@@ -4,15 +4,20 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
 
-use super::{RedisCache, Tier, secret::Secrets, tombstones::TombstoneQueue};
+use super::{
+    RedisCache, Tier, reads::EntryReads, secret::Secrets, tombstones::TombstoneQueue,
+};
 use crate::{
     redis::{Connector, Link, RedisServers, RedisUrlError},
     runtime::{Clock, SystemClock},
     store::{CacheSecret, KeyStore},
 };
 
-/// Maximum number of writes under way. Beyond it, an answer is not written.
-const MAX_FILLS: usize = 256;
+/// Maximum number of answers that wait to be written, or are being written: the default maximum of look-ups. Beyond it,
+/// an answer is not written.
+const MAX_FILLS: usize = 4096;
+/// Maximum number of writes under way. With more, the last ones would exceed the limit of the link.
+const MAX_WRITES: usize = 32;
 
 /// Builds a [`RedisCache`].
 pub struct RedisCacheBuilder<S> {
@@ -76,12 +81,15 @@ impl<S: KeyStore> RedisCacheBuilder<S> {
             return Err(RedisCacheError::NoSecret);
         }
         let link = Link::new(Connector::new(servers).map_err(RedisCacheError::Url)?, timeout);
+        let reads = EntryReads::new(Arc::clone(&link));
         Ok(RedisCache(Arc::new(Tier {
             store,
             tombstones: TombstoneQueue::new(Arc::clone(&link), Arc::clone(&clock)),
             link,
             secrets: Secrets::new(secret, namespace),
+            reads,
             fills: Arc::new(Semaphore::new(MAX_FILLS)),
+            writes: Arc::new(Semaphore::new(MAX_WRITES)),
             clock,
         })))
     }

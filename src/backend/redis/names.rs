@@ -26,6 +26,12 @@ impl Names {
             verified_before: secret.previous().map(verified),
         }
     }
+
+    /// Returns the names in the order in which they are read.
+    pub(super) fn all(&self) -> impl Iterator<Item = &str> {
+        let verified_before = self.verified_before.as_deref();
+        [&*self.keys, &*self.verified].into_iter().chain(verified_before)
+    }
 }
 
 pub(super) fn keys_name(prefix: &str, secret: &CacheSecret) -> String {
