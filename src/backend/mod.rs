@@ -34,7 +34,7 @@
 //! |---|---|---|---|
 //! | first request with a key on a node | a query | a query on the first node, then a round trip to Redis | from memory |
 //! | unknown key | a query | a query | from memory |
-//! | deployment of nodes with empty caches | a query for each key and node, in batches | a round trip for each key | one scan of the table per node |
+//! | deployment of nodes with empty caches | a query for each key and node, in batches | a round trip for each key, or for up to 64 at once | one scan of the table per node |
 //! | bcrypt hash | verified once, then the fast hash is stored | the same, and other nodes don't verify it again | verified once, then the fast hash is stored |
 //! | outage of the database, key not used on this node | 503 | from Redis, within the bounds | from memory, within the bounds |
 //! | memory of a node | 1.2 KB for each key that it uses | the same | 280 bytes for every key, and the local cache |

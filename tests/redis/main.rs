@@ -1,6 +1,7 @@
 //! The Redis cache and the Redis rate limiter, with one server, a cluster and sentinels.
 
 mod cache;
+mod combined_reads;
 mod rate_limit_redis;
 mod redis_bad_entries;
 mod redis_cluster;

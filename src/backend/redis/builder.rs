@@ -4,9 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
 
-use super::{
-    RedisCache, Tier, reads::EntryReads, secret::Secrets, tombstones::TombstoneQueue,
-};
+use super::{RedisCache, Tier, reads::EntryReads, secret::Secrets, tombstones::TombstoneQueue};
 use crate::{
     redis::{Connector, Link, RedisServers, RedisUrlError},
     runtime::{Clock, SystemClock},
