@@ -128,9 +128,8 @@ impl LookupGate {
         }
     }
 
-    /// Waits until `lookup` may use a connection or until another look-up has run it. A suspect
-    /// look-up never joins another one: its duration sets the pause after it. Dropping the future frees its place, and the permit
-    /// if it has one by then.
+    /// Waits until `lookup` may use a connection or until another look-up has run it, which does not happen to a suspect
+    /// one ([`Permit::take_waiting`]). Dropping the future frees its place, and the permit if it has one by then.
     ///
     /// The wait for a connection ends when no request waits for the answer any more. If a connection is free, the
     /// look-up runs nevertheless: it may be the one that detects the recovery of the store.
@@ -140,8 +139,7 @@ impl LookupGate {
     /// `Overloaded` if too many look-ups wait, or no request waits for this one.
     #[cfg(feature = "postgres")]
     pub(in crate::backend) async fn pass_or_join(self: &Arc<Self>, lookup: &Lookup) -> TurnOrError {
-        let may_join = lookup.priority() != Priority::Suspect;
-        self.turn(lookup, may_join.then(|| lookup.id())).await
+        self.turn(lookup, Some(lookup.id())).await
     }
 
     async fn turn(self: &Arc<Self>, lookup: &Lookup, batched_id: Option<&str>) -> TurnOrError {

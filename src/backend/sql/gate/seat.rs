@@ -42,7 +42,7 @@ impl Seat {
 
 impl Permit {
     /// Takes up to `max` look-ups out of the queue: those of the highest priority first, in the order of arrival. A suspect
-    /// look-up takes none, because the pause after it depends on its duration.
+    /// look-up takes none and is not taken, because the pause after it depends on its duration.
     pub(in crate::backend) fn take_waiting(&self, max: usize) -> Vec<Seat> {
         let Some(gate) = self.gate.as_ref().filter(|_| self.suspect.is_none()) else {
             return Vec::new();
