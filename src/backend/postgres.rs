@@ -77,11 +77,11 @@ struct Inner {
     /// Connections for look-ups only, behind the gate.
     lookups: ReadConnections,
     gate: Arc<LookupGate>,
-    /// Connections for a replica, so that no number of look-ups delays it.
+    /// Connections for a replica's reads of keys, so that no number of look-ups delays them.
     replica_reads: ReadConnections,
     /// Connections for usage, leases and upgraded hashes.
     accounting: Connections,
-    /// Connections for management and the cache secret.
+    /// Connections for management, the cache secret and a replica's reads of owners.
     management: Connections,
     target: Target,
     deadline: Duration,

@@ -47,7 +47,7 @@ use crate::{
 /// Redis, or Valkey, in front of a store. An answer that one node has read saves the other nodes a query and a slow
 /// hash check.
 ///
-/// A cache in front of a store is a store. A hit is one round trip. If Redis rejects a command, hangs or returns
+/// A cache in front of a store is a store. A hit is one round trip, or one for up to 64 look-ups while many wait. If Redis rejects a command, hangs or returns
 /// invalid data, the store below is used. Data that Redis loses, rolls back or receives from an attacker with write
 /// access does not make a revoked key valid again: entries are authenticated, and each node receives changes from the
 /// store itself. Neither keys nor their hashes are stored there; names, e-mail addresses and limits of their owners
@@ -326,7 +326,9 @@ impl<S: KeyStore> RedisCache<S> {
         let database_now = lookup.view().freshness.database_now(now);
         let left =
             |entry: &Entry| entry.expires_at.duration_since(database_now).unwrap_or_default();
-        let (keys_left, verified_left) = (left(&keys), left(&verified));
+        // The database's time is known to within the delay of its notification.
+        let keys_left = left(&keys).min(KEYS_LIFETIME);
+        let verified_left = left(&verified).min(VERIFIED_LIFETIME);
         if keys_left.is_zero() {
             return;
         }

@@ -1,5 +1,7 @@
 //! Deadlines: [`within`] for look-ups, [`later`] for points in time.
 
+#[cfg(feature = "_sql")]
+use std::time::Instant;
 use std::{
     future::Future,
     panic::catch_unwind,
@@ -11,7 +13,7 @@ use std::{
 use pin_project_lite::pin_project;
 use tokio::{
     task::unconstrained,
-    time::{Instant, Sleep, sleep},
+    time::{Sleep, sleep},
 };
 
 /// First timer of a deadline. Nearly every look-up ends earlier.
@@ -60,7 +62,8 @@ impl<F: Future> Future for Within<F> {
             // A future that uses up the task's budget must not suspend its deadline.
             ready!(pin!(unconstrained(this.timer.as_mut())).poll(cx));
             match this.rest.take() {
-                Some(rest) => this.timer.as_mut().reset(Instant::now() + rest),
+                // `sleep` accepts a time that exceeds the range of the clock.
+                Some(rest) => this.timer.set(sleep(rest)),
                 None => return Poll::Ready(None),
             }
         }
@@ -69,11 +72,34 @@ impl<F: Future> Future for Within<F> {
 
 /// Returns the moment `after` from now, or one 30 years from now if the sum exceeds the range of the clock.
 #[cfg(feature = "_sql")]
-pub(crate) fn later(after: Duration) -> std::time::Instant {
-    let now = std::time::Instant::now();
+pub(crate) fn later(after: Duration) -> Instant {
+    let now = Instant::now();
     now.checked_add(after).unwrap_or_else(|| now + FAR)
 }
 
 /// A time after which no process of today runs.
 #[cfg(feature = "_sql")]
 const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_has_the_length_that_was_set() {
+        for limit in [0, 1, 49, 50, 51, 5_000].map(Duration::from_millis) {
+            let began = tokio::time::Instant::now();
+            assert_eq!(within(limit, pending::<()>()).await, None);
+            assert!(began.elapsed() >= limit, "{limit:?}");
+            assert!(began.elapsed() <= limit + Duration::from_millis(2), "{limit:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_future_that_takes_longer_than_the_first_timer_ends_within_any_limit() {
+        let work = sleep(AT_FIRST * 3);
+        assert_eq!(within(Duration::MAX, work).await, Some(()));
+    }
+}

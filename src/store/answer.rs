@@ -58,7 +58,7 @@ impl Source {
 #[derive(Debug)]
 pub(crate) struct Read {
     pub(crate) candidates: Vec<Candidate>,
-    /// The highest revision under the lookup id.
+    /// The highest revision under the lookup id that was read: of the rows, or of the last change as well.
     pub(crate) key_revision: Revision,
     /// Whether the read returned every key under the lookup id.
     #[cfg_attr(not(feature = "redis"), expect(dead_code))]

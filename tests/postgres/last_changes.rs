@@ -127,3 +127,22 @@ async fn a_user_whose_row_has_a_lower_revision_than_its_last_change_keeps_the_ke
     .await;
     assert_eq!(fixture.node.authenticate("sk-proj-first").await.unwrap().user().role, "admin");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_rows_with_one_key_the_first_is_used_wherever_it_is_in_the_table() {
+    let fixture = SharedId::start().await;
+    let first = fixture.add("sk-proj-twins").await;
+    fixture.add("sk-proj-twins").await;
+    let client = fixture.server.client().await;
+    // An updated row moves behind the others.
+    let revoke = format!("UPDATE api_keys SET is_active = FALSE WHERE id = {first}");
+    run(&client, &revoke).await;
+    eventually("the change", async || {
+        fixture.denied("sk-proj-twins").await == Some(InvalidKey::Revoked)
+    })
+    .await;
+    for _ in 0..5 {
+        run(&client, "UPDATE api_keys SET total_requests = total_requests + 1").await;
+        assert_eq!(fixture.denied("sk-proj-twins").await, Some(InvalidKey::Revoked));
+    }
+}

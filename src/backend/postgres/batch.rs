@@ -29,32 +29,41 @@ impl PostgresStore {
     /// Reads what is stored under the lookup id. The deadline includes the wait for a connection.
     pub(super) async fn look_up(&self, lookup: &Lookup) -> Result<FoundKeys, StoreError> {
         self.in_time(async {
-            let found = self.read(lookup).await?.decode();
+            let (found, permit) = self.read(lookup).await?;
+            let found = found.decode();
             // Of too many keys, the first ones are tried.
             match found.keys.len() > MAX_CANDIDATES || is_below_minimum(lookup, &found.keys) {
-                true => self.read_in_full(lookup).await,
+                true => self.read_in_full(lookup, permit).await,
                 false => Ok(found),
             }
         })
         .await
     }
 
-    async fn read(&self, lookup: &Lookup) -> Result<Found, StoreError> {
+    /// Returns the permit too, if the look-up ran alone.
+    async fn read(&self, lookup: &Lookup) -> Result<(Found, Option<Permit>), StoreError> {
         let Inner { lookups, gate, .. } = &*self.0;
-        let _permit = match self.turn(lookup).await? {
+        let permit = match self.turn(lookup).await? {
             Turn::Run(permit) => permit,
             // The values of another look-up in the batch may be the cause.
             Turn::Answered(Err(error)) if !error.is_transient() => gate.pass(lookup).await?,
-            Turn::Answered(found) => return found,
+            Turn::Answered(found) => return Ok((found?, None)),
         };
-        Found::read(lookups, lookup.id()).await
+        Ok((Found::read(lookups, lookup.id()).await?, Some(permit)))
     }
 
     /// Reads the keys again, in order and with the revisions of the last changes: a change that this node knows may be of
     /// a row that does not exist any more.
-    async fn read_in_full(&self, lookup: &Lookup) -> Result<FoundKeys, StoreError> {
+    async fn read_in_full(
+        &self,
+        lookup: &Lookup,
+        permit: Option<Permit>,
+    ) -> Result<FoundKeys, StoreError> {
         let Inner { lookups, gate, .. } = &*self.0;
-        let _permit = gate.pass(lookup).await?;
+        let _permit = match permit {
+            Some(permit) => permit,
+            None => gate.pass(lookup).await?,
+        };
         let found = Found::read_many(lookups, &[lookup.id()], true).await?.into_iter().next();
         let found = found.ok_or_else(|| StoreError::rejected("a look-up returned no row"))?;
         Ok(found.decode())

@@ -56,11 +56,10 @@ impl Found {
         self.rows.into_iter().map(|row| {
             row.key().map_or_else(
                 |error| {
-                    let id = row.text("id").and_then(|id| id.parse::<i64>().ok());
                     let lookup_ids = ["key_prefix", "previous_key_prefix"]
                         .map(|column| row.text(column).map(str::to_owned));
                     let lookup_ids = lookup_ids.into_iter().flatten();
-                    ReadRow::unreadable(id.unwrap_or_default(), lookup_ids, error)
+                    ReadRow::unreadable(row.id(), lookup_ids, error)
                 },
                 ReadRow::new,
             )

@@ -25,6 +25,10 @@ use super::{
 };
 use crate::error::StoreError;
 
+/// Maximum time for which a connection is not used. A router may drop it without notice, and a statement on it would then
+/// take until its deadline.
+const MAX_IDLE: Duration = Duration::from_secs(60);
+
 /// A pool of connections that are opened on demand. The one that was used last is used next, so that its server process
 /// is warm.
 pub(super) struct ReadConnections {
@@ -47,7 +51,7 @@ pub(super) struct ReadConnection {
 }
 
 /// A connection that is in use. If it is dropped in the middle of a statement, because the caller was dropped or the
-/// deadline has passed, it leaves the pool and is closed: the server may still be busy with the statement.
+/// deadline has passed, it leaves the pool and is closed: the server may be busy with the statement for longer.
 struct ReadCheckout(Option<Object<ReadConnector>>);
 
 /// The reason why a statement failed.
@@ -138,7 +142,7 @@ impl Manager for ReadConnector {
             let _ = connection.await;
         });
         let connection = ReadConnection { client, prepared: Default::default(), driver };
-        // As diesel does for other connections.
+        // As diesel does for other connections. PgBouncer keeps this setting apart for each of its clients.
         connection.client.batch_execute("SET TIME ZONE 'UTC'").await?;
         Ok(connection)
     }
@@ -146,12 +150,15 @@ impl Manager for ReadConnector {
     async fn recycle(
         &self,
         connection: &mut ReadConnection,
-        _: &Metrics,
+        metrics: &Metrics,
     ) -> RecycleResult<ConnectFault> {
-        match connection.client.is_closed() {
-            true => Err(RecycleError::message("the connection is closed")),
-            false => Ok(()),
+        if connection.client.is_closed() {
+            return Err(RecycleError::message("the connection is closed"));
         }
+        if metrics.last_used() > MAX_IDLE {
+            return Err(RecycleError::message("the connection was idle for too long"));
+        }
+        Ok(())
     }
 }
 
@@ -171,9 +178,15 @@ impl ReadCheckout {
 impl Drop for ReadCheckout {
     fn drop(&mut self) {
         if let Some(connection) = self.0.take() {
-            // The driver would wait for the end of the statement.
-            Object::take(connection).driver.abort();
+            drop(Object::take(connection));
         }
+    }
+}
+
+impl Drop for ReadConnection {
+    fn drop(&mut self) {
+        // The driver would wait for the end of a statement.
+        self.driver.abort();
     }
 }
 

@@ -49,10 +49,11 @@ impl SqlFault {
         matches!(&*self.sqlstate, "57014" | "55P03")
     }
 
-    /// Returns whether another connection may not have the fault: the server shuts down, or the connection is one of a
-    /// pooler's that lacks the prepared statement.
+    /// Returns whether another connection may not have the fault: the server shuts down, the session was idle for too long,
+    /// or the connection is one of a pooler's that lacks the prepared statement.
     pub(super) fn is_of_the_connection(&self) -> bool {
-        self.class() == "08" || matches!(&*self.sqlstate, "57P01" | "57P02" | "57P03" | "26000")
+        self.class() == "08"
+            || matches!(&*self.sqlstate, "57P01" | "57P02" | "57P03" | "57P05" | "26000")
     }
 
     /// Returns whether it is a fault of one of the rows: a value that does not fit its column, a constraint, or a

@@ -1,4 +1,4 @@
-//! The script that writes entries. It never replaces a newer entry by an older one.
+//! The script that writes entries. It never replaces an entry of a higher revision by one of a lower revision.
 
 use std::{sync::Arc, time::Duration};
 

@@ -33,8 +33,12 @@ pub(in crate::backend) struct FoundKeys {
 }
 
 impl Found {
+    /// Decodes the rows in the order of their ids, so that of two rows with one hash always the same is used.
     pub(in crate::backend) fn decode(self) -> FoundKeys {
-        let Self { as_of, latest, rows } = self;
+        let Self { as_of, latest, mut rows } = self;
+        if rows.len() > 1 {
+            rows.sort_by_cached_key(FoundRow::id);
+        }
         FoundKeys { as_of, latest, keys: rows.iter().map(FoundRow::key).collect() }
     }
 }
@@ -48,6 +52,10 @@ impl FoundRow {
 
     pub(in crate::backend) fn key(&self) -> Result<StoredKey, StoreError> {
         row::decode_texts(self.texts())
+    }
+
+    pub(in crate::backend) fn id(&self) -> i64 {
+        self.text("id").and_then(|id| id.parse().ok()).unwrap_or_default()
     }
 
     /// Returns the text of a column; `None` if it is NULL or not UTF-8.
