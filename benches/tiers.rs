@@ -1,15 +1,14 @@
 //! What an answer costs that does not come from the local cache, beside the least that it could cost.
 //!
-//! `cargo bench --bench tiers` starts a PostgreSQL and a Redis of its own, on the loopback address, and asks
-//! for one key again and again, one call after the other, through an authenticator that remembers nothing
-//! itself: a hit in Redis, beside a raw `MGET` of the same entries on one multiplexed connection; and a
-//! look-up in PostgreSQL, beside a raw prepared query of the same row. First with one thread and the servers
-//! on one core, where `taskset` is there: the figures are then the work of both sides. Then on one thread and
-//! on a runtime with a thread for each core, with the servers on any core: a side that waits for longer than a
-//! few microseconds lets its core sleep, and the time of waking it is in the figures too. Then keys with a bcrypt hash of cost 10 that nobody has asked for, beside bcrypt alone. The
-//! contenders take turns in each round; the figures are medians of the rounds, the ratios medians of the
-//! rounds' ratios. In the end 1,000 requests at once for one such key, with the default cache: the queries
-//! are counted in PostgreSQL's log, the checks by their spans. The last line is JSON.
+//! `cargo bench --bench tiers` starts a PostgreSQL and a Redis of its own on the loopback address, and authenticates one
+//! key, one call after the other, without a local cache: a hit in Redis, beside a raw `MGET` of the same entries on one
+//! multiplexed connection; and a look-up in PostgreSQL, beside a raw prepared query of the same row. First with one thread
+//! and the servers on one core, where `taskset` is there: the figures are then the work of both sides. Then on one thread
+//! and on a runtime with a thread for each core, with the servers on any core: a side that waits for longer than a few
+//! microseconds lets its core sleep, and the time of waking it is in the figures too. Then keys with a bcrypt hash of cost
+//! 10 that are authenticated for the first time, beside bcrypt alone. The contenders take turns in each round; figures are
+//! medians of the rounds, ratios medians of the rounds' ratios. Last, 1,000 requests at once for one such key, with the
+//! default cache: queries are counted in PostgreSQL's log, checks by their spans. The last line is JSON.
 
 mod figures;
 #[path = "../tests/support/servers/mod.rs"]
