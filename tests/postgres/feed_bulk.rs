@@ -5,8 +5,11 @@ use std::time::{Duration, Instant};
 use tower_api_key::Authenticator;
 
 use crate::support::{
-    database::{Database, NEVER, caches, database_with, denial_of, number, store_at},
-    feed::{eventually, in_sync, within},
+    database::{
+        Database, NEVER, caches, database_with, denial_of, in_sync_by_notification, number,
+        store_at,
+    },
+    feed::{in_sync, within},
     servers::Postgres,
 };
 
@@ -72,7 +75,6 @@ async fn a_read_of_a_large_table_uses_the_index_without_statistics() {
     let node = caches(Authenticator::new(store_at(&db.server.url(), NEVER)), &key).await;
     for _ in 0..5 {
         db.run("UPDATE api_keys SET name = name || 'x'").await;
-        db.run("NOTIFY api_key_changes").await;
         in_sync_by_notification(&db, &node).await;
     }
     let (statement, took) = last_read(&db.server).unwrap();
@@ -89,15 +91,6 @@ async fn a_read_of_a_large_table_uses_the_index_without_statistics() {
     db.run(&key.revoke()).await;
     within(Duration::from_secs(2), "the revoke", async || denial_of(&node, &key).await.is_some())
         .await;
-}
-
-async fn in_sync_by_notification(db: &Database, node: &Authenticator) {
-    let begun = Instant::now();
-    eventually("a sync", async || {
-        db.run("NOTIFY api_key_changes").await;
-        node.health().last_sync.is_some_and(|age| age < begun.elapsed())
-    })
-    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

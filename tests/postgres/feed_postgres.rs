@@ -2,9 +2,8 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio_postgres::{Client, NoTls};
 use tower_api_key::{
-    Authenticator, Denial, KeyManager, KeyScheme, NewKey, PostgresStore, RedisCache,
+    Authenticator, Denial, KeyManager, KeyScheme, NewKey, RedisCache,
     denial::InvalidKey,
     key::{KeyFormat, KeyHash},
     record::KeyRecord,
@@ -14,44 +13,17 @@ use tower_api_key::{
 
 use crate::support::{
     self,
+    database::{
+        Database, Key, NEVER, connect, database, database_with, denial_of, in_sync_by_notification,
+        is_denied, node_with, store_at, url_of_role,
+    },
     feed::{FeedRecorder, eventually, in_sync, within},
     proxy::Proxy,
     servers::{Postgres, Redis},
 };
 
-/// A migrated database and an operator at its console.
-struct Database {
-    server: Postgres,
-    admin: Client,
-    store: PostgresStore,
-}
-
-struct Key {
-    id: i64,
-    prefix: String,
-    secret: String,
-    owner: i64,
-}
-
-/// So long a notified node takes at most; the poll of most stores here is a minute away.
+/// Maximum time until a notified node has a change; the poll of most stores here is a minute away.
 const NOTIFIED: Duration = Duration::from_secs(1);
-const NEVER: Duration = Duration::from_secs(60);
-
-async fn database() -> Database {
-    database_with(Postgres::start()).await
-}
-
-async fn database_with(server: Postgres) -> Database {
-    let store = store_at(&server.url(), NEVER);
-    store.migrate().await.unwrap();
-    let admin = server.client().await;
-    Database { server, admin, store }
-}
-
-fn store_at(url: &str, poll_interval: Duration) -> PostgresStore {
-    let store = PostgresStore::builder(url).poll_interval(poll_interval).max_connections(4);
-    store.timeout(Duration::from_secs(2)).connect_timeout(Duration::from_secs(1)).build().unwrap()
-}
 
 /// Where Redis has what is known of the key.
 fn entry_of(redis: &Redis, key: &Key) -> String {
@@ -59,80 +31,24 @@ fn entry_of(redis: &Redis, key: &Key) -> String {
     redis.command(&["KEYS", &format!("api_key:data:*{{{hex}}}")])
 }
 
-/// Connects as another role; everybody is trusted.
-async fn as_role(server: &Postgres, role: &str) -> Client {
-    let url = server.url().replacen("app@", &format!("{role}@"), 1);
-    let (client, connection) = tokio_postgres::connect(&url, NoTls).await.unwrap();
-    tokio::spawn(connection);
-    client
+/// Connects as another role.
+async fn as_role(db: &Database, role: &str) -> tokio_postgres::Client {
+    connect(&url_of_role(&db.server.url(), role)).await
 }
 
-impl Database {
-    /// Makes the deletion of a user delete its keys, as in many adopted tables.
-    async fn cascade(&self) {
-        self.run(
-            "ALTER TABLE api_keys DROP CONSTRAINT api_keys_user_id_fkey,
-            ADD CONSTRAINT api_keys_user_id_fkey FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE",
-        )
-        .await;
-    }
-
-    /// A key of a user of its own.
-    async fn key(&self) -> Key {
-        let manager = KeyManager::new(self.store.clone());
-        let email = format!("{:?}@example.com", Instant::now()).replace(' ', "");
-        let owner = manager.create_user(&email, "user").await.unwrap().id;
-        let issued = manager.issue(NewKey::new(owner.clone(), "k").scopes(["read"])).await.unwrap();
-        Key {
-            id: issued.record().id.as_i64().unwrap(),
-            prefix: issued.record().prefix.clone(),
-            secret: issued.expose_secret().to_owned(),
-            owner: owner.as_i64().unwrap(),
-        }
-    }
-
-    async fn run(&self, sql: &str) {
-        self.admin.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
-    }
-
-    async fn number(&self, sql: &str) -> i64 {
-        self.admin.query_one(&format!("SELECT ({sql})::bigint"), &[]).await.unwrap().get(0)
-    }
-
-    fn listen(&self, poll_interval: Duration) -> FeedRecorder {
-        FeedRecorder::listen(store_at(&self.server.url(), poll_interval).changes(SystemTime::now()))
-    }
-}
-
-/// A node that has the key in its local cache and receives changes.
-async fn node_with(store: impl KeyStore, key: &Key) -> Authenticator {
-    let node = Authenticator::new(store);
-    node.authenticate(&key.secret).await.unwrap();
-    eventually("the first sync", async || node.health().last_sync.is_some()).await;
-    // The first answer may have come before the feed was there.
-    node.authenticate(&key.secret).await.unwrap();
-    node
-}
-
-async fn denial_of(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
-    match node.authenticate(&key.secret).await {
-        Ok(_) => None,
-        Err(Denial::InvalidKey(reason)) => Some(reason),
-        Err(other) => panic!("{other:?}"),
-    }
-}
-
-async fn is_denied(node: &Authenticator, key: &Key, expected: InvalidKey) -> Duration {
-    within(NOTIFIED, &format!("{expected:?}"), async || {
-        denial_of(node, key).await == Some(expected)
-    })
-    .await
+/// Makes the deletion of a user delete its keys, as in many adopted tables.
+async fn cascade(db: &Database) {
+    db.run(
+        "ALTER TABLE api_keys DROP CONSTRAINT api_keys_user_id_fkey,
+        ADD CONSTRAINT api_keys_user_id_fkey FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE",
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whatever_is_changed_by_hand_reaches_a_node_that_has_it_in_its_cache() {
     let db = database().await;
-    db.cascade().await;
+    cascade(&db).await;
     let node = node_with(db.store.clone(), &db.key().await).await;
     let other_hash = KeyHash::bcrypt("tak_live_another", 4).unwrap().expose_hash();
     for (change, expected) in [
@@ -184,7 +100,7 @@ async fn whatever_is_changed_by_hand_reaches_a_node_that_has_it_in_its_cache() {
     ] {
         let key = db.key().await;
         node.authenticate(&key.secret).await.unwrap();
-        in_sync_by_poke(&db, &node).await;
+        in_sync_by_notification(&db, &node).await;
         assert_eq!(denial_of(&node, &key).await, None);
         let change = change
             .replace("$KEY", &key.id.to_string())
@@ -220,12 +136,6 @@ async fn whatever_is_changed_by_hand_reaches_a_node_that_has_it_in_its_cache() {
     db.run("TRUNCATE users CASCADE").await;
     is_denied(&node, &a, InvalidKey::Unknown).await;
     is_denied(&node, &b, InvalidKey::Unknown).await;
-}
-
-/// Makes a change to nobody's key, and waits until the node has received it, and so of all before it.
-async fn in_sync_by_poke(db: &Database, node: &Authenticator) {
-    db.run("NOTIFY api_key_changes").await;
-    in_sync(node).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -341,7 +251,7 @@ async fn a_role_that_may_do_nothing_else_can_revoke_and_others_can_not_make_chan
         CREATE ROLE nobody_much LOGIN",
     )
     .await;
-    let revoker = as_role(&db.server, "revoker").await;
+    let revoker = as_role(&db, "revoker").await;
     for forbidden in [
         "SELECT key_hash FROM api_keys",
         "SELECT * FROM api_key_cache_secrets",
@@ -361,7 +271,7 @@ async fn a_role_that_may_do_nothing_else_can_revoke_and_others_can_not_make_chan
     is_denied(&node, &key, InvalidKey::Revoked).await;
 
     // Through a trigger on a table of one's own, the functions would write what one likes.
-    let nobody = as_role(&db.server, "nobody_much").await;
+    let nobody = as_role(&db, "nobody_much").await;
     nobody
         .batch_execute(
             "CREATE TEMP TABLE mine (id BIGINT, key_prefix TEXT, api_key_revision BIGINT)",
@@ -521,7 +431,7 @@ async fn what_changed_while_the_connection_was_cut_is_made_up_for() {
     let cached = async || {
         let key = db.key().await;
         node.authenticate(&key.secret).await.unwrap();
-        in_sync_by_poke(&db, &node).await;
+        in_sync_by_notification(&db, &node).await;
         node.authenticate(&key.secret).await.unwrap();
         key
     };
@@ -595,7 +505,7 @@ async fn notifications_that_anybody_may_send_change_nothing_and_stop_nothing() {
     let recorder = db.listen(NEVER);
     recorder.all_after(&db).await;
     db.run("CREATE ROLE stranger LOGIN").await;
-    let stranger = as_role(&db.server, "stranger").await;
+    let stranger = as_role(&db, "stranger").await;
     // Each in a transaction of its own, or they would be one; and in one, with payloads.
     let flood = tokio::spawn(async move {
         let payload = format!("{{\"Prefix\":[\"{}\",9223372036854775807]}}", "x".repeat(7000));
@@ -796,7 +706,7 @@ async fn node_with_nothing(node: Authenticator, key: &Key) -> Authenticator {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_starts_receives_what_became_visible_in_the_last_hour_before_its_first_sync() {
     let db = database().await;
-    db.cascade().await;
+    cascade(&db).await;
     let (key, old, long) = (db.key().await, db.key().await, db.key().await);
     db.run(&format!("UPDATE api_keys SET name = 'x' WHERE id = {}", old.id)).await;
     // Begun before the hour, and committed within it: two hours after the trigger ran.
@@ -864,7 +774,7 @@ async fn more_changes_at_once_than_can_be_reported_are_a_reset() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_user_who_is_deleted_and_put_back_can_be_let_in_again() {
     let db = database().await;
-    db.cascade().await;
+    cascade(&db).await;
     let key = db.key().await;
     let node = node_with(db.store.clone(), &key).await;
     db.run(

@@ -127,6 +127,16 @@ pub async fn caches(node: Authenticator, key: &Key) -> Authenticator {
     node
 }
 
+/// Waits until the node has received every change that was there before this was called, where its next poll is far away.
+pub async fn in_sync_by_notification(db: &Database, node: &Authenticator) {
+    let begun = Instant::now();
+    eventually("a sync", async || {
+        db.run("NOTIFY api_key_changes").await;
+        node.health().last_sync.is_some_and(|age| age < begun.elapsed())
+    })
+    .await;
+}
+
 /// `None` for an accepted key. Fails if the answer is neither.
 pub async fn denial_of(node: &Authenticator, key: &Key) -> Option<InvalidKey> {
     match node.authenticate(&key.secret).await {
