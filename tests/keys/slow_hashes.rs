@@ -248,7 +248,8 @@ async fn the_owner_of_a_key_gets_in_while_one_network_guesses_from_fresh_address
             denied.push(second);
         }
     }
-    assert!(checks > 20, "{checks} guesses were checked");
+    // About 30; fewer if the machine is busy, because a check then takes longer.
+    assert!(checks > 10, "{checks} guesses were checked");
     assert!(denied.iter().all(|second| *second < 16), "{denied:?}");
 }
 
