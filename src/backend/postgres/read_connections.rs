@@ -4,14 +4,11 @@
 //! own. For a look-up, that takes longer than the statement itself on this side of the connection.
 
 use std::{
-    sync::OnceLock,
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
-use deadpool::managed::{
-    Manager, Metrics, Object, Pool, PoolError, QueueMode, RecycleError, RecycleResult,
-};
-use tokio::task::JoinHandle;
+use tokio::{sync::Semaphore, task::JoinHandle};
 use tokio_postgres::{
     Client, Error, Row, Statement,
     types::{ToSql, Type},
@@ -29,30 +26,29 @@ use crate::error::StoreError;
 /// take until its deadline.
 const MAX_IDLE: Duration = Duration::from_secs(60);
 
-/// A pool of connections that are opened on demand. The one that was used last is used next, so that its server process
-/// is warm.
+/// Connections that are opened on demand. The one that was used last is used next, so that its server process is warm.
 pub(super) struct ReadConnections {
-    pool: Pool<ReadConnector>,
-    statement_timeout: Duration,
-}
-
-/// Opens connections.
-pub(super) struct ReadConnector {
     target: Target,
     statement_timeout: Duration,
-    /// Maximum time for all hosts together.
+    /// Maximum time in which a connection is opened, for all hosts together.
     budget: Duration,
+    /// Bounds the number of connections.
+    permits: Semaphore,
+    idle: Mutex<Vec<IdleConnection>>,
 }
 
-pub(super) struct ReadConnection {
+struct IdleConnection {
+    connection: ReadConnection,
+    since: Instant,
+}
+
+/// A connection. If it is dropped in the middle of a statement, because the caller was dropped or the deadline has
+/// passed, it is closed: the server may be busy with the statement for longer.
+struct ReadConnection {
     client: Client,
     prepared: [OnceLock<Statement>; KeyRead::ALL.len()],
     driver: JoinHandle<()>,
 }
-
-/// A connection that is in use. If it is dropped in the middle of a statement, because the caller was dropped or the
-/// deadline has passed, it leaves the pool and is closed: the server may be busy with the statement for longer.
-struct ReadCheckout(Option<Object<ReadConnector>>);
 
 /// The reason why a statement failed.
 enum ReadFault {
@@ -61,18 +57,16 @@ enum ReadFault {
 }
 
 impl ReadConnections {
-    /// Creates a pool of at most `size` connections to `target`.
+    /// At most `size` connections to `target`.
     pub(super) fn new(
         target: &Target,
         size: usize,
         statement_timeout: Duration,
         budget: Duration,
     ) -> Self {
-        let connector = ReadConnector { target: target.clone(), statement_timeout, budget };
-        let pool = Pool::builder(connector).max_size(size).queue_mode(QueueMode::Lifo).build();
-        // Only timeouts of the pool's own require a runtime.
-        let pool = pool.unwrap_or_else(|_| unreachable!("the pool has no timeouts"));
-        Self { pool, statement_timeout }
+        let permits = Semaphore::new(size.min(Semaphore::MAX_PERMITS));
+        let (target, idle) = (target.clone(), Mutex::default());
+        Self { target, statement_timeout, budget, permits, idle }
     }
 
     /// Runs a statement. It is retried once if the connection was dead.
@@ -85,7 +79,7 @@ impl ReadConnections {
         let rows = match self.attempt(read, parameters).await {
             Err(fault) if fault.is_of_the_connection() => {
                 // The connection was in the pool when the server went away, and so were the others.
-                self.pool.retain(|_, _| false);
+                self.idle().clear();
                 self.attempt(read, parameters).await
             }
             rows => rows,
@@ -98,16 +92,49 @@ impl ReadConnections {
         read: KeyRead,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>, ReadFault> {
-        let connection = self.pool.get().await.map_err(|error| match error {
-            PoolError::Backend(fault) => ReadFault::Connect(fault.into()),
-            error => ReadFault::Connect(StoreError::unavailable(error)),
-        })?;
-        let checkout = ReadCheckout(Some(connection));
-        let rows = checkout.connection().load(read, parameters).await.map_err(ReadFault::Statement);
+        let permit = self.permits.acquire().await;
+        let _permit = permit.map_err(|error| ReadFault::Connect(StoreError::unavailable(error)))?;
+        let connection = match self.take_idle() {
+            Some(connection) => connection,
+            None => self.open().await.map_err(|fault| ReadFault::Connect(fault.into()))?,
+        };
+        let rows = connection.load(read, parameters).await.map_err(ReadFault::Statement);
         if !rows.as_ref().is_err_and(ReadFault::is_of_the_connection) {
-            checkout.put_back();
+            self.idle().push(IdleConnection { connection, since: Instant::now() });
         }
         rows
+    }
+
+    fn take_idle(&self) -> Option<ReadConnection> {
+        let mut idle = self.idle();
+        while let Some(IdleConnection { connection, since }) = idle.pop() {
+            if since.elapsed() > MAX_IDLE {
+                // The others have been idle for longer.
+                idle.clear();
+            } else if !connection.client.is_closed() {
+                return Some(connection);
+            }
+        }
+        None
+    }
+
+    async fn open(&self) -> Result<ReadConnection, ConnectFault> {
+        let Self { target, statement_timeout, budget, .. } = self;
+        // Boxed, because each look-up holds this future, and few connect.
+        let connecting = Box::pin(target.connect_read(*statement_timeout, *budget));
+        let (client, connection) = connecting.await?;
+        let driver = tokio::spawn(async move {
+            // Its end shows in the client.
+            let _ = connection.await;
+        });
+        let connection = ReadConnection { client, prepared: Default::default(), driver };
+        // As diesel does for other connections. PgBouncer keeps this setting apart for each of its clients.
+        connection.client.batch_execute("SET TIME ZONE 'UTC'").await?;
+        Ok(connection)
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<IdleConnection>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -125,61 +152,6 @@ impl ReadConnection {
         }
         let Some(statement) = prepared.get() else { unreachable!("it was prepared") };
         self.client.query(statement, parameters).await
-    }
-}
-
-impl Manager for ReadConnector {
-    type Type = ReadConnection;
-    type Error = ConnectFault;
-
-    async fn create(&self) -> Result<ReadConnection, ConnectFault> {
-        let Self { target, statement_timeout, budget } = self;
-        // Boxed, because each look-up holds this future, and few connect.
-        let connecting = Box::pin(target.connect_read(*statement_timeout, *budget));
-        let (client, connection) = connecting.await?;
-        let driver = tokio::spawn(async move {
-            // Its end shows in the client.
-            let _ = connection.await;
-        });
-        let connection = ReadConnection { client, prepared: Default::default(), driver };
-        // As diesel does for other connections. PgBouncer keeps this setting apart for each of its clients.
-        connection.client.batch_execute("SET TIME ZONE 'UTC'").await?;
-        Ok(connection)
-    }
-
-    async fn recycle(
-        &self,
-        connection: &mut ReadConnection,
-        metrics: &Metrics,
-    ) -> RecycleResult<ConnectFault> {
-        if connection.client.is_closed() {
-            return Err(RecycleError::message("the connection is closed"));
-        }
-        if metrics.last_used() > MAX_IDLE {
-            return Err(RecycleError::message("the connection was idle for too long"));
-        }
-        Ok(())
-    }
-}
-
-impl ReadCheckout {
-    fn connection(&self) -> &ReadConnection {
-        let Some(connection) = &self.0 else {
-            unreachable!("the connection is present until it is put back")
-        };
-        connection
-    }
-
-    fn put_back(mut self) {
-        drop(self.0.take());
-    }
-}
-
-impl Drop for ReadCheckout {
-    fn drop(&mut self) {
-        if let Some(connection) = self.0.take() {
-            drop(Object::take(connection));
-        }
     }
 }
 
