@@ -48,8 +48,8 @@ use crate::{
     record::UserId,
     runtime::{Clock, within},
     store::{
-        Answer, CacheSecret, ChangeStream, KeySelection, KeyStore, KeysRead, Lease, LeaseRequest,
-        Lookup, ReadOwner, UsageBatch,
+        Answer, CacheSecret, ChangeStream, HashUpgrade, KeySelection, KeyStore, KeysRead, Lease,
+        LeaseRequest, Lookup, ReadOwner, UsageBatch,
     },
     telemetry,
 };
@@ -133,6 +133,13 @@ impl PostgresStore {
         Ok(review)
     }
 
+    async fn store_upgrade(&self, upgrade: &HashUpgrade) {
+        let stored = self.load::<TextRow>(&self.0.accounting, &upgrade.statement()).await;
+        if let Err(error) = stored {
+            telemetry::upgrade_failed(&error);
+        }
+    }
+
     /// Runs an idempotent statement. It is retried once if the connection was dead.
     async fn load<R>(&self, pool: &Connections, statement: &Statement) -> Result<Vec<R>, StoreError>
     where
@@ -179,10 +186,8 @@ impl KeyStore for PostgresStore {
     async fn resolve(&self, lookup: &Lookup) -> Result<Answer, StoreError> {
         let FoundKeys { as_of, latest, keys } = self.look_up(lookup).await?;
         let answer = lookup.verify_rows(keys).await?;
-        if let Some(upgrade) = answer.upgrade()
-            && let Err(error) = self.load::<TextRow>(&self.0.accounting, &upgrade.statement()).await
-        {
-            telemetry::upgrade_failed(&error);
+        if let Some(upgrade) = answer.upgrade() {
+            Box::pin(self.store_upgrade(upgrade)).await;
         }
         Ok(answer.with_key_revision(latest).with_as_of(as_of))
     }

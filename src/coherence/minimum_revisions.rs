@@ -222,9 +222,9 @@ impl MinimumRevisions {
 
     /// Judges an answer about these subjects whose read was sent after `began`. Read the generations of its cache entry
     /// before this call.
-    pub(crate) fn judge(
+    pub(crate) fn judge<'a>(
         &self,
-        subjects: &[(Subject, Revision)],
+        subjects: impl IntoIterator<Item = (&'a Subject, Revision)>,
         began: Seen,
         now: Moment,
     ) -> Standing {
@@ -234,13 +234,8 @@ impl MinimumRevisions {
             standing = Standing::Overtaken;
         }
         for (subject, revision) in subjects {
-            let Some(minimum) = table.by_subject.get(subject) else { continue };
-            // A revision that the database has lost is never reached again. Its minimum expires when no copy from
-            // before it is left.
-            if minimum.raised.is_some_and(|raised| now.since(raised) > MINIMUM_REVISION_LIFETIME) {
-                continue;
-            }
-            if *revision < minimum.revision {
+            let Some(minimum) = table.minimum(subject, now) else { continue };
+            if revision < minimum.revision {
                 return Standing::Below;
             }
             if minimum.since > began.all {
@@ -248,6 +243,19 @@ impl MinimumRevisions {
             }
         }
         standing
+    }
+
+    /// Returns whether a change of one of these subjects is known that is newer than its revision.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn is_below(
+        &self,
+        subjects: impl IntoIterator<Item = (Subject, Revision)>,
+        now: Moment,
+    ) -> bool {
+        let table = self.table();
+        subjects.into_iter().any(|(subject, revision)| {
+            table.minimum(&subject, now).is_some_and(|minimum| revision < minimum.revision)
+        })
     }
 
     fn revision_of(&self, subject: &Subject) -> Option<Revision> {
@@ -315,6 +323,13 @@ impl MinimumRevisions {
 }
 
 impl Table {
+    /// Returns the minimum of a subject. A revision that the database has lost is never reached again: its minimum
+    /// expires when no copy from before it is left.
+    fn minimum(&self, subject: &Subject, now: Moment) -> Option<&Minimum> {
+        let is_valid = |raised| now.since(raised) <= MINIMUM_REVISION_LIFETIME;
+        self.by_subject.get(subject).filter(|minimum| minimum.raised.is_none_or(is_valid))
+    }
+
     /// Returns whether an answer of this revision, read at `as_of`, is not below the minimum of its subject.
     fn accepts(&self, subject: &Subject, revision: Revision, as_of: SystemTime) -> bool {
         self.by_subject.get(subject).is_none_or(|minimum| {

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 use super::{digest::KeyDigest, format::hmac_sha256};
 use crate::{
     error::StoreError,
-    runtime::{hex, unhex},
+    runtime::{hex_in, unhex},
 };
 
 /// A stored hash. Its text names the algorithm.
@@ -99,7 +99,9 @@ impl KeyHash {
 
     /// Returns a fingerprint that identifies the hash without showing it.
     pub(crate) fn fingerprint(&self) -> HashFingerprint {
-        HashFingerprint(Sha256::digest(self.expose_hash()).into())
+        let mut hasher = Sha256::new();
+        self.write_text(|part| hasher.update(part));
+        HashFingerprint(hasher.finalize().into())
     }
 
     /// Returns a compact form, for the memory of this process only.
@@ -126,12 +128,30 @@ impl KeyHash {
     /// Returns the stored text. It is less sensitive than a key, but must not be logged: a weak key can be guessed from
     /// it.
     pub fn expose_hash(&self) -> String {
+        let mut text = String::new();
+        self.write_text(|part| text.push_str(part));
+        text
+    }
+
+    /// Passes the stored text to `write`, in parts.
+    fn write_text(&self, mut write: impl FnMut(&str)) {
+        let mut digits = [0; 64];
         match &self.0 {
-            Kind::Bcrypt(BcryptHash { text, is_prehashed: false }) => text.to_string(),
-            Kind::Bcrypt(BcryptHash { text, is_prehashed: true }) => format!("{PREHASHED}{text}"),
-            Kind::Sha256(digest) => format!("{SHA256}{}", hex(digest)),
+            Kind::Bcrypt(BcryptHash { text, is_prehashed }) => {
+                if *is_prehashed {
+                    write(PREHASHED);
+                }
+                write(text);
+            }
+            Kind::Sha256(digest) => {
+                write(SHA256);
+                write(hex_in(digest, &mut digits));
+            }
             Kind::HmacSha256 { pepper, mac } => {
-                format!("{HMAC_SHA256}{}${}", hex(pepper), hex(mac))
+                write(HMAC_SHA256);
+                write(hex_in(pepper, &mut digits));
+                write("$");
+                write(hex_in(mac, &mut digits));
             }
         }
     }

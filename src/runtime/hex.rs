@@ -1,14 +1,20 @@
 //! Bytes as hexadecimal digits.
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
+    let mut digits = vec![0; 2 * bytes.len()];
+    hex_in(bytes, &mut digits).to_owned()
+}
+
+/// Writes the digits to a buffer, and returns them. Bytes for which it has no room are left out.
+pub(crate) fn hex_in<'a>(bytes: &[u8], digits: &'a mut [u8]) -> &'a str {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let digit = |half: u8| char::from(DIGITS[usize::from(half)]);
-    let mut digits = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        digits.push(digit(byte >> 4));
-        digits.push(digit(byte & 15));
+    for (byte, pair) in bytes.iter().zip(digits.chunks_exact_mut(2)) {
+        pair[0] = DIGITS[usize::from(byte >> 4)];
+        pair[1] = DIGITS[usize::from(byte & 15)];
     }
-    digits
+    let len = digits.len().min(2 * bytes.len());
+    // Digits are ASCII.
+    str::from_utf8(&digits[..len]).unwrap_or_default()
 }
 
 pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {

@@ -12,7 +12,7 @@ pub(crate) use self::deadline::later;
 pub(crate) use self::{
     background::{Background, poll_or_spawn},
     deadline::{timer, within},
-    hex::{hex, unhex},
+    hex::{hex, hex_in, unhex},
     recent::RecentMap,
 };
 pub use self::{

@@ -182,18 +182,23 @@ impl Lookup {
         if checked.needs_slow_check()
             && let Some(key) = self.key.presented()
         {
-            let check = SlowCheck {
-                hashes: std::mem::take(&mut checked.hashes),
-                key: Arc::clone(key),
-                address: self.address,
-                clock: Arc::clone(&self.clock),
-            };
-            let matched = self.scheme.check_slowly(check).await?;
-            checked.matched = matched.and_then(|at| checked.slow.get(at).copied());
+            // Boxed, because few look-ups need it.
+            let matched = Box::pin(self.check_slowly(key, std::mem::take(&mut checked.hashes)));
+            checked.matched = matched.await?.and_then(|at| checked.slow.get(at).copied());
             let candidate = checked.matched.and_then(|at| checked.candidates.get(at));
             upgrade = candidate.and_then(|candidate| self.upgrade(key, candidate));
         }
         Ok(self.conclude(checked)?.with_upgrade(upgrade))
+    }
+
+    /// Returns the index of the hash that matches.
+    async fn check_slowly(
+        &self,
+        key: &Arc<PresentedKey>,
+        hashes: Vec<BcryptHash>,
+    ) -> Result<Option<usize>, StoreError> {
+        let (key, clock) = (Arc::clone(key), Arc::clone(&self.clock));
+        self.scheme.check_slowly(SlowCheck { hashes, key, address: self.address, clock }).await
     }
 
     /// Verifies like [`Lookup::verify_all`], without slow checks. Returns `None` if one is required.
@@ -214,16 +219,15 @@ impl Lookup {
         });
         // The rows that are not tried count too.
         let latest = rows.iter().flatten().map(|key| key.revisions.key).max().unwrap_or_default();
-        let mut keys = Vec::with_capacity(rows.len().min(MAX_CANDIDATES));
+        // Almost always one. `collect` would reserve four, which exceeds the small sizes of allocators.
+        let mut candidates = Vec::with_capacity(rows.len().min(MAX_CANDIDATES));
         for row in rows.into_iter().take(MAX_CANDIDATES) {
             match row {
-                Ok(key) => keys.push(key),
+                Ok(key) => candidates.extend(key.secrets_under(self.id(), self.asked_at.wall())),
                 Err(error) => note_fault(&mut fault, error),
             }
         }
         let is_whole = fault.is_none();
-        let secrets = |key: StoredKey| key.secrets_under(self.id(), self.asked_at.wall());
-        let candidates: Vec<_> = keys.into_iter().flat_map(secrets).collect();
 
         let mut matched = None;
         let (mut slow, mut hashes) = (Vec::new(), Vec::new());

@@ -43,11 +43,9 @@ impl Resolver {
             applies_from: 0,
             expires_at: u64::MAX,
         };
-        let subjects: Vec<_> = [(prefix.clone(), revisions.key)]
-            .into_iter()
-            .chain(owner.map(|owner| (owner, revisions.owner)))
-            .collect();
-        let standing = minimums.judge(&subjects, seen, now);
+        let of_owner = owner.as_ref().map(|owner| (owner, revisions.owner));
+        let subjects = [(prefix, revisions.key)].into_iter().chain(of_owner);
+        let standing = minimums.judge(subjects, seen, now);
         // A copy may be older than a reset that arrived in the meantime, even if it was read just now.
         let is_overtaken_copy = standing == Standing::Overtaken && answer.source().is_copy();
         if standing == Standing::Below || is_overtaken_copy {

@@ -17,8 +17,9 @@ use crate::{
         found::{Found, FoundKeys},
         gate::{Permit, Seat, Turn},
     },
-    coherence::{Standing, Subject},
+    coherence::Subject,
     error::StoreError,
+    runtime::within,
     store::{Lookup, MAX_CANDIDATES, StoredKey},
 };
 
@@ -27,29 +28,37 @@ pub(super) const MAX_BATCH: usize = 256;
 
 impl PostgresStore {
     /// Reads what is stored under the lookup id. The deadline includes the wait for a connection.
+    ///
+    /// Thousands of look-ups may wait at once. What a running one needs is therefore boxed.
     pub(super) async fn look_up(&self, lookup: &Lookup) -> Result<FoundKeys, StoreError> {
-        self.in_time(async {
-            let (found, permit) = self.read(lookup).await?;
-            let found = found.decode();
-            // Of too many keys, the first ones are tried.
-            match found.keys.len() > MAX_CANDIDATES || is_below_minimum(lookup, &found.keys) {
-                true => self.read_in_full(lookup, permit).await,
-                false => Ok(found),
+        let deadline = self.0.deadline;
+        // Not `in_time`, whose future would hold this one twice.
+        let found = within(deadline, async {
+            match self.turn(lookup).await? {
+                Turn::Run(permit) => Box::pin(self.read(lookup, permit)).await,
+                // The values of another look-up in the batch may be the cause.
+                Turn::Answered(Err(error)) if !error.is_transient() => {
+                    let permit = self.0.gate.pass(lookup).await?;
+                    Box::pin(self.read(lookup, permit)).await
+                }
+                Turn::Answered(found) => match found?.decode() {
+                    found if is_insufficient(lookup, &found) => {
+                        let permit = self.0.gate.pass(lookup).await?;
+                        Box::pin(self.read_in_full(lookup, permit)).await
+                    }
+                    found => Ok(found),
+                },
             }
-        })
-        .await
+        });
+        found.await.unwrap_or_else(|| Err(StoreError::timeout(deadline)))
     }
 
-    /// Returns the permit too, if the look-up ran alone.
-    async fn read(&self, lookup: &Lookup) -> Result<(Found, Option<Permit>), StoreError> {
-        let Inner { lookups, gate, .. } = &*self.0;
-        let permit = match self.turn(lookup).await? {
-            Turn::Run(permit) => permit,
-            // The values of another look-up in the batch may be the cause.
-            Turn::Answered(Err(error)) if !error.is_transient() => gate.pass(lookup).await?,
-            Turn::Answered(found) => return Ok((found?, None)),
-        };
-        Ok((Found::read(lookups, lookup.id()).await?, Some(permit)))
+    async fn read(&self, lookup: &Lookup, permit: Permit) -> Result<FoundKeys, StoreError> {
+        let found = Found::read(&self.0.lookups, lookup.id()).await?.decode();
+        match is_insufficient(lookup, &found) {
+            true => self.read_in_full(lookup, permit).await,
+            false => Ok(found),
+        }
     }
 
     /// Reads the keys again, in order and with the revisions of the last changes: a change that this node knows may be of
@@ -57,14 +66,10 @@ impl PostgresStore {
     async fn read_in_full(
         &self,
         lookup: &Lookup,
-        permit: Option<Permit>,
+        _permit: Permit,
     ) -> Result<FoundKeys, StoreError> {
-        let Inner { lookups, gate, .. } = &*self.0;
-        let _permit = match permit {
-            Some(permit) => permit,
-            None => gate.pass(lookup).await?,
-        };
-        let found = Found::read_many(lookups, &[lookup.id()], true).await?.into_iter().next();
+        let found = Found::read_many(&self.0.lookups, &[lookup.id()], true).await?;
+        let found = found.into_iter().next();
         let found = found.ok_or_else(|| StoreError::rejected("a look-up returned no row"))?;
         Ok(found.decode())
     }
@@ -85,6 +90,11 @@ impl PostgresStore {
     }
 }
 
+/// Returns whether the keys have to be read in full. Of too many keys, the first ones are tried.
+fn is_insufficient(lookup: &Lookup, found: &FoundKeys) -> bool {
+    found.keys.len() > MAX_CANDIDATES || is_below_minimum(lookup, &found.keys)
+}
+
 /// Returns whether this node knows a change of the lookup id, or of the owner of one of these keys, that is newer than
 /// their revisions.
 fn is_below_minimum(lookup: &Lookup, keys: &[Result<StoredKey, StoreError>]) -> bool {
@@ -92,15 +102,14 @@ fn is_below_minimum(lookup: &Lookup, keys: &[Result<StoredKey, StoreError>]) -> 
     let latest = keys().map(|key| key.revisions.key).max().unwrap_or_default();
     let owner = |key: &StoredKey| (Subject::Owner(key.record.user.id.clone()), key.revisions.owner);
     let prefix = (Subject::Prefix(lookup.id().into()), latest);
-    let subjects: Vec<_> = iter::once(prefix).chain(keys().map(owner)).collect();
-    let minimums = &lookup.view().minimum_revisions;
-    minimums.judge(&subjects, minimums.seen(), lookup.clock().read()) == Standing::Below
+    let subjects = iter::once(prefix).chain(keys().map(owner));
+    lookup.view().minimum_revisions.is_below(subjects, lookup.clock().read())
 }
 
 /// Reads the keys of a batch, and gives each look-up its own. It ends early if all of them have left, each by its own
 /// deadline.
 async fn run(inner: Arc<Inner>, _permit: Permit, mut batch: Vec<Seat>) {
-    let ids: Vec<_> = batch.iter().map(|seat| seat.id().to_owned()).collect();
+    let ids: Vec<_> = batch.iter_mut().map(Seat::take_id).collect();
     let mut read = pin!(Found::read_many(&inner.lookups, &ids, false));
     let outcome = {
         let mut all_have_left = pin!(async {

@@ -2,7 +2,6 @@
 
 use std::time::SystemTime;
 
-use serde_json::json;
 use tokio_postgres::Row;
 
 use super::{read_connections::ReadConnections, select::KeyRead};
@@ -28,9 +27,10 @@ impl Found {
     ) -> Result<Vec<Self>, StoreError> {
         let read = if is_full { KeyRead::ManyInFull } else { KeyRead::Many };
         let ids: Vec<_> = ids.iter().map(AsRef::as_ref).collect();
-        let mut of_each: Vec<Vec<Row>> = Vec::new();
-        of_each.resize_with(ids.len(), Vec::new);
-        for row in pool.load(read, &[&json!(ids).to_string()]).await? {
+        // Almost always one row.
+        let mut of_each: Vec<Vec<Row>> = ids.iter().map(|_| Vec::with_capacity(1)).collect();
+        let ids = serde_json::to_string(&ids).map_err(StoreError::rejected)?;
+        for row in pool.load(read, &[&ids]).await? {
             let asked: i64 = row.try_get(2).map_err(StoreError::rejected)?;
             let at = usize::try_from(asked).ok().and_then(|number| number.checked_sub(1));
             if let Some(of_one) = at.and_then(|at| of_each.get_mut(at)) {

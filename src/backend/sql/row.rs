@@ -122,9 +122,9 @@ impl Row<'_> {
         Self(Cells::from_json(columns))
     }
 
-    fn decode_or_name(self) -> Result<StoredKey, StoreError> {
-        let id = self.0.id();
+    fn decode_or_name(mut self) -> Result<StoredKey, StoreError> {
         self.decode().map_err(|Fault { column, reason }| {
+            let id = self.0.id();
             StoreError::bad_row(format!("api_keys row {id}, column {column}: {reason}"))
         })
     }
@@ -135,7 +135,9 @@ impl Row<'_> {
     }
 
     fn parts(&mut self, is_decoded: impl Fn(&str) -> bool) -> Result<RowParts, Fault> {
-        let record = KeyRecord::new(0, "", User::new(0, ""));
+        let (email, role) = (String::new(), String::new());
+        let user = User { id: 0.into(), email, role, is_active: false };
+        let record = KeyRecord::new(0, "", user);
         let revisions = Revisions::default();
         let previous = PreviousParts::default();
         let mut key = RowParts { record, hash: None, fast_hash: None, previous, revisions };
@@ -146,7 +148,7 @@ impl Row<'_> {
         Ok(key)
     }
 
-    pub(in crate::backend) fn decode(mut self) -> Result<StoredKey, Fault> {
+    pub(in crate::backend) fn decode(&mut self) -> Result<StoredKey, Fault> {
         let mut key = self.parts(|_| true)?;
         let user = &mut key.record.user;
         user.email = self.text("user_email")?.unwrap_or_default();

@@ -25,9 +25,9 @@ impl Seat {
         (Self { id: lookup.id().to_owned(), turn }, waiting)
     }
 
-    /// Returns the lookup id.
-    pub(in crate::backend) fn id(&self) -> &str {
-        &self.id
+    /// Takes the lookup id out.
+    pub(in crate::backend) fn take_id(&mut self) -> String {
+        std::mem::take(&mut self.id)
     }
 
     /// Completes when the look-up was dropped, or its deadline has passed.

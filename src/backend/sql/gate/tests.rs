@@ -132,11 +132,10 @@ fn a_batch_takes_known_keys_first_in_the_order_of_arrival_and_no_suspects() {
     .map(|(priority, id)| begin_with(&gate, priority, Some(id)).0)
     .into_iter()
     .collect();
-    let ids =
-        |seats: &[Seat]| -> Vec<String> { seats.iter().map(|seat| seat.id().to_owned()).collect() };
-    let first = permit.take_waiting(3);
-    assert_eq!(ids(&first), ["known 1", "known 2", "ordinary 1"]);
-    assert_eq!(ids(&permit.take_waiting(3)), ["ordinary 2"]);
+    let ids = |seats: &mut [Seat]| -> Vec<String> { seats.iter_mut().map(Seat::take_id).collect() };
+    let mut first = permit.take_waiting(3);
+    assert_eq!(ids(&mut first), ["known 1", "known 2", "ordinary 1"]);
+    assert_eq!(ids(&mut permit.take_waiting(3)), ["ordinary 2"]);
     assert_eq!(gate.len(), 2, "the suspect, and the one that joins no batch");
     for (answer, seat) in (0..).zip(first) {
         seat.answer(Ok(Found {

@@ -1,5 +1,7 @@
 //! The values of a row: [`Cells`].
 
+use std::borrow::Cow;
+
 use serde_json::{Map, Value};
 
 use super::{Fault, READ, fault};
@@ -12,8 +14,8 @@ pub(super) struct Cells<'a> {
 }
 
 enum Values<'a> {
-    /// `None` for a column that is missing from the result, or was taken.
-    Json(Vec<Option<Value>>),
+    /// `None` for a column that is missing from the result, or was taken. The id is the first one.
+    Json { values: Vec<Option<Value>>, id: String },
     /// Shorter than [`READ`] if columns are missing from the result. `None` for NULL.
     #[cfg_attr(not(feature = "postgres"), expect(dead_code))]
     Texts(Vec<Option<&'a [u8]>>),
@@ -30,7 +32,9 @@ pub(super) enum Cell<'a> {
 impl<'a> Cells<'a> {
     pub(super) fn from_json(mut columns: Map<String, Value>) -> Self {
         let values = READ.iter().map(|(name, _)| columns.get_mut(*name).map(Value::take));
-        Self { values: Values::Json(values.collect()), next: 0 }
+        let values: Vec<_> = values.collect();
+        let id = values.first().and_then(Option::as_ref).map(Value::to_string);
+        Self { values: Values::Json { values, id: id.unwrap_or_default() }, next: 0 }
     }
 
     #[cfg(feature = "postgres")]
@@ -38,15 +42,14 @@ impl<'a> Cells<'a> {
         Self { values: Values::Texts(texts), next: 0 }
     }
 
-    /// Returns the id of the row for a message. It is the first column.
-    pub(super) fn id(&self) -> String {
-        let id = match &self.values {
-            Values::Json(values) => values.first().and_then(Option::as_ref).map(Value::to_string),
+    /// Returns the id of the row for a message. It is the first column, and may have been taken.
+    pub(super) fn id(&self) -> Cow<'_, str> {
+        match &self.values {
+            Values::Json { id, .. } => id.into(),
             Values::Texts(texts) => {
-                texts.first().copied().flatten().map(|id| String::from_utf8_lossy(id).into_owned())
+                String::from_utf8_lossy(texts.first().copied().flatten().unwrap_or_default())
             }
-        };
-        id.unwrap_or_default()
+        }
     }
 
     /// Takes a column. A column that is missing from the result is an error: read as NULL, an allow-list would allow
@@ -66,7 +69,7 @@ impl<'a> Cells<'a> {
 
     fn cell(&mut self, at: usize) -> Option<Result<Cell<'a>, std::str::Utf8Error>> {
         match &mut self.values {
-            Values::Json(values) => Some(Ok(match values.get_mut(at)?.take()? {
+            Values::Json { values, .. } => Some(Ok(match values.get_mut(at)?.take()? {
                 Value::Null => Cell::Null,
                 value => Cell::Json(value),
             })),
