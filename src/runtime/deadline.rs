@@ -16,8 +16,8 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
-/// First timer of a deadline. Nearly every look-up ends earlier, also if thousands wait: at its end, each of them would be
-/// polled once more.
+/// Longest first timer of a deadline. When it expires, the look-up is polled once more: with 50 ms, most of 10,000 look-ups
+/// that waited at once were.
 const AT_FIRST: Duration = Duration::from_secs(1);
 
 /// Returns a timer, or `None` if the current Tokio runtime has none. tokio offers no other way to find out than its panic.
@@ -28,8 +28,9 @@ pub(crate) fn timer(duration: Duration) -> Option<Sleep> {
 /// Returns the output of `future`, or `None` if it takes longer than `limit`.
 ///
 /// A look-up has several nested deadlines, the longest outermost. A timer that expires before all others makes tokio
-/// wake its driver, which is a system call, so that each deadline would cost one. Therefore all of them start with the
-/// same short timer, which a quick answer never reaches.
+/// wake its driver, which is a system call, so that each deadline would cost one. Therefore all of them that are longer
+/// than [`AT_FIRST`] start with a timer of that length, which nearly every look-up ends before. A shorter limit, as that of
+/// Redis, has its own.
 ///
 /// # Panics
 ///

@@ -2,12 +2,14 @@
 
 pub(crate) fn hex(bytes: &[u8]) -> String {
     let mut digits = vec![0; 2 * bytes.len()];
-    hex_in(bytes, &mut digits).to_owned()
+    hex_in(bytes, &mut digits);
+    String::from_utf8(digits).unwrap_or_default()
 }
 
-/// Writes the digits to a buffer, and returns them. Bytes for which it has no room are left out.
+/// Writes the digits to a buffer that has room for all of them, and returns them.
 pub(crate) fn hex_in<'a>(bytes: &[u8], digits: &'a mut [u8]) -> &'a str {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    debug_assert!(digits.len() >= 2 * bytes.len());
     for (byte, pair) in bytes.iter().zip(digits.chunks_exact_mut(2)) {
         pair[0] = DIGITS[usize::from(byte >> 4)];
         pair[1] = DIGITS[usize::from(byte & 15)];

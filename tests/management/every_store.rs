@@ -121,6 +121,7 @@ async fn a_user_who_owns_keys_is_not_deleted<S: KeyRepository + Clone>(store: S)
 async fn every_field_of_an_issued_key_is_stored<S: KeyRepository + Clone>(store: S) {
     let manager = KeyManager::new(store.clone()).actor("tester");
     let user = some_user(store.clone()).await;
+    let not_before = now() - TimeDelta::days(1);
     let new = NewKey::new(user.clone(), "laptop")
         .description("of Ada,\nfor tests")
         .scopes(["chat:write"])
@@ -131,7 +132,7 @@ async fn every_field_of_an_issued_key_is_stored<S: KeyRepository + Clone>(store:
         .allowed_ips(["10.0.0.0/8".parse().unwrap()])
         .unlimited()
         .budget(Budget { limit_cents: 2_000, period: BudgetPeriod::Monthly })
-        .not_before(now() - TimeDelta::days(1))
+        .not_before(not_before)
         .expires_at(now() + TimeDelta::days(90))
         .metadata(json!({ "team": "a" }));
     let issued = manager.issue(new).await.unwrap();
@@ -139,7 +140,7 @@ async fn every_field_of_an_issued_key_is_stored<S: KeyRepository + Clone>(store:
     assert_eq!(&found, issued.record());
     assert_eq!(found.description, "of Ada,\nfor tests");
     assert_eq!(found.created_by.as_deref(), Some("tester"));
-    assert_eq!(found.not_before, Some(now() - TimeDelta::days(1)));
+    assert_eq!(found.not_before, Some(not_before));
 
     let copy = manager.issue(NewKey::from_template(&found, user, "copy")).await.unwrap();
     let copy = copy.record();

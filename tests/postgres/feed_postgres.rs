@@ -14,16 +14,13 @@ use tower_api_key::{
 use crate::support::{
     self,
     database::{
-        Database, Key, NEVER, connect, database, database_with, denial_of, in_sync_by_notification,
-        is_denied, node_with, store_at, url_of_role,
+        Database, Key, NEVER, NOTIFIED, connect, database, database_with, denial_of,
+        in_sync_by_notification, is_denied, node_with, store_at, url_of_role,
     },
     feed::{FeedRecorder, eventually, in_sync, within},
     proxy::Proxy,
     servers::{Postgres, Redis},
 };
-
-/// Maximum time until a notified node has a change; the poll of most stores here is a minute away.
-const NOTIFIED: Duration = Duration::from_secs(1);
 
 /// Where Redis has what is known of the key.
 fn entry_of(redis: &Redis, key: &Key) -> String {

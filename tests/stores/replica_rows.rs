@@ -133,7 +133,8 @@ async fn a_bad_owner_in_sqlite_fails_its_keys_and_no_others_until_it_is_whole() 
     // The first key of the owner can't be decoded, and the owner changes.
     run("UPDATE api_keys SET rate_limit_per_day = -2 WHERE id = 1");
     node.becomes_without_memory(bad.expose_secret(), 200, 500).await;
-    // Until a change arrives, memory may answer from a read before it, after the store has answered with it.
+    // The owner is being read again. Until the change event arrives, the replica may answer from that older read after the
+    // store has answered with the change.
     node.settles(good.expose_secret(), 200).await;
     run("UPDATE users SET is_active = FALSE");
     node.becomes(good.expose_secret(), 200, 401).await;

@@ -127,7 +127,8 @@ pub async fn caches(node: Authenticator, key: &Key) -> Authenticator {
     node
 }
 
-/// Waits until the node has received every change that was there before this was called, where its next poll is far away.
+/// Waits until the node has received every change that was there before this was called. For a node whose next poll is far
+/// away.
 pub async fn in_sync_by_notification(db: &Database, node: &Authenticator) {
     let begun = Instant::now();
     eventually("a sync", async || {

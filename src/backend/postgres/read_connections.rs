@@ -42,8 +42,8 @@ struct IdleConnection {
     since: Instant,
 }
 
-/// A connection. If it is dropped in the middle of a statement, because the caller was dropped or the deadline has
-/// passed, it is closed: the server may be busy with the statement for longer.
+/// A connection, which is closed when it is dropped: also in the middle of a statement, because the caller was dropped or
+/// the deadline has passed. The server may be busy with the statement for longer.
 struct ReadConnection {
     client: Client,
     prepared: [OnceLock<Statement>; KeyRead::ALL.len()],
@@ -57,7 +57,7 @@ enum ReadFault {
 }
 
 impl ReadConnections {
-    /// At most `size` connections to `target`.
+    /// Creates an empty list of at most `size` connections to `target`.
     pub(super) fn new(
         target: &Target,
         size: usize,
@@ -78,7 +78,7 @@ impl ReadConnections {
         let began = Instant::now();
         let rows = match self.attempt(read, parameters).await {
             Err(fault) if fault.is_of_the_connection() => {
-                // The connection was in the pool when the server went away, and so were the others.
+                // The connection was idle when the server went away, and so were the others.
                 self.idle().clear();
                 self.attempt(read, parameters).await
             }

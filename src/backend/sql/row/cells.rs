@@ -14,8 +14,12 @@ pub(super) struct Cells<'a> {
 }
 
 enum Values<'a> {
-    /// `None` for a column that is missing from the result, or was taken. The id is the first one.
-    Json { values: Vec<Option<Value>>, id: String },
+    Json {
+        /// `None` for a column that is missing from the result, or was taken.
+        values: Vec<Option<Value>>,
+        /// The first column, for messages, because it may have been taken.
+        id: String,
+    },
     /// Shorter than [`READ`] if columns are missing from the result. `None` for NULL.
     #[cfg_attr(not(feature = "postgres"), expect(dead_code))]
     Texts(Vec<Option<&'a [u8]>>),
