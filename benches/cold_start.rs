@@ -3,8 +3,9 @@
 //! `cargo bench --bench cold_start` starts a PostgreSQL and a Redis of its own. In each round the contenders take turns:
 //! one raw prepared query with `key_prefix = ANY($1)` for all keys, on one connection; and 10,000 tasks that each
 //! authenticate a key of their own, through a new authenticator whose connections are open: over PostgreSQL, over an
-//! empty Redis before it, over a Redis that has all keys, and over a replica that has loaded them. The figures are medians of the rounds, the ratios medians
-//! of the rounds' ratios. Queries are counted in PostgreSQL's log, in a round that is not timed. The last line is JSON.
+//! empty Redis before it, over a Redis that has all keys, and over a replica that has loaded them. The figures are
+//! medians of the rounds, the ratios medians of the rounds' ratios. Queries are counted in PostgreSQL's log, in a round
+//! that is not timed. The last line is JSON.
 
 mod figures;
 #[path = "../tests/support/servers/mod.rs"]

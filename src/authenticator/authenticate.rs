@@ -231,7 +231,7 @@ impl AuthenticatorBuilder {
         self
     }
 
-    /// Sets the maximum number of concurrent look-ups: 4,096 by default, at about 3 KiB each. When it is reached, a
+    /// Sets the maximum number of concurrent look-ups: 4,096 by default, at about 4 KiB each. When it is reached, a
     /// request whose key is not in the local cache is answered with 503.
     ///
     /// The last quarter is reserved for keys that this node has verified before. Clients whose network exceeds its
