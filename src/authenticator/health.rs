@@ -1,6 +1,6 @@
 //! State of the caches: [`Health`].
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::store::{FeedStatus, ReplicaStatus};
 
@@ -18,6 +18,9 @@ pub struct Health {
     /// Time since this node was last in sync with the change feed of its store. `None` before the first look-up, and
     /// for a store without a feed.
     pub last_sync: Option<Duration>,
+    /// Time of the last sync by the clock of the database: this node has received every change that was committed before
+    /// it. `None` as for `last_sync`. A script that changes rows by hand can wait for it on each node.
+    pub synced_to: Option<SystemTime>,
     /// Status of the change feed: why changes may not arrive, and the size of its table.
     pub feed: FeedStatus,
     /// Status of the [`Replica`](crate::Replica), if the store is one.

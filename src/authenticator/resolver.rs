@@ -203,6 +203,7 @@ impl Resolver {
             lookups_under_way: self.single_flight.len(),
             is_store_failing: self.is_store_failing.load(Ordering::Relaxed),
             last_sync: self.view.freshness.last_sync().map(|sync| now.since(sync)),
+            synced_to: self.view.freshness.synced_to(),
             feed: self.feed_state.status(),
             replica: self.store.replica_status(),
         }

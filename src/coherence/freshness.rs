@@ -77,6 +77,11 @@ impl Freshness {
         (monotonic > 0).then_some(Moment { monotonic, wall })
     }
 
+    /// Returns the database's time of the last sync, if there was one.
+    pub(crate) fn synced_to(&self) -> Option<SystemTime> {
+        self.last().map(|(as_of, _)| as_of)
+    }
+
     /// Returns the age of an answer whose read was sent at `as_of`.
     #[inline]
     pub(crate) fn age(&self, as_of: Moment, now: Moment) -> Age {
@@ -91,8 +96,7 @@ impl Freshness {
     /// Returns the moment at which the database's clock read `as_of`. Before the last sync it is not known, but is not
     /// needed either: age is then measured from the sync.
     pub(crate) fn moment_of(&self, as_of: SystemTime, now: Moment) -> Moment {
-        let last = self.sync.lock().unwrap_or_else(PoisonError::into_inner).last;
-        let moment = match last {
+        let moment = match self.last() {
             Some((synced, moment)) => {
                 moment.plus(as_of.duration_since(synced).unwrap_or(Duration::ZERO))
             }
@@ -105,8 +109,11 @@ impl Freshness {
 
     /// Returns the current time of the database, as far as it is known.
     pub(crate) fn database_now(&self, now: Moment) -> SystemTime {
-        let last = self.sync.lock().unwrap_or_else(PoisonError::into_inner).last;
-        last.map_or(now.wall(), |(as_of, moment)| as_of + now.since(moment))
+        self.last().map_or(now.wall(), |(as_of, moment)| as_of + now.since(moment))
+    }
+
+    fn last(&self) -> Option<(SystemTime, Moment)> {
+        self.sync.lock().unwrap_or_else(PoisonError::into_inner).last
     }
 }
 

@@ -23,7 +23,7 @@ use tower_api_key::{
 
 use crate::support::{
     self,
-    feed::{FeedRecorder, eventually, in_sync},
+    feed::{eventually, in_sync},
     history::{History, Reply, Rules},
     servers::{Postgres, Redis},
 };
@@ -408,15 +408,8 @@ where
         received(node).await;
         replica.loaded().await;
     }
-    let recorders =
-        replicas.each_ref().map(|replica| FeedRecorder::listen(replica.changes(SystemTime::now())));
-    // `Health::last_sync` alone is too late by the shortest delay of a sync so far.
     let all_received = async || {
-        let waits = nodes.iter().zip(&recorders).map(async |(node, recorder)| {
-            recorder.all().await;
-            received(node).await;
-        });
-        futures_util::future::join_all(waits).await;
+        futures_util::future::join_all(nodes.iter().map(received)).await;
     };
     let history = Arc::new(History::new());
     let mut load = JoinSet::new();

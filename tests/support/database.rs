@@ -10,7 +10,7 @@ use tower_api_key::{
 };
 
 use super::{
-    feed::{FeedRecorder, eventually, within},
+    feed::{FeedRecorder, eventually, is_synced_since, within},
     servers::Postgres,
 };
 
@@ -130,10 +130,10 @@ pub async fn caches(node: Authenticator, key: &Key) -> Authenticator {
 /// Waits until the node has received every change that was there before this was called. For a node whose next poll is far
 /// away.
 pub async fn in_sync_by_notification(db: &Database, node: &Authenticator) {
-    let begun = Instant::now();
+    let begun = SystemTime::now();
     eventually("a sync", async || {
         db.run("NOTIFY api_key_changes").await;
-        node.health().last_sync.is_some_and(|age| age < begun.elapsed())
+        is_synced_since(node, begun)
     })
     .await;
 }

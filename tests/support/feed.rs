@@ -109,11 +109,15 @@ pub async fn within(limit: Duration, what: &str, mut is_so: impl AsyncFnMut() ->
     begun.elapsed()
 }
 
-/// Waits until the node has received every change that was there before this was called.
+/// Waits until the node has received every change that was there before this was called. The clock of the database is that
+/// of this machine.
 pub async fn in_sync(node: &Authenticator) {
-    let begun = Instant::now();
-    eventually("the node to be in sync", async || {
-        node.health().last_sync.is_some_and(|age| age < begun.elapsed())
-    })
-    .await;
+    let begun = SystemTime::now();
+    eventually("the node to be in sync", async || is_synced_since(node, begun)).await;
+}
+
+/// Returns whether the node has received every change that was committed before this time.
+pub fn is_synced_since(node: &Authenticator, begun: SystemTime) -> bool {
+    // `Health::last_sync` is later than the read by the shortest delay of a sync so far.
+    node.health().synced_to.is_some_and(|as_of| as_of > begun)
 }
