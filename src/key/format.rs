@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
@@ -11,6 +9,7 @@ use super::{
     KeyDigest,
     base62::{self, is_base62},
     inspect::{KeyCheck, StructuredText},
+    mac::MacKey,
     presented::{KeyShape, PresentedKey},
 };
 use crate::denial::UnrecognizedKey;
@@ -51,10 +50,8 @@ struct Structured {
 enum Check {
     Crc32,
     /// The current mint secret, followed by the retired ones.
-    Mint(Vec<MintSecret>),
+    Mint(Vec<MacKey>),
 }
-
-type MintSecret = Zeroizing<Box<[u8]>>;
 
 const ID_DIGITS: usize = 10;
 const SECRET_DIGITS: usize = 22;
@@ -133,7 +130,7 @@ impl KeyFormat {
     fn add_mint_secret(
         self,
         secret: &[u8],
-        add: impl FnOnce(&mut Vec<MintSecret>, MintSecret),
+        add: impl FnOnce(&mut Vec<MacKey>, MacKey),
     ) -> Result<Self, FormatError> {
         if secret.len() < MIN_MINT_SECRET_BYTES {
             return Err(FormatError::ShortMintSecret);
@@ -145,7 +142,7 @@ impl KeyFormat {
             Check::Crc32 => Vec::new(),
             Check::Mint(secrets) => secrets,
         };
-        add(&mut secrets, Zeroizing::new(secret.into()));
+        add(&mut secrets, MacKey::new(secret));
         structured.check = Check::Mint(secrets);
         Ok(Self(Kind::Structured(structured)))
     }
@@ -281,7 +278,7 @@ impl Check {
 impl Check {
     /// Returns the check that a key with a right one has.
     fn of(&self, checked: &str, check: &str) -> KeyCheck {
-        let secrets: &[MintSecret] = match self {
+        let secrets: &[MacKey] = match self {
             Self::Crc32 => &[],
             Self::Mint(secrets) => secrets,
         };
@@ -323,22 +320,9 @@ fn crc32(checked: &str) -> [u8; CHECK_DIGITS] {
 
 /// Returns the first 8 bytes of HMAC-SHA-256 as 6 base 62 digits. A guess is right once in 2³⁵ attempts, and then only
 /// reaches the look-up.
-fn mac(secret: &[u8], checked: &str) -> [u8; CHECK_DIGITS] {
-    let tag = hmac_sha256(secret, checked.as_bytes());
+fn mac(secret: &MacKey, checked: &str) -> [u8; CHECK_DIGITS] {
+    let tag = secret.mac_of(&[checked.as_bytes()]);
     base62::digits(tag.iter().take(8).fold(0, |number, &byte| number << 8 | u64::from(byte)))
-}
-
-pub(crate) fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
-    hmac_sha256_of(secret, &[message])
-}
-
-/// Returns the HMAC-SHA-256 of a message that consists of these parts.
-pub(crate) fn hmac_sha256_of(secret: &[u8], message: &[&[u8]]) -> [u8; 32] {
-    // HMAC accepts a key of any length (RFC 2104 §2). The constructor's error is for other MACs.
-    let Ok(mac) = Hmac::<Sha256>::new_from_slice(secret) else {
-        unreachable!("HMAC accepts a key of any length")
-    };
-    message.iter().fold(mac, |mac, part| mac.chain_update(part)).finalize().into_bytes().into()
 }
 
 impl fmt::Debug for KeyFormat {

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-use super::{digest::KeyDigest, format::hmac_sha256};
+use super::{digest::KeyDigest, mac::MacKey};
 use crate::{
     error::StoreError,
     runtime::{hex_in, unhex},
@@ -183,13 +183,14 @@ fn bcrypt_input(key: &str, is_prehashed: bool) -> Option<Zeroizing<String>> {
 #[derive(Clone)]
 pub(super) struct Pepper {
     pub(super) id: PepperId,
-    secret: Zeroizing<Box<[u8]>>,
+    secret: MacKey,
 }
 
 impl Pepper {
     pub(super) fn new(secret: &[u8]) -> Self {
-        let [a, b, c, d, ..] = hmac_sha256(secret, b"tower-api-key pepper id");
-        Self { id: [a, b, c, d], secret: Zeroizing::new(secret.into()) }
+        let secret = MacKey::new(secret);
+        let [a, b, c, d, ..] = secret.mac_of(&[b"tower-api-key pepper id"]);
+        Self { id: [a, b, c, d], secret }
     }
 
     pub(super) fn hash(&self, key: &str) -> KeyHash {
@@ -201,7 +202,7 @@ impl Pepper {
     }
 
     fn mac(&self, key: &str) -> [u8; 32] {
-        hmac_sha256(&self.secret, key.as_bytes())
+        self.secret.mac_of(&[key.as_bytes()])
     }
 }
 

@@ -46,6 +46,7 @@ mod failure_limiter;
 mod format;
 mod hash;
 mod inspect;
+mod mac;
 mod mint;
 mod pool;
 mod presented;
@@ -53,8 +54,8 @@ mod scheme;
 
 pub(crate) use self::{
     digest::KeyDigest,
-    format::{hmac_sha256, hmac_sha256_of},
     hash::{BcryptHash, HashFingerprint},
+    mac::{MacKey, hmac_sha256},
     pool::SlowCheck,
     presented::{PresentedKey, token},
     scheme::FastCheck,

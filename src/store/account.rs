@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 #[cfg(feature = "_sql")]
 use crate::error::StoreError;
 use crate::{
-    key::{HashFingerprint, hmac_sha256, hmac_sha256_of},
+    key::{HashFingerprint, MacKey, hmac_sha256},
     record::KeyId,
     runtime::hex,
 };
@@ -189,24 +189,35 @@ impl Lease {
 
 /// A secret that authenticates shared cache entries. `Debug` shows only its id.
 #[derive(Clone)]
-pub struct CacheSecret {
+pub struct CacheSecret(Arc<SecretParts>);
+
+#[derive(Clone)]
+struct SecretParts {
     id: u64,
     bytes: Zeroizing<[u8; 32]>,
-    previous: Option<Arc<CacheSecret>>,
+    mac: MacKey,
+    previous: Option<CacheSecret>,
     /// A part of the names of entries, the same for every secret of one scope; empty without a scope.
-    tag: Arc<str>,
+    tag: Box<str>,
 }
 
 impl CacheSecret {
     /// Creates a secret of `bytes`. Entries refer to it by `id`.
     pub fn new(id: u64, bytes: [u8; 32]) -> Self {
-        Self { id, bytes: Zeroizing::new(bytes), previous: None, tag: Arc::default() }
+        Self::from_parts(id, bytes, None, Box::default())
+    }
+
+    fn from_parts(id: u64, bytes: [u8; 32], previous: Option<Self>, tag: Box<str>) -> Self {
+        let (bytes, mac) = (Zeroizing::new(bytes), MacKey::new(&bytes));
+        Self(Arc::new(SecretParts { id, bytes, mac, previous, tag }))
     }
 
     /// Adds the previous secret, whose entries are still valid.
     #[must_use]
     pub fn with_previous(self, previous: CacheSecret) -> Self {
-        Self { previous: Some(Arc::new(CacheSecret { previous: None, ..previous })), ..self }
+        let previous = SecretParts { previous: None, ..Arc::unwrap_or_clone(previous.0) };
+        let previous = Some(Self(Arc::new(previous)));
+        Self(Arc::new(SecretParts { previous, ..Arc::unwrap_or_clone(self.0) }))
     }
 
     /// Binds the secret and the previous one to the database that the keys come from. The names of entries carry a hash
@@ -214,43 +225,48 @@ impl CacheSecret {
     /// and must neither read nor replace the entries of the original. Scopes accumulate.
     #[must_use]
     pub fn with_scope(self, scope: &str) -> Self {
-        let Self { id, bytes, previous, tag } = self;
+        let SecretParts { id, mac, previous, tag, .. } = &*self.0;
         let length = scope.len().to_string();
         let label = [b"scope:", length.as_bytes(), b":", scope.as_bytes()].concat();
         let name = hmac_sha256(&[0; 32], &[&label, tag.as_bytes()].concat());
-        Self {
-            id,
-            bytes: Zeroizing::new(hmac_sha256(bytes.as_slice(), &label)),
-            previous: previous
-                .map(|previous| Arc::new(previous.as_ref().clone().with_scope(scope))),
-            tag: format!("{}:", hex(&name[..8])).into(),
-        }
+        Self::from_parts(
+            *id,
+            mac.mac_of(&[&label]),
+            previous.clone().map(|previous| previous.with_scope(scope)),
+            format!("{}:", hex(&name[..8])).into(),
+        )
     }
 
     /// Returns the part of the names that depends on the scope, with the separator after it.
     #[cfg(feature = "redis")]
     pub(crate) fn tag(&self) -> &str {
-        &self.tag
+        &self.0.tag
     }
 
     /// Returns the id by which entries refer to the secret.
     pub fn id(&self) -> u64 {
-        self.id
+        self.0.id
     }
 
     /// Returns the previous secret.
     pub fn previous(&self) -> Option<&CacheSecret> {
-        self.previous.as_deref()
+        self.0.previous.as_ref()
     }
 
     /// Returns the bytes of the secret.
     pub fn expose_secret(&self) -> &[u8; 32] {
-        &self.bytes
+        &self.0.bytes
+    }
+
+    /// Returns the MAC of a message that consists of these parts.
+    #[cfg(feature = "redis")]
+    pub(crate) fn mac_of(&self, message: &[&[u8]]) -> [u8; 32] {
+        self.0.mac.mac_of(message)
     }
 
     /// Returns the MAC that identifies a stored hash in a shared cache, where not even its fingerprint is stored.
     pub(crate) fn mac_of_hash(&self, fingerprint: &HashFingerprint) -> [u8; 32] {
-        hmac_sha256_of(self.expose_secret(), &[b"hash:", &fingerprint.0])
+        self.0.mac.mac_of(&[b"hash:", &fingerprint.0])
     }
 
     /// Decodes the rows of `api_key_cache_secrets`, newest first: id, secret in hexadecimal, and scope.
@@ -275,6 +291,6 @@ impl CacheSecret {
 
 impl fmt::Debug for CacheSecret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CacheSecret").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("CacheSecret").field("id", &self.0.id).finish_non_exhaustive()
     }
 }

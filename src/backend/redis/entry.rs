@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use subtle::ConstantTimeEq;
 
-use crate::{key::hmac_sha256_of, record::Revision, runtime::hex, store::CacheSecret};
+use crate::{record::Revision, runtime::hex, store::CacheSecret};
 
 const MAGIC: &str = "tak1";
 const NUMBER: usize = 20;
@@ -133,7 +133,7 @@ impl<'a> Entry<'a> {
 fn mac(name: &str, signed: &[u8], secret: &CacheSecret) -> [u8; MAC] {
     let length = name.len().to_string();
     let message = [length.as_bytes(), b":", name.as_bytes(), signed];
-    hmac_sha256_of(secret.expose_secret(), &message)
+    secret.mac_of(&message)
 }
 
 fn number(value: &[u8], at: usize) -> Option<u64> {
@@ -156,7 +156,7 @@ fn time(micros: u64) -> SystemTime {
 impl CacheSecret {
     /// Returns the name of a presented key in a shared cache.
     pub(super) fn name_of_key(&self, key: &str) -> String {
-        let mac = hmac_sha256_of(self.expose_secret(), &[b"key:", key.as_bytes()]);
+        let mac = self.mac_of(&[b"key:", key.as_bytes()]);
         hex(&mac[..16])
     }
 }

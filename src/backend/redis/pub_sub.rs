@@ -14,7 +14,6 @@ use tokio::time::{sleep, timeout};
 
 use super::{RedisCache, entry::MAC, names::channel};
 use crate::{
-    key::hmac_sha256,
     record::{Revision, UserId},
     store::{CacheSecret, Change, ChangeStream, KeyStore},
     telemetry,
@@ -132,7 +131,7 @@ impl Message {
 
 /// Returns the MAC of a message. It differs from that of an entry, which starts with the name and its length.
 fn mac(message: &[u8], secret: &CacheSecret) -> [u8; MAC] {
-    hmac_sha256(secret.expose_secret(), &[b"change:", message].concat())
+    secret.mac_of(&[b"change:", message])
 }
 
 struct Subscription<S> {
