@@ -32,14 +32,15 @@
 //! outside of the store's knowledge.
 
 // `resolver` contains the path of a look-up; read it first. `local_cache` is the first tier, `single_flight` shares
-// concurrent look-ups of one key, `lookup_limiter` decides on the priority of look-ups, and `change_feed` follows the
-// changes of the store.
+// concurrent look-ups of one key, `lookup_work` decides what polls a look-up, `lookup_limiter` decides on the priority of
+// look-ups, and `change_feed` follows the changes of the store.
 mod admission;
 mod authenticate;
 mod change_feed;
 mod health;
 mod local_cache;
 mod lookup_limiter;
+mod lookup_work;
 mod resolver;
 mod settings;
 mod single_flight;

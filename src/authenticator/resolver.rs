@@ -24,7 +24,7 @@ use super::{
     health::Health,
     local_cache::{CacheEntry, LocalCache},
     settings::Settings,
-    single_flight::{Finished, Outcome, SingleFlight, Waiter, Waiters},
+    single_flight::{Finished, Joined, Outcome, SharedLookup, SingleFlight},
 };
 use crate::{
     coherence::{Age, Seen, Subject, View},
@@ -33,7 +33,7 @@ use crate::{
     error::{StoreError, StoreErrorKind},
     key::{HashFingerprint, KeyDigest, KeyScheme, PresentedKey},
     metering::Recorder,
-    runtime::{Background, Moment, poll_or_spawn, within},
+    runtime::{Background, Moment, within},
     store::{Answer, DynKeyStore, KeyStore, Lookup, LookupKey, Priority, Proof, Source},
     telemetry::{self, FirstTime, PreviousSecretLog},
 };
@@ -155,19 +155,23 @@ impl Resolver {
             let digest = key.cache_digest();
             loop {
                 let waiter = match resolver.join(&key, address) {
-                    Ok(waiter) => waiter,
+                    Ok(Joined::Wait(waiter)) => waiter,
+                    Ok(Joined::Cached(outcome)) => return outcome,
                     Err(error) => {
                         return resolver
                             .context_while_failing(&digest)
                             .ok_or(Denial::Unavailable(error));
                     }
                 };
-                if resolver.is_store_failing.load(Ordering::Relaxed)
-                    && let Some(caller) = resolver.context_while_failing(&digest)
-                {
-                    // The look-up continues in the background if it need not wait. Its result shows when the store
-                    // has recovered.
-                    return Ok(caller);
+                if resolver.is_store_failing.load(Ordering::Relaxed) {
+                    // It may be answered at once, which shows that the store has recovered.
+                    waiter.begin().await;
+                    if resolver.is_store_failing.load(Ordering::Relaxed)
+                        && let Some(caller) = resolver.context_while_failing(&digest)
+                    {
+                        // The look-up continues on a task. Its result shows when the store has recovered.
+                        return Ok(caller);
+                    }
                 }
                 match waiter.outcome(WAITING_DEADLINE).await {
                     Some(Err(Denial::Unavailable(error))) => {
@@ -232,7 +236,7 @@ impl Resolver {
         self: &Arc<Self>,
         key: &LookupKey,
         address: Option<IpAddr>,
-    ) -> Result<Waiter, StoreError> {
+    ) -> Result<Joined, StoreError> {
         let prefix = Subject::Prefix(key.id().into());
         let generation = self.view.minimum_revisions.generation(&prefix);
         let digest = key.cache_digest();
@@ -253,23 +257,21 @@ impl Resolver {
             self.admission.admit(&self.scheme, (key, is_known), address, now, under_way)
         };
         self.single_flight.join(
-            key.lookup_digest(),
-            generation,
+            (key.lookup_digest(), generation),
             &self.view,
             cached,
             admit,
             |seen, priority, leader| {
                 let (resolver, key) = (Arc::clone(self), key.clone());
                 let proof = entry().and_then(CacheEntry::proof);
-                poll_or_spawn(Box::pin(async move {
-                    let waiters = leader.waiters().clone();
+                Box::pin(async move {
                     let look_up = resolver.look_up_in_store(
                         (key, proof),
                         prefix,
                         address,
                         seen,
                         priority,
-                        waiters,
+                        leader.lookup(),
                     );
                     let finished = look_up.await;
                     if priority != Priority::Known {
@@ -277,7 +279,7 @@ impl Resolver {
                         resolver.admission.count(&finished.outcome, address, now);
                     }
                     leader.finish_with(finished);
-                }));
+                })
             },
         )
     }
@@ -290,7 +292,7 @@ impl Resolver {
         address: Option<IpAddr>,
         mut seen: Seen,
         priority: Priority,
-        waiters: Waiters,
+        shared: &Arc<SharedLookup>,
     ) -> Finished {
         let mut proofs: Vec<_> = proof.map(Proof::Seen).into_iter().collect();
         if let LookupKey::Verified(key) = &key {
@@ -308,7 +310,7 @@ impl Resolver {
                 address,
                 Arc::clone(&self.view),
             )
-            .with_waiters(priority, Arc::new(waiters.clone()));
+            .with_waiters(priority, Arc::clone(shared) as _);
             for proof in &proofs {
                 lookup = lookup.with_proof(proof.clone());
             }

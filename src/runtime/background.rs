@@ -1,12 +1,9 @@
-//! Background tasks: [`Background`], [`poll_or_spawn`].
+//! Background tasks: [`Background`].
 
 use std::{
     fmt,
     future::Future,
-    panic::{AssertUnwindSafe, catch_unwind},
-    pin::Pin,
     sync::{Mutex, PoisonError},
-    task::{Context, Poll, Waker},
 };
 
 use tokio::task::JoinHandle;
@@ -50,17 +47,6 @@ impl Background {
 impl Drop for Background {
     fn drop(&mut self) {
         self.stop();
-    }
-}
-
-/// Runs `work` to its end: on a task, unless it ends at its first poll, which is done here. Requires a runtime. A panic
-/// drops `work`, as it does on a task.
-pub(crate) fn poll_or_spawn(mut work: Pin<Box<dyn Future<Output = ()> + Send>>) {
-    // The task polls again, so that no wake of this waker is missed.
-    let mut context = Context::from_waker(Waker::noop());
-    let first = catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(&mut context)));
-    if let Ok(Poll::Pending) = first {
-        tokio::spawn(work);
     }
 }
 

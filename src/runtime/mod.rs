@@ -10,7 +10,7 @@ mod recent;
 #[cfg(feature = "_sql")]
 pub(crate) use self::deadline::later;
 pub(crate) use self::{
-    background::{Background, poll_or_spawn},
+    background::Background,
     deadline::{timer, within},
     hex::{hex, hex_in, unhex},
     recent::RecentMap,

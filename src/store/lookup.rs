@@ -38,7 +38,7 @@ pub struct Lookup {
     skips_copies: bool,
     #[cfg_attr(not(feature = "_sql"), expect(dead_code))]
     priority: Priority,
-    #[cfg_attr(not(feature = "_sql"), expect(dead_code))]
+    #[cfg_attr(not(any(feature = "_sql", feature = "redis")), expect(dead_code))]
     waiters: Option<Arc<dyn Waiting>>,
 }
 
@@ -80,8 +80,24 @@ impl Lookup {
 
     /// Returns the requests that wait for the answer.
     #[cfg(feature = "_sql")]
-    pub(crate) fn waiting(&self) -> Option<&dyn Waiting> {
-        self.waiters.as_deref()
+    pub(crate) fn waiting(&self) -> Option<&Arc<dyn Waiting>> {
+        self.waiters.as_ref()
+    }
+
+    /// Waits for something while the look-up holds nothing that other look-ups wait for.
+    #[cfg(any(feature = "_sql", feature = "redis"))]
+    pub(crate) async fn hold_nothing<T>(&self, wait: impl Future<Output = T>) -> T {
+        self.set_holding(false);
+        let output = wait.await;
+        self.set_holding(true);
+        output
+    }
+
+    #[cfg(any(feature = "_sql", feature = "redis"))]
+    fn set_holding(&self, is_holding: bool) {
+        if let Some(waiters) = &self.waiters {
+            waiters.set_holding(is_holding);
+        }
     }
 
     /// Logs a row under the lookup id that can't be used.

@@ -9,6 +9,11 @@ pub(crate) trait Waiting: fmt::Debug + Send + Sync {
     /// Completes when no request waits for the result any more. No request joins after that.
     #[cfg(feature = "_sql")]
     fn have_left(&self) -> Left<'_>;
+
+    /// Sets whether the look-up holds something that other look-ups wait for, such as a connection. Initially it does.
+    /// While it does not, it may be polled by a request that can stop doing so.
+    #[cfg(any(feature = "_sql", feature = "redis"))]
+    fn set_holding(&self, is_holding: bool);
 }
 
 #[cfg(feature = "_sql")]

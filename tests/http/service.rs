@@ -232,9 +232,15 @@ async fn a_look_up_that_ends_wakes_the_task_that_waits_for_the_response() {
     store.is_asked(1).await;
     assert_eq!(wakes.count(), 0);
     store.let_one_go();
-    others_make("the look-up wakes who waits for it", || wakes.count() > 0).await;
-    assert_eq!(wakes.count(), 1);
-    assert!(matches!(poll(&mut answer), Poll::Ready(Ok(_))), "woken for nothing");
+    let mut seen = 0;
+    others_make("the look-up wakes who waits for it", || {
+        let wakes = wakes.count();
+        std::mem::replace(&mut seen, wakes) < wakes
+            && matches!(std::pin::Pin::new(&mut answer).poll(&mut cx), Poll::Ready(Ok(_)))
+    })
+    .await;
+    // The look-up may move from this task to its own.
+    assert!(seen <= 2, "woken {seen} times");
 }
 
 #[tokio::test]

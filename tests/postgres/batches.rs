@@ -522,6 +522,32 @@ async fn a_dropped_look_up_leaves_the_queue() {
     assert_eq!(fixture.statements(), (3, 0), "one look-up alone is no batch");
 }
 
+/// A request may be waiting for something else, such as the body of another response, while its look-up gets its turn.
+#[tokio::test]
+async fn requests_that_are_not_polled_while_they_wait_keep_no_connection_and_are_answered() {
+    let fixture = Batches::start().await;
+    let mut keys = Vec::new();
+    for n in 0..8 {
+        keys.push(fixture.issue(&n.to_string()).await);
+    }
+    let held = HeldUp::by_lock(&fixture.server, "postgres", &fixture.store).await;
+    let authenticator = Authenticator::builder(fixture.store.clone()).cache_capacity(0).build();
+    let mut requests: Vec<_> =
+        keys[..6].iter().map(|key| Box::pin(authenticator.authenticate(key))).collect();
+    for request in &mut requests {
+        assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    }
+    let other = tokio::spawn(outcome(authenticator.clone(), keys[6].clone()));
+    settle().await;
+    held.release().await;
+    assert!(other.await.unwrap().starts_with("Current"));
+    // The batch has ended, and so has the one after it.
+    assert!(outcome(authenticator.clone(), keys[7].clone()).await.starts_with("Current"));
+    for request in requests {
+        assert!(tokio::time::timeout(Duration::from_secs(1), request).await.unwrap().is_ok());
+    }
+}
+
 #[tokio::test]
 async fn a_batch_uses_indexes_with_and_without_statistics() {
     let server = Postgres::with_settings(&[

@@ -1,6 +1,10 @@
 //! Many look-ups at once: reads of Redis that wait are combined, and each look-up gets its own answer.
 
-use std::time::{Duration, Instant};
+use std::{
+    future::Future,
+    task::{Context, Waker},
+    time::{Duration, Instant},
+};
 
 use tower_api_key::{
     AuthContext, Denial, SqliteStore, denial::InvalidKey, management::IssuedKey, redis::RedisState,
@@ -170,4 +174,58 @@ async fn look_ups_that_are_dropped_while_they_wait_leave_the_others_their_answer
         }
     }
     burst.are_their_own(&burst.authenticate(burst.all()).await);
+}
+
+/// A request may be waiting for something else, such as the body of another response, while Redis answers its look-up.
+#[tokio::test]
+async fn requests_that_are_not_polled_while_redis_answers_leave_the_others_their_answers() {
+    let burst = Burst::with(Redis::start()).await;
+    let authenticator = &burst.node.authenticator;
+    let all: Vec<_> = burst.all().collect();
+    // More than may send a command at once.
+    let (not_polled, others) = all.split_at(KEYS / 4);
+    let mut requests: Vec<_> =
+        not_polled.iter().map(|key| Box::pin(authenticator.authenticate(key))).collect();
+    for request in &mut requests {
+        assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    }
+    // Others wait for the same look-ups.
+    for (key, outcome) in not_polled.iter().zip(burst.authenticate(not_polled.to_vec()).await) {
+        assert!(outcome.is_ok(), "{key}");
+    }
+    let outcomes = burst.authenticate(others.to_vec()).await;
+    for (outcome, key) in outcomes.iter().zip(&burst.stored[not_polled.len()..]) {
+        assert_eq!(outcome.as_ref().unwrap().key().id, key.record().id);
+    }
+    for (request, key) in requests.into_iter().zip(&burst.stored) {
+        assert_eq!(request.await.unwrap().key().id, key.record().id);
+    }
+    assert_eq!(burst.node.cache.state(), RedisState::Up);
+}
+
+/// The commands of requests that are not polled do not end. After a while, others are sent nevertheless.
+#[tokio::test]
+async fn commands_of_requests_that_are_not_polled_do_not_hold_up_others_for_long() {
+    let burst = Burst::with(Redis::start()).await;
+    let authenticator = &burst.node.authenticator;
+    let all: Vec<_> = burst.all().collect();
+    let (not_polled, others) = all.split_at(KEYS / 4);
+    let mut requests: Vec<_> =
+        not_polled.iter().map(|key| Box::pin(authenticator.authenticate(key))).collect();
+    for request in &mut requests {
+        assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    }
+    // From the store below, if no command can be sent.
+    let outcomes = burst.authenticate(others.to_vec()).await;
+    assert!(outcomes.iter().all(Result::is_ok));
+    eventually("commands are sent", async || {
+        burst.node.store.take_asked();
+        assert!(burst.authenticate([others[0].clone()]).await[0].is_ok());
+        burst.node.store.take_asked() == 0
+    })
+    .await;
+    assert_eq!(burst.node.cache.state(), RedisState::Up);
+    for request in requests {
+        assert!(request.await.is_ok());
+    }
 }

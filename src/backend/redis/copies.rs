@@ -36,7 +36,9 @@ impl<S: KeyStore> RedisCache<S> {
         names: &Names,
         secret: &CacheSecret,
     ) -> CacheRead {
-        let Some(values) = self.0.reads.read(names).await else { return CacheRead::default() };
+        let Some(values) = lookup.hold_nothing(self.0.reads.read(names)).await else {
+            return CacheRead::default();
+        };
         let bytes = |at: usize| match values.get(at) {
             Some(Value::BulkString(bytes)) => Some(bytes.as_slice()),
             _ => None,

@@ -14,7 +14,7 @@ use std::{
 };
 
 use deadpool_redis::redis::{ErrorKind, ServerErrorKind, Value, cmd};
-use tokio::sync::oneshot;
+use tokio::{runtime::Handle, sync::oneshot};
 
 use super::names::Names;
 use crate::{
@@ -44,21 +44,12 @@ struct ReadQueue {
 
 struct WaitingRead {
     names: Vec<String>,
-    outcome: oneshot::Sender<ReadOutcome>,
+    values: oneshot::Sender<Vec<Value>>,
 }
 
-/// What a read waits for.
-enum ReadOutcome {
-    /// It sends a command, for itself and for other reads that wait.
-    Send(ReadTurn, Vec<WaitingRead>),
-    /// Another read has sent the command.
-    Read(Vec<Value>),
-}
-
-/// The right to send one command. When it is dropped, a read that waits gets it, with others.
+/// The right to send one command. When it is dropped, the reads that wait are sent.
 struct ReadTurn {
-    /// `None` after the right was passed on.
-    reads: Option<Arc<EntryReads>>,
+    reads: Arc<EntryReads>,
     number: u64,
 }
 
@@ -68,81 +59,54 @@ impl EntryReads {
         Arc::new(Self { link, queue: Mutex::default(), combines })
     }
 
-    /// Reads the entries with these names, in their order. `None` if Redis does not answer. It waits for its turn or for
-    /// the answer to another read at most for the limit of the link, and then for its own answer at most as long.
+    /// Reads the entries with these names, in their order. `None` if Redis does not answer within the limit of the link,
+    /// or twice that if the read has to wait.
     pub(super) async fn read(self: &Arc<Self>, names: &Names) -> Option<Vec<Value>> {
-        let (turn, others) = match self.enter(names) {
-            Ok(turn) => (turn, Vec::new()),
-            Err(waiting) => match within(self.link.limit, waiting).await?.ok()? {
-                ReadOutcome::Send(turn, others) => (turn, others),
-                ReadOutcome::Read(values) => return Some(values),
-            },
-        };
-        let own: Vec<_> = names.all().collect();
-        let of_others = others.iter().flat_map(|read| &read.names).map(String::as_str);
-        let all: Vec<_> = own.iter().copied().chain(of_others).collect();
-        let outcome = self.run(&all).await;
-        drop(turn);
-        let mut values = match outcome {
-            Ok(values) => values.into_iter(),
-            Err(fault) => {
-                if !others.is_empty() && rejects_several(&fault) {
-                    self.combines.store(false, Ordering::Relaxed);
-                }
-                // The others end with their channels.
-                return None;
-            }
-        };
-        let values_of_own = values.by_ref().take(own.len()).collect();
-        for read in others {
-            let values = values.by_ref().take(read.names.len()).collect();
-            let _ = read.outcome.send(ReadOutcome::Read(values));
+        match self.enter(names) {
+            Ok(_turn) => self.run(&names.all().collect::<Vec<_>>()).await.ok(),
+            Err(waiting) => within(self.link.limit.saturating_mul(2), waiting).await?.ok(),
         }
-        Some(values_of_own)
     }
 
-    /// Returns the right to send a command, or the end of a channel on which it arrives.
-    fn enter(self: &Arc<Self>, names: &Names) -> Result<ReadTurn, oneshot::Receiver<ReadOutcome>> {
+    /// Returns the right to send a command, or the end of a channel on which the values arrive.
+    fn enter(self: &Arc<Self>, names: &Names) -> Result<ReadTurn, oneshot::Receiver<Vec<Value>>> {
         let mut queue = self.queue();
         let now = Instant::now();
-        // A command whose runtime is not driven any more does not end.
+        // A command does not end while its request is not polled, or its runtime not driven.
         let is_lost =
-            |began: Instant| now.duration_since(began) > self.link.limit.saturating_mul(4);
+            |began: Instant| now.duration_since(began) > self.link.limit.saturating_mul(2);
         if queue.commands.front().is_some_and(|(_, began)| is_lost(*began)) {
             queue.commands.pop_front();
         }
         if queue.commands.len() < self.max_commands() {
-            return Ok(queue.begin(self, now));
+            let number = queue.begin(now);
+            return Ok(ReadTurn { reads: Arc::clone(self), number });
         }
         // Those that have left would remain in the queue if no command ended.
-        while queue.waiting.front().is_some_and(|read| read.outcome.is_closed()) {
+        while queue.waiting.front().is_some_and(|read| read.values.is_closed()) {
             queue.waiting.pop_front();
         }
-        let (outcome, waiting) = oneshot::channel();
+        let (values, waiting) = oneshot::channel();
         let names = names.all().map(str::to_owned).collect();
-        queue.waiting.push_back(WaitingRead { names, outcome });
+        queue.waiting.push_back(WaitingRead { names, values });
         Err(waiting)
     }
 
-    /// Passes the right to send a command on to the reads that wait.
-    fn pass_on(self: Arc<Self>, number: u64) {
+    /// Ends a command, and sends reads that wait, on a task: none of them may be polled at present. Without a runtime they
+    /// end without values.
+    fn end(self: &Arc<Self>, number: u64) {
         let max = if self.combines.load(Ordering::Relaxed) { MAX_COMBINED } else { 1 };
         let mut queue = self.queue();
         queue.commands.retain(|(command, _)| *command != number);
+        let runtime = Handle::try_current();
         while queue.commands.len() < self.max_commands() {
-            let mut batch = queue.take(max).into_iter();
-            let Some(first) = batch.next() else { return };
-            let turn = queue.begin(&self, Instant::now());
-            let Err(ReadOutcome::Send(mut turn, others)) =
-                first.outcome.send(ReadOutcome::Send(turn, batch.collect()))
-            else {
+            let batch = queue.take(max);
+            if batch.is_empty() {
                 return;
-            };
-            // It has left meanwhile. The turn must not be dropped with the queue locked.
-            turn.reads = None;
-            queue.commands.pop_back();
-            for read in others.into_iter().rev() {
-                queue.waiting.push_front(read);
+            }
+            if let Ok(runtime) = &runtime {
+                let number = queue.begin(Instant::now());
+                runtime.spawn(run_all(Arc::clone(self), number, batch));
             }
         }
     }
@@ -168,6 +132,26 @@ impl EntryReads {
     }
 }
 
+/// Sends one command for all of these reads. If it fails, they end without values.
+async fn run_all(reads: Arc<EntryReads>, number: u64, batch: Vec<WaitingRead>) {
+    // Created here: a task that a runtime drops before its first poll ends no command, which would send the next one.
+    let turn = ReadTurn { reads: Arc::clone(&reads), number };
+    let names: Vec<_> = batch.iter().flat_map(|read| &read.names).map(String::as_str).collect();
+    let outcome = reads.run(&names).await;
+    if let Err(fault) = &outcome
+        && batch.len() > 1
+        && rejects_several(fault)
+    {
+        reads.combines.store(false, Ordering::Relaxed);
+    }
+    drop(turn);
+    let Ok(values) = outcome else { return };
+    let mut values = values.into_iter();
+    for read in batch {
+        let _ = read.values.send(values.by_ref().take(read.names.len()).collect());
+    }
+}
+
 /// Returns whether the server reads no entries of several look-ups in one command. Other errors pass.
 fn rejects_several(fault: &Fault) -> bool {
     use ServerErrorKind::{Ask, CrossSlot, Moved, ResponseError};
@@ -176,10 +160,11 @@ fn rejects_several(fault: &Fault) -> bool {
 }
 
 impl ReadQueue {
-    fn begin(&mut self, reads: &Arc<EntryReads>, now: Instant) -> ReadTurn {
+    /// Adds a command, and returns its number.
+    fn begin(&mut self, now: Instant) -> u64 {
         self.last_number += 1;
         self.commands.push_back((self.last_number, now));
-        ReadTurn { reads: Some(Arc::clone(reads)), number: self.last_number }
+        self.last_number
     }
 
     /// Takes up to `max` reads whose look-ups still wait.
@@ -188,7 +173,7 @@ impl ReadQueue {
         while batch.len() < max
             && let Some(read) = self.waiting.pop_front()
         {
-            if !read.outcome.is_closed() {
+            if !read.values.is_closed() {
                 batch.push(read);
             }
         }
@@ -198,8 +183,6 @@ impl ReadQueue {
 
 impl Drop for ReadTurn {
     fn drop(&mut self) {
-        if let Some(reads) = self.reads.take() {
-            reads.pass_on(self.number);
-        }
+        self.reads.end(self.number);
     }
 }

@@ -6,6 +6,7 @@ mod seat;
 use std::{
     collections::BTreeMap,
     future::{Future, pending, poll_fn},
+    iter,
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::Poll,
@@ -18,7 +19,7 @@ use tokio::{runtime::Handle, sync::oneshot};
 pub(in crate::backend) use self::seat::Seat;
 use crate::{
     error::StoreError,
-    store::{Lookup, Priority},
+    store::{Lookup, Priority, Waiting},
 };
 
 /// Maximum number of waiting suspect look-ups in all.
@@ -36,18 +37,20 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// then get an answer and no connection.
 #[derive(Debug)]
 pub(in crate::backend) struct LookupGate {
-    state: Mutex<Waiting>,
+    state: Mutex<GateState>,
     max_waiting: usize,
 }
 
 #[derive(Debug)]
-struct Waiting {
+struct GateState {
     free: usize,
     last_ticket: u64,
     /// Waiting look-ups by priority, in the order of arrival.
     queues: [BTreeMap<u64, QueuedLookup>; Priority::ALL.len()],
     is_suspect_running: bool,
     suspects_from: Option<Instant>,
+    /// Whether a thread passes connections on, which does not end while one is free and look-ups wait.
+    is_dispatching: bool,
 }
 
 #[derive(Debug)]
@@ -55,6 +58,8 @@ struct QueuedLookup {
     /// The lookup id, if another look-up may run this one.
     #[cfg_attr(not(feature = "postgres"), expect(dead_code))]
     batched_id: Option<String>,
+    /// The requests that wait for it.
+    waiters: Option<Arc<dyn Waiting>>,
     turn: oneshot::Sender<TurnOrError>,
 }
 
@@ -103,12 +108,13 @@ enum Arrival<'a> {
 impl LookupGate {
     /// Creates a gate in front of `permits` connections, for at most `waiting` waiting look-ups per connection.
     pub(in crate::backend) fn new(permits: usize, waiting: usize) -> Arc<Self> {
-        let state = Waiting {
+        let state = GateState {
             free: permits,
             last_ticket: 0,
             queues: std::array::from_fn(|_| BTreeMap::new()),
             is_suspect_running: false,
             suspects_from: None,
+            is_dispatching: false,
         };
         Arc::new(Self { state: Mutex::new(state), max_waiting: permits.saturating_mul(waiting) })
     }
@@ -143,65 +149,70 @@ impl LookupGate {
     }
 
     async fn turn(self: &Arc<Self>, lookup: &Lookup, batched_id: Option<&str>) -> TurnOrError {
-        let mut ticket = match self.arrive(lookup.priority(), batched_id)? {
+        let mut ticket = match self.arrive(lookup.priority(), batched_id, lookup.waiting())? {
             Arrival::Run(permit) => return Ok(Turn::Run(permit)),
             Arrival::Wait(ticket) => ticket,
         };
-        let left = async {
-            match lookup.waiting() {
-                Some(waiting) => waiting.have_left().await,
-                None => pending().await,
-            }
-        };
-        let mut left = pin!(left);
-        let turn_or_left = poll_fn(|cx| match Pin::new(&mut ticket.turn).poll(cx) {
-            Poll::Ready(turn) => Poll::Ready(Some(turn)),
-            Poll::Pending => left.as_mut().poll(cx).map(|()| None),
-        });
-        let turn = match turn_or_left.await {
-            Some(turn) => turn,
-            None if ticket.leave() => {
-                let message = "no request waits for this look-up any more";
-                return Err(StoreError::overloaded(message, Duration::from_secs(1)));
-            }
-            // It has its turn, or runs with another look-up.
-            None => (&mut ticket.turn).await,
-        };
-        // The sender stays in the queue while this waits. A batch ends without an answer if its runtime ends.
-        turn.map_err(StoreError::unavailable)?
+        // The look-up holds nothing until `dispatch` passes it a permit.
+        lookup.hold_nothing(ticket.turn(lookup)).await
     }
 
     fn arrive(
         self: &Arc<Self>,
         priority: Priority,
         batched_id: Option<&str>,
+        waiters: Option<&Arc<dyn Waiting>>,
     ) -> Result<Arrival<'_>, StoreError> {
-        let mut waiting = self.waiting();
-        if waiting.may_run(priority) {
-            return Ok(Arrival::Run(waiting.take(self, priority)));
+        let mut state = self.state();
+        if state.may_run(priority) {
+            return Ok(Arrival::Run(state.take(self, priority)));
         }
-        waiting.make_room(priority, self.max_waiting)?;
-        waiting.last_ticket += 1;
-        let (number, (sender, turn)) = (waiting.last_ticket, oneshot::channel());
-        let queued = QueuedLookup { batched_id: batched_id.map(str::to_owned), turn: sender };
-        waiting.queues[priority as usize].insert(number, queued);
+        state.make_room(priority, self.max_waiting)?;
+        state.last_ticket += 1;
+        let (number, (sender, turn)) = (state.last_ticket, oneshot::channel());
+        let (batched_id, waiters) = (batched_id.map(str::to_owned), waiters.cloned());
+        let queued = QueuedLookup { batched_id, waiters, turn: sender };
+        state.queues[priority as usize].insert(number, queued);
         Ok(Arrival::Wait(Ticket { gate: self, priority, number, turn }))
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    /// Passes free connections to waiting look-ups.
+    fn dispatch<'a>(self: &'a Arc<Self>, mut state: MutexGuard<'a, GateState>) {
+        if std::mem::replace(&mut state.is_dispatching, true) {
+            return;
+        }
+        loop {
+            let passed: Vec<_> = iter::from_fn(|| state.pass_next(self)).collect();
+            if passed.is_empty() {
+                state.is_dispatching = false;
+                return;
+            }
+            drop(state);
+            // After the permits were sent: before that, a look-up may be about to report that it holds nothing. Not under
+            // the lock: if the runtime of a look-up has shut down, this drops it, and then its permit.
+            passed.iter().flatten().for_each(|waiters| waiters.set_holding(true));
+            state = self.state();
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, GateState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     #[cfg(test)]
     fn len(&self) -> usize {
-        self.waiting().queues.iter().map(BTreeMap::len).sum()
+        self.state().queues.iter().map(BTreeMap::len).sum()
     }
 }
 
-impl Waiting {
+impl GateState {
     fn may_run(&self, priority: Priority) -> bool {
-        // While a connection is free, only suspect look-ups wait.
-        self.free > 0 && (priority != Priority::Suspect || self.may_suspect_run())
+        // While a connection is free, only suspect look-ups wait, or `dispatch` is about to pass it on.
+        let is_promised = self.is_dispatching
+            && [Priority::Known, Priority::Ordinary]
+                .iter()
+                .any(|&waiting| !self.queues[waiting as usize].is_empty());
+        self.free > 0 && !is_promised && (priority != Priority::Suspect || self.may_suspect_run())
     }
 
     fn may_suspect_run(&self) -> bool {
@@ -232,24 +243,26 @@ impl Waiting {
         Ok(())
     }
 
-    /// Passes free connections to waiting look-ups.
-    fn dispatch(&mut self, gate: &Arc<LookupGate>) {
+    /// Passes a free connection to the next look-up. Returns the requests that wait for it; `None` if there is no free
+    /// connection or no look-up.
+    fn pass_next(&mut self, gate: &Arc<LookupGate>) -> Option<Option<Arc<dyn Waiting>>> {
         while self.free > 0 {
             let may_suspect_run = self.may_suspect_run();
-            let next = Priority::ALL.into_iter().rev().find(|&priority| {
+            let priority = Priority::ALL.into_iter().rev().find(|&priority| {
                 !self.queues[priority as usize].is_empty()
                     && (priority != Priority::Suspect || may_suspect_run)
-            });
-            let Some(priority) = next else { return };
-            let Some((_, next)) = self.queues[priority as usize].pop_first() else { return };
+            })?;
+            let (_, next) = self.queues[priority as usize].pop_first()?;
             let permit = self.take(gate, priority);
-            if let Err(Ok(Turn::Run(mut permit))) = next.turn.send(Ok(Turn::Run(permit))) {
-                // The receiver was dropped. The permit must not be dropped here, which would lock this again.
-                permit.gate = None;
-                self.free += 1;
-                self.is_suspect_running &= priority != Priority::Suspect;
-            }
+            let Err(Ok(Turn::Run(mut permit))) = next.turn.send(Ok(Turn::Run(permit))) else {
+                return Some(next.waiters);
+            };
+            // The receiver was dropped. The permit must not be dropped here, which would lock this again.
+            permit.gate = None;
+            self.free += 1;
+            self.is_suspect_running &= priority != Priority::Suspect;
         }
+        None
     }
 }
 
@@ -260,29 +273,55 @@ fn overloaded() -> StoreError {
 impl Drop for Permit {
     fn drop(&mut self) {
         let Some(gate) = self.gate.take() else { return };
-        let mut waiting = gate.waiting();
-        waiting.free += 1;
+        let mut state = gate.state();
+        state.free += 1;
         if let Some((began, handle)) = self.suspect.take() {
             let pause = began.elapsed().saturating_mul(SUSPECT_PAUSE).min(LONGEST_PAUSE);
-            waiting.is_suspect_running = false;
-            waiting.suspects_from = Some(Instant::now() + pause);
+            state.is_suspect_running = false;
+            state.suspects_from = Some(Instant::now() + pause);
             if let Some(handle) = handle {
                 let gate = Arc::clone(&gate);
                 // If its runtime ends, the next look-up passes the free connections on.
                 handle.spawn(async move {
                     tokio::time::sleep(pause).await;
-                    gate.waiting().dispatch(&gate);
+                    gate.dispatch(gate.state());
                 });
             }
         }
-        waiting.dispatch(&gate);
+        gate.dispatch(state);
     }
 }
 
 impl Ticket<'_> {
+    /// Waits for the turn, as long as requests wait for the answer.
+    async fn turn(&mut self, lookup: &Lookup) -> TurnOrError {
+        let left = async {
+            match lookup.waiting() {
+                Some(waiting) => waiting.have_left().await,
+                None => pending().await,
+            }
+        };
+        let mut left = pin!(left);
+        let turn_or_left = poll_fn(|cx| match Pin::new(&mut self.turn).poll(cx) {
+            Poll::Ready(turn) => Poll::Ready(Some(turn)),
+            Poll::Pending => left.as_mut().poll(cx).map(|()| None),
+        });
+        let turn = match turn_or_left.await {
+            Some(turn) => turn,
+            None if self.leave() => {
+                let message = "no request waits for this look-up any more";
+                return Err(StoreError::overloaded(message, Duration::from_secs(1)));
+            }
+            // It has its turn, or runs with another look-up.
+            None => (&mut self.turn).await,
+        };
+        // The sender stays in the queue while this waits. A batch ends without an answer if its runtime ends.
+        turn.map_err(StoreError::unavailable)?
+    }
+
     /// Frees the place. Returns whether it was still in the queue.
     fn leave(&self) -> bool {
-        self.gate.waiting().queues[self.priority as usize].remove(&self.number).is_some()
+        self.gate.state().queues[self.priority as usize].remove(&self.number).is_some()
     }
 }
 

@@ -47,15 +47,16 @@ impl Permit {
         let Some(gate) = self.gate.as_ref().filter(|_| self.suspect.is_none()) else {
             return Vec::new();
         };
-        let mut waiting = gate.waiting();
+        let mut state = gate.state();
         let mut seats = Vec::new();
         for priority in [Priority::Known, Priority::Ordinary] {
-            let queue = &mut waiting.queues[priority as usize];
+            let queue = &mut state.queues[priority as usize];
             let batched = queue.iter().filter(|(_, queued)| queued.batched_id.is_some());
             let numbers: Vec<_> =
                 batched.map(|(number, _)| *number).take(max - seats.len()).collect();
             for number in numbers {
-                if let Some(QueuedLookup { batched_id: Some(id), turn }) = queue.remove(&number) {
+                if let Some(QueuedLookup { batched_id: Some(id), turn, .. }) = queue.remove(&number)
+                {
                     seats.push(Seat { id, turn });
                 }
             }

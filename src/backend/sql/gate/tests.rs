@@ -31,7 +31,7 @@ fn begin_with(
 ) -> (Acquiring, Poll<TurnOrError>) {
     let gate = Arc::clone(gate);
     let mut acquiring: Acquiring = Box::pin(async move {
-        match gate.arrive(priority, batched_id)? {
+        match gate.arrive(priority, batched_id, None)? {
             Arrival::Run(permit) => Ok(Turn::Run(permit)),
             Arrival::Wait(mut ticket) => (&mut ticket.turn).await.unwrap(),
         }
@@ -113,7 +113,7 @@ fn a_waiter_that_is_dropped_loses_no_permit() {
     drop(permit);
     drop(handed);
     granted(begin(&gate, Priority::Ordinary).1);
-    assert_eq!(gate.waiting().free, 1);
+    assert_eq!(gate.state().free, 1);
 }
 
 #[cfg(feature = "postgres")]
