@@ -3,7 +3,8 @@
 use std::hash::{Hash, Hasher};
 
 use sha2::{Digest, Sha256, block_api::compress256};
-use subtle::{Choice, ConstantTimeEq};
+
+use super::mac::equal;
 
 /// SHA-256 of a whole key. It never leaves the process.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -60,9 +61,10 @@ impl Hash for KeyDigest {
     }
 }
 
-impl ConstantTimeEq for KeyDigest {
-    fn ct_eq(&self, other: &Self) -> Choice {
-        self.0.ct_eq(&other.0)
+impl KeyDigest {
+    /// Compares in constant time.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        equal(&self.0, &other.0)
     }
 }
 

@@ -4,10 +4,12 @@ use std::{fmt, str::FromStr};
 
 use base64::{Engine, engine::general_purpose::STANDARD_NO_PAD};
 use sha2::{Digest, Sha256};
-use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-use super::{digest::KeyDigest, mac::MacKey};
+use super::{
+    digest::KeyDigest,
+    mac::{MacKey, equal},
+};
 use crate::{
     error::StoreError,
     runtime::{hex_in, unhex},
@@ -36,7 +38,7 @@ pub(crate) struct HashFingerprint(pub(crate) [u8; 32]);
 
 impl HashFingerprint {
     pub(crate) fn is(&self, other: &Self) -> bool {
-        self.0.ct_eq(&other.0).into()
+        equal(&self.0, &other.0)
     }
 }
 
@@ -198,7 +200,7 @@ impl Pepper {
     }
 
     pub(super) fn matches(&self, mac: &[u8; 32], key: &str) -> bool {
-        self.mac(key).ct_eq(mac).into()
+        equal(&self.mac(key), mac)
     }
 
     fn mac(&self, key: &str) -> [u8; 32] {

@@ -1,7 +1,8 @@
-//! HMAC-SHA-256: [`MacKey`].
+//! HMAC-SHA-256, and the comparison of MACs and hashes: [`MacKey`], [`equal`].
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
+use subtle::{Choice, ConstantTimeEq};
 
 /// A key of HMAC-SHA-256 (RFC 2104), prepared: its two blocks are hashed once, not for each message. The state is zeroed on
 /// drop.
@@ -19,8 +20,9 @@ impl MacKey {
 
     /// Returns the MAC of a message that consists of these parts.
     pub(crate) fn mac_of(&self, message: &[&[u8]]) -> [u8; 32] {
-        let mac = self.0.clone();
-        message.iter().fold(mac, |mac, part| mac.chain_update(part)).finalize().into_bytes().into()
+        let mut mac = self.0.clone();
+        message.iter().for_each(|part| mac.update(part));
+        mac.finalize().into_bytes().into()
     }
 }
 
@@ -29,10 +31,35 @@ pub(crate) fn hmac_sha256(secret: &[u8], message: &[u8]) -> [u8; 32] {
     MacKey::new(secret).mac_of(&[message])
 }
 
+/// Compares two MACs or hashes in constant time. It compares words, because `subtle` compares arrays byte by byte, which
+/// takes eight times as long.
+pub(crate) fn equal(one: &[u8; 32], other: &[u8; 32]) -> bool {
+    let words = one.chunks_exact(8).zip(other.chunks_exact(8));
+    let are_equal = words.fold(Choice::from(1), |are_equal, (one, other)| {
+        let mut differences = [0; 8];
+        for (at, difference) in differences.iter_mut().enumerate() {
+            *difference = one[at] ^ other[at];
+        }
+        are_equal & u64::from_ne_bytes(differences).ct_eq(&0)
+    });
+    are_equal.into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::runtime::hex;
+
+    #[test]
+    fn arrays_that_differ_in_any_bit_are_not_equal() {
+        let one: [u8; 32] = std::array::from_fn(|at| at as u8 * 7);
+        assert!(equal(&one, &one));
+        for bit in 0..256 {
+            let mut other = one;
+            other[bit / 8] ^= 1 << (bit % 8);
+            assert!(!equal(&one, &other), "bit {bit}");
+        }
+    }
 
     #[test]
     fn the_test_vectors_of_rfc_4231_hold() {

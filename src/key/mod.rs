@@ -55,7 +55,7 @@ mod scheme;
 pub(crate) use self::{
     digest::KeyDigest,
     hash::{BcryptHash, HashFingerprint},
-    mac::{MacKey, hmac_sha256},
+    mac::{MacKey, equal, hmac_sha256},
     pool::SlowCheck,
     presented::{PresentedKey, token},
     scheme::FastCheck,

@@ -4,13 +4,13 @@ use std::{
     fmt, net::IpAddr, num::NonZero, sync::Arc, thread::available_parallelism, time::Duration,
 };
 
-use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
 use super::{
     digest::KeyDigest,
     format::{FormatError, KeyFormat, Verdict},
     hash::{BcryptHash, KeyHash, Kind, Pepper},
+    mac::equal,
     pool::{BcryptPool, SlowCheck},
     presented::{PresentedKey, check_length},
 };
@@ -143,7 +143,7 @@ impl KeyScheme {
                     "a plain sha256$ hash is allowed only for structured keys",
                 );
             }
-            Kind::Sha256(digest) => bool::from(digest.ct_eq(&key.digest.0)),
+            Kind::Sha256(digest) => equal(digest, &key.digest.0),
             Kind::HmacSha256 { pepper: id, mac } => {
                 let Some(pepper) = self.0.peppers.iter().find(|pepper| pepper.id == *id) else {
                     return FastCheck::Impossible(

@@ -31,10 +31,14 @@ pub(crate) use self::{
     script::Script,
     servers::Connector,
 };
-use crate::runtime::hex;
+use crate::runtime::push_hex;
 
 /// Returns the hash tag that maps all names with `name` to one slot of a cluster. It is hexadecimal, because `name` may
 /// contain braces.
 pub(crate) fn slot(name: &str) -> String {
-    ["{", &hex(name.as_bytes()), "}"].concat()
+    let mut slot = String::with_capacity(2 * name.len() + 2);
+    slot.push('{');
+    push_hex(name.as_bytes(), &mut slot);
+    slot.push('}');
+    slot
 }

@@ -6,6 +6,16 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     String::from_utf8(digits).unwrap_or_default()
 }
 
+/// Appends the digits.
+#[cfg(feature = "redis")]
+pub(crate) fn push_hex(bytes: &[u8], text: &mut String) {
+    text.reserve(2 * bytes.len());
+    for byte in bytes {
+        let mut digits = [0; 2];
+        text.push_str(hex_in(&[*byte], &mut digits));
+    }
+}
+
 /// Writes the digits to a buffer that has room for all of them, and returns them.
 pub(crate) fn hex_in<'a>(bytes: &[u8], digits: &'a mut [u8]) -> &'a str {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";

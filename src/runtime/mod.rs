@@ -9,6 +9,8 @@ mod recent;
 
 #[cfg(feature = "_sql")]
 pub(crate) use self::deadline::later;
+#[cfg(feature = "redis")]
+pub(crate) use self::hex::push_hex;
 pub(crate) use self::{
     background::Background,
     deadline::{timer, within},

@@ -2,8 +2,6 @@
 
 use std::{fmt, time::SystemTime};
 
-use subtle::ConstantTimeEq;
-
 use super::{lookup::Lookup, lookup_key::Proof, stored_key::StoredSecret};
 use crate::{
     key::{HashFingerprint, KeyDigest, KeyHash},
@@ -153,7 +151,7 @@ impl Answer {
 
     /// Returns whether this is an answer to `lookup`.
     pub(crate) fn answers(&self, lookup: &Lookup) -> bool {
-        self.digest.ct_eq(&lookup.digest()).into()
+        self.digest.is(&lookup.digest())
     }
 
     pub(crate) fn source(&self) -> Source {

@@ -84,17 +84,9 @@ impl Lookup {
         self.waiters.as_ref()
     }
 
-    /// Waits for something while the look-up holds nothing that other look-ups wait for.
+    /// Sets whether the look-up holds something that other look-ups wait for. Initially it does.
     #[cfg(any(feature = "_sql", feature = "redis"))]
-    pub(crate) async fn hold_nothing<T>(&self, wait: impl Future<Output = T>) -> T {
-        self.set_holding(false);
-        let output = wait.await;
-        self.set_holding(true);
-        output
-    }
-
-    #[cfg(any(feature = "_sql", feature = "redis"))]
-    fn set_holding(&self, is_holding: bool) {
+    pub(crate) fn set_holding(&self, is_holding: bool) {
         if let Some(waiters) = &self.waiters {
             waiters.set_holding(is_holding);
         }

@@ -2,10 +2,8 @@
 
 use std::{fmt, sync::Arc};
 
-use subtle::ConstantTimeEq;
-
 use super::account::CacheSecret;
-use crate::key::{HashFingerprint, KeyDigest, PresentedKey};
+use crate::key::{HashFingerprint, KeyDigest, PresentedKey, equal};
 
 /// The key of a look-up.
 #[derive(Debug, Clone)]
@@ -80,7 +78,7 @@ impl Proof {
     pub(crate) fn is_for(&self, hash: &HashFingerprint) -> bool {
         match self {
             Self::Seen(fingerprint) => fingerprint.is(hash),
-            Self::Shared(shared) => shared.0.mac_of_hash(hash).ct_eq(&shared.1).into(),
+            Self::Shared(shared) => equal(&shared.0.mac_of_hash(hash), &shared.1),
         }
     }
 

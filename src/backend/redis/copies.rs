@@ -36,9 +36,10 @@ impl<S: KeyStore> RedisCache<S> {
         names: &Names,
         secret: &CacheSecret,
     ) -> CacheRead {
-        let Some(values) = lookup.hold_nothing(self.0.reads.read(names)).await else {
-            return CacheRead::default();
-        };
+        lookup.set_holding(false);
+        let values = self.0.reads.read(names).await;
+        lookup.set_holding(true);
+        let Some(values) = values else { return CacheRead::default() };
         let bytes = |at: usize| match values.get(at) {
             Some(Value::BulkString(bytes)) => Some(bytes.as_slice()),
             _ => None,
@@ -185,7 +186,7 @@ fn answer(
     (verified, proof): (&Entry<'_>, &Option<Proof>),
     now: Moment,
 ) -> Option<(Answer, Age)> {
-    let key = Keys::decode(keys.body)?.into_key_with(verified.body)?;
+    let key = Keys::find(keys.body, verified.body.try_into().ok()?)?;
     let owner_revision = key.owner_revision;
     let subjects = [
         (Subject::Prefix(lookup.id().into()), keys.key_revision),

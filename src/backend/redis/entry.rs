@@ -10,9 +10,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use subtle::ConstantTimeEq;
-
-use crate::{record::Revision, runtime::hex, store::CacheSecret};
+use crate::{key::equal, record::Revision, store::CacheSecret};
 
 const MAGIC: &str = "tak1";
 const NUMBER: usize = 20;
@@ -98,7 +96,7 @@ impl<'a> Entry<'a> {
         {
             return Err(Unreadable::Forged);
         }
-        let (signed, tag) = value.split_at(value.len() - MAC);
+        let (signed, tag) = value.split_last_chunk().ok_or(Unreadable::Forged)?;
         let secret_id = number(signed, 0).ok_or(Unreadable::Forged)?;
         let oldest = secret.previous().unwrap_or(secret).id();
         let secret = [Some(secret), secret.previous()]
@@ -110,7 +108,7 @@ impl<'a> Entry<'a> {
             } else {
                 Unreadable::UnknownSecret
             })?;
-        if !bool::from(mac(name, signed, secret).ct_eq(tag)) {
+        if !equal(&mac(name, signed, secret), tag) {
             return Err(Unreadable::Forged);
         }
         let kind = Kind::LETTERS.iter().find(|(letter, _)| *letter == signed[MAGIC.len()]);
@@ -154,10 +152,10 @@ fn time(micros: u64) -> SystemTime {
 }
 
 impl CacheSecret {
-    /// Returns the name of a presented key in a shared cache.
-    pub(super) fn name_of_key(&self, key: &str) -> String {
+    /// Returns the MAC that identifies a presented key in a shared cache, of which 16 bytes are sufficient.
+    pub(super) fn mac_of_key(&self, key: &str) -> [u8; 16] {
         let mac = self.mac_of(&[b"key:", key.as_bytes()]);
-        hex(&mac[..16])
+        std::array::from_fn(|at| mac[at])
     }
 }
 

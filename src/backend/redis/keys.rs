@@ -7,23 +7,23 @@ use std::time::{Duration, SystemTime};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
-use subtle::ConstantTimeEq;
 
-use super::KEYS_LIFETIME;
+use super::{KEYS_LIFETIME, entry::MAC};
 use crate::{
     backend::encoded_record::EncodedRecord,
+    key::equal,
     record::{KeyRecord, Revision, Secret, User},
     store::{CacheSecret, Candidate, Read},
 };
 
 /// The keys under a lookup id.
-#[derive(Serialize, Deserialize)]
+#[derive(Serialize)]
 pub(super) struct Keys(Vec<EncodedKey>);
 
 #[derive(Serialize, Deserialize)]
 struct EncodedKey {
     /// MAC of the hash, under the secret of the entry.
-    hash: [u8; 32],
+    hash: [u8; MAC],
     secret: Secret,
     owner_revision: u64,
     record: EncodedRecord,
@@ -59,22 +59,19 @@ impl Keys {
         postcard::to_allocvec(self).ok()
     }
 
-    pub(super) fn decode(body: &[u8]) -> Option<Self> {
-        let (keys, rest) = postcard::take_from_bytes(body).ok()?;
-        rest.is_empty().then_some(keys)
-    }
-
-    /// Returns the key whose hash has this MAC.
-    pub(super) fn into_key_with(self, hash: &[u8]) -> Option<CopiedKey> {
-        let mut keys = self.0.into_iter();
-        let key = keys.find(|key| bool::from(key.hash.as_slice().ct_eq(hash)))?;
-        let EncodedOwner { email, role, is_active } = key.owner;
-        let owner = User { id: key.record.own.owner(), email, role, is_active };
-        Some(CopiedKey {
-            record: key.record.decode(owner)?,
-            secret: key.secret,
-            owner_revision: Revision(key.owner_revision),
-        })
+    /// Decodes a body, and returns the key whose hash has this MAC. `None` if there is none, or the body is not one.
+    pub(super) fn find(body: &[u8], hash: &[u8; MAC]) -> Option<CopiedKey> {
+        // As a `Vec` of the keys is encoded. Almost always there is one, which needs no list.
+        let (count, mut rest) = postcard::take_from_bytes::<usize>(body).ok()?;
+        let mut found = None;
+        for _ in 0..count {
+            let (key, after) = postcard::take_from_bytes::<EncodedKey>(rest).ok()?;
+            rest = after;
+            if found.is_none() && equal(&key.hash, hash) {
+                found = Some(key);
+            }
+        }
+        found.filter(|_| rest.is_empty())?.decode()
     }
 }
 
@@ -88,6 +85,16 @@ impl EncodedKey {
         let (record, User { id: _, email, role, is_active }) = EncodedRecord::new(record)?;
         let owner = EncodedOwner { email, role, is_active };
         Some(Self { hash, secret, owner_revision: owner_revision.0, record, owner })
+    }
+
+    fn decode(self) -> Option<CopiedKey> {
+        let EncodedOwner { email, role, is_active } = self.owner;
+        let owner = User { id: self.record.own.owner(), email, role, is_active };
+        Some(CopiedKey {
+            record: self.record.decode(owner)?,
+            secret: self.secret,
+            owner_revision: Revision(self.owner_revision),
+        })
     }
 }
 
@@ -105,6 +112,7 @@ pub(super) fn keys_lifetime(read: &Read, as_of: SystemTime) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::UserId;
 
     #[test]
     fn a_body_is_decoded_whole_or_not_at_all() {
@@ -112,13 +120,19 @@ mod tests {
         (user.role, user.is_active) = ("admin".to_owned(), false);
         let record = KeyRecord::new(i64::MIN, "prefix", user);
         let key = EncodedKey::new([7; 32], Secret::Previous, Revision(3), record.clone()).unwrap();
-        let body = Keys(vec![key]).encode().unwrap();
-        for length in 0..body.len() {
-            assert!(Keys::decode(&body[..length]).is_none(), "of {length} bytes");
+        let other = KeyRecord::new(1, "prefix", User::new("eve", "eve@example.com"));
+        let other = EncodedKey::new([9; 32], Secret::Current, Revision(1), other).unwrap();
+        let body = Keys(vec![key, other]).encode().unwrap();
+        for hash in [[7; 32], [9; 32]] {
+            for length in 0..body.len() {
+                assert!(Keys::find(&body[..length], &hash).is_none(), "of {length} bytes");
+            }
+            let longer = [body.as_slice(), b"x"].concat();
+            assert!(Keys::find(&longer, &hash).is_none(), "one byte more");
         }
-        assert!(Keys::decode(&[body.as_slice(), b"x"].concat()).is_none(), "one byte more");
-        assert!(Keys::decode(&body).unwrap().into_key_with(&[8; 32]).is_none());
-        let key = Keys::decode(&body).unwrap().into_key_with(&[7; 32]).unwrap();
+        assert!(Keys::find(&body, &[8; 32]).is_none());
+        assert_eq!(Keys::find(&body, &[9; 32]).unwrap().record.user.id, UserId::from("eve"));
+        let key = Keys::find(&body, &[7; 32]).unwrap();
         assert_eq!((key.secret, key.owner_revision), (Secret::Previous, Revision(3)));
         assert_eq!(key.record, record);
     }

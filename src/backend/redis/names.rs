@@ -2,6 +2,7 @@
 
 use crate::{
     redis::slot,
+    runtime::hex_in,
     store::{CacheSecret, Lookup},
 };
 
@@ -17,8 +18,9 @@ impl Names {
     pub(super) fn new(lookup: &Lookup, secret: &CacheSecret) -> Self {
         let slot = slot(lookup.id());
         let verified = |secret: &CacheSecret| {
-            let key = secret.name_of_key(lookup.expose_secret());
-            ["api_key:verified:", secret.tag(), &slot, ":", &key].concat()
+            let mut digits = [0; 32];
+            let key = hex_in(&secret.mac_of_key(lookup.expose_secret()), &mut digits);
+            ["api_key:verified:", secret.tag(), &slot, ":", key].concat()
         };
         Self {
             keys: ["api_key:data:", secret.tag(), &slot].concat(),
@@ -28,7 +30,7 @@ impl Names {
     }
 
     /// Returns the names in the order in which they are read.
-    pub(super) fn all(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn all(&self) -> impl Iterator<Item = &str> + Clone {
         let verified_before = self.verified_before.as_deref();
         [&*self.keys, &*self.verified].into_iter().chain(verified_before)
     }

@@ -9,11 +9,11 @@ use std::{
 use deadpool_redis::redis::{Msg, aio::PubSub, cmd};
 use futures_core::Stream;
 use serde::{Deserialize, Serialize};
-use subtle::ConstantTimeEq;
 use tokio::time::{sleep, timeout};
 
 use super::{RedisCache, entry::MAC, names::channel};
 use crate::{
+    key::equal,
     record::{Revision, UserId},
     store::{CacheSecret, Change, ChangeStream, KeyStore},
     telemetry,
@@ -119,9 +119,9 @@ impl Message {
     }
 
     fn decode(message: &[u8], secret: &CacheSecret) -> Option<Self> {
-        let (text, tag) = message.split_at_checked(message.len().checked_sub(MAC)?)?;
+        let (text, tag) = message.split_last_chunk()?;
         let secrets = [Some(secret), secret.previous()];
-        let is_ours = |secret: &CacheSecret| bool::from(mac(text, secret).ct_eq(tag));
+        let is_ours = |secret: &CacheSecret| equal(&mac(text, secret), tag);
         if !secrets.into_iter().flatten().any(is_ours) {
             return None;
         }

@@ -13,7 +13,7 @@ use std::{
     time::Instant,
 };
 
-use deadpool_redis::redis::{ErrorKind, ServerErrorKind, Value, cmd};
+use deadpool_redis::redis::{Cmd, ErrorKind, ServerErrorKind, Value};
 use tokio::{runtime::Handle, sync::oneshot};
 
 use super::names::Names;
@@ -63,7 +63,7 @@ impl EntryReads {
     /// or twice that if the read has to wait.
     pub(super) async fn read(self: &Arc<Self>, names: &Names) -> Option<Vec<Value>> {
         match self.enter(names) {
-            Ok(_turn) => self.run(&names.all().collect::<Vec<_>>()).await.ok(),
+            Ok(_turn) => self.run(names.all()).await.ok(),
             Err(waiting) => within(self.link.limit.saturating_mul(2), waiting).await?.ok(),
         }
     }
@@ -118,11 +118,20 @@ impl EntryReads {
         }
     }
 
-    async fn run(&self, names: &[&str]) -> Result<Vec<Value>, Fault> {
-        let mut command = cmd("MGET");
-        command.arg(names);
+    async fn run<'a>(
+        &self,
+        names: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<Vec<Value>, Fault> {
+        const MGET: &str = "MGET";
+        let (count, bytes) =
+            names.clone().fold((0, MGET.len()), |(n, bytes), name| (n + 1, bytes + name.len()));
+        let mut command = Cmd::with_capacity(1 + count, bytes);
+        command.arg(MGET);
+        for name in names {
+            command.arg(name);
+        }
         match self.link.run(&command).await? {
-            Value::Array(values) if values.len() == names.len() => Ok(values),
+            Value::Array(values) if values.len() == count => Ok(values),
             _ => Err(Fault::Link),
         }
     }
@@ -136,8 +145,7 @@ impl EntryReads {
 async fn run_all(reads: Arc<EntryReads>, number: u64, batch: Vec<WaitingRead>) {
     // Created here: a task that a runtime drops before its first poll ends no command, which would send the next one.
     let turn = ReadTurn { reads: Arc::clone(&reads), number };
-    let names: Vec<_> = batch.iter().flat_map(|read| &read.names).map(String::as_str).collect();
-    let outcome = reads.run(&names).await;
+    let outcome = reads.run(batch.iter().flat_map(|read| &read.names).map(String::as_str)).await;
     if let Err(fault) = &outcome
         && batch.len() > 1
         && rejects_several(fault)

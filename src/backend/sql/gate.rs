@@ -153,8 +153,11 @@ impl LookupGate {
             Arrival::Run(permit) => return Ok(Turn::Run(permit)),
             Arrival::Wait(ticket) => ticket,
         };
-        // The look-up holds nothing until `dispatch` passes it a permit.
-        lookup.hold_nothing(ticket.turn(lookup)).await
+        // Until `dispatch` passes it a permit.
+        lookup.set_holding(false);
+        let turn = ticket.turn(lookup).await;
+        lookup.set_holding(true);
+        turn
     }
 
     fn arrive(
