@@ -18,8 +18,9 @@ pub struct Health {
     /// Time since this node was last in sync with the change feed of its store. `None` before the first look-up, and
     /// for a store without a feed.
     pub last_sync: Option<Duration>,
-    /// Time of the last sync by the clock of the database: this node has received every change that was committed before
-    /// it. `None` as for `last_sync`. A script that changes rows by hand can wait for it on each node.
+    /// Time of the last sync by the clock of the database. This node has received every change that was committed before
+    /// it. `None` in the same cases as `last_sync`. After a change by hand, read the time of the database once more: a
+    /// node whose `synced_to` is later has received the change.
     pub synced_to: Option<SystemTime>,
     /// Status of the change feed: why changes may not arrive, and the size of its table.
     pub feed: FeedStatus,

@@ -52,7 +52,9 @@ impl LookupWork {
 
     /// Polls the future. Returns `Ready` after it has ended or moved to a task. A panic drops it, as it does on a task.
     pub(super) fn poll(&self, cx: &mut Context<'_>) -> Poll<()> {
-        // The lock is not held meanwhile: a store may authenticate a request itself.
+        // Timers and tasks of the look-up belong to the same runtime, whichever runtime polls the request.
+        let _entered = self.runtime.enter();
+        // The lock is not held meanwhile, because a store may authenticate a request itself.
         let Some(mut future) = self.take() else { return Poll::Ready(()) };
         let Ok(Poll::Pending) = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) else {
             return Poll::Ready(());
@@ -75,6 +77,7 @@ impl LookupWork {
     }
 
     /// Sets whether the look-up holds something that other look-ups wait for.
+    #[cfg(any(feature = "_sql", feature = "redis", test))]
     pub(super) fn set_holding(&self, is_holding: bool) {
         let mut state = self.state();
         state.is_holding = is_holding;

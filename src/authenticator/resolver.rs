@@ -73,7 +73,8 @@ pub(crate) type LookupFuture = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
 /// Deadline of a call of the store. A store that exceeds it is failing, whatever deadlines it has itself.
 const LOOKUP_DEADLINE: Duration = Duration::from_secs(15);
-/// Deadline of a waiter. Longer than that of the look-up with its retries.
+/// Deadline of a request that waits for a look-up on a task. While a request polls its look-up, only the deadline of the
+/// call of the store applies.
 const WAITING_DEADLINE: Duration = Duration::from_secs(20);
 /// Pauses before the attempts of a look-up. It is retried if the answer is older than a known change, because a
 /// replica then lags behind.

@@ -84,12 +84,13 @@ impl Lookup {
         self.waiters.as_ref()
     }
 
-    /// Sets whether the look-up holds something that other look-ups wait for. Initially it does.
+    /// Reports that the look-up holds nothing that other look-ups wait for, until the guard is dropped.
     #[cfg(any(feature = "_sql", feature = "redis"))]
-    pub(crate) fn set_holding(&self, is_holding: bool) {
-        if let Some(waiters) = &self.waiters {
-            waiters.set_holding(is_holding);
-        }
+    #[must_use]
+    pub(crate) fn hold_nothing(&self) -> HoldsNothing<'_> {
+        let waiters = self.waiters.as_deref();
+        waiters.inspect(|waiters| waiters.set_holding(false));
+        HoldsNothing(waiters)
     }
 
     /// Logs a row under the lookup id that can't be used.
@@ -357,6 +358,17 @@ impl Lookup {
         // A copy must be bound to a hash. There is none, so no copy is made.
         let read = Read { candidates: vec![candidate], key_revision: Revision(0), is_whole: false };
         self.answer(Outcome::Match(0), read)
+    }
+}
+
+/// The time in which a look-up holds nothing that other look-ups wait for.
+#[cfg(any(feature = "_sql", feature = "redis"))]
+pub(crate) struct HoldsNothing<'a>(Option<&'a dyn Waiting>);
+
+#[cfg(any(feature = "_sql", feature = "redis"))]
+impl Drop for HoldsNothing<'_> {
+    fn drop(&mut self) {
+        self.0.inspect(|waiters| waiters.set_holding(true));
     }
 }
 

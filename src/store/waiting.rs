@@ -11,7 +11,7 @@ pub(crate) trait Waiting: fmt::Debug + Send + Sync {
     fn have_left(&self) -> Left<'_>;
 
     /// Sets whether the look-up holds something that other look-ups wait for, such as a connection. Initially it does.
-    /// While it does not, it may be polled by a request that can stop doing so.
+    /// While it does not, a request may poll it, and may stop doing so for a while.
     #[cfg(any(feature = "_sql", feature = "redis"))]
     fn set_holding(&self, is_holding: bool);
 }

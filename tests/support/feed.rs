@@ -118,6 +118,6 @@ pub async fn in_sync(node: &Authenticator) {
 
 /// Returns whether the node has received every change that was committed before this time.
 pub fn is_synced_since(node: &Authenticator, begun: SystemTime) -> bool {
-    // `Health::last_sync` is later than the read by the shortest delay of a sync so far.
+    // Not `Health::last_sync`, which is later than the read by the shortest delay of a sync so far.
     node.health().synced_to.is_some_and(|as_of| as_of > begun)
 }

@@ -106,8 +106,8 @@ fn is_below_minimum(lookup: &Lookup, keys: &[Result<StoredKey, StoreError>]) -> 
     lookup.view().minimum_revisions.is_below(subjects, lookup.clock().read())
 }
 
-/// Reads the keys of a batch, and gives each look-up its own. It ends early if all of them have left, each by its own
-/// deadline.
+/// Reads the keys of a batch, and gives each look-up its own. It ends early if all of them have left. It has a deadline of
+/// its own, because those of the look-ups do not expire while their requests are not polled.
 async fn run(inner: Arc<Inner>, _permit: Permit, mut batch: Vec<Seat>) {
     let ids: Vec<_> = batch.iter_mut().map(Seat::take_id).collect();
     let mut read = pin!(Found::read_many(&inner.lookups, &ids, false));
@@ -117,11 +117,12 @@ async fn run(inner: Arc<Inner>, _permit: Permit, mut batch: Vec<Seat>) {
                 seat.has_left().await;
             }
         });
-        poll_fn(|cx| match read.as_mut().poll(cx) {
+        let read = poll_fn(|cx| match read.as_mut().poll(cx) {
             Poll::Ready(outcome) => Poll::Ready(Some(outcome)),
             Poll::Pending => all_have_left.as_mut().poll(cx).map(|()| None),
-        })
-        .await
+        });
+        let in_time = within(inner.deadline, read).await;
+        in_time.unwrap_or_else(|| Some(Err(StoreError::timeout(inner.deadline))))
     };
     match outcome {
         Some(Ok(found)) => {

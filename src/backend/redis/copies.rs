@@ -36,9 +36,10 @@ impl<S: KeyStore> RedisCache<S> {
         names: &Names,
         secret: &CacheSecret,
     ) -> CacheRead {
-        lookup.set_holding(false);
+        // Apart from its turn to send a command, which ends by itself.
+        let waiting = lookup.hold_nothing();
         let values = self.0.reads.read(names).await;
-        lookup.set_holding(true);
+        drop(waiting);
         let Some(values) = values else { return CacheRead::default() };
         let bytes = |at: usize| match values.get(at) {
             Some(Value::BulkString(bytes)) => Some(bytes.as_slice()),

@@ -72,10 +72,11 @@ impl EntryReads {
     fn enter(self: &Arc<Self>, names: &Names) -> Result<ReadTurn, oneshot::Receiver<Vec<Value>>> {
         let mut queue = self.queue();
         let now = Instant::now();
-        // A command does not end while its request is not polled, or its runtime not driven.
+        // A command does not end while its request is not polled, or its runtime is not driven. After twice the limit,
+        // others are sent in its place.
         let is_lost =
             |began: Instant| now.duration_since(began) > self.link.limit.saturating_mul(2);
-        if queue.commands.front().is_some_and(|(_, began)| is_lost(*began)) {
+        while queue.commands.front().is_some_and(|(_, began)| is_lost(*began)) {
             queue.commands.pop_front();
         }
         if queue.commands.len() < self.max_commands() {
@@ -143,7 +144,8 @@ impl EntryReads {
 
 /// Sends one command for all of these reads. If it fails, they end without values.
 async fn run_all(reads: Arc<EntryReads>, number: u64, batch: Vec<WaitingRead>) {
-    // Created here: a task that a runtime drops before its first poll ends no command, which would send the next one.
+    // The turn is created here. If a runtime that shuts down drops this task before its first poll, no turn ends, and no
+    // further task is spawned.
     let turn = ReadTurn { reads: Arc::clone(&reads), number };
     let outcome = reads.run(batch.iter().flat_map(|read| &read.names).map(String::as_str)).await;
     if let Err(fault) = &outcome

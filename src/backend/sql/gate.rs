@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     future::{Future, pending, poll_fn},
     iter,
+    panic::{AssertUnwindSafe, catch_unwind},
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::Poll,
@@ -49,7 +50,7 @@ struct GateState {
     queues: [BTreeMap<u64, QueuedLookup>; Priority::ALL.len()],
     is_suspect_running: bool,
     suspects_from: Option<Instant>,
-    /// Whether a thread passes connections on, which does not end while one is free and look-ups wait.
+    /// Whether a thread runs `dispatch`. It goes on until no connection is free or no look-up waits.
     is_dispatching: bool,
 }
 
@@ -149,15 +150,12 @@ impl LookupGate {
     }
 
     async fn turn(self: &Arc<Self>, lookup: &Lookup, batched_id: Option<&str>) -> TurnOrError {
-        let mut ticket = match self.arrive(lookup.priority(), batched_id, lookup.waiting())? {
-            Arrival::Run(permit) => return Ok(Turn::Run(permit)),
-            Arrival::Wait(ticket) => ticket,
-        };
-        // Until `dispatch` passes it a permit.
-        lookup.set_holding(false);
-        let turn = ticket.turn(lookup).await;
-        lookup.set_holding(true);
-        turn
+        // Before it is in the queue, so that `dispatch` reports the opposite later.
+        let _waiting = lookup.hold_nothing();
+        match self.arrive(lookup.priority(), batched_id, lookup.waiting())? {
+            Arrival::Run(permit) => Ok(Turn::Run(permit)),
+            Arrival::Wait(mut ticket) => ticket.turn(lookup).await,
+        }
     }
 
     fn arrive(
@@ -191,9 +189,11 @@ impl LookupGate {
                 return;
             }
             drop(state);
-            // After the permits were sent: before that, a look-up may be about to report that it holds nothing. Not under
-            // the lock: if the runtime of a look-up has shut down, this drops it, and then its permit.
-            passed.iter().flatten().for_each(|waiters| waiters.set_holding(true));
+            // Not under the lock: if the runtime of a look-up has shut down, this drops the look-up, and then its permit.
+            for waiters in passed.into_iter().flatten() {
+                // A panic of that look-up or of its waker must not end the dispatch.
+                let _ = catch_unwind(AssertUnwindSafe(move || waiters.set_holding(true)));
+            }
             state = self.state();
         }
     }
