@@ -19,7 +19,7 @@ impl KeyDigest {
     #[inline]
     pub(crate) fn of(key: &[u8]) -> Self {
         if key.len() > ONE_BLOCK {
-            return Self(Sha256::digest(key).into());
+            return Self::of_blocks(key);
         }
         let mut block = [0; 64];
         block[..key.len()].copy_from_slice(key);
@@ -32,6 +32,12 @@ impl KeyDigest {
             bytes.copy_from_slice(&word.to_be_bytes());
         }
         Self(digest)
+    }
+
+    /// Not inlined, so that its buffer and counters take no room and no instructions in the common case.
+    #[inline(never)]
+    fn of_blocks(key: &[u8]) -> Self {
+        Self(Sha256::digest(key).into())
     }
 
     /// Returns the digest of a look-up of this key without its text, which the proof `proof` must match.
