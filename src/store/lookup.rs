@@ -4,6 +4,8 @@ use std::{future::Future, net::IpAddr, sync::Arc};
 
 use chrono::DateTime;
 
+#[cfg(any(feature = "_sql", feature = "redis"))]
+use super::waiting::HoldsNothing;
 use super::{
     answer::{Answer, Candidate, HashUpgrade, Outcome, Read},
     lookup_key::{LookupKey, Proof},
@@ -88,9 +90,7 @@ impl Lookup {
     #[cfg(any(feature = "_sql", feature = "redis"))]
     #[must_use]
     pub(crate) fn hold_nothing(&self) -> HoldsNothing<'_> {
-        let waiters = self.waiters.as_deref();
-        waiters.inspect(|waiters| waiters.set_holding(false));
-        HoldsNothing(waiters)
+        HoldsNothing::begin(self.waiters.as_deref())
     }
 
     /// Logs a row under the lookup id that can't be used.
@@ -358,17 +358,6 @@ impl Lookup {
         // A copy must be bound to a hash. There is none, so no copy is made.
         let read = Read { candidates: vec![candidate], key_revision: Revision(0), is_whole: false };
         self.answer(Outcome::Match(0), read)
-    }
-}
-
-/// The time in which a look-up holds nothing that other look-ups wait for.
-#[cfg(any(feature = "_sql", feature = "redis"))]
-pub(crate) struct HoldsNothing<'a>(Option<&'a dyn Waiting>);
-
-#[cfg(any(feature = "_sql", feature = "redis"))]
-impl Drop for HoldsNothing<'_> {
-    fn drop(&mut self) {
-        self.0.inspect(|waiters| waiters.set_holding(true));
     }
 }
 

@@ -1,4 +1,4 @@
-//! The requests that wait for a look-up: [`Waiting`].
+//! The requests that wait for a look-up, and what it holds: [`Waiting`], [`HoldsNothing`].
 
 use std::fmt;
 #[cfg(feature = "_sql")]
@@ -18,3 +18,22 @@ pub(crate) trait Waiting: fmt::Debug + Send + Sync {
 
 #[cfg(feature = "_sql")]
 pub(crate) type Left<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
+
+/// The time in which a look-up holds nothing that other look-ups wait for.
+#[cfg(any(feature = "_sql", feature = "redis"))]
+pub(crate) struct HoldsNothing<'a>(Option<&'a dyn Waiting>);
+
+#[cfg(any(feature = "_sql", feature = "redis"))]
+impl<'a> HoldsNothing<'a> {
+    pub(super) fn begin(waiters: Option<&'a dyn Waiting>) -> Self {
+        waiters.inspect(|waiters| waiters.set_holding(false));
+        Self(waiters)
+    }
+}
+
+#[cfg(any(feature = "_sql", feature = "redis"))]
+impl Drop for HoldsNothing<'_> {
+    fn drop(&mut self) {
+        self.0.inspect(|waiters| waiters.set_holding(true));
+    }
+}

@@ -2,12 +2,14 @@
 
 use std::{
     future::Future,
+    pin::Pin,
     task::{Context, Waker},
     time::{Duration, Instant},
 };
 
 use tower_api_key::{
-    AuthContext, Denial, SqliteStore, denial::InvalidKey, management::IssuedKey, redis::RedisState,
+    AuthContext, Authenticator, Denial, SqliteStore, denial::InvalidKey, management::IssuedKey,
+    redis::RedisState,
 };
 
 use crate::support::{fleet::*, servers::Redis, with_wrong_secret};
@@ -176,6 +178,19 @@ async fn look_ups_that_are_dropped_while_they_wait_leave_the_others_their_answer
     burst.are_their_own(&burst.authenticate(burst.all()).await);
 }
 
+/// Begins requests, which nothing polls afterwards.
+fn begin<'a>(
+    authenticator: &'a Authenticator,
+    keys: &'a [String],
+) -> Vec<Pin<Box<impl Future<Output = Result<AuthContext, Denial>> + use<'a>>>> {
+    let begin = |key: &'a String| {
+        let mut request = Box::pin(authenticator.authenticate(key));
+        assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        request
+    };
+    keys.iter().map(begin).collect()
+}
+
 /// A request may be waiting for something else, such as the body of another response, while Redis answers its look-up.
 #[tokio::test]
 async fn requests_that_are_not_polled_while_redis_answers_leave_the_others_their_answers() {
@@ -184,11 +199,7 @@ async fn requests_that_are_not_polled_while_redis_answers_leave_the_others_their
     let all: Vec<_> = burst.all().collect();
     // More than may send a command at once.
     let (not_polled, others) = all.split_at(KEYS / 4);
-    let mut requests: Vec<_> =
-        not_polled.iter().map(|key| Box::pin(authenticator.authenticate(key))).collect();
-    for request in &mut requests {
-        assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-    }
+    let requests = begin(authenticator, not_polled);
     // Others wait for the same look-ups.
     for (key, outcome) in not_polled.iter().zip(burst.authenticate(not_polled.to_vec()).await) {
         assert!(outcome.is_ok(), "{key}");
@@ -210,11 +221,7 @@ async fn commands_of_requests_that_are_not_polled_do_not_hold_up_others_for_long
     let authenticator = &burst.node.authenticator;
     let all: Vec<_> = burst.all().collect();
     let (not_polled, others) = all.split_at(KEYS / 4);
-    let mut requests: Vec<_> =
-        not_polled.iter().map(|key| Box::pin(authenticator.authenticate(key))).collect();
-    for request in &mut requests {
-        assert!(request.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-    }
+    let requests = begin(authenticator, not_polled);
     // From the store below, if no command can be sent.
     let outcomes = burst.authenticate(others.to_vec()).await;
     assert!(outcomes.iter().all(Result::is_ok));
