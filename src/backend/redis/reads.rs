@@ -93,8 +93,8 @@ impl EntryReads {
         Err(waiting)
     }
 
-    /// Ends a command, and sends reads that wait, on a task: none of them may be polled at present. Without a runtime they
-    /// end without values.
+    /// Ends a command, and sends reads that wait. A task sends them, because their requests may not be polled at present.
+    /// Without a runtime they end without values.
     fn end(self: &Arc<Self>, number: u64) {
         let max = if self.combines.load(Ordering::Relaxed) { MAX_COMBINED } else { 1 };
         let mut queue = self.queue();
